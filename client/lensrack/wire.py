@@ -1,0 +1,304 @@
+"""Every request and response, once. The server and both clients import these models and nothing else of each other.
+
+Times ending in `_s` are seconds; `*_at` are seconds since the Unix epoch (UTC).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TASK_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
+VERSION_PATTERN = r"^[0-9a-f]{64}$"
+
+TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
+AliasName = Annotated[str, Field(pattern=ALIAS_PATTERN)]
+Version = Annotated[str, Field(pattern=VERSION_PATTERN)]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Message(BaseModel):
+    """What comes from the server: unknown fields are kept out of the way, so that an older client reads a newer server."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Request(BaseModel):
+    """What goes to the server: an unknown field is a mistake and is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(Message):
+    """An error, RFC 9457 `application/problem+json`, with a stable `code` and the request's id."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str = ""
+    code: str
+    request_id: str = ""
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
+
+
+class EncodedImage(Request):
+    b64: str
+
+
+class PredictRequest(Request):
+    """The JSON form of a predict body; bytes and multipart need no model."""
+
+    images: list[EncodedImage] = Field(min_length=1)
+
+
+class Prediction(Message):
+    label: str
+    index: int
+    score: float
+
+
+class PredictResponse(Message):
+    """`predictions[i]` are the `top_k` best labels of image i, best first."""
+
+    task: str
+    version: str
+    predictions: list[list[Prediction]]
+
+
+class TaskResult(Message):
+    """One task's share of a many-task answer: either the predictions or the problem."""
+
+    version: str | None = None
+    predictions: list[list[Prediction]] | None = None
+    error: Problem | None = None
+
+
+class ManyPredictResponse(Message):
+    results: dict[str, TaskResult]
+
+
+# --- tasks, versions, aliases -----------------------------------------------------------------------------------------
+
+
+class AliasTarget(Message):
+    version: str
+    weight: float = 1.0
+
+
+class Alias(Message):
+    """Where an alias points. `etag` goes into `If-Match` to move it only if nobody else has."""
+
+    name: str
+    targets: list[AliasTarget]
+    revision: int
+    changed_at: float
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.revision}"'
+
+
+class AliasUpdate(Request):
+    """Point an alias at one version, or at one version with `weight` and at what it serves now with the rest (canary)."""
+
+    version: str
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class AliasChange(Message):
+    alias: str
+    targets: list[AliasTarget]
+    revision: int
+    changed_at: float
+
+
+class RollbackRequest(Request):
+    alias: AliasName = "live"
+
+
+class VersionInfo(Message):
+    version: str
+    method: str
+    labels: list[str]
+    prompt_lengths: list[int]
+    bytes: int
+    created_at: float
+    metrics: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    dataset: str | None = None
+    parent: str | None = None
+    preprocess: dict[str, Any] = {}
+    resident: bool = False
+
+
+class VersionList(Message):
+    versions: list[VersionInfo]
+
+
+class Task(Message):
+    task: str
+    live: str | None = None
+    aliases: list[Alias] = []
+    versions: int = 0
+    resident: bool = False
+
+
+class TaskList(Message):
+    tasks: list[Task]
+
+
+class Residency(Message):
+    """Whether a task's live version sits on the device, and whether it is pinned there."""
+
+    task: str
+    version: str
+    resident: bool
+    pinned: bool
+    bytes: int
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+class SkippedFile(Message):
+    name: str
+    reason: str
+
+
+class Dataset(Message):
+    """A stored dataset. `id` is its content digest; `splits` maps split → label → number of images."""
+
+    id: str
+    name: str = ""
+    labels: list[str]
+    images: int
+    bytes: int
+    splits: dict[str, dict[str, int]]
+    skipped: list[SkippedFile] = []
+    created_at: float
+
+
+class DatasetList(Message):
+    datasets: list[Dataset]
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Recipe(Request):
+    """Hyper-parameters of a job; what is left out takes the method's default.
+
+    `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
+    lr: Annotated[float, Field(gt=0, le=1e4)] | None = None
+    base_lr: Annotated[float, Field(gt=0, le=1e5)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    warmup_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    prompts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+
+class TrainRequest(Request):
+    task: TaskName
+    dataset: str
+    method: str = "vpt_deep"
+    recipe: Recipe = Recipe()
+
+
+class JobProgress(Message):
+    """How far a running job is. `eta_s` is None until an epoch has been timed."""
+
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    val_accuracy: float | None = None
+    eta_s: float | None = None
+
+
+class JobError(Message):
+    code: str
+    detail: str
+
+
+class Job(Message):
+    id: str
+    task: str
+    dataset: str
+    method: str
+    recipe: dict[str, Any] = {}
+    state: JobState
+    attempt: int = 0
+    progress: JobProgress = JobProgress()
+    version: str | None = None
+    metrics: dict[str, Any] = {}
+    error: JobError | None = None
+    cancel_requested: bool = False
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINISHED
+
+
+class JobList(Message):
+    jobs: list[Job]
+    next: str | None = None
+
+
+class JobEvent(Message):
+    """`seq` counts from 1 without gaps. Types: queued, started, epoch, step, published, retried, cancel_requested, and the end states."""
+
+    seq: int
+    type: str
+    at: float
+    data: dict[str, Any] = {}
+
+
+class JobEvents(Message):
+    events: list[JobEvent]
+    next: int
+    finished: bool
+
+
+# --- health -----------------------------------------------------------------------------------------------------------
+
+
+class Backbone(Message):
+    arch: str
+    fingerprint: str
+    trained: bool
+    device: str
+    dtype: str
+    image_size: int
+    depth: int
+    dim: int
+
+
+class Ready(Message):
+    ready: bool
+    backbone: Backbone | None = None
+    notes: list[str] = []
+    checks: dict[str, str] = {}
+
+
+class Health(Message):
+    status: Literal["ok"]
+    version: str

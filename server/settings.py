@@ -1,0 +1,98 @@
+"""Every setting once, with its default and its meaning; the only reader of the environment.
+
+Set any of them as `LENSRACK_<NAME>`. Sizes end in `_bytes`, times in `_s`, counts in nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="LENSRACK_", extra="ignore", frozen=True)
+
+    # --- where things lie -------------------------------------------------------------------------------------------
+    home: Annotated[Path, Field(description="Folder of everything the embedded server writes.")] = Path("data")
+    store: Annotated[
+        str, Field(description="Bundle store URL: file://DIR, redis://… or memory://. Empty: HOME/store.")
+    ] = ""
+    jobs: Annotated[str, Field(description="Job store URL: sqlite://FILE. Empty: HOME/jobs.sqlite.")] = ""
+
+    # --- the backbone -----------------------------------------------------------------------------------------------
+    backbone: Annotated[
+        str, Field(description="timm architecture (optionally .tag), or `untrained`: a small seeded stand-in.")
+    ] = "untrained"
+    backbone_weights: Annotated[
+        Path | None, Field(description="Safetensors file with the backbone's weights; without it timm loads them.")
+    ] = None
+    device: Annotated[str, Field(description="`cpu`, `cuda`, `cuda:N`; `auto` takes CUDA where there is one.")] = "auto"
+    dtype: Annotated[
+        str, Field(description="`float32`, `bfloat16`, `float64`; `auto` is float32 on a CPU, bfloat16 on CUDA.")
+    ] = "auto"
+    threads: Annotated[
+        int, Field(ge=0, description="Engine threads on a CPU; 0 leaves one core to everything else.")
+    ] = 0
+
+    # --- HTTP -------------------------------------------------------------------------------------------------------
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
+    allow_open: Annotated[
+        bool, Field(description="Allow an address other than loopback although the server has no API keys.")
+    ] = False
+    max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 32 * MIB
+    max_bundle_bytes: Annotated[int, Field(gt=0, description="Largest bundle that can be uploaded.")] = 64 * MIB
+    max_dataset_bytes: Annotated[int, Field(gt=0, description="Largest archive that can be uploaded.")] = (
+        10 * 1024 * MIB
+    )
+    max_json_bytes: Annotated[int, Field(gt=0, description="Largest JSON body elsewhere.")] = MIB
+    request_timeout_s: Annotated[float, Field(gt=0, description="Longest a prediction may wait for its answer.")] = 30.0
+    drain_timeout_s: Annotated[float, Field(gt=0, description="Longest a shutdown waits for answers in flight.")] = 10.0
+
+    # --- images -----------------------------------------------------------------------------------------------------
+    max_images: Annotated[int, Field(gt=0, description="Most images in one predict request.")] = 64
+    max_image_pixels: Annotated[int, Field(gt=0, description="Most pixels in one image.")] = 50_000_000
+    max_tasks_per_request: Annotated[
+        int, Field(gt=0, description="Most tasks one image can be asked about at once.")
+    ] = 64
+    decode_threads: Annotated[int, Field(gt=0, description="Threads that decode and resize images.")] = 2
+
+    # --- batching and the rack --------------------------------------------------------------------------------------
+    max_batch: Annotated[int, Field(gt=0, description="Most rows in one forward.")] = 32
+    max_queue: Annotated[int, Field(gt=0, description="Rows that may wait; beyond it the answer is 429.")] = 512
+    rack_slots: Annotated[int, Field(gt=0, description="Most lenses on the device at once.")] = 1024
+    rack_bytes: Annotated[int, Field(gt=0, description="Device memory of the rack.")] = 256 * MIB
+    cache_bytes: Annotated[int, Field(ge=0, description="Host memory for decoded bundles.")] = 256 * MIB
+
+    # --- training ---------------------------------------------------------------------------------------------------
+    workers: Annotated[int, Field(ge=0, le=64, description="Worker processes that `serve` starts and supervises.")] = 1
+    worker_threads: Annotated[int, Field(ge=0, description="Threads of a worker; 0 takes half of the cores.")] = 0
+    worker_nice: Annotated[int, Field(ge=0, le=19, description="How far a worker steps back for the server.")] = 10
+    lease_s: Annotated[float, Field(gt=0, description="How long a silent worker keeps its job.")] = 30.0
+    max_attempts: Annotated[int, Field(gt=0, description="Attempts before a job is given up.")] = 3
+
+    # --- datasets ---------------------------------------------------------------------------------------------------
+    max_dataset_images: Annotated[int, Field(gt=0, description="Most images in one dataset.")] = 1_000_000
+    max_unpacked_bytes: Annotated[int, Field(gt=0, description="Most bytes an archive may unpack to.")] = (
+        40 * 1024 * MIB
+    )
+
+    # --- logs -------------------------------------------------------------------------------------------------------
+    log_level: Annotated[str, Field(description="`debug`, `info`, `warning` or `error`.")] = "info"
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"file://{self.home.resolve() / 'store'}"
+
+    @property
+    def jobs_url(self) -> str:
+        return self.jobs or f"sqlite://{self.home.resolve() / 'jobs.sqlite'}"
+
+    @property
+    def datasets_dir(self) -> Path:
+        return self.home.resolve() / "datasets"

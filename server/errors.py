@@ -1,7 +1,7 @@
 """Everything that can go wrong for a caller, once: a status, a stable code and a sentence.
 
     ServiceError
-    ├── BadRequest 400        bad_request, bad_task_name, bad_image, image_too_small, bad_archive, bad_dataset, bad_bundle, …
+    ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle
     ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use
     ├── PreconditionFailed 412

@@ -106,7 +106,7 @@ class Alias(Message):
 
 
 class AliasUpdate(Request):
-    """Point an alias at one version, or at one version with `weight` and at what it serves now with the rest (canary)."""
+    """Point an alias at one version; with a `weight` below 1 the rest of the traffic stays where it is (canary)."""
 
     version: str
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -264,7 +264,10 @@ class JobList(Message):
 
 
 class JobEvent(Message):
-    """`seq` counts from 1 without gaps. Types: queued, started, epoch, step, published, retried, cancel_requested, and the end states."""
+    """`seq` counts from 1 without gaps.
+
+    Types: queued, started, epoch, published, retried, cancel_requested, and the three end states.
+    """
 
     seq: int
     type: str

@@ -21,7 +21,7 @@ FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class Message(BaseModel):
-    """What comes from the server: unknown fields are kept out of the way, so that an older client reads a newer server."""
+    """What comes from the server: unknown fields are ignored, so that an older client reads a newer server."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -84,6 +84,13 @@ class ManyPredictResponse(Message):
     results: dict[str, TaskResult]
 
 
+class EmbedResponse(Message):
+    """`embeddings[i]` are the backbone's features of image i, [D]; `fingerprint` names the backbone they belong to."""
+
+    fingerprint: str
+    embeddings: list[list[float]]
+
+
 # --- tasks, versions, aliases -----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,225 @@
+"""The one bounded queue between the event loop and the engine's thread.
+
+    submit(rows) ─▶ scheduler ─▶ one batch ─▶ engine thread ─▶ replies
+        │               │                          └ engine_failed 500 (only the row that caused it)
+        │               └ deadline_exceeded 504; rows that nobody waits for are dropped
+        └ queue_full 429, shutting_down 503
+
+Work-conserving: while the engine is busy rows gather, when it is free it takes what is there. The event loop owns the
+queue, so there are no locks; a batch costs one hand-over to the engine's thread and one back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from server import metrics
+from server.batching.row import Row
+from server.batching.scheduler import FlowKey, Scheduler, equal_weights
+from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
+
+log = logging.getLogger(__name__)
+
+Outcome = np.ndarray[Any, Any] | ServiceError
+
+
+class Engine(Protocol):
+    """What runs a batch. Both calls block and are made from one thread only."""
+
+    def run(self, work: Sequence[tuple[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
+        """Logits [C] for each (image uint8 [S, S, 3], seat)."""
+        ...
+
+    def embed(self, images: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """Features [n, D] of n images."""
+        ...
+
+
+class Batcher:
+    """Queues rows, hands batches to the engine, answers the rows. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_batch: int,
+        max_queue: int,
+        clock: Callable[[], float] = time.monotonic,
+        weight: Callable[[FlowKey], float] = equal_weights,
+    ) -> None:
+        self.max_queue = max_queue
+        self.clock = clock
+        self._engine = engine
+        self._max_batch = max_batch
+        self._scheduler = Scheduler(max_queue, weight=weight)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._serving: asyncio.Task[None] | None = None
+        self._closing = False
+        self._promised = 0  # rows that will be submitted as soon as their images are decoded
+        self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
+
+    def __len__(self) -> int:
+        return len(self._scheduler)
+
+    @contextmanager
+    def promise(self, rows: int) -> Iterator[None]:
+        """Keep room for rows whose images are still being decoded: a full queue is told before that work is done.
+
+        Submit right after the block, before anything is awaited. Raises QueueFull and Unavailable like `submit`.
+        """
+        self._admit(rows)
+        self._promised += rows
+        try:
+            yield
+        finally:
+            self._promised -= rows
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queue all of these rows or none. Raises QueueFull (with Retry-After) or Unavailable (shutting_down)."""
+        self._admit(len(rows))
+        for row in rows:
+            self._scheduler.offer(row)
+        metrics.QUEUE_ROWS.set(len(self._scheduler))
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.get_running_loop().create_task(self._serve(), name="batcher")
+        self._idle.clear()
+        self._arrived.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
+        self._closing = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("%d rows were still waiting at shutdown", len(self._scheduler))
+        for row in self._scheduler.clear():
+            self._settle(row, Unavailable("the server is shutting down", code="shutting_down"), "refused")
+        await self._stop()
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        assert self._promised >= 0, "promised rows"
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _admit(self, rows: int) -> None:
+        if self._closing:
+            raise Unavailable("the server is shutting down", code="shutting_down")
+        room = self.max_queue - self._promised - len(self._scheduler)
+        if room < rows and room + self._scheduler.sweep() < rows:
+            metrics.ROWS.labels("refused").inc(rows)
+            raise QueueFull(
+                f"the queue has no room for {rows} more rows: {len(self._scheduler) + self._promised} "
+                f"of {self.max_queue} are taken",
+                retry_after_s=self._retry_after_s(),
+            )
+
+    def _retry_after_s(self) -> float:
+        """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
+        if not self._rows_per_s:
+            return 1.0
+        waiting = len(self._scheduler) + self._promised
+        return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
+
+    async def _serve(self) -> None:
+        while True:
+            await self._arrived.wait()
+            now = self.clock()
+            batch, expired = self._scheduler.take(now, self._max_batch)
+            self._count_dropped(expired)
+            if batch:
+                await self._forward(batch, now)
+            if not len(self._scheduler):
+                self._arrived.clear()
+                self._idle.set()
+
+    async def _forward(self, batch: list[Row], taken_at: float) -> None:
+        metrics.BATCH_ROWS.observe(len(batch))
+        metrics.BATCH_TASKS.observe(len({id(row.seat) for row in batch}))
+        loop = asyncio.get_running_loop()
+        try:
+            outcomes: Sequence[Outcome] = await loop.run_in_executor(self._thread, self._answer, batch)
+        except BaseException:  # cancelled by a drain that ran out of time: nobody may be left waiting
+            for row in batch:
+                self._settle(row, Unavailable("the server is shutting down", code="shutting_down"), "refused")
+            raise
+        compute_s = self.clock() - taken_at
+        metrics.FORWARD_S.observe(compute_s)
+        self._measure(len(batch), compute_s)
+        for row, outcome in zip(batch, outcomes, strict=True):
+            row.watch.queue_s, row.watch.compute_s = taken_at - row.arrived, compute_s
+            metrics.QUEUE_S.observe(row.watch.queue_s)
+            self._settle(row, outcome, "failed" if isinstance(outcome, ServiceError) else "answered")
+
+    def _answer(self, rows: Sequence[Row]) -> list[Outcome]:
+        """In the engine's thread: every row's outcome. A batch that fails is halved until the culprit stands alone."""
+        try:
+            return list(self._run(rows))
+        except Exception as error:
+            if len(rows) > 1:
+                middle = len(rows) // 2
+                return self._answer(rows[:middle]) + self._answer(rows[middle:])
+            if isinstance(error, ServiceError):
+                return [error]
+            log.exception("the engine failed on a row of task %s", rows[0].task)
+            return [Internal("the engine could not answer this image", code="engine_failed")]
+
+    def _run(self, rows: Sequence[Row]) -> Iterable[np.ndarray[Any, Any]]:
+        answers: list[Any] = [None] * len(rows)
+        asked = [i for i, row in enumerate(rows) if row.seat is not None]
+        plain = [i for i, row in enumerate(rows) if row.seat is None]
+        if asked:
+            logits = self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
+            answers = _place(answers, asked, logits)
+        if plain:
+            features = self._engine.embed([rows[i].image for i in plain])
+            answers = _place(answers, plain, list(features))
+        return answers
+
+    def _measure(self, rows: int, seconds: float) -> None:
+        rate = rows / max(seconds, 1e-6)
+        self._rows_per_s = rate if not self._rows_per_s else 0.8 * self._rows_per_s + 0.2 * rate
+
+    def _count_dropped(self, expired: Sequence[Row]) -> None:
+        for row in expired:
+            self._settle(row, DeadlineExceeded("the request's time was up before the engine was free"), "expired")
+        for row in self._scheduler.pop_departed():
+            self._settle(row, None, "departed")
+        metrics.QUEUE_ROWS.set(len(self._scheduler))
+
+    def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
+        """Answer a row that still has a listener, count it, and let go of it."""
+        metrics.ROWS.labels(how).inc()
+        if not row.reply.done():
+            if isinstance(outcome, ServiceError):
+                row.reply.set_exception(outcome)
+            else:
+                row.reply.set_result(outcome)
+        row.leave()
+
+    async def _stop(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _place(answers: list[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    if len(values) != len(where):
+        raise Internal(f"the engine gave {len(values)} answers for {len(where)} rows", code="engine_failed")
+    for i, value in zip(where, values, strict=True):
+        answers[i] = value
+    return answers

@@ -1,0 +1,246 @@
+"""The one frozen ViT: loaded, checked, fingerprinted, never changed.
+
+The blocks stay timm's own modules, so every plain timm ViT that `refusal` lets through (layer scale, qk-norm, pre-norm,
+register tokens, `fc_norm`, with or without class token) is served by the one forward in `vit.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import Mlp
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from prompts_store import Preprocess
+
+UNTRAINED = "untrained"
+UNTRAINED_CONFIG: dict[str, Any] = {
+    "img_size": 96,
+    "patch_size": 12,
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 3,
+}
+POOLS = ("token", "avg")
+
+
+class BackboneError(ValueError):
+    """The backbone cannot be loaded or cannot be served; the message says why."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the floors above need to know of a backbone without touching a tensor.
+
+    `tokens` counts every token of an image's sequence; `prefix_tokens` of them (class, registers) are no patches.
+    """
+
+    arch: str
+    fingerprint: str
+    trained: bool
+    depth: int
+    dim: int
+    heads: int
+    image_size: int
+    patch_size: int
+    tokens: int
+    prefix_tokens: int
+    pool: str
+    preprocess: Preprocess
+
+
+class Backbone:
+    """A frozen timm `VisionTransformer` on one device in one dtype.
+
+    Shape: `model` maps pixels [B, 3, S, S] to tokens; prompts never enter it, see `vit.py`.
+    """
+
+    def __init__(self, spec: Spec, model: VisionTransformer, device: torch.device, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.model.blocks)
+
+    @classmethod
+    def of(
+        cls,
+        arch: str,
+        model: VisionTransformer,
+        *,
+        trained: bool = True,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Backbone:
+        """Wrap a timm model. Raises BackboneError, saying why, where its forward is not the plain one."""
+        reason = refusal(model)
+        if reason is not None:
+            raise BackboneError(f"backbone {arch!r} cannot be served: {reason}")
+        return cls(_spec(arch, model, trained), model, torch.device(device), dtype)
+
+
+def load(
+    name: str,
+    weights: Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Backbone:
+    """The backbone that a setting names.
+
+    `name` is a timm architecture, with a tag for timm's own weights (downloaded once), without one together with
+    `weights`, a safetensors file of timm keys; or `untrained`, a small seeded stand-in that has seen nothing.
+    """
+    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    precision = _dtype(dtype, target)
+    if name == UNTRAINED:
+        if weights is not None:
+            raise BackboneError("backbone 'untrained' takes no weights: name the timm architecture of the file")
+        return Backbone.of(name, _stand_in(), trained=False, device=target, dtype=precision)
+    if not timm.is_model(name.split(".", maxsplit=1)[0]):
+        raise BackboneError(f"unknown backbone {name!r}: expected a timm architecture or {UNTRAINED!r}")
+    model = _create(name, weights)
+    return Backbone.of(name.split(".", maxsplit=1)[0], model, device=target, dtype=precision)
+
+
+def _create(name: str, weights: Path | None) -> VisionTransformer:
+    try:
+        model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    except Exception as error:  # the hub's errors are of many kinds; all mean the same to whoever starts a server
+        raise BackboneError(f"backbone {name!r} could not be loaded: {error}") from error
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file of timm keys strictly; a classifier `head.*` in it is left out."""
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"backbone weights {file} cannot be read as safetensors: {error}") from error
+    expected = model.state_dict()
+    found = {key: tensor for key, tensor in found.items() if key in expected or not key.startswith("head")}
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise BackboneError(
+            f"backbone weights {file} do not fit: expected {len(expected)} tensors, found {len(found)}; "
+            f"missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            raise BackboneError(
+                f"backbone weights {file} do not fit: "
+                f"{key} is {list(tensor.shape)}, expected {list(expected[key].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise BackboneError(f"backbone weights {file}: {key} holds NaN or infinity")
+    model.load_state_dict({key: tensor.float() for key, tensor in found.items()}, strict=True)
+
+
+def fingerprint(arch: str, state: Mapping[str, Tensor]) -> str:
+    """sha256 over the architecture's name and every tensor: name, shape, little-endian float32 contents."""
+    digest = hashlib.sha256(arch.encode() + b"\0")
+    for key in sorted(state):
+        array = state[key].detach().cpu().float().contiguous().numpy()
+        digest.update(f"{key}{list(array.shape)}\0".encode())
+        digest.update(array.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why this model's forward is not the plain ViT forward of `vit.py`; None where it is."""
+    if type(model) is not VisionTransformer:
+        return f"expected a plain timm VisionTransformer, got {type(model).__name__}"
+    if model.global_pool not in POOLS or model.attn_pool is not None or model.pool_include_prefix:
+        return f"expected pooling by class token or mean of patches, got {model.global_pool!r} with extras"
+    reasons = (_block_refusal(block) for block in model.blocks)
+    return next((f"{reason} in block {index}" for index, reason in enumerate(reasons) if reason), None)
+
+
+def _block_refusal(block: nn.Module) -> str | None:
+    if type(block) is not Block:
+        return f"expected plain pre-norm blocks, got {type(block).__name__}"
+    if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+        return f"expected plain attention and MLP, got {type(block.attn).__name__} and {type(block.mlp).__name__}"
+    if not isinstance(block.attn.norm, nn.Identity) or block.attn.gate is not None:
+        return "expected attention without a norm or gate on its output, got one"
+    return None
+
+
+def _spec(arch: str, model: VisionTransformer, trained: bool) -> Spec:
+    grid_h, grid_w = model.patch_embed.grid_size
+    height, width = model.patch_embed.img_size
+    if height != width or grid_h != grid_w:
+        raise BackboneError(f"backbone {arch!r} cannot be served: expected square images, got {height}×{width}")
+    return Spec(
+        arch=arch,
+        fingerprint=fingerprint(arch, model.state_dict()),
+        trained=trained,
+        depth=len(model.blocks),
+        dim=model.embed_dim,
+        heads=model.blocks[0].attn.num_heads,
+        image_size=height,
+        patch_size=model.patch_embed.patch_size[0],
+        tokens=grid_h * grid_w + model.num_prefix_tokens,
+        prefix_tokens=model.num_prefix_tokens,
+        pool=model.global_pool,
+        preprocess=_preprocess(model, height),
+    )
+
+
+def _preprocess(model: VisionTransformer, size: int) -> Preprocess:
+    """How this backbone saw images in pretraining: the default of new bundles, which carry their own copy."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5))
+    return Preprocess(
+        size=size,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        interpolation=config.get("interpolation") or "bicubic",
+        crop_pct=float(config.get("crop_pct") or 1.0),
+        crop_mode=config.get("crop_mode") or "center",
+    )
+
+
+def _stand_in() -> VisionTransformer:
+    """A small ViT with weights from a seed: every machine draws the same ones, so the fingerprint is the same."""
+    model = VisionTransformer(**UNTRAINED_CONFIG, num_classes=0)
+    bits = np.random.PCG64(20_261)  # raw PCG64 outputs are the stream that NumPy keeps stable across versions
+    state = {}
+    for key, tensor in sorted(model.state_dict().items()):
+        if tensor.ndim == 1:  # norms and biases at their neutral values
+            state[key] = (
+                torch.ones_like(tensor) if "norm" in key and key.endswith("weight") else torch.zeros_like(tensor)
+            )
+            continue
+        uniform = (bits.random_raw(tensor.numel()) >> np.uint64(11)).astype(np.float64) * 2.0**-53 * 2 - 1
+        fan_in = tensor.shape[-1] if tensor.ndim != 4 else math.prod(tensor.shape[1:])
+        bound = math.sqrt(3 / fan_in) if key.endswith("weight") else 0.2
+        state[key] = torch.from_numpy((uniform * bound).astype(np.float32)).reshape(tensor.shape)
+    model.load_state_dict(state)
+    return model
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name not in known:
+        raise BackboneError(f"unknown dtype {name!r}: expected auto or one of {sorted(known)}")
+    return known[name]

@@ -1,0 +1,101 @@
+"""The engine: pictures and seats in, logits out; one call is one forward, whatever tasks and methods its rows have.
+
+work ─► distinct pictures ─► patch embedding ─► distinct trunk rows ─► lanes ─► forward ─► heads
+        (one per image and     (one per picture)   (head-only tasks on one
+         normalisation)                             picture share a row)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import vit
+from .backbone import Backbone
+from .lens import Plain
+from .rack import Rack
+from .residency import Seat
+
+Pixels = NDArray[np.uint8]  # [S, S, 3]
+Logits = NDArray[np.float64]  # [C]
+Work = tuple[Pixels, Seat]
+Item = TypeVar("Item")
+
+
+class Engine:
+    """Runs in one thread: `run` and `embed` are not to be called concurrently."""
+
+    def __init__(self, backbone: Backbone, rack: Rack) -> None:
+        self.backbone, self.rack = backbone, rack
+
+    @torch.inference_mode()
+    def run(self, work: Sequence[Work]) -> list[Logits]:
+        """Logits [C] of each row. Rows that carry the very same array object share what can be shared."""
+        pictures = _Distinct(work, lambda row: (id(row[0]), row[1].mean, row[1].std))
+        x = self._embed([(pixels, seat.mean, seat.std) for pixels, seat in pictures.items])
+        rows = [(picture, seat) for picture, (_, seat) in zip(pictures.index, work, strict=True)]
+        return [row.double().cpu().numpy() for row in self.logits(x, rows)]
+
+    def logits(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> list[Tensor]:
+        """Embedded pictures x [n, N, D] and rows (picture, seat) → logits [C] of each row."""
+        trunk = _Distinct(rows, lambda row: (row[0], self._trunk_key(row[1])))
+        features = self._features(x, trunk.items)
+        return self.rack.heads(features[trunk.index], [seat.place for _, seat in rows])
+
+    @torch.inference_mode()
+    def embed(self, images: Sequence[Pixels]) -> NDArray[np.float32]:
+        """The frozen backbone's own pooled features [n, D], with the backbone's own normalisation."""
+        own = self.backbone.spec.preprocess
+        x = self._embed([(pixels, own.mean, own.std) for pixels in images])
+        return vit.forward(self.backbone, x, Plain()).float().cpu().numpy()
+
+    def _trunk_key(self, seat: Seat) -> int:
+        """Seats with the same key run the same trunk on the same picture."""
+        return -1 if self.rack.head_only(seat.place) else seat.slot
+
+    def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> Tensor:
+        """Pooled features [rows, D]; rows that carry tokens go into a lane of their own."""
+        carrying = [self.rack.has_tokens(seat.place) for _, seat in rows]
+        order = sorted(range(len(rows)), key=lambda row: carrying[row])
+        lanes = []
+        for group in (False, True):
+            members = [rows[row] for row in order if carrying[row] is group]
+            if members:
+                condition = self.rack.gather([seat.place for _, seat in members])
+                lanes.append(vit.Lane.of(x[[picture for picture, _ in members]], condition))
+        features = torch.cat(vit.forward_lanes(self.backbone, lanes))
+        return features[np.argsort(order)]
+
+    def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
+        """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]"""
+        device, dtype = self.backbone.device, self.backbone.dtype
+        pixels = torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])).to(device)
+        mean = torch.tensor([mean for _, mean, _ in pictures], device=device)
+        std = torch.tensor([std for _, _, std in pictures], device=device)
+        return vit.embed(self.backbone, normalise(pixels, mean, std, dtype))
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, S, S, 3], mean and std [B, 3] in units of full scale → [B, 3, S, S]. Computed in float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    scaled = pixels.permute(0, 3, 1, 2).to(wide) / 255
+    return ((scaled - mean.to(wide)[:, :, None, None]) / std.to(wide)[:, :, None, None]).to(dtype)
+
+
+class _Distinct(Generic[Item]):
+    """The distinct items of a sequence by key, and for each item the place of its like among them."""
+
+    def __init__(self, items: Iterable[Item], key: Callable[[Item], Hashable]) -> None:
+        self.items: list[Item] = []
+        self.index: list[int] = []
+        seen: dict[Hashable, int] = {}
+        for item in items:
+            place = seen.setdefault(key(item), len(self.items))
+            if place == len(self.items):
+                self.items.append(item)
+            self.index.append(place)

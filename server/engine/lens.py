@@ -1,0 +1,111 @@
+"""A lens: a bundle lowered to what the one forward needs.
+
+The forward knows primitives, not methods:
+
+    keys, values   prompts as keys and values of each layer's attention (prefix); exact wherever a method throws its
+                   prompts' outputs away, because then prompts act on the image tokens in no other way
+    tokens         prompts carried through all layers as real tokens
+    head           the linear classifier on the pooled feature
+
+A `Condition` is what a batch of rows brings to the forward. Training expands one lens over its batch (`condition`),
+serving gathers many lenses by slot (`rack.Rack.gather`); the forward cannot tell which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Shapes, with an optional leading batch axis [B] where prompt dropout makes them differ from row to row:
+
+    keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C].
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    tokens: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+
+    @property
+    def classes(self) -> int:
+        return self.head_weight.shape[0]
+
+    @property
+    def head_only(self) -> bool:
+        """Whether the trunk runs as the plain frozen ViT, so that it can be shared with every such lens."""
+        return not any(self.prefix_lengths) and self.tokens.shape[-2] == 0
+
+    @property
+    def prefix_lengths(self) -> tuple[int, ...]:
+        return tuple(key.shape[-2] for key in self.keys)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """One layer's prompts for a batch. keys, values: [B, P, D]; mask: [B, P], True where a prompt is real, or None."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+class Condition(Protocol):
+    """What rows bring besides their image. Every tensor's first axis is the rows' order."""
+
+    def prefix(self, layer: int) -> Prefix | None: ...
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[B, T, D], or None."""
+        ...
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """[B, T], True where a token is real; None where all are."""
+        ...
+
+
+class Plain:
+    """No prompts at all: the plain frozen ViT."""
+
+    tokens: Tensor | None = None
+    token_mask: Tensor | None = None
+
+    def prefix(self, layer: int) -> Prefix | None:
+        return None
+
+
+class Expanded:
+    """One lens for a whole batch, differentiable: how `fit` asks the forward."""
+
+    token_mask: Tensor | None = None
+
+    def __init__(self, lens: Lens, rows: int) -> None:
+        self._lens, self._rows = lens, rows
+        self.tokens: Tensor | None = self._spread(lens.tokens) if lens.tokens.shape[-2] else None
+
+    def prefix(self, layer: int) -> Prefix | None:
+        keys = self._lens.keys[layer]
+        if keys.shape[-2] == 0:
+            return None
+        return Prefix(self._spread(keys), self._spread(self._lens.values[layer]), None)
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == 3 else tensor.expand(self._rows, -1, -1)
+
+
+def condition(lens: Lens, rows: int) -> Condition:
+    """`lens` for each of `rows` rows."""
+    return Expanded(lens, rows)
+
+
+def no_prefix(depth: int, like: Tensor) -> tuple[Tensor, ...]:
+    """Keys or values of a lens without a prefix: `depth` empty tensors [0, D]."""
+    return tuple(torch.empty(0, like.shape[-1], dtype=like.dtype, device=like.device) for _ in range(depth))

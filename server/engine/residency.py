@@ -1,0 +1,249 @@
+"""Which lenses are on the rack: loading once, pinning while rows need them, evicting the least recently used.
+
+    acquire ─► on the rack? ─► pinned seat
+                  │ no
+                  └► loader thread: store → bundle → lens ─► make room ─► write ─► pinned seat
+
+Lives on the event loop, which owns all of its state; only loading and copying happen in the loader thread. Loads are
+single-flight per version: whoever asks meanwhile waits for the same load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from server.errors import Unavailable
+
+from .images import Geometry
+from .lens import Lens
+from .rack import Place, Rack
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loader makes of a stored version."""
+
+    lens: Lens
+    labels: tuple[str, ...]
+    geometry: Geometry
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A resident version, as rows carry it: where it sits, how its pictures are cut and how they are normalised."""
+
+    task: str
+    version: str
+    place: Place
+    labels: tuple[str, ...]
+    geometry: Geometry
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def slot(self) -> int:
+        return self.place.slot
+
+    @property
+    def generation(self) -> int:
+        return self.place.generation
+
+
+Key = tuple[str, str]
+Loader = Callable[[str, str], Loaded]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A version on its way to the rack or on it. Whoever waits for it has pinned it already."""
+
+    ready: asyncio.Task[Seat] = field(init=False)
+    pins: int = 0
+    held: bool = False
+    gone: bool = False  # unloaded: freed with its last pin
+
+    @property
+    def seat(self) -> Seat | None:
+        """The seat once there is one."""
+        done = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        return self.ready.result() if done else None
+
+
+@dataclass
+class Counts:
+    """What an operator wants to know; the metrics read it."""
+
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+
+
+class Residency:
+    """Seats by (task, version). All methods belong to the event loop's thread.
+
+    `on_load(seconds)` is called after each load: the hook for metrics.
+    """
+
+    def __init__(
+        self,
+        rack: Rack,
+        loader: Loader,
+        executor: Executor,
+        *,
+        on_load: Callable[[float], None] | None = None,
+        on_evict: Callable[[], None] | None = None,
+    ) -> None:
+        self._rack, self._loader, self._executor = rack, loader, executor
+        self._on_load, self._on_evict = on_load, on_evict
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # least recently used first
+        self._sitting: dict[Place, _Entry] = {}  # also those unloaded whose rows are not answered yet
+        self._freed = asyncio.Event()
+        self.counts = Counts()
+
+    async def acquire(self, task: str, version: str) -> Seat:
+        """A pinned seat; give it back with `release`. Raises what the loader raises, or Unavailable (rack_full)."""
+        entry = self._entries.get((task, version))
+        if entry is None:
+            entry = self._entries[task, version] = _Entry()
+            entry.ready = asyncio.create_task(self._load(task, version, entry))
+            entry.ready.add_done_callback(_retrieve)
+        else:
+            self.counts.hits += 1
+            self._entries.move_to_end((task, version))
+        entry.pins += 1
+        try:
+            return await asyncio.shield(entry.ready)
+        except BaseException:
+            self._unpin(entry)
+            raise
+
+    def release(self, seat: Seat) -> None:
+        self._unpin(self._sitting[seat.place])
+
+    async def load(self, task: str, version: str) -> None:
+        """Make resident without asking anything of it."""
+        self.release(await self.acquire(task, version))
+
+    async def unload(self, task: str, version: str) -> bool:
+        """Take it off the rack; returns when no row needs it any more and its memory is free. False where it was not
+        resident."""
+        entry = self._entries.pop((task, version), None)
+        if entry is None:
+            return False
+        await asyncio.wait([entry.ready])
+        if entry.seat is None:  # the load failed: its waiters are told why, and there is nothing to free
+            return False
+        entry.gone = True
+        self._settle(entry)
+        while entry.seat.place in self._sitting:
+            self._freed.clear()
+            await self._freed.wait()
+        return True
+
+    def pin(self, task: str, version: str, on: bool) -> bool:
+        """Keep a resident version from being evicted, or no longer. False where it is not resident."""
+        entry = self._entries.get((task, version))
+        if entry is None:
+            return False
+        entry.held = on
+        self._settle(entry)
+        return True
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def resident(self, task: str, version: str) -> bool:
+        entry = self._entries.get((task, version))
+        return entry is not None and entry.seat is not None
+
+    def pinned(self, task: str, version: str) -> bool:
+        entry = self._entries.get((task, version))
+        return entry is not None and entry.held
+
+    def lens_bytes(self, task: str, version: str) -> int:
+        """Device memory of a resident version, 0 where it is not resident."""
+        entry = self._entries.get((task, version))
+        if entry is None or entry.seat is None:
+            return 0
+        return self._rack.size_bytes(entry.seat.place)
+
+    def seats(self) -> list[Seat]:
+        """Everybody on the rack, least recently used first."""
+        return [entry.seat for entry in self._entries.values() if entry.seat is not None]
+
+    def check_integrity(self) -> None:
+        self._rack.check_integrity()
+        if any(entry.pins < 0 for entry in self._sitting.values()):
+            raise AssertionError("a seat was released more often than acquired")
+        if len(self._sitting) != self._rack.used_slots:
+            raise AssertionError("the rack holds lenses that nobody knows of")
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    async def _load(self, task: str, version: str, entry: _Entry) -> Seat:
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        try:
+            loaded = await loop.run_in_executor(self._executor, self._loader, task, version)
+            place = await self._make_room(loaded.lens)
+            await loop.run_in_executor(self._executor, self._rack.write, place, loaded.lens)
+        except BaseException:
+            if self._entries.get((task, version)) is entry:
+                del self._entries[task, version]
+            raise
+        self._sitting[place] = entry
+        self.counts.loads += 1
+        if self._on_load is not None:
+            self._on_load(time.perf_counter() - started)
+        return Seat(task, version, place, loaded.labels, loaded.geometry, loaded.mean, loaded.std)
+
+    async def _make_room(self, lens: Lens) -> Place:
+        if not self._rack.can_ever_hold(lens):
+            raise Unavailable(
+                "the task's lens is larger than the whole rack; the server needs a larger LENSRACK_RACK_BYTES",
+                code="rack_full",
+            )
+        while not self._evict_until(lens):
+            self._freed.clear()
+            await self._freed.wait()
+        return self._rack.allocate(lens)
+
+    def _evict_until(self, lens: Lens) -> bool:
+        """Evict the least recently used until the lens fits. False where pinned ones leave too little room."""
+        for key, entry in list(self._entries.items()):
+            if self._rack.can_allocate(lens):
+                break
+            if entry.seat is not None and entry.pins == 0 and not entry.held:
+                del self._entries[key]
+                self._free(entry)
+                self.counts.evictions += 1
+                if self._on_evict is not None:
+                    self._on_evict()
+        return self._rack.can_allocate(lens)
+
+    def _unpin(self, entry: _Entry) -> None:
+        entry.pins -= 1
+        self._settle(entry)
+
+    def _settle(self, entry: _Entry) -> None:
+        """After a pin fell: an unloaded lens leaves with its last one, and loads that wait for room look again."""
+        if entry.pins == 0 and entry.gone:
+            self._free(entry)
+        self._freed.set()
+
+    def _free(self, entry: _Entry) -> None:
+        if entry.seat is not None:
+            del self._sitting[entry.seat.place]
+            self._rack.free(entry.seat.place)
+
+
+def _retrieve(task: asyncio.Task[Seat]) -> None:
+    """A failed load whose waiters have all left is nobody's error."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,185 @@
+"""The one forward, for serving and for training.
+
+    pixels ──embed──► x [B, N, D] ──12 blocks──► features [B, D] ──head──► logits [B, C]
+
+Rows of one batch may belong to different tasks and methods. They are laid out in lanes: a lane is a group of rows with
+the same number of tokens. Everything that treats each token by itself (norms, projections, MLP) runs once over the
+tokens of all lanes; only the attention runs lane by lane.
+
+Why a prefix is exact: where a method discards its prompts' outputs at every layer (VPT-deep, Jia et al., ECCV 2022,
+section 3.2), prompts reach the image tokens as keys and values only, K_l = W_k·LN_l(P_l) + b_k and likewise V_l. These
+do not depend on the image, so they are computed once, when the lens is made (`project`), and the queries and the MLP
+run for the image tokens alone. The last block's output is read at the class token only, so only its query is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from .backbone import Backbone
+from .lens import Condition, Prefix
+
+
+@dataclass
+class Lane:
+    """Rows with the same number of tokens. x: [B, N, D], the image's tokens first, then the prompts' tokens."""
+
+    x: Tensor
+    condition: Condition
+    token_mask: Tensor | None  # [B, N], False at padding
+
+    @classmethod
+    def of(cls, x: Tensor, condition: Condition) -> Lane:
+        """Append the condition's tokens to the image's tokens x [B, N, D]. Their place does not matter: prompts get no
+        position embedding, and attention does not know order."""
+        if condition.tokens is None:
+            return cls(x, condition, None)
+        mask = condition.token_mask
+        if mask is not None:
+            mask = torch.cat((mask.new_ones(x.shape[:2]), mask), dim=1)
+        return cls(torch.cat((x, condition.tokens), dim=1), condition, mask)
+
+
+def embed(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, S, S] to the tokens that enter the first block [B, N, D]."""
+    model = backbone.model
+    return model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+
+
+def forward(backbone: Backbone, x: Tensor, condition: Condition) -> Tensor:
+    """Image tokens [B, N, D] of rows in one lane to pooled features [B, D]."""
+    return forward_lanes(backbone, [Lane.of(x, condition)])[0]
+
+
+def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
+    """Pooled features [B_i, D] of each lane."""
+    blocks, spec = backbone.blocks, backbone.spec
+    by_class_token = spec.pool == "token"
+    for index, block in enumerate(blocks):
+        if by_class_token and index == len(blocks) - 1:
+            return _pool_class_token(backbone, _last_block(block, lanes, index), lanes)
+        _block(block, lanes, index)
+    return [_pool_average(backbone, lane.x) for lane in lanes]
+
+
+def head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Features [B, D], one head [C, D] and [C] → logits [B, C]."""
+    return F.linear(features, weight, bias)
+
+
+def project(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [..., p, D] of one layer to the keys and values [..., p, D] that the layer's attention sees of them."""
+    dim = prompts.shape[-1]
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    normed = block.norm1(prompts)
+    keys, values = F.linear(normed, weight[dim:], None if bias is None else bias[dim:]).split(dim, dim=-1)
+    return _per_head(block, keys, "k_norm"), values
+
+
+def _block(block: Block, lanes: Sequence[Lane], index: int) -> None:
+    """One pre-norm block over all lanes, in place of their x."""
+    flat = _flatten([lane.x for lane in lanes])  # [ΣB·N, D]
+    qkv = _split(block.attn.qkv(block.norm1(flat)), lanes)  # [B, N, 3D] a lane
+    mixed = _flatten([_attend(block, part, lane, index) for part, lane in zip(qkv, lanes, strict=True)])
+    flat = flat + block.ls1(block.attn.proj(mixed))
+    flat = flat + block.ls2(block.mlp(block.norm2(flat)))
+    for lane, x in zip(lanes, _split(flat, lanes), strict=True):
+        lane.x = x
+
+
+def _last_block(block: Block, lanes: Sequence[Lane], index: int) -> Tensor:
+    """The last block for the class token only: keys and values of all tokens, one query. Returns [ΣB, D]."""
+    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+    dim = weight.shape[1]
+    normed = block.norm1(_flatten([lane.x for lane in lanes]))
+    keys_values = _split(F.linear(normed, weight[dim:], None if bias is None else bias[dim:]), lanes)
+    firsts = [lane.x[:, 0] for lane in lanes]
+    queries = F.linear(
+        _flatten([part[:, 0] for part in _split(normed, lanes)]), weight[:dim], None if bias is None else bias[:dim]
+    )
+    mixed = []
+    for query, part, lane in zip(queries.split([len(first) for first in firsts]), keys_values, lanes, strict=True):
+        keys, values = part.split(dim, dim=-1)
+        mixed.append(_attention(block, (query.unsqueeze(1), keys, values), lane, index).squeeze(1))
+    flat = torch.cat(firsts) + block.ls1(block.attn.proj(torch.cat(mixed)))
+    return flat + block.ls2(block.mlp(block.norm2(flat)))
+
+
+def _attend(block: Block, qkv: Tensor, lane: Lane, index: int) -> Tensor:
+    query, keys, values = qkv.chunk(3, dim=-1)
+    return _attention(block, (query, keys, values), lane, index)
+
+
+def _attention(block: Block, qkv: tuple[Tensor, Tensor, Tensor], lane: Lane, index: int) -> Tensor:
+    """Queries [B, Q, D] over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D]."""
+    query, keys, values = qkv
+    heads = block.attn.num_heads
+    query, keys = _per_head(block, query, "q_norm"), _per_head(block, keys, "k_norm")
+    prefix = lane.condition.prefix(index)
+    mask = _mask(lane, prefix, keys)
+    if prefix is not None:
+        keys = torch.cat((prefix.keys.to(keys.dtype), keys), dim=1)
+        values = torch.cat((prefix.values.to(values.dtype), values), dim=1)
+    mixed = F.scaled_dot_product_attention(
+        _heads(query, heads), _heads(keys, heads), _heads(values, heads), attn_mask=mask
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _mask(lane: Lane, prefix: Prefix | None, keys: Tensor) -> Tensor | None:
+    """[B, 1, 1, P + N], True where a key may be seen. Padding without a mask would change answers: a zero key still
+    takes its share of the softmax."""
+    prefix_mask = None if prefix is None else prefix.mask
+    if prefix_mask is None and lane.token_mask is None:
+        return None
+    parts = []
+    if prefix is not None:
+        parts.append(prefix_mask if prefix_mask is not None else _all(keys, prefix.keys.shape[1]))
+    parts.append(lane.token_mask if lane.token_mask is not None else _all(keys, keys.shape[1]))
+    return torch.cat(parts, dim=1)[:, None, None]
+
+
+def _all(like: Tensor, length: int) -> Tensor:
+    return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+def _pool_class_token(backbone: Backbone, x: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+    model = backbone.model
+    return list(model.fc_norm(model.norm(x)).split([len(lane.x) for lane in lanes]))
+
+
+def _pool_average(backbone: Backbone, x: Tensor) -> Tensor:
+    """Mean over the patches' tokens, without class token, registers and prompts."""
+    model, spec = backbone.model, backbone.spec
+    return model.fc_norm(model.norm(x[:, spec.prefix_tokens : spec.tokens]).mean(dim=1))
+
+
+def _per_head(block: Block, x: Tensor, norm: str) -> Tensor:
+    """The block's query or key norm, which works on each head by itself (identity in most backbones)."""
+    module = getattr(block.attn, norm)
+    if isinstance(module, torch.nn.Identity):
+        return x
+    return module(x.unflatten(-1, (block.attn.num_heads, -1))).flatten(-2)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, d]
+
+
+def _flatten(parts: Sequence[Tensor]) -> Tensor:
+    """[B_i, N_i, D] of each lane → [ΣB·N, D]; one lane costs no copy."""
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _split(flat: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+    """The inverse of `_flatten`: views, no copies."""
+    shapes = [lane.x.shape[:2] for lane in lanes]
+    parts = flat.split([rows * tokens for rows, tokens in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,45 @@
+"""VPT-deep (Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2): fresh prompts at every layer.
+
+Each layer's prompt outputs are discarded, so the prompts are served as keys and values: exact, and p prompts cost
+p keys instead of p tokens. Lengths may differ from layer to layer, down to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from server.engine import vit
+from server.engine.backbone import Backbone, Spec
+from server.engine.lens import Lens
+
+from .method import Params, Shapes, head_init, head_shapes, prompt_init
+
+
+class VptDeep:
+    name: ClassVar[str] = "vpt_deep"
+    meaning: ClassVar[str] = "learned prompts at every layer: the strong one"
+    defaults: ClassVar[Mapping[str, object]] = {"prompts": 10, "lr": 3e-3, "epochs": 20, "prompt_dropout": 0.1}
+
+    def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
+        return (prompts,) * spec.depth
+
+    def shapes(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int) -> Shapes:
+        return {"prompts": (sum(prompt_lengths), spec.dim), **head_shapes(spec, classes)}
+
+    def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
+        prompts = prompt_init(spec, sum(prompt_lengths), generator)
+        return {"prompts": prompts, **head_init(spec, classes, generator)}
+
+    def lower(self, backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
+        layers = params["prompts"].split(list(prompt_lengths), dim=-2)
+        pairs = [vit.project(block, prompts) for block, prompts in zip(backbone.blocks, layers, strict=True)]
+        return Lens(
+            keys=tuple(keys for keys, _ in pairs),
+            values=tuple(values for _, values in pairs),
+            tokens=layers[0].new_empty(0, layers[0].shape[-1]),
+            head_weight=params["head.weight"],
+            head_bias=params["head.bias"],
+        )

@@ -1,0 +1,54 @@
+"""The hyper-parameters of a job, every default once.
+
+General defaults here, a method's own where it says so (`Method.defaults`), the job's where it asks. What a bundle's
+manifest records is the whole: nobody has to know the defaults of the day to repeat a fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from server.errors import Unprocessable
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`lr` is the learning rate itself. The VPT paper's `base_lr` becomes lr = base_lr · batch_size / 256 in `resolve`.
+
+    Schedule: linear warm-up over `warmup_epochs`, then a cosine to zero, per step. `validation` is the share of the
+    training images held out, class by class, where the dataset has no validation split.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    optimizer: str = "adamw"
+    lr: float = 3e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 2
+    prompts: int = 10
+    prompt_dropout: float = 0.0
+    validation: float = 0.15
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe:
+    """General defaults, then a method's, then the job's. Raises Unprocessable (invalid_request)."""
+    asked = {key: value for key, value in wanted.items() if value is not None}
+    base_lr = asked.pop("base_lr", None)
+    if base_lr is not None and "lr" in asked:
+        raise Unprocessable("give lr or base_lr, not both: lr = base_lr · batch_size / 256")
+    known = {field.name for field in fields(Recipe)}
+    if unknown := sorted(asked.keys() - known):
+        raise Unprocessable(f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr'})}")
+    recipe = Recipe(**{**defaults, **asked})  # type: ignore[arg-type]  # the wire has checked the types of `asked`
+    if base_lr is not None:
+        recipe = Recipe(**{**asdict(recipe), "lr": base_lr * recipe.batch_size / 256})
+    if recipe.optimizer not in ("sgd", "adamw"):
+        raise Unprocessable(f"unknown optimizer {recipe.optimizer!r}: expected 'sgd' or 'adamw'")
+    return Recipe(**{**asdict(recipe), "warmup_epochs": min(recipe.warmup_epochs, recipe.epochs - 1)})

@@ -1,0 +1,129 @@
+"""Golden cases: weights, bundles and images drawn from seeds, numbers from the official implementations.
+
+`tests/golden/numbers/index.json` names each case's origin (repository, commit, files); `recipe.py` draws its inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.numpy import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from server.engine.backbone import Backbone
+from server.engine.engine import Engine
+from server.engine.images import Geometry
+from server.engine.lens import Lens
+from server.engine.rack import Rack
+from server.engine.residency import Seat
+from server.methods.registry import Registry
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+INDEX = json.loads((GOLDEN / "numbers" / "index.json").read_text())
+METHODS = {"spt_deep": "vpt_deep", "spt_shallow": "vpt_shallow", "vpt_deep_project": "vpt_deep"}
+NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 4}
+
+_spec = importlib.util.spec_from_file_location("golden_recipe", GOLDEN / "recipe.py")
+assert _spec is not None
+assert _spec.loader is not None
+recipe = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(recipe)
+
+
+def cases(kind: str) -> list[Any]:
+    return [case for case in INDEX["cases"] if case["kind"] == kind]
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    return str(case["name"])
+
+
+def numbers(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "numbers" / case["file"])
+
+
+def tolerance(case: Mapping[str, Any], dtype: torch.dtype) -> float:
+    name = str(dtype).removeprefix("torch.")
+    return float({**INDEX["tolerance"], **case.get("tolerance", {})}[name])
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(arch: str, seed: int) -> dict[str, np.ndarray]:
+    return dict(recipe.backbone(arch, seed))
+
+
+@functools.lru_cache(maxsize=2)
+def backbone(arch: str, seed: int, dtype: torch.dtype) -> Backbone:
+    model = VisionTransformer(**NANO, num_classes=0) if arch == "vit_nano" else timm.create_model(arch, num_classes=0)
+    model.load_state_dict({key: torch.from_numpy(array) for key, array in _weights(arch, seed).items()}, strict=True)
+    return Backbone.of(arch, model, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a golden case: its method in our words and its parameters in our layout."""
+
+    method: str
+    params: dict[str, Tensor]
+    lengths: tuple[int, ...]
+
+    def lens(self, eye: Backbone) -> Lens:
+        return Registry().get(self.method).lower(eye, self.params, self.lengths)
+
+
+def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
+    raw = recipe.bundle(
+        case["method"],
+        arch,
+        case["p"],
+        case["classes"],
+        case["bundle_seed"],
+        **({"project": case["options"]["project"]} if "project" in case.get("options", {}) else {}),
+    )
+    params = {key: torch.from_numpy(array).to(dtype) for key, array in raw.items()}
+    scale = case.get("options", {})
+    for key in ("head.weight", "head.bias"):
+        params[key] = params[key] * scale.get("scale_head", 1)
+    method = METHODS.get(case["method"], case["method"])
+    depth = recipe.ARCHS[arch]["depth"]
+    if method == "linear":
+        return Task(method, params, (0,) * depth)
+    prompts = params["prompts"] * scale.get("scale_prompts", 1)
+    if "prompt_proj.weight" in params:  # folded once, as an importer would
+        prompts = prompts @ params.pop("prompt_proj.weight").T + params.pop("prompt_proj.bias")
+    p = case["p"]
+    lengths = tuple(p) if isinstance(p, list) else (p, *(p if method == "vpt_deep" else 0 for _ in range(depth - 1)))
+    params["prompts"] = prompts.reshape(-1, prompts.shape[-1])
+    return Task(method, params, lengths)
+
+
+def pixels(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(recipe.images(case["n"], recipe.ARCHS[arch]["size"], case["image_seed"])).to(dtype)
+
+
+class Bench:
+    """An engine with a rack of its own, to seat lenses by hand."""
+
+    def __init__(self, eye: Backbone, *, slots: int = 64, vectors: int = 20_000) -> None:
+        self.eye = eye
+        self.rack = Rack(dim=eye.spec.dim, slots=slots, vectors=vectors, device=eye.device, dtype=eye.dtype)
+        self.engine = Engine(eye, self.rack)
+        self._names = itertools.count()
+
+    def seat(self, lens: Lens, mean: float = 0.5, std: float = 0.5) -> Seat:
+        place = self.rack.allocate(lens)
+        self.rack.write(place, lens)
+        labels = tuple(str(n) for n in range(lens.classes))
+        geometry = Geometry(self.eye.spec.image_size, "bicubic", 1.0, "center")
+        return Seat(f"task-{next(self._names)}", "0" * 64, place, labels, geometry, (mean,) * 3, (std,) * 3)

@@ -1,0 +1,162 @@
+"""Golden cases of the methods we have: reference and fast path, alone and mixed, forward, gradient, training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine import lens, reference, vit
+from server.engine.backbone import Backbone
+from server.methods.registry import Registry
+from server.training.fit import make_optimizer
+from server.training.recipe import Recipe
+from tests.engine.golden_cases import Bench, Task, backbone, cases, name_of, numbers, pixels, recipe, task, tolerance
+
+DTYPES = [torch.float32, torch.float64]
+SLOW_ARCHS = {"vit_base_patch16_224"}
+REFERENCES = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow}
+
+
+def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    found = numbers(case)
+    wide = f"{key}64" if dtype == torch.float64 else key
+    if wide not in found:
+        pytest.skip(f"{case['name']} has no {wide}")
+    return torch.from_numpy(found[wide])
+
+
+def literal(eye: Backbone, images: Tensor, own: Task) -> Tensor:
+    if own.method == "vpt_deep":
+        return reference.vpt_deep(eye, images, own.params, own.lengths)
+    return REFERENCES[own.method](eye, images, own.params)
+
+
+def fast(eye: Backbone, images: Tensor, own: Task) -> Tensor:
+    lowered = own.lens(eye)
+    features = vit.forward(eye, vit.embed(eye, images), lens.condition(lowered, len(images)))
+    return vit.head(features, lowered.head_weight, lowered.head_bias)
+
+
+def setting(case: Mapping[str, Any], dtype: torch.dtype) -> tuple[Backbone, Task, Tensor]:
+    arch = case["arch"]
+    return backbone(arch, case["backbone_seed"], dtype), task(case, arch, dtype), pixels(case, arch, dtype)
+
+
+@pytest.mark.parametrize("case", cases("forward"), ids=name_of)
+def test_the_inputs_are_those_of_the_official_runs(case: dict[str, Any]) -> None:
+    options = {"project": case["options"]["project"]} if "project" in case.get("options", {}) else {}
+    bundle = recipe.bundle(case["method"], case["arch"], case["p"], case["classes"], case["bundle_seed"], **options)
+    images = recipe.images(case["n"], recipe.ARCHS[case["arch"]]["size"], case["image_seed"])
+    assert recipe.digest(bundle) == case["sha256"]["bundle"]
+    assert recipe.digest({"images": images}) == case["sha256"]["images"]
+
+
+@pytest.mark.parametrize("path", [literal, fast])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("forward"), ids=name_of)
+def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
+    eye, own, images = setting(case, dtype)
+    with torch.inference_mode():
+        logits = path(eye, images, own)
+    torch.testing.assert_close(logits, expected(case, "logits", dtype), atol=tolerance(case, dtype), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ["vit_nano", "deit_tiny_patch16_224", "vit_base_patch16_224"])
+def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtype) -> None:
+    """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes."""
+    found = [case for case in cases("forward") if case["arch"] == arch]
+    found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
+    if not found:
+        pytest.skip(f"no {dtype} numbers for {arch}")
+    eye = backbone(arch, found[0]["backbone_seed"], dtype)
+    bench = Bench(eye)
+    with torch.inference_mode():
+        seats = [bench.seat(task(case, arch, dtype).lens(eye)) for case in found]
+        rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(found[n]["n"])]
+        rows = rows[::2] + rows[1::2]
+        x = vit.embed(eye, torch.stack([pixels(found[n], arch, dtype)[index] for n, _, index in rows]))
+        logits = bench.engine.logits(x, [(position, seat) for position, (_, seat, _) in enumerate(rows)])
+    for (n, _, index), row in zip(rows, logits, strict=True):
+        truth = expected(found[n], "logits", dtype)[index]
+        torch.testing.assert_close(row, truth, atol=tolerance(found[n], dtype), rtol=0, msg=found[n]["name"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("rows"), ids=name_of)
+def test_rows_of_different_tasks(case: dict[str, Any], dtype: torch.dtype) -> None:
+    eye = backbone(case["arch"], case["backbone_seed"], dtype)
+    bench = Bench(eye)
+    with torch.inference_mode():
+        seats = [bench.seat(task(row, case["arch"], dtype).lens(eye)) for row in case["rows"]]
+        x = vit.embed(eye, pixels(case, case["arch"], dtype))
+        logits = bench.engine.logits(x, list(enumerate(seats)))
+    for index, row in enumerate(logits):
+        key = f"logits64.{index}" if dtype == torch.float64 else f"logits.{index}"
+        truth = torch.from_numpy(numbers(case)[key])
+        torch.testing.assert_close(row, truth, atol=tolerance(case, dtype), rtol=0)
+
+
+@pytest.mark.parametrize("path", [literal, fast])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("grad"), ids=name_of)
+def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
+    eye, own, images = setting(case, dtype)
+    for parameter in own.params.values():
+        parameter.requires_grad_(True)
+    loss = F.cross_entropy(path(eye, images, own), torch.tensor(case["labels"]))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected(case, "loss", dtype).item(), abs=tolerance(case, dtype))
+    layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
+    prompts = own.params["prompts"].grad.reshape(layers, -1, eye.spec.dim)
+    for key, found in {
+        "prompt_grad_slice": prompts[:, :2, :16],
+        "prompt_grad_l2": prompts.flatten(1).norm(dim=1),
+        "head_weight_grad": own.params["head.weight"].grad,
+        "head_bias_grad": own.params["head.bias"].grad,
+    }.items():
+        truth = expected(case, key, dtype)
+        torch.testing.assert_close(found, truth, atol=tolerance(case, dtype) * truth.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("train"), ids=name_of)
+def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
+    """Official SGD step by step, through our optimiser: momentum, weight decay, none on the head's bias."""
+    eye, own, images = setting(case, dtype)
+    options = case["options"]
+    params = {key: tensor.clone().requires_grad_(True) for key, tensor in own.params.items()}
+    plan = Recipe(optimizer="sgd", lr=options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"])
+    optimizer = make_optimizer(params, plan)
+    labels, losses = torch.tensor(case["labels"]), []
+    for step in range(options["steps"] + 1):
+        logits = fast(eye, images, Task(own.method, params, own.lengths))
+        loss = F.cross_entropy(logits, labels)
+        losses.append(loss.item())
+        if step < options["steps"]:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    atol = tolerance(case, dtype)
+    np.testing.assert_allclose(losses, expected(case, "losses", dtype), atol=atol, rtol=0)
+    with torch.inference_mode():
+        layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
+        prompts = params["prompts"].reshape(layers, -1, eye.spec.dim)
+        for key, found in {
+            "final_logits": logits,
+            "final_prompt_slice": prompts[:, :2, :16],
+            "final_prompt_l2": prompts.flatten(1).norm(dim=1),
+            "final_head_weight_l2": params["head.weight"].norm(dim=1),
+            "final_head_bias": params["head.bias"],
+        }.items():
+            torch.testing.assert_close(found, expected(case, key, dtype), atol=atol, rtol=0)
+
+
+def test_the_registry_serves_every_method_of_the_golden_set() -> None:
+    assert {"vpt_deep", "vpt_shallow", "linear"} <= set(Registry().meanings)

@@ -33,15 +33,19 @@ EVAL_BATCH = 64
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a fit is, for whoever watches. `eta_s` is None until an epoch has been timed."""
+    """How far a fit is, for whoever watches: after each step, and once more when an epoch has been judged.
 
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float | None
-    val_accuracy: float | None
-    eta_s: float | None
+    `loss` is the step's, at an epoch's end the epoch's mean; `eta_s` is None until an epoch has been timed.
+    """
+
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    val_accuracy: float | None = None
+    eta_s: float | None = None
+    epoch_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,9 @@ def fit(
         torch.tensor([own.mean], device=backbone.device),
         torch.tensor([own.std], device=backbone.device),
     )
-    started = time.perf_counter()
     inputs, evaluation = _inputs(run, splits.train), _inputs(run, splits.val)
     optimise(run, inputs, evaluation, watch)
-    metrics = _metrics(run, evaluation, splits, time.perf_counter() - started)
+    metrics = _metrics(run, evaluation, splits)
     return Fitted({name: value.detach().float().cpu().numpy() for name, value in params.items()}, lengths, metrics)
 
 
@@ -128,7 +131,9 @@ def optimise(run: _Fit, train: _Inputs, val: _Inputs, watch: Watcher) -> None:
         run.losses.append(total / len(train.targets))
         accuracy = float((predict(run, val).argmax(1) == val.targets.numpy()).mean())
         run.accuracies.append(accuracy)
-        watch(Progress(epoch, recipe.epochs, steps, steps, run.losses[-1], accuracy, clock.eta_s(epoch)))
+        watch(
+            Progress(epoch, recipe.epochs, steps, steps, run.losses[-1], accuracy, clock.eta_s(epoch), epoch_ended=True)
+        )
 
 
 def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -242,14 +247,13 @@ def predict(run: _Fit, inputs: _Inputs) -> NDArray[np.float32]:
         return torch.cat(found).cpu().numpy()
 
 
-def _metrics(run: _Fit, val: _Inputs, splits: Splits, seconds: float) -> dict[str, Any]:
+def _metrics(run: _Fit, val: _Inputs, splits: Splits) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "val_accuracy": accuracy(predict(run, val), val.targets.numpy()),
         "val_images": len(splits.val),
         "train_images": len(splits.train),
         "train_loss": round(run.losses[-1], 6),
         "curve": {"loss": [round(x, 5) for x in run.losses], "val_accuracy": [round(x, 5) for x in run.accuracies]},
-        "fit_s": round(seconds, 1),
     }
     if splits.test is not None:
         test = _inputs(run, splits.test)

@@ -1,0 +1,137 @@
+"""A row's answer does not depend on what else is in its batch, and no neighbour can make it so."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine import reference
+from server.engine.backbone import Backbone
+from server.engine.engine import normalise
+from server.engine.residency import Seat
+from server.methods.registry import Registry
+from tests.engine.golden_cases import Bench, Task, backbone
+
+EXACT = 1e-9
+
+
+@pytest.fixture(scope="module")
+def eye() -> Backbone:
+    return backbone("vit_nano", 101, torch.float64)
+
+
+def a_task(method: str, lengths: tuple[int, ...], classes: int, seed: int, scale: float = 1.0) -> Task:
+    eye = backbone("vit_nano", 101, torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    params = Registry().get(method).init(eye.spec, lengths, classes, generator)
+    params = {name: torch.randn(value.shape, generator=generator).double() * scale for name, value in params.items()}
+    return Task(method, params, lengths)
+
+
+def picture(seed: int, size: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def truth(eye: Backbone, own: Task, pixels: np.ndarray, mean: float = 0.5, std: float = 0.5) -> np.ndarray:
+    """The literal forward of one task on one picture."""
+    stack = torch.from_numpy(pixels[None])
+    images = normalise(stack, torch.tensor([[mean] * 3]), torch.tensor([[std] * 3]), torch.float64)
+    with torch.inference_mode():
+        if own.method == "vpt_deep":
+            return reference.vpt_deep(eye, images, own.params, own.lengths)[0].numpy()
+        literal = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow}[own.method]
+        return literal(eye, images, own.params)[0].numpy()
+
+
+TASKS = [
+    a_task("vpt_deep", (3, 0, 5, 2), 4, 1),
+    a_task("vpt_deep", (0, 0, 0, 7), 9, 2),
+    a_task("vpt_deep", (60, 60, 60, 60), 2, 3),
+    a_task("vpt_shallow", (5, 0, 0, 0), 3, 4),
+    a_task("vpt_shallow", (1, 0, 0, 0), 30, 5),
+    a_task("linear", (0, 0, 0, 0), 6, 6),
+    a_task("linear", (0, 0, 0, 0), 2, 7),
+]
+
+
+def test_every_composition_of_a_batch_gives_the_literal_answers(eye: Backbone) -> None:
+    bench = Bench(eye)
+    seats = [bench.seat(own.lens(eye)) for own in TASKS]
+    pictures = [picture(n) for n in range(4)]
+    pairs = list(itertools.product(range(len(pictures)), range(len(TASKS))))
+    answers = {pair: truth(eye, TASKS[pair[1]], pictures[pair[0]]) for pair in pairs}
+    shuffle = random.Random(0)
+    for size in (1, 2, 3, 7, len(pairs)):
+        for _ in range(6):
+            batch = shuffle.sample(pairs, size)
+            for pair, row in zip(batch, bench.engine.run([(pictures[i], seats[t]) for i, t in batch]), strict=True):
+                np.testing.assert_allclose(row, answers[pair], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6])
+def test_huge_neighbours_change_nothing(eye: Backbone, scale: float) -> None:
+    """Prompts of enormous size saturate their own softmax only."""
+    bench = Bench(eye)
+    quiet = [bench.seat(own.lens(eye)) for own in TASKS]
+    loud = [
+        bench.seat(a_task("vpt_deep", (9, 9, 9, 9), 3, 11, scale).lens(eye)),
+        bench.seat(a_task("vpt_shallow", (9, 0, 0, 0), 3, 12, scale).lens(eye)),
+    ]
+    work = [(picture(n), seat) for n in range(3) for seat in (*loud, *quiet, *loud)]
+    for (pixels, seat), row in zip(work, bench.engine.run(work), strict=True):
+        if seat in quiet:
+            np.testing.assert_allclose(row, truth(eye, TASKS[quiet.index(seat)], pixels), atol=EXACT, rtol=0)
+
+
+def test_what_sat_in_a_slot_before_leaves_no_trace(eye: Backbone) -> None:
+    """Evicted and reused vectors: fill the rack with huge lenses, free them, seat another, mix it with padding."""
+    bench = Bench(eye, slots=4, vectors=700)
+    for round_ in range(5):
+        loud = [bench.seat(a_task("vpt_deep", (20,) * 4, 9, round_, 1e6).lens(eye)) for _ in range(3)]
+        for seat in loud:
+            bench.rack.free(seat.place)
+        short, long = TASKS[0], a_task("vpt_deep", (11, 4, 0, 8), 5, 99)
+        seats: list[tuple[Seat, Task]] = [(bench.seat(short.lens(eye)), short), (bench.seat(long.lens(eye)), long)]
+        pixels = picture(round_)
+        for (seat, own), row in zip(seats, bench.engine.run([(pixels, s) for s, _ in seats]), strict=True):
+            np.testing.assert_allclose(row, truth(eye, own, pixels), atol=EXACT, rtol=0)
+            bench.rack.free(seat.place)
+        bench.rack.check_integrity()
+
+
+def test_each_row_is_normalised_with_its_own_mean_and_std(eye: Backbone) -> None:
+    bench = Bench(eye)
+    own, pixels = TASKS[0], picture(1)
+    lens = own.lens(eye)
+    seats = [bench.seat(lens, 0.5, 0.5), bench.seat(lens, 0.4, 0.2), bench.seat(lens, 0.0, 1.0)]
+    rows = bench.engine.run([(pixels, seat) for seat in seats])
+    for (mean, std), row in zip(((0.5, 0.5), (0.4, 0.2), (0.0, 1.0)), rows, strict=True):
+        np.testing.assert_allclose(row, truth(eye, own, pixels, mean, std), atol=1e-6, rtol=0)
+
+
+def test_head_only_tasks_on_one_picture_share_one_trunk_row(eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(eye)
+    heads = [bench.seat(a_task("linear", (0,) * 4, 3 + n, n).lens(eye)) for n in range(10)]
+    deep = bench.seat(TASKS[0].lens(eye))
+    rows: list[int] = []
+    features = bench.engine._features
+    monkeypatch.setattr(bench.engine, "_features", lambda x, trunk: rows.append(len(trunk)) or features(x, trunk))
+    pixels = picture(0)
+    answers = bench.engine.run([(pixels, seat) for seat in (*heads, deep, deep)])
+    assert rows == [2], "ten heads share the plain trunk, two rows of one prompted task share the other"
+    np.testing.assert_array_equal(answers[-1], answers[-2])
+    alone = bench.engine.run([(pixels, heads[3])])[0]
+    np.testing.assert_allclose(answers[3], alone, atol=EXACT, rtol=0)
+
+
+def test_the_answer_depends_on_the_image_and_on_the_task(eye: Backbone) -> None:
+    """A forward that ignored either would pass every test of sameness."""
+    bench = Bench(eye)
+    first, second = bench.seat(TASKS[0].lens(eye)), bench.seat(a_task("vpt_deep", (3, 0, 5, 2), 4, 77).lens(eye))
+    one, other, third = bench.engine.run([(picture(0), first), (picture(1), first), (picture(0), second)])
+    assert np.abs(one - other).max() > 0.01
+    assert np.abs(one - third).max() > 0.01

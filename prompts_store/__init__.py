@@ -1,0 +1,56 @@
+"""Bundles and where they are kept. numpy only: no torch; redis and watchfiles load with the stores that need them."""
+
+from prompts_store.alias import ANY, Alias, Expect, Target, Targets
+from prompts_store.bundle import MAX_BUNDLE_BYTES, Bundle
+from prompts_store.cached_store import CachedStore
+from prompts_store.errors import (
+    AliasConflict,
+    AliasNotFound,
+    BadAlias,
+    BadStoreUrl,
+    BundleError,
+    CorruptAliases,
+    CorruptBundle,
+    NoHistory,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    TaskNotFound,
+    VersionInUse,
+    VersionNotFound,
+)
+from prompts_store.manifest import Backbone, Manifest, Preprocess
+from prompts_store.store import Change, Store, VersionInfo
+from prompts_store.url import open_store
+
+__all__ = [
+    "ANY",
+    "MAX_BUNDLE_BYTES",
+    "Alias",
+    "AliasConflict",
+    "AliasNotFound",
+    "Backbone",
+    "BadAlias",
+    "BadStoreUrl",
+    "Bundle",
+    "BundleError",
+    "CachedStore",
+    "Change",
+    "CorruptAliases",
+    "CorruptBundle",
+    "Expect",
+    "Manifest",
+    "NoHistory",
+    "Preprocess",
+    "Store",
+    "StoreError",
+    "StoreFull",
+    "StoreUnavailable",
+    "Target",
+    "Targets",
+    "TaskNotFound",
+    "VersionInUse",
+    "VersionInfo",
+    "VersionNotFound",
+    "open_store",
+]

@@ -1,0 +1,123 @@
+"""Everything that can go wrong with bundles and stores: a stable code and a sentence.
+
+    StoreError
+    ├── BundleError           bad_bundle          the bytes or the parts are no bundle
+    ├── TaskNotFound          task_not_found
+    ├── VersionNotFound       version_not_found
+    ├── AliasNotFound         alias_not_found
+    ├── BadAlias              bad_alias           a name, a weight or a list of targets that no alias can have
+    ├── AliasConflict         alias_conflict      compare-and-set found another revision
+    ├── VersionInUse          version_in_use      an alias still points at it
+    ├── NoHistory             no_history          there is nothing to roll back to
+    ├── CorruptBundle         corrupt_bundle      what is stored under a version is not what was put there
+    ├── CorruptAliases        corrupt_aliases     the stored aliases of a task cannot be read
+    ├── BadStoreUrl           bad_store_url
+    └── StoreUnavailable      store_unavailable   the disk or the server did not answer; the outcome may be unknown
+        └── StoreFull         disk_full
+
+`detail` names what was expected and what came. It never holds a path, a host or a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StoreError(Exception):
+    """A failure with a stable machine-readable code."""
+
+    code = "store_error"
+
+    def __init__(self, detail: str, *, code: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or type(self).code
+
+
+class BundleError(StoreError):
+    code = "bad_bundle"
+
+
+class TaskNotFound(StoreError):
+    code = "task_not_found"
+
+    def __init__(self, task: str) -> None:
+        super().__init__(f"no task {shown(task)} in the store")
+        self.task = task
+
+
+class VersionNotFound(StoreError):
+    code = "version_not_found"
+
+    def __init__(self, task: str, version: str) -> None:
+        super().__init__(f"task {shown(task)} has no version {shown(version)}")
+        self.task, self.version = task, version
+
+
+class AliasNotFound(StoreError):
+    code = "alias_not_found"
+
+    def __init__(self, task: str, alias: str) -> None:
+        super().__init__(f"task {shown(task)} has no alias {shown(alias)}")
+        self.task, self.alias = task, alias
+
+
+class BadAlias(StoreError):
+    code = "bad_alias"
+
+
+class AliasConflict(StoreError):
+    """`expected` and `actual` are revisions; None stands for an alias that does not exist."""
+
+    code = "alias_conflict"
+
+    def __init__(self, expected: int | None, actual: int | None) -> None:
+        super().__init__(f"expected {_revision(expected)}, found {_revision(actual)}")
+        self.expected, self.actual = expected, actual
+
+
+class VersionInUse(StoreError):
+    code = "version_in_use"
+
+    def __init__(self, task: str, version: str, aliases: Sequence[str]) -> None:
+        names = ", ".join(sorted(aliases))
+        super().__init__(f"version {version} of task {task} is pointed at by: {names}; expected no alias to")
+        self.task, self.version, self.aliases = task, version, tuple(sorted(aliases))
+
+
+class NoHistory(StoreError):
+    code = "no_history"
+
+    def __init__(self, task: str, alias: str) -> None:
+        super().__init__(f"alias {alias} of task {task} has no earlier targets that still exist")
+        self.task, self.alias = task, alias
+
+
+class CorruptBundle(StoreError):
+    code = "corrupt_bundle"
+
+
+class CorruptAliases(StoreError):
+    code = "corrupt_aliases"
+
+
+class BadStoreUrl(StoreError):
+    code = "bad_store_url"
+
+
+class StoreUnavailable(StoreError):
+    code = "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    code = "disk_full"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`value` as an error may quote it: escaped, and short whatever a stranger sent."""
+    text = repr(value[: limit + 1] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _revision(revision: int | None) -> str:
+    return "no such alias" if revision is None else f"revision {revision}"

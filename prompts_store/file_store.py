@@ -1,0 +1,301 @@
+"""The store as files, for one machine or a shared disk, and for a person with `ls`:
+
+    tasks/<task>/versions/<version>.safetensors     bundles, never changed once there
+    tasks/<task>/aliases.json                       aliases with their history
+    tasks/<task>/.new-<random>                      a file on its way; left only by a crash, swept by the next writer
+    locks/<task>.lock                               held by whoever changes the task
+
+Files appear whole: write → fsync → rename → fsync of the folder. Readers take no lock. Writers of a task, threads and
+processes alike, take turns by flock, which the kernel releases when its holder dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
+from prompts_store.bundle import Bundle, header_bytes, read_manifest
+from prompts_store.errors import (
+    BundleError,
+    StoreFull,
+    StoreUnavailable,
+    TaskNotFound,
+    VersionInUse,
+    VersionNotFound,
+)
+from prompts_store.names import is_task, is_version
+from prompts_store.store import Change, VersionInfo, newest_first
+
+log = logging.getLogger(__name__)
+
+SUFFIX: Final = ".safetensors"
+NEW: Final = ".new-"
+DEBOUNCE_MS: Final = 200  # the longest that a stream of changes is gathered before it is reported
+STEP_MS: Final = 50  # quiet for this long: report at once; also how often a watcher looks at its stop event
+RECONCILE_MS: Final = 2000  # the kernel's events may overflow, and a remote disk sends none
+
+_Stamp = tuple[object, ...]
+
+
+class FileStore:
+    """The store contract over a folder, which is made when it is not there."""
+
+    def __init__(self, root: Path) -> None:
+        self._tasks, self._locks = root / "tasks", root / "locks"
+        with _disk():
+            for folder in (self._tasks, self._locks):
+                _make_folder(folder)
+        self._sweep_all()
+
+    def put(self, bundle: Bundle) -> str:
+        task = bundle.manifest.task
+        kept = Bundle.verified(bundle.data, task=task, version=bundle.version)
+        with self._changing(task):
+            path = self._path(task, kept.version)
+            _make_folder(path.parent)
+            if _read(path) != kept.data:  # absent, or damaged since: both are mended by writing it
+                _write(path, kept.data, self._tasks / task)
+        return kept.version
+
+    def get(self, task: str, version: str) -> Bundle:
+        with _disk():
+            data = _read(self._path(task, version)) if is_task(task) and is_version(version) else None
+            if data is None:
+                self._listed(task)
+                raise VersionNotFound(task, version)
+        return Bundle.verified(data, task=task, version=version)
+
+    def tasks(self) -> list[str]:
+        with _disk():
+            return sorted(name for name in os.listdir(self._tasks) if is_task(name) and self._names(name))
+
+    def versions(self, task: str) -> list[VersionInfo]:
+        with _disk():
+            infos = [self._info(task, version) for version in self._listed(task)]
+        return newest_first(info for info in infos if info is not None)
+
+    def aliases(self, task: str) -> dict[str, Alias]:
+        with _disk():
+            self._listed(task)
+            return self._book(task).current()
+
+    def set_alias(self, task: str, alias: str, targets: Targets, *, expect: Expect = ANY) -> Alias:
+        with self._changing_existing(task) as (versions, book):
+            changed = book.set(alias, targets, expect=expect, versions=versions, now=time.time())
+            self._save(task, book)
+        return changed
+
+    def delete_alias(self, task: str, alias: str, *, expect: Expect = ANY) -> None:
+        with self._changing_existing(task) as (_, book):
+            book.delete(alias, expect=expect)
+            self._save(task, book)
+
+    def history(self, task: str, alias: str) -> list[Alias]:
+        with _disk():
+            self._listed(task)
+            return self._book(task).history(alias)
+
+    def rollback(self, task: str, alias: str, *, expect: Expect = ANY) -> Alias:
+        with self._changing_existing(task) as (versions, book):
+            changed = book.rollback(alias, expect=expect, versions=versions, now=time.time())
+            self._save(task, book)
+        return changed
+
+    def delete_version(self, task: str, version: str) -> None:
+        with self._changing_existing(task) as (versions, book):
+            if version not in versions:
+                raise VersionNotFound(task, version)
+            if users := book.users_of(version):
+                raise VersionInUse(task, version, users)
+            self._remove(task, [version])
+
+    def delete_task(self, task: str) -> None:
+        """Aliases go first: whatever a crash leaves of the versions, no alias points at what is gone."""
+        with self._changing_existing(task) as (versions, book):
+            book.clear()
+            self._save(task, book)
+            self._remove(task, sorted(versions))
+
+    def close(self) -> None:
+        """Nothing to let go of: locks are held only during a call."""
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    def watch(self, stop: threading.Event) -> Iterator[Change]:
+        with _disk():
+            return self._changes(stop, self._stamps(os.listdir(self._tasks)))
+
+    def _changes(self, stop: threading.Event, seen: dict[str, _Stamp]) -> Iterator[Change]:
+        """The kernel's events say where to look; comparing stamps says what changed, and finds what they missed."""
+        from watchfiles import watch
+
+        wake_ups = watch(
+            self._tasks,
+            watch_filter=None,
+            debounce=DEBOUNCE_MS,
+            step=STEP_MS,
+            stop_event=stop,
+            rust_timeout=RECONCILE_MS,
+            yield_on_timeout=True,
+            ignore_permission_denied=True,
+        )
+        with _disk():
+            for events in wake_ups:
+                touched = {self._task_of(path) for _, path in events} or {*seen, *os.listdir(self._tasks)}
+                now = self._stamps(touched)
+                changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task))
+                seen |= now
+                yield from map(Change, changed)
+
+    def _task_of(self, path: str) -> str:
+        parts = Path(path).parts[len(self._tasks.parts) :]
+        return parts[0] if parts else ""
+
+    def _stamps(self, names: Iterable[str]) -> dict[str, _Stamp]:
+        """A value for each task that is another one after any change: a rename gives a new inode."""
+        stamps: dict[str, _Stamp] = {}
+        for task in filter(is_task, names):
+            try:
+                book = os.stat(self._tasks / task / "aliases.json")
+                stamps[task] = (self._names(task), book.st_ino, book.st_mtime_ns)
+            except FileNotFoundError:
+                stamps[task] = (self._names(task),)
+        return stamps
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _path(self, task: str, version: str) -> Path:
+        return self._tasks / task / "versions" / f"{version}{SUFFIX}"
+
+    def _names(self, task: str) -> frozenset[str]:
+        try:
+            files = os.listdir(self._tasks / task / "versions")
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+        return frozenset(file.removesuffix(SUFFIX) for file in files if is_version(file.removesuffix(SUFFIX)))
+
+    def _listed(self, task: str) -> frozenset[str]:
+        versions = self._names(task) if is_task(task) else frozenset()
+        if not versions:
+            raise TaskNotFound(task)
+        return versions
+
+    def _info(self, task: str, version: str) -> VersionInfo | None:
+        """From the header alone. None when the file has just been deleted, or is damaged: `get` says how."""
+        try:
+            with open(self._path(task, version), "rb") as file:
+                head = file.read(8)
+                head += file.read(header_bytes(head) - 8)
+                return VersionInfo(version, os.fstat(file.fileno()).st_size, read_manifest(head))
+        except FileNotFoundError:
+            return None
+        except BundleError as error:
+            log.warning("task %s: version %s is damaged and not listed: %s", task, version, error.detail)
+            return None
+
+    def _book(self, task: str) -> AliasBook:
+        return AliasBook.from_json(task, _read(self._tasks / task / "aliases.json") or b"")
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, task: str) -> Iterator[None]:
+        with _disk():
+            lock = os.open(self._locks / f"{task}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._sweep(task)
+                yield
+            finally:
+                os.close(lock)
+
+    @contextmanager
+    def _changing_existing(self, task: str) -> Iterator[tuple[frozenset[str], AliasBook]]:
+        with _disk():
+            self._listed(task)  # a name that is no task must not leave a lock file behind
+        with self._changing(task):
+            yield self._listed(task), self._book(task)
+
+    def _save(self, task: str, book: AliasBook) -> None:
+        folder = self._tasks / task
+        if text := book.to_json():
+            _write(folder / "aliases.json", text.encode(), folder)
+
+    def _remove(self, task: str, versions: list[str]) -> None:
+        for version in versions:
+            self._path(task, version).unlink(missing_ok=True)
+        _sync_folder(self._tasks / task / "versions")
+
+    def _sweep(self, task: str) -> None:
+        """Whoever holds the task's lock is its only writer: what is on its way belongs to the dead."""
+        for leftover in (self._tasks / task).glob(f"{NEW}*"):
+            leftover.unlink(missing_ok=True)
+
+    def _sweep_all(self) -> None:
+        with _disk():
+            crashed = {path.parent.name for path in self._tasks.glob(f"*/{NEW}*")}
+        for task in filter(is_task, crashed):
+            with self._changing(task):
+                log.info("task %s: swept what a crash had left half written", task)
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A failing disk as a StoreError that names no path."""
+    try:
+        yield
+    except OSError as error:
+        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
+        raise kind(f"the file store failed: {error.strerror or type(error).__name__}") from error
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _write(path: Path, data: bytes, staging: Path) -> None:
+    """Whole or not at all, and durable on return. `staging` must be on the same disk as `path`."""
+    new = staging / f"{NEW}{secrets.token_hex(8)}"
+    try:
+        with open(new, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, each one durable."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

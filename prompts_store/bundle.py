@@ -106,6 +106,7 @@ def header_bytes(data: bytes) -> int:
 
 
 def _storable(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    _check_name(name)
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float16):
         got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise BundleError(f"tensor {shown(name)}: expected a float32 or float16 array, got {got}")
@@ -177,8 +178,7 @@ _Entry = tuple[str, np.dtype[Any], tuple[int, ...], int, int]  # name, dtype, sh
 
 
 def _entry(name: str, fields: Any) -> _Entry:
-    if not names.TENSOR.fullmatch(name):
-        raise BundleError(f"bundle: expected tensor names like {names.TENSOR.pattern}, got {shown(name)}")
+    _check_name(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise BundleError(f"tensor {name}: expected the fields dtype, shape and data_offsets, got {shown(fields)}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -192,6 +192,11 @@ def _entry(name: str, fields: Any) -> _Entry:
     if needed != got:
         raise BundleError(f"tensor {name}: expected {needed} bytes for {code} {shape}, got {got}")
     return name, _DTYPES[code], tuple(shape), offsets[0], offsets[1]
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not names.TENSOR.fullmatch(name) or name == "__metadata__":
+        raise BundleError(f"bundle: expected tensor names like {names.TENSOR.pattern}, got {shown(name)}")
 
 
 def _naturals(values: Any) -> bool:

@@ -1,0 +1,313 @@
+"""What an image file is and where its parts lie, read by hand before a decoder sees a byte of it.
+
+    bytes ── sniff ──> its format            UnsupportedMedia unsupported_image: not one of FORMATS
+          ── strip ──> its pixels' segments  BadRequest bad_image: truncated or damaged, TooLarge image_too_large
+
+`strip` drops everything that does not decide a pixel: EXIF (after reading the orientation from it), ICC profiles, text,
+thumbnails, animation, whatever is appended. Hostile metadata so never reaches a decoder, which also keeps Pillow from
+issuing warnings about it: warnings cannot be silenced for one thread alone.
+
+Sources: ITU-T T.81 annex B (JPEG), W3C PNG third edition, RFC 9649 (WebP), Exif 2.32 section 4.6 (orientation).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+
+from server.errors import BadRequest, TooLarge, UnsupportedMedia
+
+FORMATS = ("JPEG", "PNG", "WebP", "BMP")
+MAX_SIDE = 32_768
+MAX_SEGMENTS = 65_536  # a 32 MB PNG in the usual 8 KB chunks has 4,096; a million of them would only cost time
+MAX_SCANS = 64  # progressive encoders write about ten; every scan visits every block of the picture again
+
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+_SHORTEST = {b"\xff\xd8\xff": 3, _PNG: 8, b"RIFF": 12, b"BM": 18}
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """A file reduced to its pixels: `body` is a complete file of the same format, `orientation` EXIF's 1 to 8."""
+
+    body: bytes
+    orientation: int = 1
+
+
+def truncated(what: str) -> BadRequest:
+    return BadRequest(f"the {what} image is truncated: its data ends too early", code="bad_image")
+
+
+def damaged(what: str, why: str) -> BadRequest:
+    return BadRequest(f"the {what} image is damaged: {why}", code="bad_image")
+
+
+# --- which format -----------------------------------------------------------------------------------------------------
+
+
+def sniff(data: bytes) -> str:
+    """One of FORMATS. Errors: bad_image for nothing or a mere beginning, unsupported_image for anything else."""
+    if not data:
+        raise BadRequest("the image has 0 bytes", code="bad_image")
+    if data.startswith(_JPEG):
+        return "JPEG"
+    if data.startswith(_PNG):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP"
+    if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    if any(len(data) < length and data[: len(magic)] == magic[: len(data)] for magic, length in _SHORTEST.items()):
+        raise BadRequest(f"the image is truncated: {len(data)} bytes are not even a header", code="bad_image")
+    raise UnsupportedMedia(
+        f"expected an image in one of the formats {', '.join(FORMATS)}; this looks like {_looks_like(data)}",
+        code="unsupported_image",
+        accepted=list(FORMATS),
+    )
+
+
+_LOOKS = (
+    (b"GIF8", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"%PDF", "PDF"),
+    (b"PK\x03\x04", "ZIP"),
+    (b"PK\x05\x06", "ZIP"),
+    (b"\x1f\x8b", "gzip"),
+    (b"8BPS", "PSD"),
+    (b"\0\0\x01\0", "ICO"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+)
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"hevx": "HEIC"} | {
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+}
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+
+
+def _looks_like(data: bytes) -> str:
+    for magic, name in _LOOKS:
+        if data.startswith(magic):
+            return name
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "MP4 or a relative of it")
+    head = data[:1024]
+    if re.search(rb"<svg[\s>]", head, re.IGNORECASE):
+        return "SVG"
+    return "no format known here" if _CONTROL.search(head) or not _is_utf8(head) else "text"
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.end == len(head) and len(head) == 1024  # a character cut by the slice
+    return True
+
+
+# --- dimensions -------------------------------------------------------------------------------------------------------
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse what would not fit: raised from the header alone, before any pixel is decoded."""
+    if width < 1 or height < 1:
+        raise BadRequest(f"the image is {width}×{height} pixels: both sides must be at least 1", code="bad_image")
+    if width > MAX_SIDE or height > MAX_SIDE:
+        limit = f"at most {MAX_SIDE} a side are accepted"
+    elif width * height > max_pixels:
+        limit = f"{width * height} in all, at most {max_pixels} are accepted"
+    else:
+        return
+    raise TooLarge(
+        f"the image is {width}×{height} pixels: {limit}",
+        code="image_too_large",
+        width=width,
+        height=height,
+        max_pixels=max_pixels,
+        max_side=MAX_SIDE,
+    )
+
+
+# --- stripping --------------------------------------------------------------------------------------------------------
+
+
+def strip(data: bytes, what: str, *, max_pixels: int) -> Stripped:
+    """`data` of format `what` without its metadata, its declared size checked where the header can be read here."""
+    if what == "JPEG":
+        return _strip_jpeg(data, max_pixels)
+    if what == "PNG":
+        return _strip_png(data, max_pixels)
+    if what == "WebP":
+        return _strip_webp(data, max_pixels)
+    return Stripped(data)  # BMP has no metadata; opening one reads its header only
+
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, without DHT, JPG and DAC
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_ALONE = frozenset(range(0xD0, 0xD8)) | {0x00, 0x01}  # RSTn, a stuffed zero, TEM: no length follows
+_DROPPED = (frozenset(range(0xE0, 0xF0)) - {0xE0, 0xEE}) | {0xFE}  # APPn and comments, but JFIF and Adobe name colours
+_NEXT_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd7\xff]")
+
+
+def _strip_jpeg(data: bytes, max_pixels: int) -> Stripped:
+    kept: list[bytes] = [b"\xff\xd8"]
+    exif, frames, scans, at = b"", 0, 0, 2
+    for _ in range(MAX_SEGMENTS):
+        found = _NEXT_MARKER.search(data, at)
+        if found is None:
+            raise truncated("JPEG")
+        marker, start = data[found.end() - 1], found.end()
+        if scans:
+            kept.append(data[at : found.start()])
+        if marker == _EOI:
+            break
+        payload = _jpeg_payload(data, start)
+        at = start + 2 + len(payload)
+        if marker in _FRAMES:
+            frames += 1
+            _check_frame(payload, frames, max_pixels)
+        elif marker == _SOS:
+            scans += 1
+        elif marker == 0xE1 and payload.startswith(b"Exif\0\0"):
+            exif = exif or payload
+        if marker not in _DROPPED:
+            kept.append(data[start - 2 : at])
+    else:
+        raise damaged("JPEG", f"it has more than {MAX_SEGMENTS} segments")
+    if not frames or not scans:
+        raise damaged("JPEG", "it holds no picture")
+    if scans > MAX_SCANS:
+        raise damaged("JPEG", f"it has {scans} scans, at most {MAX_SCANS} are accepted")
+    return Stripped(b"".join([*kept, b"\xff\xd9"]), orientation(exif))
+
+
+def _jpeg_payload(data: bytes, start: int) -> bytes:
+    length = int.from_bytes(data[start : start + 2], "big")
+    if start + max(length, 2) > len(data):
+        raise truncated("JPEG")
+    if length < 2:
+        raise damaged("JPEG", f"a segment says it has {length} bytes")
+    return data[start + 2 : start + length]
+
+
+def _check_frame(payload: bytes, frames: int, max_pixels: int) -> None:
+    if frames > 1 or len(payload) < 6:
+        raise damaged("JPEG", "its frame header is broken or there are several")
+    bits, height, width, _ = struct.unpack_from(">BHHB", payload)
+    check_size(width, height, max_pixels)
+    if bits != 8:
+        raise UnsupportedMedia(f"expected a JPEG with 8 bits a sample, this has {bits}", code="unsupported_image")
+
+
+_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+
+
+def _strip_png(data: bytes, max_pixels: int) -> Stripped:
+    kept: list[bytes] = [_PNG]
+    exif, pixels, at = b"", False, len(_PNG)
+    for _ in range(MAX_SEGMENTS):
+        kind, chunk = _png_chunk(data, at)
+        if (kind == b"IHDR") != (at == len(_PNG)):
+            raise damaged("PNG", "its header is missing or not in its place")
+        if kind == b"IHDR":
+            _check_header(chunk, max_pixels)
+        if kind in _PNG_KEPT:
+            _check_sum(kind, chunk)
+            kept.append(chunk)
+        elif kind[:1].isupper():
+            raise damaged("PNG", "it has a critical chunk of an unknown kind")
+        pixels |= kind == b"IDAT"
+        exif = exif or (chunk[8:-4] if kind == b"eXIf" else b"")
+        if kind == b"IEND":
+            break
+        at += len(chunk)
+    else:
+        raise damaged("PNG", f"it has more than {MAX_SEGMENTS} chunks")
+    if not pixels:
+        raise damaged("PNG", "it holds no picture")
+    return Stripped(b"".join(kept), orientation(exif))
+
+
+def _png_chunk(data: bytes, at: int) -> tuple[bytes, bytes]:
+    """The kind of the chunk at `at`, and all of it: length, kind, payload, checksum."""
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    kind = data[at + 4 : at + 8]
+    if len(kind) == 4 and not kind.isalpha():
+        raise damaged("PNG", "a chunk has no proper name")
+    if end > len(data):
+        raise truncated("PNG")
+    return kind, data[at:end]
+
+
+def _check_header(chunk: bytes, max_pixels: int) -> None:
+    if len(chunk) != 12 + 13:
+        raise damaged("PNG", f"its header has {len(chunk) - 12} bytes, expected 13")
+    width, height = struct.unpack_from(">II", chunk, 8)
+    check_size(width, height, max_pixels)
+
+
+def _check_sum(kind: bytes, chunk: bytes) -> None:
+    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+        raise damaged("PNG", f"the checksum of its {kind.decode()} chunk does not match")
+
+
+def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
+    """Metadata stays, for libwebp only carries it about; the canvas is allocated on opening, so it is checked here."""
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data) or len(data) < 30:
+        raise truncated("WebP")
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    elif kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    else:
+        raise damaged("WebP", "its first chunk is not a picture")
+    check_size(width, height, max_pixels)
+    return Stripped(data[:end], orientation(_webp_exif(data[:end])))
+
+
+def _webp_exif(data: bytes) -> bytes:
+    at = 12
+    for _ in range(MAX_SEGMENTS):
+        if at + 8 > len(data):
+            break
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] == b"EXIF":
+            return data[at + 8 : at + 8 + length]
+        at += 8 + length + (length & 1)
+    return b""
+
+
+# --- EXIF -------------------------------------------------------------------------------------------------------------
+
+_ORIENTATION, _SHORT = 0x0112, 3
+
+
+def orientation(exif: bytes) -> int:
+    """EXIF's orientation, 1 to 8; 1 (upright) where there is none or the block cannot be read."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return value if kind == _SHORT and 1 <= value <= 8 else 1
+    except struct.error:  # the block ends before what it promises: broken EXIF is ignored
+        return 1
+    return 1

@@ -119,7 +119,7 @@ class Trainer:
 
     def _pictures(self, dataset: Dataset, examples: Sequence[Example], pulse: _Pulse) -> Pictures:
         how = self._backbone.spec.preprocess
-        geometry = Geometry(how.size, how.interpolation, how.crop_pct, how.crop_mode)
+        geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
         targets = {label: index for index, label in enumerate(dataset.labels)}
         sources = [
             Source(lambda sha256=example.sha256: self._datasets.read(sha256), targets[example.label])  # type: ignore[misc]

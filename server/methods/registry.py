@@ -102,7 +102,7 @@ class Registry:
         return Loaded(
             lens=self.lower(bundle, backbone),
             labels=manifest.labels,
-            geometry=Geometry(how.size, how.interpolation, how.crop_pct, how.crop_mode),
+            geometry=Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean),
             mean=how.mean,
             std=how.std,
         )

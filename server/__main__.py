@@ -1,0 +1,135 @@
+"""`python -m server serve | work | sample`."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin beside a worker's
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from server.settings import Settings
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+log = logging.getLogger("server")
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The environment's settings with the command line's on top; a wrong one is a sentence, not a traceback."""
+    try:
+        return Settings(**{key: value for key, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        for problem in error.errors():
+            typer.echo(f"LENSRACK_{'_'.join(map(str, problem['loc'])).upper()}: {problem['msg']}", err=True)
+        raise typer.Exit(2) from None
+
+
+def start_logging(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (LENSRACK_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (LENSRACK_PORT).")] = None,
+) -> None:
+    """Serve predictions and take training jobs."""
+    settings = load_settings(host=host, port=port)
+    start_logging(settings)
+    from server.api.guard import require_safe_bind
+    from server.engine.backbone import BackboneError
+
+    try:
+        require_safe_bind(settings)
+        asyncio.run(_serve(settings))
+    except (BackboneError, ValueError, OSError) as error:
+        typer.echo(f"the server cannot start: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+async def _serve(settings: Settings) -> None:
+    import uvicorn
+
+    from server.bootstrap import UNTRAINED_NOTE, build_server
+
+    listener = socket.create_server((settings.host, settings.port), backlog=1024)  # a taken port is known at once
+    server = build_server(settings)
+    spec = server.engine.backbone.spec
+    if not spec.trained:
+        log.warning(UNTRAINED_NOTE)
+    log.info("backbone %s, fingerprint %s…", spec.arch, spec.fingerprint[:12])
+    config = uvicorn.Config(
+        server.app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )
+    async with server.running():
+        address, port = listener.getsockname()[:2]
+        log.info("serving on http://%s:%d", address, port)
+        await uvicorn.Server(config).serve(sockets=[listener])
+
+
+@cli.command()
+def work(
+    until_stdin_closes: Annotated[
+        bool, typer.Option(help="Leave when the process that started this one ends.")
+    ] = False,
+) -> None:
+    """Fit queued training jobs, one after the other."""
+    settings = load_settings()
+    start_logging(settings)
+    from server.bootstrap import build_worker
+    from server.engine.backbone import BackboneError
+
+    os.nice(settings.worker_nice)
+    try:
+        trainer = build_worker(settings, name=f"{socket.gethostname()}-{os.getpid()}")
+    except (BackboneError, ValueError, OSError) as error:
+        typer.echo(f"the worker cannot start: {error}", err=True)
+        raise typer.Exit(1) from None
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        trainer.stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    if until_stdin_closes:
+        threading.Thread(target=_wait_for_parent, args=(trainer.stop,), daemon=True).start()
+    log.info("worker ready, pid %d", os.getpid())
+    trainer.run()
+
+
+def _wait_for_parent(stop: threading.Event) -> None:
+    """The pipe on stdin closes when the server ends, however it ends."""
+    while os.read(0, 1024):
+        pass
+    stop.set()
+
+
+@cli.command()
+def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fruit and FOLDER/weather.")]) -> None:
+    """Draw two small labelled picture sets to try things out with."""
+    from server.samples import draw
+
+    draw(folder)
+    typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
+
+
+if __name__ == "__main__":
+    cli()

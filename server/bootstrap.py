@@ -1,0 +1,220 @@
+"""The only file that names concrete backends and wires them.
+
+build_server   store (cached) · job store · dataset store · backbone · rack · residency · engine · batcher · predictor · api
+build_worker   store · job store · dataset store · backbone · trainer
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+
+from lensrack import wire
+from prompts_store import CachedStore, Store, open_store
+from server import metrics
+from server.api.app import Services, create_app
+from server.batching.batcher import Batcher
+from server.datasets.dataset_store import DatasetStore
+from server.engine import backbone as eye
+from server.engine.engine import Engine
+from server.engine.rack import Rack
+from server.engine.residency import Loaded, Residency
+from server.jobs.sqlite_store import SqliteJobStore
+from server.jobs.store import JobStore
+from server.methods.registry import Registry
+from server.predictor import Limits, Predictor
+from server.settings import Settings
+from server.supervisor import Supervisor
+from server.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+UNTRAINED_NOTE = (
+    "the backbone is `untrained`: a small stand-in with random weights, fit for trying things out; "
+    "set LENSRACK_BACKBONE to a trained one for answers worth having"
+)
+
+
+def load_backbone(settings: Settings, threads: int) -> eye.Backbone:
+    torch.set_num_threads(threads)
+    return eye.load(settings.backbone, settings.backbone_weights, device=settings.device, dtype=settings.dtype)
+
+
+def open_jobs(settings: Settings) -> JobStore:
+    scheme, _, path = settings.jobs_url.partition("://")
+    if scheme != "sqlite":
+        raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE, got {scheme}://…")
+    return SqliteJobStore(Path(path))
+
+
+def open_datasets(settings: Settings) -> DatasetStore:
+    return DatasetStore(
+        settings.datasets_dir,
+        max_images=settings.max_dataset_images,
+        max_unpacked_bytes=settings.max_unpacked_bytes,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+@dataclass
+class Server:
+    """Everything a serving process holds. `running` brings it up and takes it down."""
+
+    settings: Settings
+    app: FastAPI
+    engine: Engine
+    residency: Residency
+    batcher: Batcher
+    store: Store
+    jobs: JobStore
+    workers: Supervisor
+    pools: tuple[ThreadPoolExecutor, ...]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Warm the engine, start the workers; afterwards drain the queue, stop the workers, close the stores."""
+        await asyncio.to_thread(self._warm_up)
+        self.workers.start()
+        try:
+            yield
+        finally:
+            await self.batcher.drain(self.settings.drain_timeout_s)
+            await self.workers.stop()
+            for pool in self.pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            self.store.close()
+            self.jobs.close()
+
+    def _warm_up(self) -> None:
+        """One forward before the first request pays for lazy set-up."""
+        size = self.engine.backbone.spec.image_size
+        self.engine.embed([np.zeros((size, size, 3), np.uint8)])
+
+
+def build_server(settings: Settings) -> Server:
+    cores = os.cpu_count() or 1
+    backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
+    registry = Registry()
+    store = CachedStore(open_store(settings.store_url), max_bytes=settings.cache_bytes)
+    jobs, datasets = open_jobs(settings), open_datasets(settings)
+    rack = Rack.sized(
+        dim=backbone.spec.dim,
+        slots=settings.rack_slots,
+        size_bytes=settings.rack_bytes,
+        device=backbone.device,
+        dtype=backbone.dtype,
+    )
+    loading = ThreadPoolExecutor(2, thread_name_prefix="load")
+    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    residency = build_residency(rack, registry, store, backbone, loading)
+    engine = Engine(backbone, rack)
+    batcher = Batcher(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
+    workers = supervise(settings)
+    predictor = Predictor(
+        store,
+        residency,
+        batcher,
+        decoding,
+        limits=Limits(settings.max_images, settings.max_image_pixels, settings.max_tasks_per_request),
+        backbone=backbone.spec,
+    )
+    services = Services(
+        settings=settings,
+        predictor=predictor,
+        batcher=batcher,
+        residency=residency,
+        store=store,
+        jobs=jobs,
+        datasets=datasets,
+        ready=lambda: readiness(backbone, workers, settings),
+        methods=registry.meanings,
+        check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
+    )
+    app = create_app(services)
+    return Server(settings, app, engine, residency, batcher, store, jobs, workers, (loading, decoding))
+
+
+def build_residency(
+    rack: Rack, registry: Registry, store: Store, backbone: eye.Backbone, pool: ThreadPoolExecutor
+) -> Residency:
+    def load(task: str, version: str) -> Loaded:
+        return registry.load(store.get(task, version), backbone)
+
+    def on_load(seconds: float) -> None:
+        metrics.LOAD_S.observe(seconds)
+        metrics.RACK_LOADS.inc()
+        metrics.RACK_LENSES.set(rack.used_slots)
+
+    def on_evict() -> None:
+        metrics.RACK_EVICTIONS.inc()
+        metrics.RACK_LENSES.set(rack.used_slots)
+
+    return Residency(rack, load, pool, on_load=on_load, on_evict=on_evict)
+
+
+def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings) -> wire.Ready:
+    """What /readyz says: what is seen with, and whether everything that should run does."""
+    spec = backbone.spec
+    notes = [] if spec.trained else [UNTRAINED_NOTE]
+    if len(workers.pids) < settings.workers:
+        notes.append(f"{len(workers.pids)} of {settings.workers} workers are running: training may wait")
+    return wire.Ready(
+        ready=True,
+        backbone=wire.Backbone(
+            arch=spec.arch,
+            fingerprint=spec.fingerprint,
+            trained=spec.trained,
+            device=str(backbone.device),
+            dtype=str(backbone.dtype).removeprefix("torch."),
+            image_size=spec.image_size,
+            depth=spec.depth,
+            dim=spec.dim,
+        ),
+        notes=notes,
+        checks={"engine": "ok", "workers": f"{len(workers.pids)} of {settings.workers}"},
+    )
+
+
+def supervise(settings: Settings) -> Supervisor:
+    """Workers are this program again. They find the same packages and the same home, wherever they start."""
+    root = str(Path(__file__).resolve().parents[1])
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, str(Path(root) / "client"), os.environ.get("PYTHONPATH")))),
+        "LENSRACK_HOME": str(settings.home.resolve()),
+    }
+    return Supervisor(
+        [sys.executable, "-m", "server", "work", "--until-stdin-closes"],
+        settings.workers,
+        env=env,
+        grace_s=settings.drain_timeout_s,
+        on_restart=metrics.WORKER_RESTARTS.inc,
+    )
+
+
+def build_worker(settings: Settings, name: str) -> Trainer:
+    cores = os.cpu_count() or 1
+    backbone = load_backbone(settings, settings.worker_threads or max(1, cores // 2))
+    if not backbone.spec.trained:
+        log.warning(UNTRAINED_NOTE)
+    return Trainer(
+        backbone,
+        Registry(),
+        open_store(settings.store_url),
+        open_jobs(settings),
+        open_datasets(settings),
+        worker=name,
+        lease_s=settings.lease_s,
+        max_image_pixels=settings.max_image_pixels,
+    )

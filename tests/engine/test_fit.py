@@ -1,0 +1,137 @@
+"""Fitting: it learns, repeats itself, can be stopped, says when it diverges, and leaves the backbone as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from server.engine.backbone import Backbone
+from server.engine.engine import Engine
+from server.errors import ServiceError
+from server.methods.registry import Registry
+from server.training.data import Pictures, Splits, hold_out
+from server.training.fit import DivergedError, Fitted, Progress, fit, lr_scale
+from server.training.recipe import Recipe, resolve
+from tests.engine.golden_cases import Bench, backbone
+
+METHODS = ["vpt_deep", "vpt_shallow", "linear"]
+
+
+@pytest.fixture(scope="module")
+def eye() -> Backbone:
+    return backbone("vit_nano", 101, torch.float32)
+
+
+def stripes(n: int, seed: int) -> Pictures:
+    """Three classes of stripes: along one side, along the other, and none."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(60, 120, (n, 64, 64, 3)).astype(np.uint8)
+    targets = np.arange(n) % 3
+    phase = generator.integers(0, 8, n)
+    for index, (target, shift) in enumerate(zip(targets, phase, strict=True)):
+        wave = (90 * (np.sin((np.arange(64) + shift) / 3) > 0)).astype(np.uint8)
+        images[index] += wave[:, None, None] if target == 0 else wave[None, :, None] if target == 1 else 45
+    return Pictures(images, targets.astype(np.int64))
+
+
+SPLITS = Splits(stripes(60, 1), stripes(30, 2), stripes(30, 3))
+QUICK = {"epochs": 6, "batch_size": 20, "warmup_epochs": 1, "prompts": 4, "lr": 1e-2}
+
+
+def fitted(eye: Backbone, method: str, **changes: object) -> Fitted:
+    own = Registry().get(method)
+    return fit(eye, own, SPLITS, 3, resolve(own.defaults, {**QUICK, **changes}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns(eye: Backbone, method: str, optimizer: str) -> None:
+    found = fitted(eye, method, optimizer=optimizer, **({"lr": 0.05} if optimizer == "sgd" else {}))
+    curve = found.metrics["curve"]["loss"]
+    assert curve[-1] < 0.7 * curve[0]
+    assert found.metrics["val_accuracy"] >= 0.8
+    assert found.metrics["test_accuracy"] >= 0.8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_served_answers_are_those_that_were_fitted(eye: Backbone, method: str) -> None:
+    """The accuracy in the manifest is the accuracy of the lens on the rack."""
+    found, bench = fitted(eye, method), Bench(eye)
+    params = {name: torch.from_numpy(value) for name, value in found.params.items()}
+    with torch.inference_mode():
+        lens = Registry().get(method).lower(eye, params, found.prompt_lengths)
+    own = eye.spec.preprocess
+    seat = bench.seat(lens, own.mean[0], own.std[0])
+    rows = Engine(eye, bench.rack).run([(image, seat) for image in SPLITS.val.images])
+    right = np.mean([row.argmax() for row in rows] == SPLITS.val.targets)
+    assert right == pytest.approx(found.metrics["val_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(eye: Backbone, method: str) -> None:
+    first, second, other = (fitted(eye, method, seed=seed, prompt_dropout=0.2) for seed in (5, 5, 6))
+    for name, value in first.params.items():
+        np.testing.assert_array_equal(value, second.params[name])
+    assert any((value != other.params[name]).any() for name, value in first.params.items())
+    assert first.metrics == second.metrics
+
+
+def test_the_backbone_stays_as_it_was(eye: Backbone) -> None:
+    before = {name: value.clone() for name, value in eye.model.state_dict().items()}
+    fitted(eye, "vpt_deep", epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in eye.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in eye.model.parameters())
+
+
+def test_whoever_watches_sees_every_step_and_can_end_it(eye: Backbone) -> None:
+    class EnoughError(Exception):
+        pass
+
+    seen: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 6:
+            raise EnoughError
+
+    own = Registry().get("vpt_deep")
+    with pytest.raises(EnoughError):
+        fit(eye, own, SPLITS, 3, resolve(own.defaults, QUICK), watch=watch)
+    assert [(p.epoch, p.step, p.epoch_ended) for p in seen] == [
+        (1, 1, False), (1, 2, False), (1, 3, False), (1, 3, True), (2, 1, False), (2, 2, False),
+    ]  # fmt: skip
+    assert seen[3].val_accuracy is not None
+    assert seen[0].eta_s is None
+    assert seen[4].eta_s is not None
+
+
+def test_divergence_is_an_error_that_says_what_to_try(eye: Backbone) -> None:
+    with pytest.raises(DivergedError, match="smaller learning rate than 1e\\+30"):
+        fitted(eye, "vpt_deep", optimizer="sgd", lr=1e30)
+
+
+def test_the_schedule_warms_up_and_cools_down() -> None:
+    recipe = Recipe(epochs=10, warmup_epochs=2)
+    assert lr_scale(recipe, 0) == 0
+    assert lr_scale(recipe, 1) == 0.5
+    assert lr_scale(recipe, 2) == 1
+    assert lr_scale(recipe, 6) == pytest.approx(0.5)
+    assert lr_scale(recipe, 10) == pytest.approx(0)
+    assert lr_scale(Recipe(epochs=1, warmup_epochs=0), 0.5) == pytest.approx(0.5)
+
+
+def test_a_recipe_is_defaults_then_the_methods_then_the_jobs() -> None:
+    assert resolve({"lr": 0.5}, {"epochs": 7, "lr": None}) == Recipe(lr=0.5, epochs=7)
+    assert resolve({}, {"base_lr": 2.5, "batch_size": 64}).lr == pytest.approx(2.5 * 64 / 256)
+    assert resolve({}, {"epochs": 1}).warmup_epochs == 0
+    for wrong in ({"lr": 1, "base_lr": 1}, {"sped": 3}, {"optimizer": "adagrad"}):
+        with pytest.raises(ServiceError):
+            resolve({}, wrong)
+
+
+def test_holding_out_is_by_class_seeded_and_never_takes_the_last() -> None:
+    pictures = Pictures(np.zeros((12, 1, 1, 3), np.uint8), np.array([0] * 8 + [1] * 2 + [2] * 2))
+    train, val = hold_out(pictures, 0.25, seed=1)
+    assert [int((val.targets == target).sum()) for target in range(3)] == [2, 1, 1]
+    assert [int((train.targets == target).sum()) for target in range(3)] == [6, 1, 1]

@@ -126,6 +126,18 @@ class AliasChange(Message):
     changed_at: float
 
 
+class AliasHistory(Message):
+    """Where an alias has pointed, oldest first; the last change is the present."""
+
+    changes: list[AliasChange]
+
+
+class PinRequest(Request):
+    """Keep the version from being evicted, or no longer."""
+
+    pinned: bool = True
+
+
 class RollbackRequest(Request):
     alias: AliasName = "live"
 

@@ -44,6 +44,20 @@ class Engine(Protocol):
         ...
 
 
+class Room:
+    """Places in the queue that are kept for a request until its rows are ready."""
+
+    def __init__(self, places: int, enqueue: Callable[[Sequence[Row]], None]) -> None:
+        self.places = places
+        self._enqueue = enqueue
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        if len(rows) > self.places:
+            raise ValueError(f"room was kept for {self.places} rows, {len(rows)} came")
+        self.places -= len(rows)
+        self._enqueue(rows)
+
+
 class Batcher:
     """Queues rows, hands batches to the engine, answers the rows. Belongs to one event loop."""
 
@@ -66,36 +80,35 @@ class Batcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._serving: asyncio.Task[None] | None = None
+        self._busy = False
         self._closing = False
-        self._promised = 0  # rows that will be submitted as soon as their images are decoded
+        self._stopped = False
+        self._promised: set[Room] = set()
         self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
 
     def __len__(self) -> int:
         return len(self._scheduler)
 
     @contextmanager
-    def promise(self, rows: int) -> Iterator[None]:
-        """Keep room for rows whose images are still being decoded: a full queue is told before that work is done.
+    def promise(self, rows: int) -> Iterator[Room]:
+        """Keep room for rows whose images are still to be decoded: a full queue is told before that work is done.
 
-        Submit right after the block, before anything is awaited. Raises QueueFull and Unavailable like `submit`.
+        Raises QueueFull (with Retry-After) or Unavailable (shutting_down). Rows promised before a drain are served.
         """
         self._admit(rows)
-        self._promised += rows
+        room = Room(rows, self._enqueue)
+        self._promised.add(room)
+        self._idle.clear()
         try:
-            yield
+            yield room
         finally:
-            self._promised -= rows
+            self._promised.remove(room)
+            self._note_idle()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Queue all of these rows or none. Raises QueueFull (with Retry-After) or Unavailable (shutting_down)."""
-        self._admit(len(rows))
-        for row in rows:
-            self._scheduler.offer(row)
-        metrics.QUEUE_ROWS.set(len(self._scheduler))
-        if self._serving is None or self._serving.done():
-            self._serving = asyncio.get_running_loop().create_task(self._serve(), name="batcher")
-        self._idle.clear()
-        self._arrived.set()
+        """Queue all of these rows or none. Raises what `promise` raises."""
+        with self.promise(len(rows)) as room:
+            room.submit(rows)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
@@ -111,28 +124,43 @@ class Batcher:
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
-        assert self._promised >= 0, "promised rows"
+        assert all(room.places >= 0 for room in self._promised), "promised rows"
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _admit(self, rows: int) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
-        room = self.max_queue - self._promised - len(self._scheduler)
-        if room < rows and room + self._scheduler.sweep() < rows:
+        if self._room() < rows:
+            self._scheduler.sweep()
+        if self._room() < rows:
             metrics.ROWS.labels("refused").inc(rows)
             raise QueueFull(
-                f"the queue has no room for {rows} more rows: {len(self._scheduler) + self._promised} "
-                f"of {self.max_queue} are taken",
+                f"the queue has no room for {rows} more rows: {self.max_queue - self._room()} of {self.max_queue} "
+                "places are taken",
                 retry_after_s=self._retry_after_s(),
             )
+
+    def _room(self) -> int:
+        return self.max_queue - len(self._scheduler) - sum(room.places for room in self._promised)
 
     def _retry_after_s(self) -> float:
         """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
         if not self._rows_per_s:
             return 1.0
-        waiting = len(self._scheduler) + self._promised
+        waiting = self.max_queue - self._room()
         return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
+
+    def _enqueue(self, rows: Sequence[Row]) -> None:
+        if self._stopped:
+            raise Unavailable("the server is shutting down", code="shutting_down")
+        for row in rows:
+            self._scheduler.offer(row)
+        metrics.QUEUE_ROWS.set(len(self._scheduler))
+        self._busy = True
+        self._arrived.set()
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.get_running_loop().create_task(self._serve(), name="batcher")
 
     async def _serve(self) -> None:
         while True:
@@ -144,7 +172,12 @@ class Batcher:
                 await self._forward(batch, now)
             if not len(self._scheduler):
                 self._arrived.clear()
-                self._idle.set()
+                self._busy = False
+                self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._busy and not self._promised and not len(self._scheduler):
+            self._idle.set()
 
     async def _forward(self, batch: list[Row], taken_at: float) -> None:
         metrics.BATCH_ROWS.observe(len(batch))
@@ -211,6 +244,7 @@ class Batcher:
         row.leave()
 
     async def _stop(self) -> None:
+        self._stopped = True
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)

@@ -1,0 +1,67 @@
+"""The HTTP application: every route, inside what is true of all of them.
+
+Trace (id, log, metrics, the unforeseen) ─▶ BodyLimit ─▶ routes ─▶ predictor, batcher, residency, stores
+                                    every failure ─▶ problems
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware import Middleware
+
+from lensrack import wire
+from server import __version__
+from server.api import aliases, datasets, guard, health, predict, problems, residency, tasks, train
+from server.api.services import Services
+from server.api.trace import Trace
+
+__all__ = ["Services", "create_app"]
+
+_PROBLEM: Final[dict[str, Any]] = {
+    "description": "A problem (RFC 9457): see its `code`.",
+    "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application over these services. Its end of life drains the batcher; it closes nothing else it was given."""
+    app = FastAPI(
+        title="lensrack",
+        version=__version__,
+        description="Many vision tasks from one frozen backbone, answered in one forward.",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        middleware=[Middleware(Trace), Middleware(guard.BodyLimit, cap=guard.caps(services.settings))],
+        responses={"default": _PROBLEM},
+    )
+    app.state.services = services
+    problems.install(app)
+    for room in (predict, tasks, aliases, residency, datasets, train, health):
+        app.include_router(room.router)
+    app.openapi = lambda: _documented(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+def _documented(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema, and the models that it cannot find by itself: those of bodies that routes read on their own."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = schema["components"]["schemas"]
+        for model in (wire.Problem, wire.PredictRequest):
+            found = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(found.pop("$defs", {}))
+            schemas[model.__name__] = found
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    services: Services = app.state.services
+    await services.batcher.drain(services.settings.drain_timeout_s)

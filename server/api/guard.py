@@ -1,0 +1,148 @@
+"""What may come in: how large, of which type, and to which address the server may listen."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Collection
+from typing import Annotated, Final
+
+from fastapi import Depends
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api import problems
+from server.errors import BadRequest, TooLarge, UnsupportedMedia
+from server.predictor import TASK
+from server.settings import Settings
+
+IMAGE_TYPES: Final = ("image/jpeg", "image/png", "image/webp", "image/bmp")
+ARCHIVE_TYPES: Final = (
+    "application/zip",
+    "application/x-tar",
+    "application/gzip",
+    "application/x-gzip",
+    "application/octet-stream",
+)
+_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed")
+_BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
+
+Cap = Callable[[str, str], int]
+
+
+class UnsafeBind(Exception):
+    """The server would be open to everybody who reaches the machine."""
+
+
+def require_safe_bind(settings: Settings) -> None:
+    """Refuse any address but loopback, as long as there are no API keys and LENSRACK_ALLOW_OPEN is not given."""
+    if not settings.allow_open and not is_loopback(settings.host):
+        raise UnsafeBind(
+            f"listening on {settings.host} would serve everybody who can reach this machine, without API keys: "
+            "expected a loopback address such as 127.0.0.1, or LENSRACK_ALLOW_OPEN=true"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name may resolve to anything
+
+
+def task_name(task: str) -> str:
+    """A task's name from a path. Raises BadRequest (bad_task_name)."""
+    if not TASK.fullmatch(task):
+        raise BadRequest(f"expected a task name like {TASK.pattern}, got {task[:100]!r}", code="bad_task_name")
+    return task
+
+
+TaskOf = Annotated[str, Depends(task_name)]
+
+
+def media_type(headers: Headers) -> str:
+    """The content type without its parameters; empty where there is none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def require_type(headers: Headers, expected: Collection[str]) -> str:
+    """The body's media type, which must be among the expected ones. Raises UnsupportedMedia."""
+    got = media_type(headers)
+    if got not in expected:
+        raise UnsupportedMedia(f"content type: expected {' or '.join(expected)}, got {got[:100] or 'none'}")
+    return got
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def caps(settings: Settings) -> Cap:
+    """The most bytes that a body may have, by method and path."""
+
+    def cap(method: str, path: str) -> int:
+        if _IMAGES_COME_TO.fullmatch(path):
+            return settings.max_body_bytes
+        if method == "POST" and path == "/datasets":
+            return settings.max_dataset_bytes
+        if method == "PUT" and _BUNDLES_COME_TO.fullmatch(path):
+            return settings.max_bundle_bytes
+        return settings.max_json_bytes
+
+    return cap
+
+
+class BodyLimit:
+    """Stops a body at its cap: at once where its length is told, otherwise (chunked) while it is read."""
+
+    def __init__(self, app: ASGIApp, cap: Cap) -> None:
+        self.app, self.cap = app, cap
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        reading = _Reading(self.cap(scope["method"], scope["path"]), receive, send)
+        try:
+            reading.check_told(Headers(scope=scope))
+            await self.app(scope, reading.receive, reading.send)
+        except TooLarge as error:
+            if reading.answered:
+                raise
+            await problems.answer(error, scope["state"]["request_id"])(scope, receive, send)
+
+
+class _Reading:
+    """One request's body while it is read."""
+
+    def __init__(self, cap: int, receive: Receive, send: Send) -> None:
+        self.cap, self._receive, self._send = cap, receive, send
+        self.got = 0
+        self.answered = False
+
+    def check_told(self, headers: Headers) -> None:
+        told = headers.get("content-length", "")
+        if told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > self.cap):
+            raise self._too_large(f"{told[:30]} bytes")
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.got += len(message.get("body", b""))
+            self._check()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Whatever the application makes of a body that was cut off, the answer is that it was too large."""
+        if not self.answered:
+            self._check()
+        self.answered = True
+        await self._send(message)
+
+    def _check(self) -> None:
+        if self.got > self.cap:
+            raise self._too_large("more")
+
+    def _too_large(self, got: str) -> TooLarge:
+        return TooLarge(f"expected a body of at most {self.cap} bytes, got {got}")

@@ -1,0 +1,53 @@
+"""Which versions sit on the device: told truthfully, and moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+
+from lensrack import wire
+from server.api import views
+from server.api.services import Services, ServicesOf
+from server.predictor import Ref, in_time
+
+router = APIRouter(tags=["residency"])
+
+
+@router.post("/tasks/{task}/load")
+async def load(services: ServicesOf, task: str) -> wire.Residency:
+    """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
+    ref, version = await _one_version(services, task)
+    await in_time(services.settings.request_timeout_s, services.residency.load(ref.task, version))
+    return views.residency(services, ref.task, version)
+
+
+@router.post("/tasks/{task}/unload")
+async def unload(services: ServicesOf, task: str) -> wire.Residency:
+    """Free the version's memory on the device; answers when the last request that needs it has been served."""
+    ref, version = await _one_version(services, task)
+    await services.residency.unload(ref.task, version)
+    return views.residency(services, ref.task, version)
+
+
+@router.post("/tasks/{task}/pin")
+async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = None) -> wire.Residency:
+    """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
+    ref, version = await _one_version(services, task)
+    if (body or wire.PinRequest()).pinned:
+        acquiring = services.residency.acquire(ref.task, version)
+        seat = await in_time(services.settings.request_timeout_s, acquiring)  # while it is held, nothing can evict it
+        services.residency.pin(ref.task, version, True)
+        services.residency.release(seat)
+    else:
+        services.residency.pin(ref.task, version, False)
+    return views.residency(services, ref.task, version)
+
+
+async def _one_version(services: Services, text: str) -> tuple[Ref, str]:
+    """The version that a reference means; of a split alias the one with most of the requests."""
+    ref = Ref.parse(text)
+    aliases = await asyncio.to_thread(services.store.aliases, ref.task)
+    if ref.name in aliases:
+        return ref, views.heaviest(aliases[ref.name])
+    return ref, await services.predictor.resolve(ref, key="")

@@ -1,0 +1,70 @@
+"""What the HTTP layer stands on: everything it calls, handed over once by `server.bootstrap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, Request
+
+from lensrack import wire
+from prompts_store import Bundle, Store
+from server.batching.batcher import Batcher
+from server.jobs.store import JobStore
+from server.predictor import Predictor
+from server.settings import Settings
+
+
+class Residency(Protocol):
+    """Which versions sit on the device; see `server.engine.residency`."""
+
+    async def acquire(self, task: str, version: str) -> Any: ...
+    def release(self, seat: Any) -> None: ...
+    async def load(self, task: str, version: str) -> None: ...
+    async def unload(self, task: str, version: str) -> bool: ...
+    def pin(self, task: str, version: str, on: bool) -> bool: ...
+    def pinned(self, task: str, version: str) -> bool: ...
+    def resident(self, task: str, version: str) -> bool: ...
+    def lens_bytes(self, task: str, version: str) -> int: ...
+
+
+class DatasetStore(Protocol):
+    """Labelled images; see `server.datasets`."""
+
+    def ingest(self, archive: Path, *, name: str = "") -> Any: ...
+    def get(self, dataset_id: str) -> Any: ...
+    def list(self) -> Sequence[Any]: ...
+    def delete(self, dataset_id: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """`methods` maps a method's name to its meaning in a line. `check_bundle` raises ServiceError for a bundle that the
+    running backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread."""
+
+    settings: Settings
+    predictor: Predictor
+    batcher: Batcher
+    residency: Residency
+    store: Store
+    jobs: JobStore
+    datasets: DatasetStore
+    ready: Callable[[], wire.Ready]
+    methods: Mapping[str, str]
+    check_bundle: Callable[[Bundle], None]
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(_services)]
+
+
+def request_id(request: Request) -> str:
+    """This request's id, as the trace middleware chose it."""
+    known: str = request.state.request_id
+    return known

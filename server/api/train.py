@@ -1,0 +1,144 @@
+"""Training over HTTP: jobs are asked for, listed, watched and cancelled here; workers elsewhere do them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import Response
+
+from lensrack import wire
+from server.api import predict
+from server.api.services import Services, ServicesOf
+from server.errors import Unprocessable
+from server.jobs.job import Event, Job
+
+router = APIRouter(tags=["jobs"])
+
+MOST_EVENTS: Final = 1000
+# The store is another process's to write, and SQLite cannot call us: whoever waits for events looks again this often.
+LOOK_AGAIN_S: Final = 0.15
+_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
+    202: {"headers": {"Location": {"description": "Where to watch the job.", "schema": {"type": "string"}}}}
+}
+
+
+@router.post("/train", status_code=202, responses=_ACCEPTED)
+async def train(
+    response: Response,
+    services: ServicesOf,
+    asked: wire.TrainRequest,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> wire.Job:
+    """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
+    if asked.method not in services.methods:
+        known = ", ".join(sorted(services.methods))
+        raise Unprocessable(f"method: expected one of {known}, got {asked.method[:100]!r}", code="unknown_method")
+    job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
+    response.headers["Location"] = f"/train/{job.id}"
+    return told(job)
+
+
+@router.get("/train")
+async def list_jobs(
+    services: ServicesOf,
+    *,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    task: str | None = None,
+    state: wire.JobState | None = None,
+) -> wire.JobList:
+    """Newest first. `next` is the cursor of the following page."""
+    jobs, following = await asyncio.to_thread(
+        lambda: services.jobs.list(task=task, state=state, cursor=cursor, limit=limit)
+    )
+    return wire.JobList(jobs=[told(job) for job in jobs], next=following)
+
+
+@router.get("/train/{job_id}")
+async def get_job(services: ServicesOf, job_id: str) -> wire.Job:
+    return told(await _current(services, job_id))
+
+
+@router.post("/train/{job_id}/cancel")
+async def cancel(services: ServicesOf, job_id: str) -> wire.Job:
+    """A waiting job ends at once, a running one within a step."""
+    return told(await asyncio.to_thread(services.jobs.cancel, job_id))
+
+
+@router.get("/train/{job_id}/events")
+async def events(
+    request: Request,
+    services: ServicesOf,
+    job_id: str,
+    after: Annotated[int, Query(ge=0, description="The last `seq` seen.")] = 0,
+    wait_s: Annotated[float, Query(ge=0, le=30, description="How long to wait for a first event.")] = 0.0,
+) -> wire.JobEvents:
+    """What has happened to a job since. `next` is the next call's `after`; `finished`: nothing will follow."""
+    await request.body()
+    return await predict.unless_gone(request, _events(services, job_id, after, wait_s))
+
+
+async def _events(services: Services, job_id: str, after: int, wait_s: float) -> wire.JobEvents:
+    until = time.monotonic() + wait_s
+    while True:
+        job = await _current(services, job_id)  # before its events: an end that is seen here is among them
+        found: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
+        if found or job.finished or time.monotonic() >= until:
+            break
+        await asyncio.sleep(min(LOOK_AGAIN_S, max(0.0, until - time.monotonic())))
+    return wire.JobEvents(
+        events=[wire.JobEvent(seq=one.seq, type=one.type, at=one.at, data=one.data) for one in found],
+        next=found[-1].seq if found else after,
+        finished=job.finished and len(found) < MOST_EVENTS,
+    )
+
+
+def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Job:
+    dataset = services.datasets.get(asked.dataset)
+    return services.jobs.submit(
+        asked.task,
+        dataset.id,
+        asked.method,
+        asked.recipe.model_dump(exclude_none=True),
+        idempotency_key=key,
+        tenant=predict.TENANT,
+        max_attempts=services.settings.max_attempts,
+    )
+
+
+async def _current(services: Services, job_id: str) -> Job:
+    """A job as it is. One that is told to have succeeded can be asked at once: its version is known here by then."""
+
+    def read() -> Job:
+        job = services.jobs.get(job_id)
+        refresh: Callable[[str], None] | None = getattr(services.store, "refresh", None)
+        if job.state == "succeeded" and refresh is not None:
+            refresh(job.task)
+        return job
+
+    return await asyncio.to_thread(read)
+
+
+def told(job: Job) -> wire.Job:
+    """A job in the wire's words; what only workers need stays out."""
+    return wire.Job(
+        id=job.id,
+        task=job.task,
+        dataset=job.dataset,
+        method=job.method,
+        recipe=job.recipe,
+        state=job.state,
+        attempt=job.attempt,
+        progress=wire.JobProgress.model_validate(job.progress),
+        version=job.version,
+        metrics=job.metrics,
+        error=wire.JobError.model_validate(job.error) if job.error else None,
+        cancel_requested=job.cancel_requested,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )

@@ -1,0 +1,71 @@
+"""What the store and the device know, in the wire's words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from starlette.responses import Response
+
+import prompts_store as stored
+from lensrack import wire
+from server.api.services import Services
+
+
+def heaviest(state: stored.Alias) -> str:
+    """The version with most of an alias' requests."""
+    return max(state.targets, key=lambda target: target.weight).version
+
+
+def resident_now(services: Services, task: wire.Task) -> wire.Task:
+    resident = task.live is not None and services.residency.resident(task.task, task.live)
+    return task.model_copy(update={"resident": resident})
+
+
+def residency(services: Services, task: str, version: str) -> wire.Residency:
+    on_device = services.residency
+    return wire.Residency(
+        task=task,
+        version=version,
+        resident=on_device.resident(task, version),
+        pinned=on_device.pinned(task, version),
+        bytes=on_device.lens_bytes(task, version),
+    )
+
+
+def told(response: Response, state: stored.Alias) -> wire.Alias:
+    """An alias, with its ETag on the response."""
+    shown = alias(state)
+    response.headers["ETag"] = shown.etag
+    return shown
+
+
+def _targets(state: stored.Alias) -> list[wire.AliasTarget]:
+    return [wire.AliasTarget(version=target.version, weight=target.weight) for target in state.targets]
+
+
+def alias(state: stored.Alias) -> wire.Alias:
+    return wire.Alias(name=state.name, targets=_targets(state), revision=state.revision, changed_at=state.changed_at)
+
+
+def change(state: stored.Alias) -> wire.AliasChange:
+    return wire.AliasChange(
+        alias=state.name, targets=_targets(state), revision=state.revision, changed_at=state.changed_at
+    )
+
+
+def version(services: Services, task: str, info: stored.VersionInfo) -> wire.VersionInfo:
+    manifest = info.manifest
+    return wire.VersionInfo(
+        version=info.version,
+        method=manifest.method,
+        labels=list(manifest.labels),
+        prompt_lengths=list(manifest.prompt_lengths),
+        bytes=info.bytes,
+        created_at=manifest.created_at,
+        metrics=manifest.metrics,
+        recipe=manifest.recipe,
+        dataset=manifest.dataset,
+        parent=manifest.parent,
+        preprocess=asdict(manifest.preprocess),
+        resident=services.residency.resident(task, info.version),
+    )

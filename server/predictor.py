@@ -1,0 +1,350 @@
+"""One /predict, from bytes to labels.
+
+    "cats@live" ─▶ which version?      alias, digest or prefix; a canary by the request's key
+        version ─▶ its seat            on the rack already, or loaded once for everybody who asks; pinned
+         images ─▶ pixels              decoded and cut to the seat's geometry, in threads
+         pixels ─▶ rows ─▶ logits      queued among the rows of all tasks, answered by one forward
+         logits ─▶ labels              softmax and the best k, in float64
+
+Whatever happens on the way, the seat is given back: when the last row has left the engine, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from prompts_store import Alias, AliasNotFound, VersionInfo, VersionNotFound
+from server.batching.batcher import Batcher, Room
+from server.batching.row import Row
+from server.engine.images import Geometry
+from server.errors import BadRequest, DeadlineExceeded, Internal, Unprocessable
+from server.pictures import Pictures, Pixels
+
+TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PREFIX = re.compile(r"[0-9a-f]{8,63}")
+
+T = TypeVar("T")
+
+
+class SeatLike(Protocol):
+    """What a prediction needs to know of a resident version."""
+
+    @property
+    def labels(self) -> Sequence[str]: ...
+    @property
+    def geometry(self) -> Geometry: ...
+
+
+class Rack(Protocol):
+    """Where seats come from: `server.engine.residency.Residency`."""
+
+    async def acquire(self, task: str, version: str) -> Any: ...
+    def release(self, seat: Any) -> None: ...
+
+
+class Catalogue(Protocol):
+    """What a prediction asks of the store."""
+
+    def aliases(self, task: str) -> Mapping[str, Alias]: ...
+    def versions(self, task: str) -> Sequence[VersionInfo]: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_images: int
+    max_image_pixels: int
+    max_tasks: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds: decoding all images; the longest wait of a row; the longest forward."""
+
+    decode_s: float
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`predictions[i]` are the best labels of image i, best first. `version` is the one that gave them."""
+
+    task: str
+    version: str
+    predictions: list[list[Scored]]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Features:
+    """`vectors` [n, D]: the frozen backbone's features of n images."""
+
+    fingerprint: str
+    vectors: np.ndarray[Any, Any]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What a client names: a task, and an alias, a version or the beginning of one."""
+
+    task: str
+    name: str = "live"
+
+    @classmethod
+    def parse(cls, text: str) -> Ref:
+        """`task` or `task@name`. Raises BadRequest (bad_task_name)."""
+        task, at, name = text.partition("@")
+        if not TASK.fullmatch(task) or (at and not name):
+            raise BadRequest(
+                f"expected a task name like {TASK.pattern}, optionally followed by @alias or @version, "
+                f"got {text[:100]!r}",
+                code="bad_task_name",
+            )
+        return cls(task, name or "live")
+
+    @property
+    def is_version(self) -> bool:
+        return _DIGEST.fullmatch(self.name) is not None
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """What belongs to a request rather than to one of its tasks."""
+
+    pictures: Pictures
+    room: Room
+    key: str
+    tenant: str
+    deadline: float  # of the batcher's clock
+
+
+class Predictor:
+    """Answers predictions. Belongs to the event loop; `pool` decodes, the batcher's thread computes."""
+
+    def __init__(
+        self,
+        store: Catalogue,
+        residency: Rack,
+        batcher: Batcher,
+        pool: Executor,
+        *,
+        limits: Limits,
+        geometry: Geometry,
+        fingerprint: str,
+    ) -> None:
+        """`geometry` and `fingerprint` are the bare backbone's, for `embed`."""
+        self._store, self._residency, self._batcher, self._pool = store, residency, batcher, pool
+        self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
+
+    async def predict(
+        self, task_ref: str, images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
+    ) -> Answer:
+        """Ask one task about images. Raises ServiceError kinds and the store's errors."""
+        ref = Ref.parse(task_ref)
+        with self._asking(images, 1, key, tenant, timeout_s) as asking:
+            return await in_time(timeout_s, self._ask(ref, top_k, asking))
+
+    async def predict_many(
+        self, task_refs: Sequence[str], images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
+    ) -> dict[str, Answer | Exception]:
+        """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
+        refs = {text: Ref.parse(text) for text in task_refs}
+        with self._asking(images, len(refs), key, tenant, timeout_s) as asking:
+            asked = [in_time(timeout_s, self._ask(ref, top_k, asking)) for ref in refs.values()]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+        return {text: _result(result) for text, result in zip(refs, results, strict=True)}
+
+    async def embed(self, images: Sequence[bytes], *, tenant: str, timeout_s: float) -> Features:
+        """The frozen backbone's features of images."""
+        with self._asking(images, 1, "", tenant, timeout_s) as asking:
+            return await in_time(timeout_s, self._embed(asking))
+
+    async def resolve(self, ref: Ref, key: str) -> str:
+        """The version that answers. Raises TaskNotFound, AliasNotFound, VersionNotFound, BadRequest (ambiguous)."""
+        if ref.is_version:
+            return ref.name
+        alias = (await self._aliases(ref.task)).get(ref.name)
+        if alias is not None:
+            return alias.choose(key)
+        if _PREFIX.fullmatch(ref.name):
+            return await self.version_like(ref.task, ref.name)
+        raise AliasNotFound(ref.task, ref.name)
+
+    async def version_like(self, task: str, text: str) -> str:
+        """A version by its digest, which may not exist, or by its unique beginning of at least 8 digits, which does.
+
+        Raises TaskNotFound, VersionNotFound, BadRequest (ambiguous_version).
+        """
+        if _DIGEST.fullmatch(text):
+            return text
+        if not _PREFIX.fullmatch(text):
+            raise VersionNotFound(task, text)
+        infos = await asyncio.to_thread(self._store.versions, task)
+        found = [info.version for info in infos if info.version.startswith(text)]
+        if not found:
+            raise VersionNotFound(task, text)
+        if len(found) > 1:
+            raise BadRequest(
+                f"expected the beginning of one version, got {text!r}, with which {len(found)} versions begin",
+                code="ambiguous_version",
+            )
+        return found[0]
+
+    # --- the steps --------------------------------------------------------------------------------------------------
+
+    async def _ask(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
+        version, seat = await self._take_seat(ref, asking.key)
+        hold = _Hold(lambda: self._residency.release(seat))
+        try:
+            pixels = await asking.pictures.fitted(seat.geometry)
+            rows = [self._row(ref.task, seat, image, hold, asking) for image in pixels]
+            asking.pictures.show(rows)
+            logits = await _answers(rows, asking.room)
+        finally:
+            hold.drop()
+        predictions = [best(row, seat.labels, top_k) for row in logits]
+        return Answer(ref.task, version, predictions, _timings(asking, rows))
+
+    async def _embed(self, asking: _Asking) -> Features:
+        pixels = await asking.pictures.fitted(self._geometry)
+        rows = [self._row("", None, image, _Hold(_nothing), asking) for image in pixels]
+        vectors = np.stack(await _answers(rows, asking.room))
+        _check_finite(vectors)
+        return Features(self._fingerprint, vectors, _timings(asking, rows))
+
+    async def _take_seat(self, ref: Ref, key: str) -> tuple[str, Any]:
+        version = await self.resolve(ref, key)
+        try:
+            return version, await self._residency.acquire(ref.task, version)
+        except VersionNotFound:
+            if ref.is_version:
+                raise
+        # the alias moved on and the version was deleted between the two steps: ask once more
+        version = await self.resolve(ref, key)
+        return version, await self._residency.acquire(ref.task, version)
+
+    def _row(self, task: str, seat: Any, image: Pixels, hold: _Hold, asking: _Asking) -> Row:
+        reply = asyncio.get_running_loop().create_future()
+        row = Row(task, asking.tenant, seat, image, asking.deadline, self._batcher.clock(), reply)
+        row.leave = hold.share()
+        return row
+
+    # --- what the steps lean on -------------------------------------------------------------------------------------
+
+    async def _aliases(self, task: str) -> Mapping[str, Alias]:
+        """From memory where the store remembers them; otherwise in a thread, for a store may touch a disk or a wire."""
+        known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store, "known_aliases", None)
+        aliases = known(task) if known is not None else None
+        return aliases if aliases is not None else await asyncio.to_thread(self._store.aliases, task)
+
+    def _check_size(self, images: int, tasks: int) -> None:
+        if not 1 <= images <= self._limits.max_images:
+            raise Unprocessable(f"images: expected 1 to {self._limits.max_images}, got {images}")
+        if not 1 <= tasks <= self._limits.max_tasks:
+            raise Unprocessable(f"task: expected 1 to {self._limits.max_tasks} tasks, got {tasks}")
+        if images * tasks > self._batcher.max_queue:
+            raise Unprocessable(
+                f"expected at most {self._batcher.max_queue} images x tasks in one request, got {images * tasks}"
+            )
+
+    @contextmanager
+    def _asking(
+        self, images: Sequence[bytes], tasks: int, key: str, tenant: str, timeout_s: float
+    ) -> Iterator[_Asking]:
+        """A request's room in the queue and its images; neither outlives it."""
+        self._check_size(len(images), tasks)
+        with self._batcher.promise(len(images) * tasks) as room:
+            shown = Pictures(images, self._pool, self._limits.max_image_pixels)
+            try:
+                yield _Asking(shown, room, key, tenant, self._batcher.clock() + timeout_s)
+            finally:
+                shown.close()
+
+
+@dataclass(eq=False)
+class _Hold:
+    """A seat in use by a request and its rows; given back when the last of them lets go."""
+
+    release: Callable[[], None]
+    users: int = field(default=1)
+
+    def share(self) -> Callable[[], None]:
+        self.users += 1
+        return self.drop
+
+    def drop(self) -> None:
+        self.users -= 1
+        if self.users == 0:
+            self.release()
+
+
+def _nothing() -> None:
+    """There is no seat to give back."""
+
+
+async def _answers(rows: Sequence[Row], room: Room) -> list[np.ndarray[Any, Any]]:
+    """Queue rows and wait for all replies; on the way out, whatever the reason, nobody waits for one any more."""
+    room.submit(rows)
+    try:
+        return list(await asyncio.gather(*(row.reply for row in rows)))
+    finally:
+        for row in rows:
+            row.reply.cancel()
+
+
+async def in_time(timeout_s: float, work: Awaitable[T]) -> T:
+    """Wait at most so long. Raises DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"the answer was not ready within {timeout_s:g} s") from error
+
+
+def best(logits: np.ndarray[Any, Any], labels: Sequence[str], top_k: int) -> list[Scored]:
+    """The `top_k` most likely labels (all, where there are fewer); ties by index. logits: [C].
+
+    Raises Internal (engine_failed) for logits that are not finite.
+    """
+    wide = np.asarray(logits, np.float64)
+    _check_finite(wide)
+    scores = np.exp(wide - wide.max())
+    scores /= scores.sum()
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [Scored(labels[i], int(i), float(scores[i])) for i in order]
+
+
+def _check_finite(numbers: np.ndarray[Any, Any]) -> None:
+    if not np.isfinite(numbers).all():
+        raise Internal("the engine gave numbers that are not finite", code="engine_failed")
+
+
+def _timings(asking: _Asking, rows: Sequence[Row]) -> Timings:
+    return Timings(
+        decode_s=asking.pictures.decode_s,
+        queue_s=max(row.watch.queue_s for row in rows),
+        compute_s=max(row.watch.compute_s for row in rows),
+    )
+
+
+def _result(result: Answer | BaseException) -> Answer | Exception:
+    if isinstance(result, BaseException) and not isinstance(result, Exception):
+        raise result
+    return result

@@ -1,0 +1,271 @@
+"""Jobs in one SQLite file, for one machine: threads and processes alike open it and take turns.
+
+A change is one `BEGIN IMMEDIATE` transaction: read the job, ask `lifecycle` what becomes of it, write job and events.
+Open the store after a fork, never before it: SQLite's connections do not survive one.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+from server.errors import BadRequest, NotFound, Unavailable
+from server.jobs import lifecycle
+from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
+from server.jobs.lifecycle import Step
+from server.jobs.sqlite_file import alone, backend, connect, migrate
+from server.jobs.store import Events, Jobs
+
+_COLUMNS: Final = tuple(field.name for field in fields(Job))
+_JSON: Final = frozenset({"recipe", "progress", "metrics", "error"})
+_SELECT: Final = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
+_WRITE: Final = (
+    f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)}) "
+    f"ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _COLUMNS[1:])}"
+)
+_WAITING: Final = (
+    f"{_SELECT} WHERE state = 'queued' OR (state = 'running' AND lease_expires_at <= ?) "
+    "ORDER BY priority DESC, id LIMIT 1"
+)
+_EVENT: Final = (
+    "INSERT INTO events SELECT ?, COALESCE(MAX(seq), 0) + 1, ?, ?, ? FROM events WHERE job = ? RETURNING seq"
+)
+
+
+class SqliteJobStore:
+    """The job store over the file `path`, made with its folder when absent. `now` gives seconds since the epoch."""
+
+    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
+        self._path, self._now = path, now
+        self._connections: dict[threading.Thread, sqlite3.Connection] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        with backend():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with alone(path.parent):
+                migrate(self._connection())
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        task: str,
+        dataset: str,
+        method: str,
+        recipe: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        max_attempts: int,
+    ) -> Job:
+        with self._transaction() as db:
+            if known := _by_key(db, tenant, idempotency_key):
+                return lifecycle.resubmitted(known, task=task, dataset=dataset, method=method, recipe=recipe)
+            now = self._now()
+            job = Job(
+                id=new_id(now, after=db.execute("SELECT MAX(id) FROM jobs").fetchone()[0]),
+                task=task,
+                dataset=dataset,
+                method=method,
+                recipe=json.loads(to_json(recipe)),
+                max_attempts=max_attempts,
+                created_at=now,
+                priority=priority,
+                tenant=tenant,
+                idempotency_key=idempotency_key,
+            )
+            return _save(db, lifecycle.submitted(job), now)
+
+    def get(self, job_id: str) -> Job:
+        with backend():
+            return _load(self._connection(), job_id)
+
+    def list(
+        self,
+        *,
+        task: str | None = None,
+        state: State | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+        tenant: str | None = None,
+    ) -> tuple[Jobs, str | None]:
+        if cursor is not None and not is_id(cursor):
+            raise BadRequest("expected the cursor of an earlier page, got something else")
+        wanted = {"task =": task, "state =": state, "tenant =": tenant, "id <": cursor}
+        given = {condition: value for condition, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{condition} ?" for condition in given) or "TRUE"
+        with backend():
+            rows = self._connection().execute(
+                f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*given.values(), limit + 1)
+            )
+            jobs = [_job(row) for row in rows]
+        page = jobs[:limit]
+        return page, page[-1].id if page and len(jobs) > limit else None
+
+    def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
+        with backend():
+            rows = self._connection().execute(
+                "SELECT seq, type, at, data FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?",
+                (job_id, after, limit),
+            )
+            events = [Event(seq, type_, at, json.loads(data)) for seq, type_, at, data in rows]
+        if not events:
+            self.get(job_id)
+        return events
+
+    def counts(self) -> dict[State, int]:
+        with backend():
+            found = dict(self._connection().execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
+        return {state: found.get(state, 0) for state in STATES}
+
+    # --- working ------------------------------------------------------------------------------------------------------
+
+    def claim(self, worker: str, lease_s: float) -> Job | None:
+        with backend():  # idle workers ask often: they should not take the writers' turn for nothing
+            if self._connection().execute(_WAITING, (self._now(),)).fetchone() is None:
+                return None
+        with self._transaction() as db:
+            now = self._now()
+            while (row := db.execute(_WAITING, (now,)).fetchone()) is not None:
+                job = _save(db, lifecycle.claimed(_job(row), worker=worker, lease_s=lease_s, now=now), now)
+                if not job.finished:
+                    return job
+        return None
+
+    def heartbeat(self, job_id: str, attempt: int, lease_s: float, progress: Mapping[str, Any] | None = None) -> Job:
+        return self._step(
+            job_id, lambda job, now: lifecycle.kept_alive(job, attempt, lease_s=lease_s, progress=progress, now=now)
+        )
+
+    def append_event(self, job_id: str, attempt: int, type_: str, data: Mapping[str, Any]) -> Event:
+        with self._transaction() as db:
+            now = self._now()
+            lifecycle.noted(_load(db, job_id), attempt, type_, data)
+            return _append(db, job_id, type_, data, now)
+
+    def set_checkpoint(self, job_id: str, attempt: int, ref: str | None) -> Job:
+        return self._step(job_id, lambda job, _: lifecycle.checkpointed(job, attempt, ref))
+
+    def finish(
+        self,
+        job_id: str,
+        attempt: int,
+        state: State,
+        *,
+        version: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        error: Mapping[str, str] | None = None,
+    ) -> Job:
+        return self._step(
+            job_id,
+            lambda job, now: lifecycle.finished(
+                job, attempt, state, version=version, metrics=metrics, error=error, now=now
+            ),
+        )
+
+    def release(self, job_id: str, attempt: int) -> Job:
+        return self._step(job_id, lambda job, now: lifecycle.released(job, attempt, now=now))
+
+    def fail_attempt(self, job_id: str, attempt: int, error: Mapping[str, str], *, retry: bool) -> Job:
+        return self._step(job_id, lambda job, now: lifecycle.attempt_failed(job, attempt, error, retry=retry, now=now))
+
+    # --- governing ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, job_id: str) -> Job:
+        return self._step(job_id, lambda job, now: lifecycle.cancelled(job, now=now))
+
+    def prune(self, older_than_s: float) -> Jobs:
+        with self._transaction() as db:
+            rows = db.execute(f"{_SELECT} WHERE finished_at < ? ORDER BY id", (self._now() - older_than_s,))
+            old = [_job(row) for row in rows]
+            db.executemany("DELETE FROM jobs WHERE id = ?", [(job.id,) for job in old])
+        return old
+
+    def close(self) -> None:
+        """Every thread's connection. No other thread may be inside a call."""
+        with self._lock:
+            self._closed = True
+            connections = [*self._connections.values()]
+            self._connections.clear()
+        for connection in connections:
+            connection.close()
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _step(self, job_id: str, decide: Callable[[Job, float], Step]) -> Job:
+        with self._transaction() as db:
+            now = self._now()
+            return _save(db, decide(_load(db, job_id), now), now)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with backend():
+            db = self._connection()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # some failures, a full disk among them, have rolled back already
+                    db.execute("ROLLBACK")
+                raise
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's own. Those of threads that have ended are closed here, since nobody else will."""
+        me = threading.current_thread()
+        connection = self._connections.get(me)
+        if connection is not None:
+            return connection
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the job store is closed", code="store_unavailable")
+            for thread in [thread for thread in self._connections if not thread.is_alive()]:
+                self._connections.pop(thread).close()
+            connection = self._connections[me] = connect(self._path)
+        return connection
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _load(db: sqlite3.Connection, job_id: str) -> Job:
+    row = db.execute(f"{_SELECT} WHERE id = ?", (job_id,)).fetchone()
+    if row is None:
+        raise NotFound(f"there is no job {job_id[:64]!r}", code="job_not_found")
+    return _job(row)
+
+
+def _by_key(db: sqlite3.Connection, tenant: str, key: str | None) -> Job | None:
+    row = db.execute(f"{_SELECT} WHERE tenant = ? AND idempotency_key = ?", (tenant, key)).fetchone()
+    return _job(row) if row else None
+
+
+def _job(row: tuple[Any, ...]) -> Job:
+    values = dict(zip(_COLUMNS, row, strict=True))
+    for name in _JSON:
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    return Job(**values | {"cancel_requested": bool(values["cancel_requested"])})
+
+
+def _save(db: sqlite3.Connection, step: Step, now: float) -> Job:
+    values = {name: getattr(step.job, name) for name in _COLUMNS}
+    for name in _JSON:
+        values[name] = to_json(values[name]) if values[name] is not None else None
+    db.execute(_WRITE, values)
+    for type_, data in step.events:
+        _append(db, step.job.id, type_, data, now)
+    return _load(db, step.job.id)
+
+
+def _append(db: sqlite3.Connection, job_id: str, type_: str, data: Mapping[str, Any], now: float) -> Event:
+    text = to_json(data)
+    seq = db.execute(_EVENT, (job_id, type_, now, text, job_id)).fetchone()[0]
+    return Event(seq, type_, now, json.loads(text))

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -25,7 +25,7 @@ cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 log = logging.getLogger("server")
 
 
-def load_settings(**overrides: object) -> Settings:
+def load_settings(**overrides: Any) -> Settings:
     """The environment's settings with the command line's on top; a wrong one is a sentence, not a traceback."""
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})

@@ -1,7 +1,7 @@
 """The only file that names concrete backends and wires them.
 
-build_server   store (cached) · job store · dataset store · backbone · rack · residency · engine · batcher · predictor · api
-build_worker   store · job store · dataset store · backbone · trainer
+build_server   stores · backbone · rack · residency · engine · batcher · predictor · api
+build_worker   stores · backbone · trainer
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
 from server.engine.engine import Engine
+from server.engine.images import Geometry
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
 from server.jobs.sqlite_store import SqliteJobStore
@@ -121,13 +122,15 @@ def build_server(settings: Settings) -> Server:
     engine = Engine(backbone, rack)
     batcher = Batcher(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
     workers = supervise(settings)
+    own = backbone.spec.preprocess
     predictor = Predictor(
         store,
         residency,
         batcher,
         decoding,
         limits=Limits(settings.max_images, settings.max_image_pixels, settings.max_tasks_per_request),
-        backbone=backbone.spec,
+        geometry=Geometry.of(own.size, own.interpolation, own.crop_pct, own.crop_mode, own.mean),
+        fingerprint=backbone.spec.fingerprint,
     )
     services = Services(
         settings=settings,

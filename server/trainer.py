@@ -24,7 +24,7 @@ from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
 from server.engine.images import Geometry
 from server.errors import ServiceError
-from server.jobs.job import Job
+from server.jobs.job import Job, State
 from server.jobs.store import JobStore, LeaseLost
 from server.methods.registry import Registry
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
@@ -151,7 +151,7 @@ class Trainer:
         self._jobs.append_event(job.id, job.attempt, "published", {"version": version, "alias": LIVE})
         return version
 
-    def _end(self, job: Job, state: str, error: dict[str, str] | None = None) -> None:
+    def _end(self, job: Job, state: State, error: dict[str, str] | None = None) -> None:
         try:
             self._jobs.finish(job.id, job.attempt, state, error=error)
         except LeaseLost:

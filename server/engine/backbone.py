@@ -173,7 +173,7 @@ def refusal(model: nn.Module) -> str | None:
     return next((f"{reason} in block {index}" for index, reason in enumerate(reasons) if reason), None)
 
 
-def _block_refusal(block: nn.Module) -> str | None:
+def _block_refusal(block: Block) -> str | None:
     if type(block) is not Block:
         return f"expected plain pre-norm blocks, got {type(block).__name__}"
     if type(block.attn) is not Attention or type(block.mlp) is not Mlp:

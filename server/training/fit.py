@@ -138,7 +138,7 @@ def optimise(run: _Fit, train: _Inputs, val: _Inputs, watch: Watcher) -> None:
 
 def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum as the VPT paper, or AdamW; no weight decay on the head's bias."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [value for name, value in params.items() if name not in NO_DECAY]},
         {"params": [value for name, value in params.items() if name in NO_DECAY], "weight_decay": 0.0},
     ]
@@ -191,7 +191,7 @@ def _step(
     params = _drop_prompts(run, len(index), generator)
     loss = F.cross_entropy(_logits(run, train, index, params), train.targets[index].to(run.backbone.device))
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     value = loss.item()
     if not math.isfinite(value):

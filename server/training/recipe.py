@@ -46,7 +46,7 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(asked.keys() - known):
         raise Unprocessable(f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr'})}")
-    recipe = Recipe(**{**defaults, **asked})  # type: ignore[arg-type]  # the wire has checked the types of `asked`
+    recipe = Recipe(**{**defaults, **asked})
     if base_lr is not None:
         recipe = Recipe(**{**asdict(recipe), "lr": base_lr * recipe.batch_size / 256})
     if recipe.optimizer not in ("sgd", "adamw"):

@@ -15,11 +15,12 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from server.errors import BadRequest, TooLarge, UnsupportedMedia
 
-FORMATS = ("JPEG", "PNG", "WebP", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 32_768
 MAX_SEGMENTS = 65_536  # a 32 MB PNG in the usual 8 KB chunks has 4,096; a million of them would only cost time
 MAX_SCANS = 64  # progressive encoders write about ten; every scan visits every block of the picture again
@@ -58,7 +59,7 @@ def sniff(data: bytes) -> str:
     if data.startswith(_PNG):
         return "PNG"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WebP"
+        return "WEBP"
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADERS:
         return "BMP"
     if any(len(data) < length and data[: len(magic)] == magic[: len(data)] for magic, length in _SHORTEST.items()):
@@ -71,26 +72,30 @@ def sniff(data: bytes) -> str:
 
 
 _LOOKS = (
-    (b"GIF8", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
-    (b"%PDF", "PDF"),
-    (b"PK\x03\x04", "ZIP"),
-    (b"PK\x05\x06", "ZIP"),
+    (b"GIF8", "a GIF"),
+    (b"II*\0", "a TIFF"),
+    (b"MM\0*", "a TIFF"),
+    (b"II+\0", "a TIFF"),
+    (b"MM\0+", "a TIFF"),
+    (b"%PDF", "a PDF"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"PK\x05\x06", "a ZIP archive"),
     (b"\x1f\x8b", "gzip"),
-    (b"8BPS", "PSD"),
-    (b"\0\0\x01\0", "ICO"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"8BPS", "a PSD"),
+    (b"\0\0\x01\0", "an ICO"),
+    (b"\xff\x0a", "a JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000"),
 )
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"hevx": "HEIC"} | {
-    b"mif1": "HEIC",
-    b"msf1": "HEIC",
-}
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"), "a HEIC"
+)
+_SVG = re.compile(rb"<svg[\s>]", re.IGNORECASE)
+_WORDS = (
+    (re.compile(rb"\s*<(!doctype )?html", re.IGNORECASE), "an HTML page"),
+    (re.compile(rb"\s*[{\[]"), "JSON"),
+)
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\xff]")
 
 
 def _looks_like(data: bytes) -> str:
@@ -98,19 +103,13 @@ def _looks_like(data: bytes) -> str:
         if data.startswith(magic):
             return name
     if data[4:8] == b"ftyp":
-        return _BRANDS.get(data[8:12], "MP4 or a relative of it")
+        return _BRANDS.get(data[8:12], "an MP4 or a relative of it")
     head = data[:1024]
-    if re.search(rb"<svg[\s>]", head, re.IGNORECASE):
-        return "SVG"
-    return "no format known here" if _CONTROL.search(head) or not _is_utf8(head) else "text"
-
-
-def _is_utf8(head: bytes) -> bool:
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        return error.end == len(head) and len(head) == 1024  # a character cut by the slice
-    return True
+    if _SVG.search(head):
+        return "an SVG"
+    if _BINARY.search(head):
+        return f"{len(data)} bytes of no known format"
+    return next((name for word, name in _WORDS if word.match(head)), f"{len(data)} bytes of text")
 
 
 # --- dimensions -------------------------------------------------------------------------------------------------------
@@ -145,48 +144,57 @@ def strip(data: bytes, what: str, *, max_pixels: int) -> Stripped:
         return _strip_jpeg(data, max_pixels)
     if what == "PNG":
         return _strip_png(data, max_pixels)
-    if what == "WebP":
+    if what == "WEBP":
         return _strip_webp(data, max_pixels)
     return Stripped(data)  # BMP has no metadata; opening one reads its header only
 
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, without DHT, JPG and DAC
-_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
-_ALONE = frozenset(range(0xD0, 0xD8)) | {0x00, 0x01}  # RSTn, a stuffed zero, TEM: no length follows
+_EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _DROPPED = (frozenset(range(0xE0, 0xF0)) - {0xE0, 0xEE}) | {0xFE}  # APPn and comments, but JFIF and Adobe name colours
-_NEXT_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd7\xff]")
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # not a stuffed zero, TEM, RSTn or fill byte
 
 
 def _strip_jpeg(data: bytes, max_pixels: int) -> Stripped:
     kept: list[bytes] = [b"\xff\xd8"]
-    exif, frames, scans, at = b"", 0, 0, 2
-    for _ in range(MAX_SEGMENTS):
-        found = _NEXT_MARKER.search(data, at)
-        if found is None:
-            raise truncated("JPEG")
-        marker, start = data[found.end() - 1], found.end()
-        if scans:
-            kept.append(data[at : found.start()])
-        if marker == _EOI:
-            break
-        payload = _jpeg_payload(data, start)
-        at = start + 2 + len(payload)
+    exif, frames, scans = b"", 0, 0
+    for marker, payload, segment in _jpeg_segments(data):
         if marker in _FRAMES:
             frames += 1
             _check_frame(payload, frames, max_pixels)
-        elif marker == _SOS:
-            scans += 1
-        elif marker == 0xE1 and payload.startswith(b"Exif\0\0"):
+        scans += marker == _SOS
+        if marker == _APP1 and payload.startswith(b"Exif\0\0"):
             exif = exif or payload
         if marker not in _DROPPED:
-            kept.append(data[start - 2 : at])
-    else:
-        raise damaged("JPEG", f"it has more than {MAX_SEGMENTS} segments")
+            kept.append(segment)
     if not frames or not scans:
         raise damaged("JPEG", "it holds no picture")
     if scans > MAX_SCANS:
         raise damaged("JPEG", f"it has {scans} scans, at most {MAX_SCANS} are accepted")
     return Stripped(b"".join([*kept, b"\xff\xd9"]), orientation(exif))
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Marker, payload and whole segment, up to the end of the picture; a scan's segment includes its coded data."""
+    at = 2
+    for _ in range(MAX_SEGMENTS):
+        start = _next_marker(data, at)
+        marker = data[start + 1]
+        if marker == _EOI:
+            return
+        payload = _jpeg_payload(data, start + 2)
+        at = start + 4 + len(payload)
+        if marker == _SOS:
+            at = _next_marker(data, at)
+        yield marker, payload, data[start:at]
+    raise damaged("JPEG", f"it has more than {MAX_SEGMENTS} segments")
+
+
+def _next_marker(data: bytes, at: int) -> int:
+    found = _NEXT_MARKER.search(data, at)
+    if found is None:
+        raise truncated("JPEG")
+    return found.start()
 
 
 def _jpeg_payload(data: bytes, start: int) -> bytes:
@@ -212,11 +220,8 @@ _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 def _strip_png(data: bytes, max_pixels: int) -> Stripped:
     kept: list[bytes] = [_PNG]
-    exif, pixels, at = b"", False, len(_PNG)
-    for _ in range(MAX_SEGMENTS):
-        kind, chunk = _png_chunk(data, at)
-        if (kind == b"IHDR") != (at == len(_PNG)):
-            raise damaged("PNG", "its header is missing or not in its place")
+    exif, pixels = b"", False
+    for kind, chunk in _png_chunks(data):
         if kind == b"IHDR":
             _check_header(chunk, max_pixels)
         if kind in _PNG_KEPT:
@@ -224,16 +229,26 @@ def _strip_png(data: bytes, max_pixels: int) -> Stripped:
             kept.append(chunk)
         elif kind[:1].isupper():
             raise damaged("PNG", "it has a critical chunk of an unknown kind")
+        elif kind == b"eXIf":
+            exif = exif or chunk[8:-4]
         pixels |= kind == b"IDAT"
-        exif = exif or (chunk[8:-4] if kind == b"eXIf" else b"")
-        if kind == b"IEND":
-            break
-        at += len(chunk)
-    else:
-        raise damaged("PNG", f"it has more than {MAX_SEGMENTS} chunks")
     if not pixels:
         raise damaged("PNG", "it holds no picture")
     return Stripped(b"".join(kept), orientation(exif))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and whole chunk, from IHDR to IEND."""
+    at = len(_PNG)
+    for _ in range(MAX_SEGMENTS):
+        kind, chunk = _png_chunk(data, at)
+        if (kind == b"IHDR") != (at == len(_PNG)):
+            raise damaged("PNG", "its header is missing or not in its place")
+        yield kind, chunk
+        if kind == b"IEND":
+            return
+        at += len(chunk)
+    raise damaged("PNG", f"it has more than {MAX_SEGMENTS} chunks")
 
 
 def _png_chunk(data: bytes, at: int) -> tuple[bytes, bytes]:
@@ -263,7 +278,7 @@ def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
     """Metadata stays, for libwebp only carries it about; the canvas is allocated on opening, so it is checked here."""
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data) or len(data) < 30:
-        raise truncated("WebP")
+        raise truncated("WEBP")
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
@@ -273,7 +288,7 @@ def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
     elif kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
     else:
-        raise damaged("WebP", "its first chunk is not a picture")
+        raise damaged("WEBP", "its first chunk is not a picture")
     check_size(width, height, max_pixels)
     return Stripped(data[:end], orientation(_webp_exif(data[:end])))
 

@@ -1,60 +1,61 @@
-"""The one way from bytes to pixels, for training and for serving.
+"""The one way from bytes to pixels, for training and serving alike.
 
-    bytes ─decode─► RGB picture, upright ─fit─► uint8 [S, S, 3]
+    bytes ─decode─► RGB picture, upright ─fit─► uint8 [S, S, 3] ──► the engine, which normalises
 
-`decode` treats its input as hostile: allow-listed formats, sizes checked before a pixel is decoded. `fit` cuts exactly as
-timm's evaluation transform does. Normalisation is not done here: uint8 crosses to the device, see `engine.normalise`.
+`decode` takes JPEG, PNG, WebP and BMP, known by their content and never by their name or declared type. Its checks run
+in this order, all before a pixel is decoded:
+    nothing there, a mere beginning         BadRequest 400        bad_image
+    another format                          UnsupportedMedia 415  unsupported_image
+    too many pixels, too long a side        TooLarge 413          image_too_large
+    truncated or damaged                    BadRequest 400        bad_image
+What a picture means here:
+- EXIF orientation is applied; broken EXIF is ignored. ICC profiles are ignored, as they are in pretraining.
+- Transparency is laid on white. A BMP whose alpha is 0 everywhere is opaque: its writer left those bytes unused.
+- Of an animated WebP the first frame counts, of an animated PNG the default image.
+- 16-bit samples keep their high byte. CMYK and YCCK become RGB without a profile, inverted as Adobe writes them.
+- Run-length BMP and JPEG of other than 8 bits are unsupported_image.
+A JPEG damaged inside its compressed data that still ends properly decodes to a damaged picture: the decoder repairs
+what it can and does not tell.
 
-Decisions: of an animation the first frame counts; transparency is laid on white; colour profiles are ignored, as they
-are by the transforms that backbones are pretrained with.
+Everything here may run in any number of threads: no global state of Pillow or of `warnings` is touched.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+import numpy.typing as npt
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from server.engine.image_files import check_size, damaged, sniff, strip, truncated
 from server.errors import BadRequest, TooLarge, UnsupportedMedia
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP")
-MAX_SIDE: Final = 32_768
-MAX_ASPECT: Final = 100  # beyond it the short side's resize would blow up the long one: 1×100000 → 224×22400000
-MAX_SCANS: Final = 200  # a progressive JPEG's scans each cost a pass over the whole picture; real files have about ten
+Pixels = npt.NDArray[np.uint8]
 
-Image.MAX_IMAGE_PIXELS = None  # our own check, below, is stricter, and an error rather than a warning
-
-_INTERPOLATION: Final = {
+_INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_MAGIC: Final = (  # what people send by mistake, to be able to say so
-    (0, b"GIF8", "a GIF"),
-    (0, b"II*\0", "a TIFF"),
-    (0, b"MM\0*", "a TIFF"),
-    (4, b"ftypheic", "a HEIC picture"),
-    (4, b"ftypmif1", "a HEIF picture"),
-    (4, b"ftypavif", "an AVIF picture"),
-    (0, b"%PDF", "a PDF"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-    (0, b"<svg", "an SVG"),
-    (0, b"<?xml", "XML or an SVG"),
-    (0, b"<!DOCTYPE html", "an HTML page"),
-    (0, b"<html", "an HTML page"),
-    (0, b"{", "JSON"),
-)
+_CROP_MODES = ("center", "squash", "border")
+_MAX_SIDE = 8192  # of the resized picture's side that counts: bounds what a bundle can make the server allocate
+_MAX_WHOLE = 2**24  # pixels of a resized picture (64 MiB); of a larger one only what the crop keeps is made
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a picture becomes a square of `size` pixels. `fill` is the colour of a border (crop mode `border` only)."""
+    """How a picture becomes a square of `size` pixels a side, in timm's words.
+
+    `crop_pct` is the share of the resized picture that the crop keeps. `crop_mode`: `center` resizes the shorter side
+    and crops, `squash` resizes both, `border` resizes the longer and fills up with the colour `fill`.
+    Errors: bad_bundle, for a geometry comes from a bundle.
+    """
 
     size: int
     interpolation: str
@@ -62,130 +63,191 @@ class Geometry:
     crop_mode: str
     fill: tuple[int, int, int] = (0, 0, 0)
 
+    def __post_init__(self) -> None:
+        _expect(self.interpolation in _INTERPOLATIONS, "interpolation", self.interpolation, tuple(_INTERPOLATIONS))
+        _expect(self.crop_mode in _CROP_MODES, "crop_mode", self.crop_mode, _CROP_MODES)
+        _expect(1 <= self.size <= _MAX_SIDE, "size", self.size, f"1 to {_MAX_SIDE}")
+        fits = self.crop_pct > 0 and 1 <= self.size / self.crop_pct <= _MAX_SIDE
+        _expect(fits, "crop_pct", self.crop_pct, f"size / crop_pct from 1 to {_MAX_SIDE}")
+
     @classmethod
     def of(
         cls, size: int, interpolation: str, crop_pct: float, crop_mode: str, mean: tuple[float, float, float]
     ) -> Geometry:
         """timm fills borders with the normalisation's mean; other modes have no border, and so compare equal."""
-        red, green, blue = (round(255 * value) for value in mean)
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
         return cls(size, interpolation, crop_pct, crop_mode, (red, green, blue) if crop_mode == "border" else (0, 0, 0))
 
+    @property
+    def resized(self) -> int:
+        """Pixels of the side that counts, before the crop."""
+        return math.floor(self.size / self.crop_pct)
 
-def pixels(data: bytes, geometry: Geometry, *, max_pixels: int) -> NDArray[np.uint8]:
-    """Encoded picture to uint8 [S, S, 3]."""
+
+def _expect(holds: bool, name: str, actual: object, expected: object) -> None:
+    if not holds:
+        raise BadRequest(f"preprocess: {name} is {actual!r}, expected {expected}", code="bad_bundle")
+
+
+def pixels(data: bytes, geometry: Geometry, *, max_pixels: int) -> Pixels:
+    """The pixels of an encoded image, uint8 [S, S, 3]. Errors: as `decode`."""
     return fit(decode(data, max_pixels=max_pixels), geometry)
 
 
+# --- bytes to picture -------------------------------------------------------------------------------------------------
+
+_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
+    # the classes themselves: Image.open would add a size check of its own, which warns
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+# what decoders raise for hostile bytes; MemoryError is not among them, for it is not the sender's fault
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+
+
 def decode(data: bytes, *, max_pixels: int) -> Image.Image:
-    """An encoded picture as upright RGB.
+    """The picture in `data`: RGB, upright. Errors: bad_image, unsupported_image, image_too_large (see the module)."""
+    what = sniff(data)
+    stripped = strip(data, what, max_pixels=max_pixels)
+    image = _flatten(_load(stripped.body, what, max_pixels), what)
+    turn = _TURNS.get(stripped.orientation)
+    return image if turn is None else image.transpose(turn)
 
-    Raises UnsupportedMedia (unsupported_image), TooLarge (image_too_large), BadRequest (bad_image).
-    """
-    if not data:
-        raise BadRequest("expected an image, got 0 bytes", code="bad_image")
-    image = _open(data)
-    _check_size(image.width, image.height, max_pixels)
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:  # the marker cannot occur in coded data
-        raise BadRequest(f"the JPEG has more than {MAX_SCANS} scans", code="bad_image")
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _load(body: bytes, what: str, max_pixels: int) -> Image.Image:
     try:
+        image = _PLUGINS[what](io.BytesIO(body))
+        _check_opened(image, what, max_pixels)
         image.load()
-        return _rgb(_upright(image))
-    except Exception as error:  # decoders fail in many ways on hostile bytes; all mean the same to the sender
-        raise BadRequest(f"the image is truncated or corrupt: {_reason(error)}", code="bad_image") from error
+    except Image.DecompressionBombError:
+        raise TooLarge("the image has more pixels than its decoder accepts", code="image_too_large") from None
+    except _DECODER_ERRORS as error:
+        if "truncated" in str(error):
+            raise truncated(what) from error
+        raise damaged(what, "it cannot be decoded") from error
+    if what == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = _transparent_sample(image, depth=body[24])
+    return image
 
 
-def fit(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
-    """Resize and crop as timm's evaluation transform. RGB picture → uint8 [S, S, 3], contiguous."""
-    scaled = math.floor(geometry.size / geometry.crop_pct)
-    size = _scaled_size(image.width, image.height, scaled, geometry.crop_mode)
-    resized = image.resize(size, _INTERPOLATION[geometry.interpolation]) if size != image.size else image
-    return _center(np.asarray(resized), geometry.size, geometry.fill)
+def _check_opened(image: ImageFile.ImageFile, what: str, max_pixels: int) -> None:
+    check_size(*image.size, max_pixels)
+    if what == "BMP" and image.info.get("compression") in (1, 2):
+        # Pillow expands run lengths in Python: seconds of the interpreter's time for a few kilobytes
+        raise UnsupportedMedia("expected an uncompressed BMP, this is run-length encoded", code="unsupported_image")
 
 
-def _scaled_size(width: int, height: int, scaled: int, crop_mode: str) -> tuple[int, int]:
-    if crop_mode == "squash":
-        return scaled, scaled
-    if crop_mode == "border":  # the longest side meets the target
-        ratio = max(height / scaled, width / scaled)
+def _transparent_sample(image: Image.Image, depth: int) -> object:
+    """PNG's transparent colour (tRNS) on the scale of the decoded samples; Pillow leaves it on the file's."""
+    colour = image.info["transparency"]
+    if image.mode == "L" and depth in (2, 4):
+        return colour * (255 // (2**depth - 1))
+    if image.mode == "RGB" and depth == 16:
+        return tuple(sample >> 8 for sample in colour)
+    return colour
+
+
+def _flatten(image: Image.Image, what: str) -> Image.Image:
+    """RGB, transparency on white."""
+    if image.mode == "I;16":
+        return _flatten_16_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    low, high = alpha.getextrema()
+    if low == 255 or (what == "BMP" and high == 0):
+        return rgba.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=alpha)
+    return white
+
+
+def _flatten_16_bit(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits: Pillow's own conversion clips at 255 instead of scaling."""
+    samples = np.asarray(image)
+    grey = (samples >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[samples == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+# --- picture to square ------------------------------------------------------------------------------------------------
+
+
+def fit(image: Image.Image, geometry: Geometry) -> Pixels:
+    """What timm's evaluation transform gives before it normalises, value for value: uint8 [S, S, 3], C-contiguous.
+
+    Only where the resized picture would exceed 2²⁴ pixels (a strip 256 times as long as wide) is the crop made alone:
+    then `nearest` may take the neighbour of a pixel, and the others may differ by 2.
+    """
+    size, (width, height) = geometry.size, _resized_size(image, geometry)
+    method = _INTERPOLATIONS[geometry.interpolation]
+    if width * height > _MAX_WHOLE:
+        return np.array(_pad(_resize_middle(image, (width, height), size, method), size, geometry.fill))
+    padded = _pad(image.resize((width, height), method), size, geometry.fill)
+    left, top = (round((side - size) / 2) for side in padded.size)
+    return np.array(padded.crop((left, top, left + size, top + size)))
+
+
+def _resized_size(image: Image.Image, geometry: Geometry) -> tuple[int, int]:
+    side, (width, height) = geometry.resized, image.size
+    if geometry.crop_mode == "squash":
+        return side, side
+    if geometry.crop_mode == "border":
+        ratio = max(width / side, height / side)
         return max(1, round(width / ratio)), max(1, round(height / ratio))
-    if width <= height:  # the shortest side meets the target
-        return scaled, int(scaled * height / width)
-    return int(scaled * width / height), scaled
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
 
 
-def _center(array: NDArray[np.uint8], size: int, fill: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Crop to the middle; where the picture is smaller, pad with `fill` (odd pixels go to the right and the bottom)."""
-    height, width = array.shape[:2]
-    if width < size or height < size:
-        canvas = np.empty((max(height, size), max(width, size), 3), np.uint8)
-        canvas[...] = fill
-        top, left = max(0, (size - height) // 2), max(0, (size - width) // 2)
-        canvas[top : top + height, left : left + width] = array
-        array, (height, width) = canvas, canvas.shape[:2]
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return np.ascontiguousarray(array[top : top + size, left : left + size])
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # see decode
-        if _has_magic(data):
-            raise BadRequest(f"the image is truncated or corrupt: {_reason(error)}", code="bad_image") from error
-        raise UnsupportedMedia(
-            f"expected a picture as {', '.join(FORMATS)}, got {_looks_like(data)}", code="unsupported_image"
-        ) from error
-
-
-def _has_magic(data: bytes) -> bool:
-    """Whether it began as one of our formats and then went wrong."""
-    return data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
-        data.startswith(b"RIFF") and data[8:12] == b"WEBP"
-    )
-
-
-def _looks_like(data: bytes) -> str:
-    start = data[:64].lstrip() if data[:1].isspace() else data[:64]
-    for offset, magic, name in _MAGIC:
-        if start[offset : offset + len(magic)].lower() == magic.lower():
-            return name
-    return f"{len(data)} bytes of something else"
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise BadRequest(f"the image has no pixels: {width}×{height}", code="bad_image")
-    if width > MAX_SIDE or height > MAX_SIDE or width * height > max_pixels:
-        raise TooLarge(
-            f"the image is {width}×{height} pixels: expected at most {max_pixels} pixels and {MAX_SIDE} a side",
-            code="image_too_large",
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadRequest(
-            f"the image is {width}×{height}: expected sides within {MAX_ASPECT}:1 of each other", code="bad_image"
-        )
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """EXIF orientation applied; broken EXIF is no reason to refuse a picture."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is free-form bytes of whatever camera; the pixels are sound
+def _pad(image: Image.Image, size: int, fill: tuple[int, int, int]) -> Image.Image:
+    """At least `size` a side; an odd pixel goes to the right and the bottom."""
+    width, height = image.size
+    if width >= size and height >= size:
         return image
+    canvas = Image.new("RGB", (max(width, size), max(height, size)), fill)
+    canvas.paste(image, (max(0, size - width) // 2, max(0, size - height) // 2))
+    return canvas
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits: keep the high byte; Pillow's own conversion would clip
-        high = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+def _resize_middle(image: Image.Image, resized: tuple[int, int], size: int, method: Image.Resampling) -> Image.Image:
+    """The middle `size` × `size` of `image` after resizing to `resized`, without ever making the rest."""
+    (left, x0, x1, right), (top, y0, y1, bottom) = (
+        _middle(*sides, size) for sides in zip(image.size, resized, strict=True)
+    )
+    part = image.crop((left, top, right, bottom))
+    kept = min(size, resized[0]), min(size, resized[1])
+    return part.resize(kept, method, box=(x0 - left, y0 - top, x1 - left, y1 - top))
 
 
-def _reason(error: Exception) -> str:
-    """What the decoder said, where it is a sentence; never an object's address or a path."""
-    text = str(error)
-    return text if text and len(text) < 120 and "<" not in text and "/" not in text else type(error).__name__
+def _middle(source: int, resized: int, size: int) -> tuple[int, float, float, int]:
+    """Of one side: where the middle `size` of `resized` lies in `source`, and whole pixels around it for the filter."""
+    scale, start = source / resized, round((resized - min(size, resized)) / 2)
+    low, high = start * scale, min(source, (start + min(size, resized)) * scale)
+    reach = math.ceil(3 * max(1.0, scale)) + 1  # Lanczos looks three pixels far
+    return max(0, math.floor(low) - reach), low, high, min(source, math.ceil(high) + reach)

@@ -1,0 +1,153 @@
+"""Processes come and go: a fresh machine, a worker that is killed, a server that is killed or asked to stop."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from lensrack import Client
+from server.samples import draw
+from tests.e2e.server_process import ROOT, environment, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw(folder)
+    return folder
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} within {seconds} s"
+        time.sleep(0.05)
+
+
+def worker_pids(server_pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(server_pid).children() if "work" in child.cmdline()]
+
+
+def test_a_fresh_machine_serves_with_the_untrained_stand_in_and_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        ready = httpx.get(f"{server.url}/readyz").json()
+        assert ready["ready"]
+        assert ready["backbone"]["arch"] == "untrained"
+        assert ready["backbone"]["trained"] is False
+        assert any("untrained" in note for note in ready["notes"])
+        assert "untrained" in server.log
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.stop() == 0
+    assert "untrained" in (ROOT / "README.md").read_text()
+
+
+def test_everything_survives_a_restart(tmp_path: Path, pictures: Path) -> None:
+    lemon = sorted((pictures / "fruit" / "test" / "lemon").iterdir())[0]
+    with serving(tmp_path) as server, Client(server.url) as client:
+        dataset = client.datasets.upload(pictures / "fruit" / "train")
+        client.train("fruit", dataset.id, method="linear").wait(timeout=120)
+        before = client.predict("fruit", lemon, top_k=3)
+    with serving(tmp_path) as server, Client(server.url) as client:
+        after = client.predict("fruit", lemon, top_k=3)
+        assert after.version == before.version
+        assert [(p.label, pytest.approx(p.score, abs=1e-5)) for p in after.predictions[0]] == [
+            (p.label, p.score) for p in before.predictions[0]
+        ]
+        assert client.datasets.get(dataset.id).images == dataset.images
+
+
+def test_a_killed_worker_is_replaced_and_its_job_finishes(tmp_path: Path, pictures: Path) -> None:
+    with serving(tmp_path, lease_s="2") as server, Client(server.url) as client:
+        dataset = client.datasets.upload(pictures / "fruit" / "train")
+        job = client.train("fruit", dataset.id, method="vpt_deep", recipe={"epochs": 12})
+        until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
+        (first,) = worker_pids(server.process.pid)
+        os.kill(first, signal.SIGKILL)
+        done = job.wait(timeout=180)
+        assert done.state == "succeeded"
+        assert done.attempt == 2
+        assert worker_pids(server.process.pid) != [first]
+        assert client.predict("fruit", sorted((pictures / "fruit" / "test" / "plum").iterdir())[0]).best.label
+
+
+def test_a_cancelled_job_ends_soon_and_moves_no_alias(tmp_path: Path, pictures: Path) -> None:
+    with serving(tmp_path) as server, Client(server.url) as client:
+        dataset = client.datasets.upload(pictures / "weather" / "train")
+        job = client.train("weather", dataset.id, method="vpt_deep", recipe={"epochs": 1000})
+        until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
+        started = time.monotonic()
+        job.cancel()
+        until(lambda: client.jobs.get(job.id).state == "cancelled", "the job ended", 15)
+        print(f"cancelled after {time.monotonic() - started:.2f} s")
+        assert client.tasks.list() == []
+
+
+def test_no_worker_outlives_a_killed_server(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        until(lambda: "worker ready" in server.log, "the worker came up")
+        (worker,) = worker_pids(server.process.pid)
+        server.kill()
+        until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", "it left", 20)
+
+
+def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path) -> None:
+    with serving(tmp_path) as server, Client(server.url) as client:
+        dataset = client.datasets.upload(pictures / "weather" / "train")
+        job = client.train("weather", dataset.id, method="vpt_deep", recipe={"epochs": 30})
+        until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
+        assert server.stop() == 0
+    with serving(tmp_path) as server, Client(server.url) as client:
+        until(lambda: client.jobs.get(job.id).state == "running", "the next server's worker took it up", 30)
+        client.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"backbone": "no_such_vit"}, "unknown backbone 'no_such_vit'"),
+        ({"backbone": "deit_tiny_patch16_224", "backbone_weights": "/nowhere.safetensors"}, "cannot be read"),
+        ({"host": "0.0.0.0"}, "LENSRACK_ALLOW_OPEN"),
+        ({"port": "99999"}, "LENSRACK_PORT"),
+        ({"store": "ftp://x"}, "file://DIR"),
+    ],
+)
+def test_a_wrong_setting_is_a_sentence_not_a_traceback(tmp_path: Path, settings: dict[str, str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "serve", *([] if "port" in settings else ["--port", "0"])],
+        env=environment(tmp_path, settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in {1, 2}
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "server", "serve", "--port", str(port)],
+            env=environment(tmp_path, {}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert re.search(r"cannot start: .*in use", done.stderr)

@@ -1,0 +1,190 @@
+"""One job, from claim to stored bundle, and every way in which it can end otherwise."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prompts_store import open_store
+from prompts_store.memory_store import MemoryStore
+from server.datasets.dataset_store import DatasetStore
+from server.engine import backbone as eye
+from server.jobs.job import Job
+from server.jobs.sqlite_store import SqliteJobStore
+from server.methods.registry import Registry
+from server.samples import draw
+from server.trainer import Trainer
+from server.training import fit as fitting
+
+QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
+
+
+class House:
+    """A trainer on real stores in a folder, with the untrained backbone."""
+
+    def __init__(self, folder: Path) -> None:
+        draw(folder / "pictures", per_class=6)
+        self.store, self.jobs = MemoryStore(), SqliteJobStore(folder / "jobs.sqlite")
+        self.datasets = DatasetStore(
+            folder / "datasets", max_images=1000, max_unpacked_bytes=10**8, max_image_pixels=10**7
+        )
+        self.dataset = self.datasets.ingest(packed(folder / "pictures" / "fruit" / "train")).id
+        self.trainer = self.worker("w1")
+
+    def worker(self, name: str) -> Trainer:
+        return Trainer(
+            eye.load("untrained"),
+            Registry(),
+            self.store,
+            self.jobs,
+            self.datasets,
+            worker=name,
+            lease_s=30,
+            max_image_pixels=10**7,
+        )
+
+    def submit(self, method: str = "vpt_deep", **changes: object) -> Job:
+        asked = {"dataset": self.dataset, "recipe": QUICK, **changes}
+        return self.jobs.submit("fruit", asked["dataset"], method, asked["recipe"], max_attempts=3)
+
+    def worked(self, job: Job) -> Job:
+        assert self.trainer.work_once()
+        return self.jobs.get(job.id)
+
+    def events(self, job: Job) -> list[str]:
+        return [event.type for event in self.jobs.events(job.id)]
+
+
+def packed(folder: Path) -> Path:
+    target = folder.parent / "pictures.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return target
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "linear"])
+def test_a_job_becomes_the_live_version(house: House, method: str) -> None:
+    job = house.worked(house.submit(method))
+    assert job.state == "succeeded"
+    assert house.store.aliases("fruit")["live"].targets[0].version == job.version
+    manifest = house.store.get("fruit", job.version).manifest
+    assert manifest.method == method
+    assert manifest.labels == ("lemon", "lime", "plum")
+    assert manifest.dataset == house.dataset
+    assert manifest.recipe["epochs"] == 2
+    assert manifest.metrics["val_accuracy"] == job.metrics["val_accuracy"]
+    assert house.events(job) == ["queued", "started", "epoch", "epoch", "published", "succeeded"]
+    assert job.progress["epoch"] <= 2
+
+
+def test_there_is_nothing_to_do(house: House) -> None:
+    assert not house.trainer.work_once()
+
+
+def test_the_same_job_twice_is_the_same_version(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that died after publishing is repeated: the same bytes, the same version."""
+    job = house.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(house.jobs, "finish", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("power cut")))
+        house.trainer.work_once()
+    (first,) = house.store.versions("fruit")
+    again = house.worked(job)
+    assert (again.state, again.attempt) == ("succeeded", 2)
+    assert [info.version for info in house.store.versions("fruit")] == [first.version] == [again.version]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"dataset": "f" * 64}, "dataset_not_found"),
+        ({"method": "vpt_deeper"}, "unknown_method"),
+        ({"recipe": {**QUICK, "optimizer": "sgd", "lr": 1e30}}, "diverged"),
+        ({"recipe": {"lr": 1.0, "base_lr": 1.0}}, "invalid_request"),
+    ],
+)
+def test_what_trying_again_cannot_mend_fails_at_once(house: House, changes: dict[str, object], code: str) -> None:
+    job = house.worked(house.submit(**changes))
+    assert (job.state, job.attempt) == ("failed", 1)
+    assert job.error["code"] == code
+    assert house.store.tasks() == []
+
+
+def test_the_unexpected_is_tried_again_and_then_given_up_without_leaking(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("secret /path")
+
+    monkeypatch.setattr(house.datasets, "read", explode)
+    job = house.submit()
+    states = [house.worked(job).state for _ in range(3)]
+    assert states == ["queued", "queued", "failed"]
+    assert "secret" not in str(house.jobs.get(job.id).error)
+
+
+def during_the_first_step(house: House, monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None]) -> None:
+    """Let something happen once the fit has made a step, and give the pulse time to notice."""
+    step, done = fitting._step, threading.Event()
+
+    def stepping(*arguments: object) -> float:
+        loss = step(*arguments)
+        if not done.is_set():
+            done.set()
+            happen()
+            time.sleep(1.2)
+        return loss
+
+    monkeypatch.setattr(fitting, "_step", stepping)
+
+
+def test_a_cancelled_job_ends_at_its_next_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = house.submit()
+    during_the_first_step(house, monkeypatch, lambda: house.jobs.cancel(job.id))
+    ended = house.worked(job)
+    assert ended.state == "cancelled"
+    assert ended.progress["step"] == 1
+    assert house.store.tasks() == []
+
+
+def test_shutting_down_gives_the_job_back(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = house.submit()
+    during_the_first_step(house, monkeypatch, house.trainer.stop.set)
+    assert house.worked(job).state == "queued"
+    monkeypatch.undo()
+    house.trainer = house.worker("w2")
+    assert house.worked(job).state == "succeeded"
+
+
+def test_a_superseded_worker_publishes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease ended while it slept; another attempt has begun: what the sleeper made is dropped."""
+    job = house.submit()
+
+    def overtaken() -> None:
+        house.jobs.release(job.id, 1)
+        house.jobs.claim("another", 60)
+
+    during_the_first_step(house, monkeypatch, overtaken)
+    current = house.worked(job)
+    assert (current.state, current.worker) == ("running", "another")
+    assert house.store.tasks() == []
+
+
+def test_a_file_store_hears_of_it_through_the_store_alone(house: House, tmp_path: Path) -> None:
+    url = f"file://{tmp_path / 'store'}"
+    house.store = open_store(url)
+    house.trainer = house.worker("w3")
+    job = house.worked(house.submit("linear"))
+    other = open_store(url)
+    assert other.aliases("fruit")["live"].targets[0].version == job.version

@@ -146,7 +146,9 @@ def strip(data: bytes, what: str, *, max_pixels: int) -> Stripped:
         return _strip_png(data, max_pixels)
     if what == "WEBP":
         return _strip_webp(data, max_pixels)
-    return Stripped(data)  # BMP has no metadata; opening one reads its header only
+    if len(data) < 14 + int.from_bytes(data[14:18], "little"):
+        raise truncated("BMP")
+    return Stripped(data)  # a BMP has no metadata, and opening one reads its header only
 
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, without DHT, JPG and DAC

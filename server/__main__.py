@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -39,6 +41,8 @@ def start_logging(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
     )
+    for chatty in ("watchfiles", "uvicorn.error", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 @cli.command()
@@ -79,10 +83,21 @@ async def _serve(settings: Settings) -> None:
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
+
+    class Front(uvicorn.Server):
+        """uvicorn's own way raises the signal again afterwards and so would end us before the workers are stopped."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
     async with server.running():
         address, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%d", address, port)
-        await uvicorn.Server(config).serve(sockets=[listener])
+        await Front(config).serve(sockets=[listener])
 
 
 @cli.command()

@@ -103,7 +103,7 @@ class Trainer:
         splits = self._read(dataset, recipe, pulse)
         fitted = fit(self._backbone, method, splits, len(dataset.labels), recipe, watch=pulse.watch)
         pulse.check()
-        version = self._publish(job, dataset, recipe, fitted)
+        version = self._publish(job, dataset, recipe, fitted, pulse)
         metrics = {**fitted.metrics, "seconds": round(time.perf_counter() - started, 1)}
         self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics=metrics)
         log.info("job %s: %s is %s, validation accuracy %.3f", job.id, job.task, version[:12], metrics["val_accuracy"])
@@ -127,7 +127,7 @@ class Trainer:
         ]
         return read_pictures(sources, geometry, max_pixels=self._max_pixels, on_picture=pulse.check)
 
-    def _publish(self, job: Job, dataset: Dataset, recipe: Recipe, fitted: Fitted) -> str:
+    def _publish(self, job: Job, dataset: Dataset, recipe: Recipe, fitted: Fitted, pulse: _Pulse) -> str:
         """Store the bundle and point `live` at it. The same job makes the same bytes, so a repeated attempt repeats
         nothing; the heartbeat in between is the fence that keeps a superseded worker out."""
         spec = self._backbone.spec
@@ -146,7 +146,7 @@ class Trainer:
             lensrack_version=__version__,
         )
         version = self._store.put(Bundle.build(manifest, fitted.params))
-        self._jobs.heartbeat(job.id, job.attempt, self._lease_s)
+        pulse.beat()
         self._store.set_alias(job.task, LIVE, (Target(version, 1.0),), expect=ANY)
         self._jobs.append_event(job.id, job.attempt, "published", {"version": version, "alias": LIVE})
         return version
@@ -204,17 +204,20 @@ class _Pulse:
         if progress.epoch_ended:
             self._jobs.append_event(self._job.id, self._job.attempt, "epoch", _shown(progress))
 
+    def beat(self) -> None:
+        """Renew the lease and tell the progress. Raises LeaseLost."""
+        job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _shown(self._progress))
+        self._cancelled = job.cancel_requested
+
     def _beat(self) -> None:
         while not self._ended.wait(min(self.PERIOD_S, self._lease_s / 3)):
             try:
-                job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _shown(self._progress))
+                self.beat()
             except LeaseLost as lost:
                 self._lost = lost
                 return
             except Exception:  # the store is away for a moment: the lease decides, not this thread
                 log.exception("job %s: heartbeat failed", self._job.id)
-            else:
-                self._cancelled = job.cancel_requested
 
 
 def _shown(progress: Progress) -> dict[str, Any]:

@@ -186,7 +186,6 @@ class CachedStore:
         """After an outage nobody knows what was missed: every task counts as changed."""
         changes = self._inner.watch(self._stop)
         self._watched.set()
-        self._all_stale()
         yield from map(Change, sorted({*self._inner.tasks(), *self._aliases.keys(), *self._versions.keys()}))
         yield from changes
 

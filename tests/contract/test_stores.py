@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -590,8 +591,8 @@ for step in itertools.count():
     root = Path(sys.argv[1], str(step))
     store = FileStore(root)
     for task in ("fish", "cat"):
-        two_versions(store, task)
-        store.set_alias(task, "live", bundle(1, task).version)
+        one, two = two_versions(store, task)
+        store.set_alias(task, "live", {one: 1, two: 1} if task == "cat" else one)
     pid = os.fork()
     if pid == 0:
         crash_at(step)
@@ -624,6 +625,25 @@ def test_a_kill_at_any_step_leaves_a_consistent_store(tmp_path: Path) -> None:
     assert int(finish(child(CRASH, str(tmp_path)))) >= 20
 
 
+@pytest.mark.parametrize("limit", [0, 1, 100, 900])
+def test_a_kill_within_a_write_leaves_a_consistent_store(tmp_path: Path, limit: int) -> None:
+    """The kernel kills the child once a file of its has `limit` bytes, so that exactly these reach the disk."""
+    code = """
+import resource, signal
+store = FileStore(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+store.put(bundle(9, size=4000))
+"""
+    FileStore(tmp_path).put(bundle(1))
+    process = child(code, str(tmp_path), str(limit))
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGXFSZ
+    consistent(tmp_path)
+    assert [info.version for info in FileStore(tmp_path).versions("fish")] == [bundle(1).version]
+
+
 def test_a_kill_in_the_middle_of_writing_leaves_a_consistent_store(tmp_path: Path) -> None:
     """Bigger bundles, and a kill whenever: within write() as well as between calls."""
     code = """
@@ -640,6 +660,30 @@ for number in itertools.count():
         process.kill()
         process.communicate()
         consistent(root)
+
+
+def test_a_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill cannot show this, a power cut would: the bytes, then the rename, then the folder reach the disk."""
+    store = FileStore(tmp_path)
+    store.put(bundle(1))
+    steps: list[str] = []
+    fsync, replace_file = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        steps.append("folder" if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir() else "bytes")
+        fsync(descriptor)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        steps.append("rename")
+        replace_file(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    store.put(bundle(2))
+    store.set_alias("fish", "live", bundle(2).version)
+    assert steps == ["bytes", "rename", "folder"] * 2
+    store.delete_version("fish", bundle(1).version)
+    assert steps[6:] == ["folder"]
 
 
 def test_the_folder_is_readable_by_a_person(tmp_path: Path) -> None:
@@ -926,6 +970,15 @@ def test_a_cache_made_while_the_store_is_away(flaky: Flaky) -> None:
     assert cached.tasks() == ["fish"]
     eventually(cached._watched.is_set)
     cached.close()
+
+
+def test_a_change_is_told_after_it_is_taken_note_of(flaky: Flaky, cached: CachedStore) -> None:
+    """Whoever reads on hearing of a change must not be answered from before it."""
+    assert cached.tasks() == []
+    answers_then: queue.Queue[list[str]] = queue.Queue()
+    cached._broadcast.publish = lambda _: answers_then.put(cached.tasks())
+    MemoryStore.put(flaky, bundle(1))
+    assert answers_then.get(timeout=SOON_S) == ["fish"]
 
 
 def test_unknown_names_are_not_remembered(flaky: Flaky, cached: CachedStore) -> None:

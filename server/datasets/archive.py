@@ -1,0 +1,47 @@
+"""Hostile-input reading of zip, tar and tar.gz: an iterator of members, and nothing is ever unpacked by name.
+
+The kind is sniffed from the content. Whatever an archive claims about itself is checked before it is believed, and what
+it really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what was found.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+from server.datasets.member_names import Names
+from server.datasets.metering import Limits, Member, refused
+from server.datasets.tar_members import BLOCK, tar_members
+from server.datasets.zip_members import zip_members
+
+__all__ = ["Kind", "Limits", "Member", "members", "sniff"]
+
+Kind = Literal["zip", "tar", "tar.gz"]
+
+
+def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
+    """The files of an archive in their order; folders and what operating systems strew about are passed over."""
+    kind = sniff(file.read(BLOCK))
+    file.seek(0)
+    if kind is None:
+        start = file.read(4).hex(" ") or "nothing"
+        raise refused(f"expected a zip, tar or tar.gz archive, got a file that begins with {start}")
+    names = Names(limits.max_members)
+    if kind == "zip":
+        yield from zip_members(file, limits, names)
+    else:
+        yield from tar_members(file, limits, names, zipped=kind == "tar.gz")
+
+
+def sniff(head: bytes) -> Kind | None:
+    """What the first 512 bytes say the content is."""
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    if head.startswith(b"\x1f\x8b"):
+        return "tar.gz"
+    try:
+        tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "replace")
+    except (tarfile.HeaderError, ValueError):
+        return None
+    return "tar"

@@ -1,0 +1,237 @@
+"""Datasets as files, for the server and its workers on one disk:
+
+    datasets/<id>.json         the manifest: present means that the dataset is whole
+    blobs/<ab>/<sha256>        the pictures as they were uploaded, each once, whoever uses it
+    staging/<random>/          an ingest or a deletion under way; what a dead process left is swept at the next start
+    lock                       held while manifests and blobs change
+
+Pictures are gathered and verified in staging without the lock; under it they are moved to their places and the manifest
+is written last. Deleting takes the manifest away first. So a reader, who needs no lock, never meets half a dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from server.datasets.archive import Limits, members
+from server.datasets.dataset import Dataset
+from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
+from server.datasets.gathering import Decode, Gathered
+from server.datasets.member_names import shown
+from server.engine import images
+from server.errors import NotFound, Unavailable
+
+log = logging.getLogger(__name__)
+
+MAX_NAME: Final = 200
+MAX_FILE_BYTES: Final = 64 * 2**20
+OTHER_FILES: Final = 1000  # members that are no pictures, beside as many as there may be pictures
+
+_ID: Final = re.compile("[0-9a-f]{8,64}")
+_SHA256: Final = re.compile("[0-9a-f]{64}")
+
+Datasets = list[Dataset]  # inside the store `list` is a verb
+Progress = Callable[[int, int], None]  # files and bytes read so far
+
+
+class DatasetStore:
+    """The datasets below `root`, which is made when absent. Safe for threads and processes."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_images: int,
+        max_unpacked_bytes: int,
+        max_image_pixels: int,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        decode: Decode = images.decode,
+    ) -> None:
+        self._manifests, self._blobs, self._staging = root / "datasets", root / "blobs", root / "staging"
+        self._lock = root / "lock"
+        self._max_images, self._max_pixels, self._max_file_bytes = max_images, max_image_pixels, max_file_bytes
+        self._limits = Limits(max_members=2 * max_images + OTHER_FILES, max_unpacked_bytes=max_unpacked_bytes)
+        self._decode = decode
+        with disk():
+            for folder in (self._manifests, self._blobs, self._staging):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+
+    def ingest(self, archive_path: Path, *, name: str = "", progress: Progress | None = None) -> Dataset:
+        """Store an archive of class folders; content that is here already is the dataset that is here.
+
+        Raises `BadRequest` bad_archive or bad_dataset, `DiskFull`; then nothing is left of it.
+        """
+        with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
+            gathered = Gathered(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
+            for number, member in enumerate(members(archive, self._limits), start=1):
+                gathered.add(member)
+                if progress is not None:
+                    progress(number, gathered.bytes_read)
+            dataset = gathered.dataset(name=shown(" ".join(name.split()), MAX_NAME))
+            return self._keep(dataset, staging)
+
+    def get(self, dataset_id: str) -> Dataset:
+        """By its id, or by its first digits, eight or more, when these are only its own."""
+        with disk():
+            dataset = _read_manifest(self._manifests / f"{self._whole_id(dataset_id)}.json")
+        if dataset is None:
+            raise _no_dataset(dataset_id)
+        return dataset
+
+    def list(self) -> Datasets:
+        """Newest first. One with a damaged manifest is told to the log and not listed."""
+        found: Datasets = []
+        for path in self._manifests.glob("*.json"):
+            try:
+                dataset = _read_manifest(path)
+            except Unavailable as error:
+                log.error("a dataset is not listed: %s", error.detail)
+            else:
+                found += [dataset] if dataset else []
+        return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def delete(self, dataset_id: str) -> None:
+        """With the pictures that no other dataset uses."""
+        with disk(), self._staged() as staging, self._locked():
+            path = self._manifests / f"{self._whole_id(dataset_id)}.json"
+            dataset = _read_manifest(path)
+            if dataset is None:
+                raise _no_dataset(dataset_id)
+            os.replace(path, staging / path.name)
+            sync(self._manifests)
+            self._remove({example.sha256 for example in dataset.examples} - self._used())
+
+    def read(self, sha256: str) -> bytes:
+        """A picture as it was uploaded, verified. `NotFound` when its dataset has been deleted."""
+        if not _SHA256.fullmatch(sha256):
+            raise _no_picture(sha256)
+        with disk():
+            try:
+                data = self._blob(sha256).read_bytes()
+            except FileNotFoundError:
+                raise _no_picture(sha256) from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Unavailable(f"picture {sha256[:12]} is damaged on the server's disk", code="store_unavailable")
+        return data
+
+    # --- finding ------------------------------------------------------------------------------------------------------
+
+    def _blob(self, sha256: str) -> Path:
+        return self._blobs / sha256[:2] / sha256
+
+    def _whole_id(self, dataset_id: str) -> str:
+        if not _ID.fullmatch(dataset_id):
+            raise _no_dataset(dataset_id)
+        found = [path.stem for path in self._manifests.glob(f"{dataset_id}*.json")]
+        if len(found) > 1:
+            detail = f"{len(found)} datasets begin with {dataset_id}: give more digits"
+            raise NotFound(detail, code="dataset_not_found")
+        if not found:
+            raise _no_dataset(dataset_id)
+        return found[0]
+
+    def _used(self) -> set[str]:
+        """The blobs of all datasets; refuses to guess when a manifest cannot be read."""
+        found = [_read_manifest(path) for path in self._manifests.glob("*.json")]
+        return {example.sha256 for dataset in found if dataset for example in dataset.examples}
+
+    # --- changing -----------------------------------------------------------------------------------------------------
+
+    def _keep(self, dataset: Dataset, staging: Path) -> Dataset:
+        manifest = staging / "manifest"
+        write(manifest, dataset.to_json().encode())
+        with self._locked():
+            known = _read_manifest(self._manifests / f"{dataset.id}.json")
+            if known is not None:
+                return known
+            moved: set[str] = set()
+            try:
+                self._move_in(staging, dataset, moved)
+                os.replace(manifest, self._manifests / f"{dataset.id}.json")
+            except BaseException:
+                self._remove(moved)
+                raise
+            sync(self._manifests)
+        return dataset
+
+    def _move_in(self, staging: Path, dataset: Dataset, moved: set[str]) -> None:
+        """`moved` tells, at any time, which blobs were not there before."""
+        for sha256 in {example.sha256 for example in dataset.examples}:
+            blob = self._blob(sha256)
+            if not blob.exists():
+                blob.parent.mkdir(exist_ok=True)
+                moved.add(sha256)
+                os.replace(staging / sha256, blob)
+        for folder in {self._blob(sha256).parent for sha256 in moved}:
+            sync(folder)
+        sync(self._blobs)
+
+    def _remove(self, blobs: Collection[str]) -> None:
+        for sha256 in blobs:
+            self._blob(sha256).unlink(missing_ok=True)
+        for folder in {self._blob(sha256).parent for sha256 in blobs}:
+            with suppress(OSError):  # not empty: other datasets' blobs are there
+                folder.rmdir()
+
+    # --- staging and the lock -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread of one process at a time; the kernel lets go for a process that dies."""
+        with flocked(self._lock):
+            yield
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """A folder of one's own, locked to show that its owner lives, gone at the end."""
+        staging = self._staging / secrets.token_hex(8)
+        with self._locked():  # between making and locking it no sweeper may come
+            staging.mkdir()
+            alive = flock(staging, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging)
+            os.close(alive)
+
+    def _sweep(self) -> None:
+        """What the dead left in staging, and blobs that they had moved in or not yet removed."""
+        with self._locked():
+            dead = [path for path in self._staging.iterdir() if is_abandoned(path)]
+            if not dead:
+                return
+            try:
+                self._remove({path.name for path in self._blobs.glob("*/*")} - self._used())
+            except Unavailable as error:
+                log.error("pictures that no dataset uses are kept: %s", error.detail)
+            for path in dead:
+                shutil.rmtree(path)
+        log.info("swept what %d interrupted ingests or deletions of datasets had left", len(dead))
+
+
+def _read_manifest(path: Path) -> Dataset | None:
+    try:
+        return Dataset.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        detail = f"the manifest of dataset {path.stem[:12]} is damaged on the server's disk"
+        raise Unavailable(detail, code="store_unavailable") from error
+
+
+def _no_dataset(dataset_id: str) -> NotFound:
+    return NotFound(f"there is no dataset {shown(dataset_id, 64)!r}", code="dataset_not_found")
+
+
+def _no_picture(sha256: str) -> NotFound:
+    return NotFound(f"there is no picture {shown(sha256, 64)!r} in any dataset", code="dataset_not_found")

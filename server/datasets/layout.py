@@ -1,0 +1,76 @@
+"""Where a picture belongs, told from the folders of all of them:
+
+[wrapper/] [train | val | test/] class/ … picture
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Final
+
+from server.datasets.dataset import Split, bad
+
+Path = tuple[str, ...]
+Place = tuple[Split, str] | str  # split and label, or why the picture has none
+
+MAX_LABEL: Final = 200
+ALIASES: Final[dict[str, Split]] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def places(paths: Sequence[Path]) -> list[Place]:
+    """The place of each path: split and label, or the reason why it has none."""
+    inner = _unwrapped(paths)
+    place = _place_in_split if any(_is_split(path) for path in inner) else _place_in_class
+    return [place(path) for path in inner]
+
+
+def split_of(folder: str) -> Split | None:
+    return ALIASES.get(folder.strip().casefold())
+
+
+def label_of(folder: str) -> str:
+    """The folder's name as one printable line without spaces around it."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in unicodedata.normalize("NFC", folder))
+    label = " ".join(printable.split())
+    if not label:
+        raise bad("a class folder has a name without any letter")
+    if len(label) > MAX_LABEL:
+        raise bad(f"class {label[:40]!r}… has {len(label)} characters; at most {MAX_LABEL} are allowed")
+    return label
+
+
+def _unwrapped(paths: Sequence[Path]) -> list[Path]:
+    """Without the one folder that holds all the others, if there is one."""
+    nested = [path for path in paths if len(path) > 1]
+    tops = {path[0] for path in nested}
+    deep = [path[1:] for path in nested if len(path) > 2]
+    if len(tops) != 1 or not deep:
+        return list(paths)
+    if split_of(next(iter(tops))) and not all(_is_split(path) for path in deep):
+        return list(paths)
+    return [path[1:] if len(path) > 1 else path for path in paths]
+
+
+def _is_split(path: Path) -> bool:
+    """A folder called `valid` with pictures right in it is a class of that name."""
+    return len(path) > 2 and split_of(path[0]) is not None
+
+
+def _place_in_split(path: Path) -> Place:
+    split = split_of(path[0])
+    if len(path) == 1 or split is None:
+        return "outside of the split folders train, val and test"
+    return (split, label_of(path[1])) if len(path) > 2 else "outside of a class folder"
+
+
+def _place_in_class(path: Path) -> Place:
+    return ("train", label_of(path[0])) if len(path) > 1 else "outside of a class folder"

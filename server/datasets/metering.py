@@ -1,0 +1,124 @@
+"""What an archive may be, and the counting of what it really unpacks to."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from server.errors import BadRequest
+
+MIB: Final = 2**20
+MAX_READ_BYTES: Final = MIB  # of one read, whatever was asked for
+DAMAGE: Final = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ValueError,  # UnicodeDecodeError among them
+    RuntimeError,  # NotImplementedError, RecursionError
+    LookupError,
+    OverflowError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an archive may be. `max_ratio` is unpacked over packed bytes, of a member and of all; the first
+    `ratio_free_bytes` of either are not judged, because a small flat picture may compress as well as a bomb."""
+
+    max_members: int = 1_000_000
+    max_unpacked_bytes: int = 40 * 1024 * MIB
+    max_ratio: float = 200.0
+    ratio_free_bytes: int = MIB
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Member:
+    """One regular file: `path` in parts, the `size` it claims, and `read` for as long as the iterator stands on it."""
+
+    __slots__ = ("_file", "path", "size")
+
+    def __init__(self, path: tuple[str, ...], size: int, file: Readable) -> None:
+        self.path, self.size, self._file = path, size, file
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path)
+
+    def read(self, limit: int) -> bytes:
+        """The content; one byte more than `limit` says that there is more."""
+        with refusing():
+            chunks: list[bytes] = []
+            left = limit + 1
+            while left and (chunk := self._file.read(min(left, MAX_READ_BYTES))):
+                chunks.append(chunk)
+                left -= len(chunk)
+            return b"".join(chunks)
+
+
+class Meter:
+    """Counts what is really unpacked, whatever the headers claim."""
+
+    def __init__(self, what: str, packed_bytes: int, limits: Limits) -> None:
+        self._what, self._limits = what, limits
+        self._ratio_bytes = max(limits.ratio_free_bytes, packed_bytes * limits.max_ratio)
+        self.unpacked = 0
+
+    def add(self, size: int) -> None:
+        self.unpacked += size
+        if self.unpacked > self._limits.max_unpacked_bytes:
+            raise too_much(self._limits)
+        if self.unpacked > self._ratio_bytes:
+            raise refused(
+                f"{self._what} unpacks to more than {self._limits.max_ratio:g} times its size, as a bomb does"
+            )
+
+
+def too_many(max_members: int) -> BadRequest:
+    return refused(f"the archive has more than the {max_members:,} members allowed")
+
+
+def too_much(limits: Limits) -> BadRequest:
+    return refused(f"the archive unpacks to more than the {limits.max_unpacked_bytes:,} bytes allowed")
+
+
+class Metered:
+    """A reader whose every byte is counted by all its meters, and which never hands out a big piece at once."""
+
+    def __init__(self, file: Readable, *meters: Meter) -> None:
+        self._file, self._meters = file, meters
+
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(min(size, MAX_READ_BYTES) if size >= 0 else MAX_READ_BYTES)
+        for meter in self._meters:
+            meter.add(len(data))
+        return data
+
+
+def refused(detail: str) -> BadRequest:
+    return BadRequest(detail, code="bad_archive")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the libraries raise on damaged input, as our refusal. A failing disk stays what it is."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise refused(f"the archive is damaged or truncated ({type(error).__name__})") from error
+    except OSError as error:
+        if not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:  # a seek to before the start
+            raise
+        raise refused(f"the archive is damaged or truncated ({type(error).__name__})") from error

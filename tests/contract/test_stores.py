@@ -38,6 +38,7 @@ from prompts_store import (
     BadStoreUrl,
     Bundle,
     CachedStore,
+    Change,
     CorruptAliases,
     CorruptBundle,
     Manifest,
@@ -979,6 +980,33 @@ def test_a_change_is_told_after_it_is_taken_note_of(flaky: Flaky, cached: Cached
     cached._broadcast.publish = lambda _: answers_then.put(cached.tasks())
     MemoryStore.put(flaky, bundle(1))
     assert answers_then.get(timeout=SOON_S) == ["fish"]
+
+
+def test_without_a_watch_nothing_is_answered_from_memory() -> None:
+    """The watch has broken and cannot be had again, but the store answers: then it is asked every time."""
+    breaks = threading.Event()
+
+    class Deaf(MemoryStore):
+        def watch(self, stop: threading.Event) -> Iterator[Change]:
+            if breaks.is_set():
+                raise StoreUnavailable("no watch to be had")
+            return iter(self.silence())
+
+        def silence(self) -> Iterator[Change]:
+            breaks.wait(SOON_S)
+            raise StoreUnavailable("the watch broke")
+            yield
+
+    deaf = Deaf()
+    cached = CachedStore(deaf)
+    assert cached.tasks() == []
+    deaf.put(bundle(1))
+    assert cached.tasks() == [], "the watch stands and has told of nothing"
+    breaks.set()
+    eventually(lambda: cached.tasks() == ["fish"])
+    deaf.put(bundle(1, "cat"))
+    assert cached.tasks() == ["cat", "fish"]
+    cached.close()
 
 
 def test_unknown_names_are_not_remembered(flaky: Flaky, cached: CachedStore) -> None:

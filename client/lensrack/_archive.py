@@ -1,0 +1,196 @@
+"""A dataset on this machine, as a body that can be sent: a folder packed into a temporary zip, or an archive as it is.
+
+source ── open_archive ──> Archive(file, bytes, content type, skipped) ── FileBody ──> the connection
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeAlias
+
+import anyio.to_thread
+import httpx
+
+from .errors import InvalidInput
+from .wire import Dataset, SkippedFile
+
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Called with (bytes sent, bytes in all); the second is None where the source cannot tell."""
+
+Source: TypeAlias = str | os.PathLike[str] | IO[bytes]
+
+CHUNK_BYTES = 256 * 1024
+_HEAD_BYTES = 512  # one tar header
+
+
+class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body read from a file in small pieces; every attempt starts again where the file stood at first.
+
+    A pipe has no size and cannot start again: `head` is what has been read of it already.
+    """
+
+    def __init__(
+        self, file: IO[bytes], *, size: int | None, start: int = 0, head: bytes = b"", progress: Progress | None = None
+    ) -> None:
+        self._file, self._size, self._start, self._head, self._progress = file, size, start, head, progress
+
+    def __iter__(self) -> Iterator[bytes]:
+        sent = self._begin()
+        while chunk := self._read(sent):
+            yield chunk
+            sent = self._report(sent + len(chunk))
+        self._check_end(sent)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        sent = self._begin()
+        while chunk := await anyio.to_thread.run_sync(self._read, sent):
+            yield chunk
+            sent = self._report(sent + len(chunk))
+        self._check_end(sent)
+
+    def _begin(self) -> int:
+        if self._size is not None:
+            self._file.seek(self._start)
+        return self._report(0)
+
+    def _read(self, sent: int) -> bytes:
+        """At most a chunk, and of a file that grows under our hands no more than was announced."""
+        if self._size is not None:
+            return self._file.read(min(CHUNK_BYTES, self._size - sent))
+        head, self._head = self._head, b""
+        return head or self._file.read(CHUNK_BYTES)
+
+    def _report(self, sent: int) -> int:
+        if self._progress:
+            self._progress(sent, self._size)
+        return sent
+
+    def _check_end(self, sent: int) -> None:
+        if self._size is not None and sent < self._size:
+            raise InvalidInput(f"the file shrank while it was sent: expected {self._size} bytes, got {sent}")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open archive. `size` is None where the source cannot be measured, hence not sent a second time."""
+
+    file: IO[bytes]
+    size: int | None
+    name: str
+    content_type: str
+    start: int = 0
+    head: bytes = b""
+    owned: bool = True
+    skipped: tuple[SkippedFile, ...] = ()
+
+    def body(self, progress: Progress | None) -> FileBody:
+        return FileBody(self.file, size=self.size, start=self.start, head=self.head, progress=progress)
+
+    def complete(self, dataset: Dataset) -> Dataset:
+        """The server's answer, with the files that never left this machine among those skipped."""
+        return dataset.model_copy(update={"skipped": [*self.skipped, *dataset.skipped]})
+
+    def close(self) -> None:
+        if self.owned:
+            self.file.close()
+
+
+def open_archive(source: Source) -> Archive:
+    """A folder of class folders, an archive file (zip, tar, tar.gz) or an open binary file of one."""
+    if not isinstance(source, str | os.PathLike):
+        return _from_file(source, owned=False)
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error
+    with _closed_on_error(file):
+        return _from_file(file, owned=True)
+
+
+def _from_folder(folder: Path) -> Archive:
+    file = tempfile.TemporaryFile(prefix="lensrack-")  # noqa: SIM115 - the Archive owns and closes it
+    with _closed_on_error(file):
+        skipped = pack(folder, file)
+        return Archive(file, file.tell(), folder.resolve().name, "application/zip", skipped=tuple(skipped))
+
+
+def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
+    filename = Path(str(getattr(file, "name", "archive"))).name
+    name = filename.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar").removesuffix(".zip")
+    if not file.seekable():
+        head = file.read(_HEAD_BYTES)
+        return Archive(file, None, name, _content_type(head, filename), head=head, owned=owned)
+    start, end = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(start)
+    kind = _content_type(file.read(_HEAD_BYTES), filename)
+    return Archive(file, end - start, name, kind, start=start, owned=owned)
+
+
+@contextmanager
+def _closed_on_error(file: IO[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise
+
+
+def _content_type(head: bytes, name: str) -> str:
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "application/zip"
+    if head.startswith(b"\x1f\x8b"):
+        return "application/gzip"
+    if head[257:262] == b"ustar" or name.endswith(".tar"):
+        return "application/x-tar"
+    raise InvalidInput(f"{name} is no archive: expected a folder, a zip, a tar or a tar.gz")
+
+
+def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:
+    """Write the folder's files into an uncompressed zip (pictures are compressed already); the links left out.
+
+    Hidden files are left out silently. The same content gives the same bytes, whatever the files' dates.
+    """
+    skipped: list[SkippedFile] = []
+    packed = 0
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for entry, name in _entries(folder, ""):
+            if entry.is_symlink():
+                skipped.append(SkippedFile(name=name, reason="a link; links are not followed"))
+            elif entry.is_file(follow_symlinks=False):
+                _add(archive, entry.path, name)
+                packed += 1
+    if not packed:
+        raise InvalidInput(f"{folder} holds no files: expected a folder of class folders with images")
+    return skipped
+
+
+def _entries(folder: str | Path, prefix: str) -> Iterator[tuple[os.DirEntry[str], str]]:
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries(entry.path, f"{prefix}{entry.name}/")
+        else:
+            yield entry, prefix + entry.name
+
+
+def _add(archive: zipfile.ZipFile, path: str, name: str) -> None:
+    try:
+        member = zipfile.ZipInfo(name)  # dated 1980, the format's first day
+        member.file_size = os.path.getsize(path)  # so that the writer knows when it needs zip64
+        with open(path, "rb") as source, archive.open(member, "w") as target:
+            while chunk := source.read(CHUNK_BYTES):
+                target.write(chunk)
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"the file name {name!r} is no valid text; rename it") from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error

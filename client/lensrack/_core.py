@@ -1,0 +1,223 @@
+"""The whole of a call except sending it: what a request holds, what an answer means, whether to try again.
+
+    Call ──> Exchange.request() ──> [a client sends] ──> Exchange.answered(reply) ──> value, pause or error
+                     ^                      └──────────> Exchange.broken(error)  ──> pause or error
+                     └────────────── after the pause ────────────────┘
+
+Nothing here opens a connection or sleeps; both clients are the few lines that do.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Generic, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from ._retry import RETRIED_STATUSES, Attempts, parse_retry_after
+from .errors import ApiError, ConnectError, InvalidInput, LensrackError, ProtocolError, RequestTimeout
+from .wire import Problem
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 5.0
+NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# A proxy from the environment is for the network; what runs on this machine is reached directly.
+DIRECT: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+
+try:
+    __version__ = version("lensrack")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A complete HTTP answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One thing to ask of the server, and how its answer is read.
+
+    `payload` goes to `httpx.Request`. `repeatable`: sending it twice does no more than sending it once.
+    `wait_s` is added to the time that the answer may take, `limit_s` caps it; a `transfer` has no limit in all, only
+    on silence.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Reply], T]
+    params: Sequence[tuple[str, str]] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    repeatable: bool = True
+    max_retries: int | None = None
+    wait_s: float = 0.0
+    limit_s: float | None = None
+    transfer: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the server is and how patient its client is."""
+
+    base_url: str
+    api_key: str | None = field(repr=False)
+    timeout_s: float
+    max_retries: int
+
+    @classmethod
+    def of(cls, base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> Config:
+        """Fill in what was not given from the environment. Raises InvalidInput."""
+        key = (api_key or os.environ.get("LENSRACK_API_KEY", "")).strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InvalidInput("the API key must be printable ASCII")
+        if not timeout > 0 or max_retries < 0:
+            raise InvalidInput(f"expected timeout > 0 and max_retries >= 0, got {timeout} and {max_retries}")
+        url = _checked_url(base_url or os.environ.get("LENSRACK_URL") or DEFAULT_URL)
+        return cls(url, key or None, timeout, max_retries)
+
+    def headers(self) -> dict[str, str]:
+        fixed = {"User-Agent": f"lensrack/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        return {**fixed, "Authorization": f"Bearer {self.api_key}"} if self.api_key else fixed
+
+
+def _checked_url(text: str) -> str:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise InvalidInput(f"the server's URL {text!r} is no URL: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise InvalidInput(f"the server's URL must look like {DEFAULT_URL}, not {text!r}")
+    return text.rstrip("/")
+
+
+class Exchange(Generic[T]):
+    """One call from its first attempt to its end."""
+
+    def __init__(self, call: Call[T], config: Config, attempts: Attempts | None = None) -> None:
+        self._call, self._config = call, config
+        self._timeout_s = min(config.timeout_s + call.wait_s, call.limit_s or math.inf)
+        most = config.max_retries if call.max_retries is None else min(call.max_retries, config.max_retries)
+        self._attempts = attempts or Attempts(most, None if call.transfer else self._timeout_s)
+
+    def request(self) -> httpx.Request:
+        """The next attempt's request, with the time that is left for it. Raises RequestTimeout."""
+        request = httpx.Request(
+            self._call.method,
+            self._config.base_url + self._call.path,
+            params=list(self._call.params) or None,
+            headers={**self._config.headers(), **self._call.headers},
+            extensions={"timeout": self._limits(self.check_time())},
+            **self._call.payload,
+        )
+        request.headers.setdefault("Host", request.url.netloc.decode("ascii"))  # httpx leaves it out of streams
+        return request
+
+    def check_time(self) -> float:
+        """Seconds that are left: of the whole call, or of a transfer's silence. Raises RequestTimeout."""
+        left_s = self._attempts.left_s()
+        if left_s is not None and left_s <= 0:
+            raise self._too_late()
+        return self._timeout_s if left_s is None else left_s
+
+    def answered(self, reply: Reply) -> float | None:
+        """None when the reply is final, or the pause before the next attempt. Raises ApiError, ProtocolError."""
+        if reply.status < 400 or self._gone_already(reply):
+            return None
+        error = error_of(reply)
+        if reply.status in RETRIED_STATUSES and self._call.repeatable:
+            pause_s = self._attempts.next_pause_s(error.retry_after_s)
+            if pause_s is not None:
+                return pause_s
+        if reply.status == 503 and self._call.path == "/readyz":
+            return None  # its body says what is missing
+        raise error
+
+    def broken(self, error: httpx.RequestError) -> float:
+        """The pause before the next attempt, after one that brought no answer. Raises what the caller gets to see."""
+        if isinstance(error, httpx.DecodingError | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+            raise ProtocolError(f"{self._call}: {_reason(error)}") from error
+        if self._call.repeatable or isinstance(error, NEVER_SENT):
+            pause_s = self._attempts.next_pause_s()
+            if pause_s is not None:
+                return pause_s
+        raise self._translated(error) from error
+
+    def value(self, reply: Reply) -> T:
+        """What the final reply says. Raises ProtocolError."""
+        if 300 <= reply.status < 400:
+            raise ProtocolError(f"{self._call}: redirected to {reply.headers.get('location')!r}; is the URL right?")
+        try:
+            return self._call.read(reply)
+        except ValidationError as error:
+            found = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in found["loc"]) or "body"
+            raise ProtocolError(
+                f"{self._call}: the answer is no {error.title}: {where}: {found['msg']}, got {reply.content[:80]!r}"
+            ) from error
+
+    def _gone_already(self, reply: Reply) -> bool:
+        """A DELETE whose first answer was lost may well have worked."""
+        return self._call.method == "DELETE" and reply.status == 404 and self._attempts.retries > 0
+
+    def _limits(self, left_s: float) -> dict[str, float]:
+        return {"connect": min(CONNECT_TIMEOUT_S, left_s), "read": left_s, "write": left_s, "pool": left_s}
+
+    def _translated(self, error: httpx.RequestError) -> LensrackError:
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return self._too_late()
+        doing = "no connection to" if isinstance(error, NEVER_SENT) else "the connection broke to"
+        return ConnectError(f"{self._call}: {doing} {self._config.base_url}: {_reason(error)}")
+
+    def _too_late(self) -> RequestTimeout:
+        return RequestTimeout(f"{self._call}: no complete answer within {self._timeout_s:g} s")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def error_of(reply: Reply) -> ApiError:
+    """The typed error of a reply with a status from 400; also of one that no lensrack server wrote."""
+    retry_after_s = parse_retry_after(reply.headers.get("retry-after"))
+    try:
+        problem = Problem.model_validate_json(reply.content)
+    except ValidationError:
+        problem = _stranger(reply)
+    identified = problem.request_id or reply.headers.get("x-request-id", "")
+    problem = problem.model_copy(update={"status": reply.status, "request_id": identified})
+    return ApiError.of(problem, retry_after_s=retry_after_s)
+
+
+def _stranger(reply: Reply) -> Problem:
+    """A proxy's error page, or a server that is none of ours."""
+    known = reply.status in {status.value for status in HTTPStatus}
+    title = HTTPStatus(reply.status).phrase if known else f"HTTP {reply.status}"
+    return Problem(title=title, status=reply.status, detail=title, code=f"http_{reply.status}")
+
+
+def read_as(model: type[M]) -> Callable[[Reply], M]:
+    """A reader of JSON answers; what is no such message becomes a ProtocolError."""
+    return lambda reply: model.model_validate_json(reply.content)
+
+
+def read_nothing(reply: Reply) -> None:
+    """For answers whose status says it all."""

@@ -1,0 +1,200 @@
+"""What the command line prints: answers to stdout, everything about them to stderr.
+
+What comes from the server is shown with its control characters made visible, so that no label can play with a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from . import wire
+from .errors import ApiError, AuthenticationError, ConnectError, LensrackError, RequestTimeout, ServerError
+
+PIPED_WIDTH = 400  # nobody looks at a pipe: no column needs to be cut
+
+_NEXT = {
+    "task_not_found": "`lensrack tasks list` shows the tasks there are",
+    "version_not_found": "`lensrack versions TASK` shows the versions there are",
+    "alias_not_found": "`lensrack tasks show TASK` shows the aliases there are",
+    "dataset_not_found": "`lensrack datasets list` shows the datasets there are",
+    "job_not_found": "`lensrack jobs list` shows the jobs there are",
+    "version_in_use": "point its aliases elsewhere first: `lensrack alias TASK ALIAS VERSION`",
+    "wrong_backbone": "use a server that runs the bundle's backbone, or train the task on this one",
+    "job_finished": "there is nothing left to cancel",
+    "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar or tar.gz datasets",
+    "unsupported_image": "send JPEG, PNG, WebP or BMP",
+    "bad_image": "check that the file opens in an image viewer",
+    "not_ready": "`lensrack health` says what the server is waiting for",
+}
+
+
+def plain(text: object) -> str:
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+
+
+def console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPED_WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line about the answer, for the person at the terminal."""
+    print(plain(text), file=sys.stderr)
+
+
+def print_json(value: BaseModel | Sequence[BaseModel] | list[dict[str, Any]]) -> None:
+    print(json.dumps(_dumped(value), ensure_ascii=False, indent=2))
+
+
+def _dumped(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return [_dumped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
+    """Rows under a heading; where there are none, a word about that to stderr."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*("-" if cell is None else plain(cell) for cell in row))
+    if table.row_count:
+        console().print(table)
+    else:
+        say(empty)
+
+
+def print_fields(fields: dict[str, object]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in fields.items():
+        table.add_row(name, "-" if value is None or value == "" else plain(value))
+    console().print(table)
+
+
+def print_error(error: LensrackError | OSError, about: str = "") -> None:
+    """One line: what happened, to what, and what to do next."""
+    advice = _advice(error)
+    text = _described(error) if isinstance(error, ApiError) else str(error)
+    say(f"error: {f'{about}: ' if about else ''}{text}{f' - {advice}' if advice else ''}")
+
+
+def _described(error: ApiError) -> str:
+    return f"{error.code}: {error.detail}"
+
+
+def _advice(error: LensrackError | OSError) -> str:
+    if isinstance(error, ConnectError):
+        return "is the server running? Start it with `make serve`, or name another with --url or LENSRACK_URL"
+    if isinstance(error, RequestTimeout):
+        return "the server may be busy: try again"
+    if isinstance(error, AuthenticationError):
+        return "give the server's API key with --api-key or LENSRACK_API_KEY"
+    return _next_step(error) if isinstance(error, ApiError) else ""
+
+
+def _next_step(error: ApiError) -> str:
+    if error.code in _NEXT:
+        return _NEXT[error.code]
+    if error.retry_after_s is not None:
+        return f"try again in {error.retry_after_s:g} s"
+    if isinstance(error, ServerError):
+        return f"the server's log tells more under request id {error.request_id or 'unknown'}"
+    return ""
+
+
+# --- one view for each thing ------------------------------------------------------------------------------------------
+
+
+def when(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def targets(alias: wire.Alias) -> str:
+    return ", ".join(
+        target.version[:12] + (f" {target.weight:.0%}" if len(alias.targets) > 1 else "") for target in alias.targets
+    )
+
+
+def show_tasks(tasks: Sequence[wire.Task]) -> None:
+    rows = [
+        (task.task, task.live and task.live[:12], task.versions, "yes" if task.resident else "no") for task in tasks
+    ]
+    print_table(("task", "live", "versions", "resident"), rows, "no tasks yet: `lensrack train` makes one")
+
+
+def show_task(task: wire.Task) -> None:
+    aliases = {f"alias {alias.name}": f"{targets(alias)} (etag {alias.etag})" for alias in task.aliases}
+    print_fields({"task": task.task, "versions": task.versions, "resident": task.resident, **aliases})
+
+
+def show_versions(versions: Sequence[wire.VersionInfo]) -> None:
+    rows = [
+        (one.version[:12], one.method, len(one.labels), size(one.bytes), when(one.created_at), _metrics(one.metrics))
+        for one in versions
+    ]
+    print_table(("version", "method", "labels", "size", "made", "metrics"), rows, "no versions")
+
+
+def show_alias(task: str, alias: wire.Alias) -> None:
+    print_fields({"task": task, "alias": alias.name, "version": targets(alias), "etag": alias.etag})
+
+
+def show_datasets(datasets: Sequence[wire.Dataset]) -> None:
+    rows = [(one.id, one.name, len(one.labels), one.images, size(one.bytes), when(one.created_at)) for one in datasets]
+    columns = ("dataset", "name", "labels", "images", "size", "made")
+    print_table(columns, rows, "no datasets yet: `lensrack datasets upload FOLDER` stores one")
+
+
+def show_dataset(dataset: wire.Dataset) -> None:
+    counts = {f"{split}/{label}": n for split, labels in dataset.splits.items() for label, n in labels.items()}
+    head = {"dataset": dataset.id, "name": dataset.name, "images": dataset.images, "size": size(dataset.bytes)}
+    print_fields({**head, **counts, "skipped": len(dataset.skipped)})
+
+
+def say_uploaded(dataset: wire.Dataset) -> None:
+    """What became of an upload: the classes and their counts, and every file that was left out."""
+    say(f"{dataset.images} images in {len(dataset.labels)} classes")
+    for split, labels in dataset.splits.items():
+        say(f"  {split}: " + ", ".join(f"{label} {count}" for label, count in labels.items()))
+    if dataset.skipped:
+        say(f"{len(dataset.skipped)} files skipped:")
+    for file in dataset.skipped:
+        say(f"  {file.name}: {file.reason}")
+
+
+def show_jobs(jobs: Sequence[wire.Job]) -> None:
+    rows = [(job.id, job.task, job.method, job.state, _epochs(job.progress), when(job.created_at)) for job in jobs]
+    print_table(("job", "task", "method", "state", "epoch", "made"), rows, "no jobs: `lensrack train` starts one")
+
+
+def show_job(job: wire.Job) -> None:
+    error = f"{job.error.code}: {job.error.detail}" if job.error else None
+    times = {"made": when(job.created_at), "started": when(job.started_at), "finished": when(job.finished_at)}
+    head = {"job": job.id, "task": job.task, "dataset": job.dataset, "method": job.method, "state": job.state}
+    done = {"epoch": _epochs(job.progress), "version": job.version, "metrics": _metrics(job.metrics), "error": error}
+    print_fields({**head, **done, **times})
+
+
+def _epochs(progress: wire.JobProgress) -> str:
+    return f"{progress.epoch}/{progress.epochs}" if progress.epochs else "-"
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    shown = [(name, value) for name, value in metrics.items() if isinstance(value, int | float | str)]
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)

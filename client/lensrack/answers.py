@@ -1,0 +1,47 @@
+"""What a prediction gives back, in a form that is pleasant to use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .errors import ApiError
+from .wire import Prediction
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image's best labels, best first, and the version of the task's bundle that gave them."""
+
+    task: str
+    version: str
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def best(self) -> Prediction:
+        return self.predictions[0]
+
+    @property
+    def label(self) -> str:
+        return self.best.label
+
+    @property
+    def score(self) -> float:
+        """The best label's probability, 0 to 1."""
+        return self.best.score
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return iter(self.predictions)
+
+
+@dataclass(frozen=True)
+class ManyAnswers:
+    """One image's answers by task; a task that failed has its error instead, and raises it when it is asked for."""
+
+    answers: dict[str, Answer]
+    errors: dict[str, ApiError] = field(default_factory=dict)
+
+    def __getitem__(self, task: str) -> Answer:
+        if task in self.errors:
+            raise self.errors[task]
+        return self.answers[task]

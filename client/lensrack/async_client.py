@@ -1,0 +1,329 @@
+"""The client for asyncio and trio. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`.
+
+`client` says the same without await; a test holds the two to the same methods and signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar, overload
+
+import anyio
+import anyio.to_thread
+import httpx
+
+from . import _calls, wire
+from ._archive import Progress, Source, open_archive
+from ._calls import Images
+from ._core import DEFAULT_TIMEOUT_S, DIRECT, Call, Config, Exchange, Reply
+from ._events import LOST, EventCursor
+from ._images import ImageInput
+from .answers import Answer, ManyAnswers
+from .errors import JobFailed
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A connection to a lensrack server; safe to share between the tasks of one event loop.
+
+    `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
+    in seconds and covers a call with all its retries; file transfers may take longer, but not stay silent for longer.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        max_retries: int = 2,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._config = Config.of(base_url, api_key, timeout, max_retries)
+        self._http = httpx.AsyncClient(transport=transport, mounts=None if transport else DIRECT)
+        self.tasks = AsyncTasks(self)
+        self.datasets = AsyncDatasets(self)
+        self.jobs = AsyncJobs(self)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @overload
+    async def predict(self, task: str, images: Images, *, top_k: int = ..., key: str | None = ...) -> list[Answer]: ...
+    @overload
+    async def predict(self, task: str, images: ImageInput, *, top_k: int = ..., key: str | None = ...) -> Answer: ...
+    async def predict(
+        self, task: str, images: ImageInput | Images, *, top_k: int = 5, key: str | None = None
+    ) -> Answer | list[Answer]:
+        """Ask a task (`task`, `task@alias` or `task@version`) about an image, or about a list of them at once.
+
+        Requests with the same `key` see the same side of a canary. Raises ApiError and the other LensrackErrors.
+        """
+        if isinstance(images, list | tuple):
+            return await self._send(_calls.predict(task, images, top_k=top_k, key=key))
+        return (await self._send(_calls.predict(task, [images], top_k=top_k, key=key)))[0]
+
+    async def predict_many(
+        self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
+    ) -> ManyAnswers:
+        """Ask many tasks about one image, which the server decodes once."""
+        return await self._send(_calls.predict_many(tasks, image, top_k=top_k, key=key))
+
+    @overload
+    async def embed(self, images: Images) -> list[list[float]]: ...
+    @overload
+    async def embed(self, images: ImageInput) -> list[float]: ...
+    async def embed(self, images: ImageInput | Images) -> list[float] | list[list[float]]:
+        """The frozen backbone's features of an image, [D], or of a list of them, [n, D]."""
+        if isinstance(images, list | tuple):
+            return await self._send(_calls.embed(images))
+        return (await self._send(_calls.embed([images])))[0]
+
+    async def train(
+        self,
+        task: str,
+        dataset: str,
+        method: str = "vpt_deep",
+        recipe: Mapping[str, Any] | wire.Recipe | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> AsyncJobHandle:
+        """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too."""
+        call = _calls.train(task, dataset, method=method, recipe=recipe or {}, key=idempotency_key)
+        return AsyncJobHandle(self, await self._send(call))
+
+    async def health(self) -> wire.Health:
+        return await self._send(_calls.health())
+
+    async def ready(self) -> wire.Ready:
+        """Whether predictions can be answered, and by which backbone."""
+        return await self._send(_calls.ready())
+
+    async def _send(self, call: Call[T]) -> T:
+        exchange = Exchange(call, self._config)
+        while True:
+            try:
+                reply = await self._attempt(exchange)
+            except httpx.RequestError as error:
+                pause_s = exchange.broken(error)
+            else:
+                pause = exchange.answered(reply)
+                if pause is None:
+                    return exchange.value(reply)
+                pause_s = pause
+            await anyio.sleep(pause_s)
+
+    async def _attempt(self, exchange: Exchange[T]) -> Reply:
+        content = bytearray()
+        async with aclosing(await self._http.send(exchange.request(), stream=True)) as response:
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                exchange.check_time()
+        return Reply(response.status_code, response.headers, bytes(content))
+
+
+class AsyncTasks:
+    """Tasks, their versions and aliases, and their place on the device."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._send = client._send
+
+    async def list(self) -> Sequence[wire.Task]:
+        return await self._send(_calls.list_tasks())
+
+    async def get(self, task: str) -> wire.Task:
+        return await self._send(_calls.get_task(task))
+
+    async def delete(self, task: str) -> None:
+        return await self._send(_calls.delete_task(task))
+
+    async def versions(self, task: str) -> Sequence[wire.VersionInfo]:
+        """Newest first."""
+        return await self._send(_calls.list_versions(task))
+
+    async def version(self, task: str, version: str) -> wire.VersionInfo:
+        return await self._send(_calls.get_version(task, version))
+
+    async def delete_version(self, task: str, version: str) -> None:
+        return await self._send(_calls.delete_version(task, version))
+
+    async def upload(
+        self, task: str, bundle: str | Path | bytes | IO[bytes], *, alias: str | None = None
+    ) -> wire.VersionInfo:
+        """Store a bundle; aliases stay where they are unless one is given."""
+        return await self._send(_calls.upload_version(task, _calls.bundle_bytes(bundle), alias=alias))
+
+    async def download(self, task: str, version: str) -> bytes:
+        """A bundle's file, checked against its version."""
+        return await self._send(_calls.download_bundle(task, version))
+
+    async def alias(self, task: str, alias: str = "live") -> wire.Alias:
+        return await self._send(_calls.get_alias(task, alias))
+
+    async def set_alias(
+        self, task: str, alias: str, version: str, *, weight: float = 1.0, if_match: str | None = None
+    ) -> wire.Alias:
+        """Point an alias at a version, below weight 1 for that share of the requests only.
+
+        With `if_match`, an Alias' `etag`, only if nobody else has moved it; otherwise PreconditionFailedError.
+        """
+        return await self._send(_calls.set_alias(task, alias, version, weight=weight, if_match=if_match))
+
+    async def delete_alias(self, task: str, alias: str) -> None:
+        return await self._send(_calls.delete_alias(task, alias))
+
+    async def history(self, task: str, alias: str = "live") -> Sequence[wire.AliasChange]:
+        """Where an alias has pointed, oldest first."""
+        return await self._send(_calls.alias_history(task, alias))
+
+    async def rollback(self, task: str, alias: str = "live") -> wire.Alias:
+        """Point an alias where it pointed before."""
+        return await self._send(_calls.rollback(task, alias))
+
+    async def load(self, task: str) -> wire.Residency:
+        return await self._send(_calls.load(task))
+
+    async def unload(self, task: str) -> wire.Residency:
+        return await self._send(_calls.unload(task))
+
+    async def pin(self, task: str, *, pinned: bool = True) -> wire.Residency:
+        return await self._send(_calls.pin(task, pinned=pinned))
+
+
+class AsyncDatasets:
+    """Immutable labelled images, known by their content digest."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._send = client._send
+
+    async def upload(
+        self, source: Source, *, name: str | None = None, progress: Progress | None = None
+    ) -> wire.Dataset:
+        """Store a folder of class folders, or a zip, tar or tar.gz of one.
+
+        `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
+        that could not be read, and the links, which are not followed.
+        """
+        archive = await anyio.to_thread.run_sync(open_archive, source)
+        try:
+            return await self._send(_calls.upload_dataset(archive, name=name, progress=progress))
+        finally:
+            archive.close()
+
+    async def list(self) -> Sequence[wire.Dataset]:
+        return await self._send(_calls.list_datasets())
+
+    async def get(self, dataset: str) -> wire.Dataset:
+        return await self._send(_calls.get_dataset(dataset))
+
+    async def delete(self, dataset: str) -> None:
+        return await self._send(_calls.delete_dataset(dataset))
+
+
+class AsyncJobs:
+    """Training jobs."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client, self._send = client, client._send
+
+    async def list(
+        self,
+        *,
+        cursor: str | None = None,
+        limit: int = 50,
+        task: str | None = None,
+        state: wire.JobState | None = None,
+    ) -> wire.JobList:
+        """One page, newest first; its `next` is the cursor of the following one."""
+        return await self._send(_calls.list_jobs(cursor=cursor, limit=limit, task=task, state=state))
+
+    async def iterate(self, *, task: str | None = None, state: wire.JobState | None = None) -> AsyncIterator[wire.Job]:
+        """All of them, page by page."""
+        page = await self.list(task=task, state=state)
+        for job in page.jobs:
+            yield job
+        while page.next is not None:
+            page = await self.list(cursor=page.next, task=task, state=state)
+            for job in page.jobs:
+                yield job
+
+    async def get(self, job: str) -> wire.Job:
+        return await self._send(_calls.get_job(job))
+
+    async def handle(self, job: str) -> AsyncJobHandle:
+        """A handle to follow a job that was started elsewhere."""
+        return AsyncJobHandle(self._client, await self.get(job))
+
+    async def cancel(self, job: str) -> wire.Job:
+        """A waiting job ends at once, a running one within a step."""
+        return await self._send(_calls.cancel_job(job))
+
+    async def events(self, job: str, *, after: int = 0, wait_s: float = 0.0) -> wire.JobEvents:
+        """One page of events; held by the server up to `wait_s` (at most 30) until there is one."""
+        return await self._send(_calls.job_events(job, after=after, wait_s=wait_s))
+
+
+class AsyncJobHandle:
+    """A job that was started. `job` is what was last heard of it."""
+
+    def __init__(self, client: AsyncClient, job: wire.Job) -> None:
+        self._client = client
+        self.job = job
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def state(self) -> wire.JobState:
+        return self.job.state
+
+    async def refresh(self) -> wire.Job:
+        self.job = await self._client.jobs.get(self.id)
+        return self.job
+
+    async def cancel(self) -> wire.Job:
+        self.job = await self._client.jobs.cancel(self.id)
+        return self.job
+
+    async def events(
+        self,
+        *,
+        after: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 - it raises our error, which says that the job goes on
+    ) -> AsyncIterator[wire.JobEvent]:
+        """Every event once, as it happens, up to the last one; a connection that breaks is taken up again.
+
+        Raises RequestTimeout when the job has not ended after `timeout` seconds.
+        """
+        cursor = EventCursor(self.id, after, timeout)
+        while not cursor.finished:
+            call = cursor.call()
+            try:
+                new = cursor.take(await self._client._send(call))
+            except LOST as error:
+                await anyio.sleep(cursor.lost(error))
+                continue
+            for event in new:
+                yield event
+            await anyio.sleep(cursor.rest_s(new))
+
+    async def wait(self, timeout: float | None = None) -> wire.Job:  # noqa: ASYNC109 - as above
+        """The job when it has succeeded. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
+        async for _ in self.events(timeout=timeout):
+            pass
+        if (await self.refresh()).state != "succeeded":
+            raise JobFailed(self.job)
+        return self.job

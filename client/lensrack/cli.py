@@ -1,0 +1,387 @@
+"""`lensrack`: the whole story from a shell.
+
+Answers go to stdout, progress and errors to stderr. Exit code 0: done; 1: it failed; 2: the command itself is wrong;
+130: interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, cast
+
+import typer
+
+from . import Client, JobHandle, LensrackError, __version__, wire
+from . import _terminal as term
+from ._watch import upload_bar, watch
+from .answers import Answer
+from .errors import ApiError, InvalidInput
+
+ASK_AT_ONCE = 8  # the server makes one batch of what comes together
+
+app = typer.Typer(name="lensrack", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+tasks = typer.Typer(help="The tasks there are.")
+bundles = typer.Typer(help="Bundles as files.", no_args_is_help=True)
+datasets = typer.Typer(help="Labelled images to train on.")
+jobs = typer.Typer(help="Training jobs.")
+app.add_typer(tasks, name="tasks")
+app.add_typer(bundles, name="bundle")
+app.add_typer(datasets, name="datasets")
+app.add_typer(jobs, name="jobs")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every command needs."""
+
+    client: Client
+    json: bool
+
+
+Context = typer.Context
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK")]
+
+
+def main() -> None:
+    """The console script. Everything that can go wrong ends as one line."""
+    try:
+        app()
+    except InvalidInput as error:
+        term.print_error(error)
+        sys.exit(2)
+    except (LensrackError, OSError) as error:
+        term.print_error(error)
+        sys.exit(1)
+
+
+@app.callback()
+def session(
+    context: Context,
+    url: Annotated[str | None, typer.Option(envvar="LENSRACK_URL", help="The server.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LENSRACK_API_KEY", help="Its API key.")] = None,
+    as_json: Json = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Train, publish and ask many vision tasks that share one frozen backbone."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+    client = Client(url, api_key)
+    context.call_on_close(client.close)
+    context.obj = Session(client, as_json)
+
+
+def _client(context: Context) -> Client:
+    return cast(Session, context.obj).client
+
+
+def _wants_json(context: Context, as_json: bool) -> bool:
+    return as_json or cast(Session, context.obj).json
+
+
+@app.command()
+def health(context: Context, as_json: Json = False) -> None:
+    """Whether the server is there and ready; exit code 1 where it is not."""
+    alive, ready = _client(context).health(), _client(context).ready()
+    if _wants_json(context, as_json):
+        term.print_json(ready)
+    else:
+        eye = ready.backbone
+        backbone = eye and f"{eye.arch} ({'trained' if eye.trained else 'untrained'}) on {eye.device}, {eye.dtype}"
+        head: dict[str, object] = {"server": alive.version, "ready": ready.ready, "backbone": backbone}
+        term.print_fields({**head, **ready.checks, **{f"note {i}": note for i, note in enumerate(ready.notes, 1)}})
+    raise typer.Exit(0 if ready.ready else 1)
+
+
+# --- tasks, versions, aliases -----------------------------------------------------------------------------------------
+
+
+@tasks.callback(invoke_without_command=True)
+def tasks_or_list(context: Context, as_json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_tasks(context, as_json)
+
+
+@tasks.command("list")
+def list_tasks(context: Context, as_json: Json = False) -> None:
+    """All tasks."""
+    found = _client(context).tasks.list()
+    term.print_json(found) if _wants_json(context, as_json) else term.show_tasks(found)
+
+
+@tasks.command("show")
+def show_task(context: Context, task: TaskName, as_json: Json = False) -> None:
+    """One task and where its aliases point."""
+    found = _client(context).tasks.get(task)
+    term.print_json(found) if _wants_json(context, as_json) else term.show_task(found)
+
+
+@tasks.command("delete")
+def delete_task(context: Context, task: TaskName) -> None:
+    """Forget a task with all its versions."""
+    _client(context).tasks.delete(task)
+    term.say(f"task {task} deleted")
+
+
+@app.command()
+def versions(context: Context, task: TaskName, as_json: Json = False) -> None:
+    """A task's versions, newest first."""
+    found = _client(context).tasks.versions(task)
+    term.print_json(found) if _wants_json(context, as_json) else term.show_versions(found)
+
+
+@app.command()
+def alias(
+    context: Context,
+    *,
+    task: TaskName,
+    name: Annotated[str, typer.Argument(metavar="ALIAS")],
+    version: str,
+    weight: Annotated[float, typer.Option(help="Share of the requests; the rest stays where it is.")] = 1.0,
+    if_match: Annotated[str | None, typer.Option(help="Only if the alias still has this etag.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias at a version; `live` is what `predict TASK` asks."""
+    moved = _client(context).tasks.set_alias(task, name, version, weight=weight, if_match=if_match)
+    term.print_json(moved) if _wants_json(context, as_json) else term.show_alias(task, moved)
+
+
+@app.command()
+def rollback(
+    context: Context,
+    task: TaskName,
+    name: Annotated[str, typer.Option("--alias", help="Which alias.")] = "live",
+    as_json: Json = False,
+) -> None:
+    """Point an alias where it pointed before."""
+    moved = _client(context).tasks.rollback(task, name)
+    term.print_json(moved) if _wants_json(context, as_json) else term.show_alias(task, moved)
+
+
+@bundles.command("download")
+def download(
+    context: Context,
+    task: TaskName,
+    version: Annotated[str | None, typer.Argument(help="Without it, the live one.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Save a bundle; prints the file's name."""
+    version = version or _client(context).tasks.get(task).live
+    if version is None:
+        raise InvalidInput(f"task {task} has no live version: name one of `lensrack versions {task}`")
+    data = _client(context).tasks.download(task, version)
+    path = output or Path(f"{task}-{version[:12]}.safetensors")
+    with path.open("wb" if force else "xb") as file:
+        file.write(data)
+    print(path)
+
+
+@bundles.command("upload")
+def upload_bundle(
+    context: Context,
+    task: TaskName,
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
+) -> None:
+    """Store a bundle; prints its version."""
+    print(_client(context).tasks.upload(task, file, alias=name).version)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+@datasets.callback(invoke_without_command=True)
+def datasets_or_list(context: Context, as_json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_datasets(context, as_json)
+
+
+@datasets.command("upload")
+def upload_dataset(
+    context: Context,
+    path: Annotated[Path, typer.Argument(exists=True, allow_dash=True)],
+    name: Annotated[str | None, typer.Option(help="What people call it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Store a folder of class folders, or a zip, tar or tar.gz of one (`-`: from stdin); prints its id."""
+    source: Path | BinaryIO = sys.stdin.buffer if str(path) == "-" else path
+    with upload_bar(path.resolve().name) as progress:
+        stored = _client(context).datasets.upload(source, name=name, progress=progress)
+    term.say_uploaded(stored)
+    term.print_json(stored) if _wants_json(context, as_json) else print(stored.id)
+
+
+@datasets.command("list")
+def list_datasets(context: Context, as_json: Json = False) -> None:
+    """All datasets."""
+    found = _client(context).datasets.list()
+    term.print_json(found) if _wants_json(context, as_json) else term.show_datasets(found)
+
+
+@datasets.command("show")
+def show_dataset(context: Context, dataset: str, as_json: Json = False) -> None:
+    """One dataset and its counts."""
+    found = _client(context).datasets.get(dataset)
+    term.print_json(found) if _wants_json(context, as_json) else term.show_dataset(found)
+
+
+@datasets.command("delete")
+def delete_dataset(context: Context, dataset: str) -> None:
+    """Forget a dataset."""
+    _client(context).datasets.delete(dataset)
+    term.say(f"dataset {dataset} deleted")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    context: Context,
+    *,
+    task: TaskName,
+    dataset: Annotated[str, typer.Option(help="The dataset's id.")],
+    method: Annotated[str, typer.Option(help="vpt_deep, vpt_shallow, linear, ...")] = "vpt_deep",
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate itself.")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="lr = base_lr * batch_size / 256.")] = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    warmup_epochs: int | None = None,
+    prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
+    prompt_dropout: float | None = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
+    seed: int | None = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a task in the background; prints the job's id. What is left out takes the method's default."""
+    given = {name: context.params[name] for name in wire.Recipe.model_fields}
+    recipe = {name: value for name, value in given.items() if value is not None}
+    handle = _client(context).train(task, dataset, method, recipe)
+    as_json = _wants_json(context, as_json)
+    if not as_json:
+        print(handle.id, flush=True)
+    if follow:
+        _follow(handle)
+    if as_json:
+        term.print_json(handle.job)
+
+
+def _follow(handle: JobHandle) -> None:
+    try:
+        job = watch(handle)
+    except KeyboardInterrupt:
+        term.say(f"job {handle.id} goes on: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
+        raise typer.Exit(130) from None
+    term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
+
+
+@jobs.callback(invoke_without_command=True)
+def jobs_or_list(context: Context, as_json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_jobs(context, as_json=as_json)
+
+
+@jobs.command("list")
+def list_jobs(
+    context: Context,
+    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
+    state: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Jobs, newest first."""
+    page = _client(context).jobs.list(task=task, state=cast(wire.JobState, state), limit=limit)
+    term.print_json(page.jobs) if _wants_json(context, as_json) else term.show_jobs(page.jobs)
+    if page.next:
+        term.say(f"these are the newest {limit}; --limit shows more")
+
+
+@jobs.command("show")
+def show_job(context: Context, job: str, as_json: Json = False) -> None:
+    """One job."""
+    found = _client(context).jobs.get(job)
+    term.print_json(found) if _wants_json(context, as_json) else term.show_job(found)
+
+
+@jobs.command("watch")
+def watch_job(context: Context, job: str) -> None:
+    """Follow a job to its end; exit code 1 where it fails."""
+    _follow(_client(context).jobs.handle(job))
+
+
+@jobs.command("cancel")
+def cancel_job(context: Context, job: str) -> None:
+    """End a job: a waiting one at once, a running one within a step."""
+    asked = _client(context).jobs.cancel(job)
+    term.say(f"job {job} is cancelled" if asked.finished else f"job {job} will end within a step")
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    context: Context,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="A task, optionally @alias or @version.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False)],
+    top_k: Annotated[int, typer.Option(min=1, help="Labels for each image, best first.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Ask a task about images; exit code 1 where one of them got no answer."""
+
+    def ask(image: Path) -> Answer | LensrackError:
+        try:
+            return _client(context).predict(task, image, top_k=top_k)
+        except LensrackError as error:
+            return error
+
+    with ThreadPoolExecutor(ASK_AT_ONCE) as pool:
+        answers = list(pool.map(ask, images))
+    _show_answers(images, answers, as_json=_wants_json(context, as_json))
+
+
+def _show_answers(images: list[Path], answers: list[Answer | LensrackError], *, as_json: bool) -> None:
+    told = list(zip(images, answers, strict=True))
+    failed = [error for error in answers if isinstance(error, LensrackError)]
+    if as_json:
+        term.print_json([_as_dict(image, answer) for image, answer in told])
+    elif len(failed) < len(told):
+        rows = [
+            (image if best is answer.best else "", best.label, f"{best.score:.4f}")
+            for image, answer in told
+            if isinstance(answer, Answer)
+            for best in answer
+        ]
+        term.print_table(("image", "label", "score"), rows, "no answers")
+    _say_failures(told)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _say_failures(told: list[tuple[Path, Answer | LensrackError]]) -> None:
+    """Each image's own; a failure that all share, such as a server that is away, once."""
+    seen: set[str] = set()
+    for image, error in told:
+        if isinstance(error, LensrackError) and str(error) not in seen:
+            seen.add(str(error))
+            term.print_error(error, about=str(image) if len(told) > 1 else "")
+
+
+def _as_dict(image: Path, answer: Answer | LensrackError) -> dict[str, Any]:
+    if isinstance(answer, Answer):
+        best = [prediction.model_dump() for prediction in answer]
+        return {"image": str(image), "task": answer.task, "version": answer.version, "predictions": best}
+    code = answer.code if isinstance(answer, ApiError) else type(answer).__name__
+    return {"image": str(image), "error": {"code": code, "detail": str(answer)}}
+
+
+if __name__ == "__main__":
+    main()

@@ -202,7 +202,8 @@ def fit(image: Image.Image, geometry: Geometry) -> Pixels:
     """What timm's evaluation transform gives before it normalises, value for value: uint8 [S, S, 3], C-contiguous.
 
     Only where the resized picture would exceed 2²⁴ pixels (a strip 256 times as long as wide) is the crop made alone:
-    then `nearest` may take the neighbour of a pixel, and the others may differ by 2.
+    then `nearest` may take a pixel's neighbour, and the others may differ by a few levels, because rounding and
+    clipping between Pillow's two passes fall differently.
     """
     size, (width, height) = geometry.size, _resized_size(image, geometry)
     method = _INTERPOLATIONS[geometry.interpolation]

@@ -405,6 +405,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "BMP of 60000²": (bmp(60_000, 60_000, 24, 0, b""), "image_too_large"),
     "WebP canvas of 16384²": (REFUSED["WebP canvas of 16384²"][0], "image_too_large"),
     "WebP VP8L of 16384²": (REFUSED["WebP VP8L of 16384²"][0], "image_too_large"),
+    "WebP of 4000×4000": (encoded(Image.new("RGB", (4000, 4000)), "WEBP", lossless=True), "image_too_large"),
     "400 MB of zeros for 100×100": (
         PNG[:8]
         + chunk(b"IHDR", struct.pack(">IIBBBBB", 100, 100, 8, 2, 0, 0, 0))

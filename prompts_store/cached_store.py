@@ -73,6 +73,11 @@ class CachedStore:
     def aliases(self, task: str) -> dict[str, Alias]:
         return dict(self._aliases.read(task, lambda: self._inner.aliases(task)))
 
+    def known_aliases(self, task: str) -> dict[str, Alias] | None:
+        """What `aliases` would answer from memory, None where it would have to ask: an event loop may call this."""
+        known = self._aliases.fresh(task)
+        return dict(known) if known is not None else None
+
     def history(self, task: str, alias: str) -> list[Alias]:
         return self._inner.history(task, alias)
 

@@ -32,6 +32,12 @@ class Answers(Generic[T]):
         self._known: dict[str, _Known[T]] = {}
         self._epoch = 0  # counts changes: an answer that was under way during one is not fresh
 
+    def fresh(self, key: str) -> T | None:
+        """The answer, if it is fresh."""
+        with self._lock:
+            known = self._known.get(key)
+        return known.value if known is not None and known.fresh else None
+
     def read(self, key: str, load: Callable[[], T]) -> T:
         """The fresh answer, or a loaded one; when the store is unavailable, the last one known."""
         with self._lock:

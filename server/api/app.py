@@ -6,17 +6,19 @@ Trace (id, log, metrics, the unforeseen) ─▶ BodyLimit ─▶ routes ─▶ p
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import anyio
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.middleware import Middleware
 
 from lensrack import wire
 from server import __version__
-from server.api import aliases, datasets, guard, health, predict, problems, residency, tasks, train
+from server.api import aliases, datasets, guard, health, predict, problems, residency, tasks, train, uploads
 from server.api.services import Services
 from server.api.trace import Trace
 
@@ -40,6 +42,7 @@ def create_app(services: Services) -> FastAPI:
         responses={"default": _PROBLEM},
     )
     app.state.services = services
+    app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     problems.install(app)
     for room in (predict, tasks, aliases, residency, datasets, train, health):
         app.include_router(room.router)
@@ -62,6 +65,7 @@ def _documented(app: FastAPI) -> dict[str, Any]:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    yield
     services: Services = app.state.services
+    await asyncio.to_thread(uploads.sweep, services.settings.datasets_dir)
+    yield
     await services.batcher.drain(services.settings.drain_timeout_s)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -12,6 +11,7 @@ from fastapi import Depends, Request
 from lensrack import wire
 from prompts_store import Bundle, Store
 from server.batching.batcher import Batcher
+from server.datasets.dataset_store import DatasetStore
 from server.jobs.store import JobStore
 from server.predictor import Predictor
 from server.settings import Settings
@@ -28,15 +28,6 @@ class Residency(Protocol):
     def pinned(self, task: str, version: str) -> bool: ...
     def resident(self, task: str, version: str) -> bool: ...
     def lens_bytes(self, task: str, version: str) -> int: ...
-
-
-class DatasetStore(Protocol):
-    """Labelled images; see `server.datasets`."""
-
-    def ingest(self, archive: Path, *, name: str = "") -> Any: ...
-    def get(self, dataset_id: str) -> Any: ...
-    def list(self) -> Sequence[Any]: ...
-    def delete(self, dataset_id: str) -> None: ...
 
 
 @dataclass(frozen=True)

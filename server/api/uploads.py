@@ -1,0 +1,91 @@
+"""A body on its way into a file: from the socket to the disk, never into memory, and gone whatever happens.
+
+The file is locked as long as it grows. One that nobody holds was left by a process that died; the next start sweeps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from fastapi import Request
+
+from server.errors import DiskFull
+
+FOLDER: Final = "uploads"
+WRITE_BYTES: Final = 2**20  # gathered before a thread writes it: a hand-over for each packet would cost more
+
+
+@asynccontextmanager
+async def received(request: Request, root: Path) -> AsyncIterator[Path]:
+    """The request's body as a file below `root`, deleted at the end. Raises ClientDisconnect, TooLarge, DiskFull."""
+    path = root / FOLDER / secrets.token_hex(16)
+    file = await asyncio.to_thread(_created, path)
+    try:
+        await _fill(request, file)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def sweep(root: Path) -> int:
+    """Delete what dead processes have left; returns how many files."""
+    return sum(_swept(path) for path in (root / FOLDER).glob("*"))
+
+
+def _created(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:
+                return file
+            os.close(file)  # a sweeper came between the two calls
+    except OSError as error:
+        raise _full() from error
+
+
+def _swept(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)  # while it is locked: nobody can begin to write it meanwhile
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+async def _fill(request: Request, file: int) -> None:
+    waiting = bytearray()
+    async for chunk in request.stream():
+        waiting += chunk
+        if len(waiting) >= WRITE_BYTES:
+            await asyncio.to_thread(_append, file, bytes(waiting))
+            waiting.clear()
+    await asyncio.to_thread(_append, file, bytes(waiting))
+
+
+def _append(file: int, data: bytes) -> None:
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+    except OSError as error:
+        raise _full() from error
+
+
+def _full() -> DiskFull:
+    return DiskFull("the upload could not be written: the disk is full or failing")

@@ -69,5 +69,6 @@ class Pictures:
         except ServiceError as error:
             if len(self._files) > 1:
                 error.detail = f"image {index}: {error.detail}"
+                error.args = (error.detail,)
                 error.extra["image"] = index
             raise

@@ -90,14 +90,16 @@ class Shelf:
     held: set[str] = field(default_factory=set)
     loads: list[str] = field(default_factory=list)
     seats: dict[str, Seat] = field(default_factory=dict)
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     before_load: Callable[[str], None] = lambda version: None
 
     async def acquire(self, task: str, version: str) -> Seat:
-        if version not in self.seats:
-            self.before_load(version)
-            bundle = await asyncio.to_thread(self.store.get, task, version)
-            self.loads.append(version)
-            self.seats[version] = self._seated(bundle)
+        async with self.loading:
+            if version not in self.seats:
+                self.before_load(version)
+                bundle = await asyncio.to_thread(self.store.get, task, version)
+                self.seats[version] = self._seated(bundle)
+                self.loads.append(version)
         self.pins[version] += 1
         return self.seats[version]
 

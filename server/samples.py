@@ -48,10 +48,10 @@ def _fruit(skin: Colour, shade: Colour, *, stretch: float, tips: bool = False, b
         pen = ImageDraw.Draw(body)
         wide = radius * stretch
         pen.ellipse((x - wide * 0.95, y + radius * 0.55, x + wide * 1.15, y + radius * 1.2), fill=(0, 0, 0, 60))
+        if tips:  # under the body, so that only a nub shows at either end
+            nub = _mix(shade, skin, 0.4)
+            pen.ellipse((x - wide * 1.13, y - radius * 0.24, x + wide * 1.13, y + radius * 0.24), fill=nub)
         _ball(pen, (x, y), (wide, radius), _vary(random, skin), _vary(random, shade))
-        if tips:
-            for side in (-1, 1):
-                _ball(pen, (x + side * wide, y), (radius * 0.18,) * 2, skin, shade)
         if bloom:
             pen.line((x, y - radius, x + radius * 0.1, y - radius * 1.35), fill=(92, 64, 40), width=max(2, size // 40))
             pen.arc((x - wide * 0.35, y - radius, x + wide * 0.35, y + radius), 290, 70, fill=shade, width=size // 60)
@@ -164,7 +164,7 @@ def _finish(image: Image.Image, size: int, random: Random) -> Image.Image:
 
 
 def _vary(random: Random, colour: Colour) -> Colour:
-    red, green, blue = (int(min(255, max(0, value + random.integers(-12, 13)))) for value in colour)
+    red, green, blue = (min(255, max(0, value + int(random.integers(-12, 13)))) for value in colour)
     return red, green, blue
 
 

@@ -124,5 +124,5 @@ def bad(detail: str, skipped: Sequence[Skipped] = ()) -> BadRequest:
     """The problem carries the first of the skipped files, since they are often the reason."""
     first = [asdict(each) for each in skipped[:20]]
     if skipped:
-        detail += f"; {len(skipped)} files were skipped, the first: {skipped[0].name}: {skipped[0].reason}"
+        detail += f"; files skipped: {len(skipped)}, the first: {skipped[0].name}: {skipped[0].reason}"
     return BadRequest(detail, code="bad_dataset", skipped=first)

@@ -65,10 +65,10 @@ def tar_members(file: BinaryIO, limits: Limits, names: Names, *, zipped: bool) -
         for info in _tar_headers(archive):
             names.count()
             path = parts_of(info.name)
-            if info.size > limits.max_unpacked_bytes:
-                raise too_much(limits)
             if info.issparse():
                 raise refused(f"the archive's member {shown(info.name)!r} is a sparse file")
+            if info.size > limits.max_unpacked_bytes:
+                raise too_much(limits)
             if info.isdir() or is_litter(path):
                 continue
             names.add(path)

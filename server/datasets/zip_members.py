@@ -77,8 +77,6 @@ def _zip_path(info: zipfile.ZipInfo) -> tuple[str, ...]:
 
 def _check_directory(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Limits) -> None:
     """Members that share their packed bytes make the densest bombs (D. Fifield, A better zip bomb, 2019)."""
-    if sum(info.file_size for info in infos) > limits.max_unpacked_bytes:
-        raise too_much(limits)
     end = packed_bytes
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         if info.header_offset + LOCAL_HEADER_BYTES + info.compress_size > end:
@@ -86,3 +84,5 @@ def _check_directory(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Li
                 f"the archive's member {shown(info.filename)!r} overlaps another, or the archive is truncated"
             )
         end = info.header_offset
+    if sum(info.file_size for info in infos) > limits.max_unpacked_bytes:
+        raise too_much(limits)

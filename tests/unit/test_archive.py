@@ -1,0 +1,175 @@
+"""Archives as they should be, and damaged ones. The deliberate attacks are in tests/security."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable
+
+import pytest
+
+from server.datasets.archive import Limits, members, sniff
+from server.errors import BadRequest
+
+FILES = {
+    "wrap/train/katze/1.jpg": b"\xff\xd8 one",
+    "wrap/train/hund/ä 2.jpg": b"two" * 1000,
+    "wrap/leer.txt": b"",
+    "wrap/train/hund/3.jpg": bytes(range(256)) * 300,
+}
+Make = Callable[[dict[str, bytes]], bytes]
+
+
+def as_zip(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def as_tar(files: dict[str, bytes], format_: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format_) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def as_tar_gz(files: dict[str, bytes]) -> bytes:
+    return gzip.compress(as_tar(files))
+
+
+MAKERS: dict[str, Make] = {
+    "zip": as_zip,
+    "stored zip": lambda files: as_zip(files, zipfile.ZIP_STORED),
+    "pax tar": as_tar,
+    "gnu tar": lambda files: as_tar(files, tarfile.GNU_FORMAT),
+    "tar.gz": as_tar_gz,
+    "tar.gz in two pieces": lambda files: gzip.compress(as_tar(files)[:700]) + gzip.compress(as_tar(files)[700:]),
+}
+each_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def read(data: bytes, **limits: int | float) -> dict[str, bytes]:
+    return {one.name: one.read(10**7) for one in members(io.BytesIO(data), Limits(**limits))}  # type: ignore[arg-type]
+
+
+def refusal(data: bytes, **limits: int | float) -> str:
+    with pytest.raises(BadRequest) as caught:
+        read(data, **limits)
+    assert caught.value.code == "bad_archive"
+    return caught.value.detail
+
+
+@each_kind
+def test_every_kind_gives_the_same_members(make: Make) -> None:
+    assert read(make(FILES)) == FILES
+
+
+def test_kinds_are_told_by_content() -> None:
+    assert sniff(as_zip(FILES)[:512]) == "zip"
+    assert sniff(as_zip({})[:512]) == "zip"
+    assert sniff(as_tar(FILES)[:512]) == "tar"
+    assert sniff(as_tar_gz(FILES)[:512]) == "tar.gz"
+    old = bytearray(as_tar({"a": b"b"}, tarfile.USTAR_FORMAT)[:512])
+    old[257:265] = bytes(8)  # an old v7 archive has no magic
+    old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:512]))
+    assert sniff(bytes(old)) == "tar"
+    for other in (b"", b"\x89PNG\r\n\x1a\n", b"7z\xbc\xaf\x27\x1c", b"BZh9", bytes(512), b"hello" * 200):
+        assert sniff(other[:512]) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 a picture", bytes(10_240)])
+def test_other_files_are_refused_with_what_was_expected_and_what_came(data: bytes) -> None:
+    detail = refusal(data)
+    assert "expected a zip, tar or tar.gz" in detail
+    assert (data[:4].hex(" ") or "nothing") in detail
+
+
+def test_gzip_without_a_tar_inside_is_refused() -> None:
+    assert "damaged" in refusal(gzip.compress(b"just text " * 200))
+
+
+@each_kind
+def test_litter_and_folders_are_passed_over(make: Make) -> None:
+    litter = dict.fromkeys(
+        ["__MACOSX/wrap/._1.jpg", "wrap/.DS_Store", "wrap/Thumbs.db", "wrap/.git/config", "wrap/desktop.ini"], b"x"
+    )
+    assert read(make({**litter, **FILES})) == FILES
+
+
+def test_explicit_folders_and_dots_are_passed_over() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name in (".", "./cat", "./cat/"):
+            folder = tarfile.TarInfo(name)
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+        archive.addfile(tarfile.TarInfo("./cat//1.jpg"))
+    assert read(out.getvalue()) == {"cat/1.jpg": b""}
+    assert read(as_zip({"cat/": b"", "cat/1.jpg": b"x"})) == {"cat/1.jpg": b"x"}
+
+
+def test_names_are_brought_to_one_unicode_form() -> None:
+    assert [*read(as_zip({"Ka\u0308fer/1.jpg": b""}))] == ["K\u00e4fer/1.jpg"]
+
+
+@each_kind
+def test_members_need_not_be_read_and_can_be_read_in_part(make: Make) -> None:
+    data = make(FILES)
+    assert [one.name for one in members(io.BytesIO(data), Limits())] == [*FILES]
+    parts = {one.name: one.read(3) for one in members(io.BytesIO(data), Limits())}
+    assert parts == {name: content[:4] for name, content in FILES.items()}
+
+
+@each_kind
+def test_an_archive_cut_anywhere_is_refused(make: Make) -> None:
+    data = make(FILES)
+    generator = random.Random(1)
+    ends = {len(data) - 1, len(data) // 2, 600} | {generator.randrange(513, len(data)) for _ in range(40)}
+    if data[:2] not in (b"PK", b"\x1f\x8b"):  # tar ends in zeros, and any two blocks of them are an end
+        ends = {end for end in ends if end < len(data.rstrip(b"\0"))}
+    for end in ends:
+        assert "truncated" in refusal(data[:end])
+
+
+@each_kind
+def test_flipped_bytes_give_members_or_a_refusal_and_nothing_else(make: Make) -> None:
+    data = make({name: content[:2000] for name, content in FILES.items()})
+    generator = random.Random(2)
+    codes = []
+    for _ in range(400):
+        broken = bytearray(data)
+        for _ in range(generator.choice([1, 1, 3, 30])):
+            broken[generator.randrange(len(broken))] = generator.randrange(256)
+        try:
+            read(bytes(broken))
+        except BadRequest as error:
+            codes.append(error.code)
+    assert set(codes) == {"bad_archive"}
+    assert len(codes) > 40
+
+
+def test_damaged_content_is_noticed_by_its_checksum() -> None:
+    data = bytearray(as_zip({"a.jpg": b"0123456789" * 10}, zipfile.ZIP_STORED))
+    data[data.index(b"0123456789") + 5] ^= 1
+    assert "damaged" in refusal(bytes(data))
+    packed = bytearray(as_tar_gz(FILES))
+    packed[-6] ^= 1
+    assert "damaged" in refusal(bytes(packed))
+
+
+def test_limits_hold_at_their_edge() -> None:
+    data = as_tar_gz(FILES)
+    assert len(read(data, max_members=4)) == 4
+    assert "3 members" in refusal(data, max_members=3)
+    zipped = as_zip(FILES)
+    total = sum(map(len, FILES.values()))
+    assert read(zipped, max_unpacked_bytes=total) == FILES
+    assert f"{total - 1:,} bytes" in refusal(zipped, max_unpacked_bytes=total - 1)

@@ -1,0 +1,138 @@
+"""What only the SQLite job store can get wrong: the file, its schema, its failures, its connections."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from server.errors import DiskFull, Unavailable
+from server.jobs import lifecycle
+from server.jobs.job import FINISHED, STATES, TRANSITIONS, Job, is_id, new_id
+from server.jobs.sqlite_store import SqliteJobStore
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "not" / "there" / "jobs.sqlite"
+
+
+def submit(store: SqliteJobStore) -> Job:
+    return store.submit("t", "d", "linear", {"note": "x" * 2000}, max_attempts=3)
+
+
+def test_the_file_is_made_with_its_folder_and_kept(path: Path) -> None:
+    store = SqliteJobStore(path)
+    job = submit(store)
+    store.close()
+    again = SqliteJobStore(path)
+    assert again.get(job.id) == job
+    again.close()
+    with sqlite3.connect(path) as file:
+        assert file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert file.execute("PRAGMA user_version").fetchone() == (1,)
+    file.close()
+
+
+def test_a_file_of_a_newer_lensrack_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    with sqlite3.connect(path) as file:
+        file.execute("PRAGMA user_version = 7")
+    file.close()
+    before = path.read_bytes()
+    with pytest.raises(Unavailable, match="schema 7, written by a newer lensrack; this one reads up to 1"):
+        SqliteJobStore(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused_without_its_path(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"something else entirely " * 100)
+    with pytest.raises(Unavailable) as caught:
+        SqliteJobStore(path)
+    assert (caught.value.code, str(path) in caught.value.detail) == ("store_unavailable", False)
+    assert path.read_bytes().startswith(b"something else")
+
+
+def test_a_full_disk_refuses_the_job_and_loses_none(path: Path) -> None:
+    store = SqliteJobStore(path)
+    store._connection().execute("PRAGMA max_page_count = 40")  # SQLite's own word for a disk of 160 kB
+    jobs: list[Job] = []
+
+    def fill() -> None:
+        while True:
+            jobs.append(submit(store))
+
+    with pytest.raises(DiskFull) as caught:
+        fill()
+    assert caught.value.code == "disk_full"
+    assert len(jobs) > 10
+    assert store.counts()["queued"] == len(jobs)
+    assert store.get(jobs[-1].id) == jobs[-1]
+    store.close()
+
+
+def test_a_writer_waits_for_its_turn(path: Path) -> None:
+    store, other = SqliteJobStore(path), sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    timer.start()
+    started = time.monotonic()
+    submit(store)
+    assert time.monotonic() - started >= 0.25
+    timer.join()
+    other.close()
+    store.close()
+
+
+def test_an_idle_claim_takes_no_turn(path: Path) -> None:
+    store, other = SqliteJobStore(path), sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert store.claim("w", 30) is None
+    other.execute("ROLLBACK")
+    other.close()
+    store.close()
+
+
+def test_connections_of_threads_that_ended_are_closed(path: Path) -> None:
+    store = SqliteJobStore(path)
+    for _ in range(10):
+        thread = threading.Thread(target=submit, args=(store,))
+        thread.start()
+        thread.join()
+    assert len(store._connections) == 2
+    store.close()
+
+
+def test_a_closed_store_says_so(path: Path) -> None:
+    store = SqliteJobStore(path)
+    store.close()
+    store.close()
+    with pytest.raises(Unavailable, match="closed"):
+        store.counts()
+
+
+# --- the rules themselves ---------------------------------------------------------------------------------------------
+
+
+def test_finished_is_final() -> None:
+    assert {*TRANSITIONS} == {*STATES}
+    assert {state for state, following in TRANSITIONS.items() if not following} == FINISHED
+
+
+@pytest.mark.parametrize("state", sorted(FINISHED))
+def test_no_finished_job_is_claimed(state: str) -> None:
+    job = Job("job_x", "t", "d", "linear", {}, max_attempts=1, created_at=0.0, state=state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot go from"):
+        lifecycle.claimed(job, worker="w", lease_s=1.0, now=0.0)
+
+
+def test_ids_sort_by_time() -> None:
+    ids = [new_id(now) for now in (0.0, 0.001, 1.0, 1e9, 4e9, 2**47 / 1000)]
+    assert ids == sorted(ids)
+    assert all(map(is_id, ids))
+    assert new_id(0.0, after=ids[3]) > ids[3]
+    assert not any(map(is_id, ("", "job_", ids[0] + "0", ids[0].upper(), "job_" + "u" * 26, "job_8" + "0" * 25)))

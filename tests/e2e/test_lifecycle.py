@@ -63,9 +63,7 @@ def test_everything_survives_a_restart(tmp_path: Path, pictures: Path) -> None:
     with serving(tmp_path) as server, Client(server.url) as client:
         after = client.predict("fruit", lemon, top_k=3)
         assert after.version == before.version
-        assert [(p.label, pytest.approx(p.score, abs=1e-5)) for p in after.predictions[0]] == [
-            (p.label, p.score) for p in before.predictions[0]
-        ]
+        assert [(p.label, pytest.approx(p.score, abs=1e-5)) for p in after] == [(p.label, p.score) for p in before]
         assert client.datasets.get(dataset.id).images == dataset.images
 
 

@@ -219,7 +219,7 @@ def test_swapping_a_version_under_load_gives_no_error_and_no_mixed_up_answer(
                     problems.append(repr(error))
                     return
                 seen[answer.version] += 1
-                found = {row.label: row.score for row in answer.predictions[0]}
+                found = {row.label: row.score for row in answer.predictions}
                 if any(abs(found[label] - score) > 1e-4 for label, score in truth[answer.version].items()):
                     problems.append(f"{answer.version[:8]} answered {found}")
 
@@ -240,7 +240,7 @@ def test_swapping_a_version_under_load_gives_no_error_and_no_mixed_up_answer(
 
 
 def scores(client: Client, task: str, file: Path) -> dict[str, float]:
-    return {row.label: row.score for row in client.predict(task, file, top_k=6).predictions[0]}
+    return {row.label: row.score for row in client.predict(task, file, top_k=6)}
 
 
 def test_the_server_said_nothing_alarming(server: ServerProcess, trash: str) -> None:

@@ -6,9 +6,6 @@ Trace (id, log, metrics, the unforeseen) ─▶ BodyLimit ─▶ routes ─▶ p
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
@@ -31,12 +28,12 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application over these services. Its end of life drains the batcher; it closes nothing else it was given."""
+    """The application over these services. It starts and closes none of them: who made them does."""
+    uploads.sweep(services.settings.datasets_dir)
     app = FastAPI(
         title="lensrack",
         version=__version__,
         description="Many vision tasks from one frozen backbone, answered in one forward.",
-        lifespan=_lifespan,
         redirect_slashes=False,
         middleware=[Middleware(Trace), Middleware(guard.BodyLimit, cap=guard.caps(services.settings))],
         responses={"default": _PROBLEM},
@@ -61,11 +58,3 @@ def _documented(app: FastAPI) -> dict[str, Any]:
             schemas[model.__name__] = found
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    services: Services = app.state.services
-    await asyncio.to_thread(uploads.sweep, services.settings.datasets_dir)
-    yield
-    await services.batcher.drain(services.settings.drain_timeout_s)

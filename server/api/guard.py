@@ -30,7 +30,7 @@ _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 Cap = Callable[[str, str], int]
 
 
-class UnsafeBind(Exception):
+class UnsafeBind(ValueError):
     """The server would be open to everybody who reaches the machine."""
 
 
@@ -103,46 +103,38 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        reading = _Reading(self.cap(scope["method"], scope["path"]), receive, send)
+        reading = _Reading(self.cap(scope["method"], scope["path"]), Headers(scope=scope), receive, send)
         try:
-            reading.check_told(Headers(scope=scope))
-            await self.app(scope, reading.receive, reading.send)
-        except TooLarge as error:
-            if reading.answered:
+            if not reading.cut:
+                await self.app(scope, reading.receive, reading.send)
+        except TooLarge:
+            if not reading.cut:
                 raise
-            await problems.answer(error, scope["state"]["request_id"])(scope, receive, send)
+        if reading.cut:
+            await problems.answer(reading.error, scope["state"]["request_id"])(scope, receive, send)
 
 
 class _Reading:
-    """One request's body while it is read."""
+    """One request's body while it is read. `cut`: it was too large, and the answer to that has not been given."""
 
-    def __init__(self, cap: int, receive: Receive, send: Send) -> None:
-        self.cap, self._receive, self._send = cap, receive, send
-        self.got = 0
-        self.answered = False
-
-    def check_told(self, headers: Headers) -> None:
+    def __init__(self, cap: int, headers: Headers, receive: Receive, send: Send) -> None:
+        self._cap, self._receive, self._send = cap, receive, send
+        self._got, self._answered = 0, False
         told = headers.get("content-length", "")
-        if told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > self.cap):
-            raise self._too_large(f"{told[:30]} bytes")
+        self.cut = told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > cap)
+        self.error = TooLarge(f"expected a body of at most {cap} bytes, got {told[:30] if self.cut else 'more'}")
 
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self.got += len(message.get("body", b""))
-            self._check()
+            self._got += len(message.get("body", b""))
+            if self._got > self._cap:
+                self.cut = not self._answered
+                raise self.error
         return message
 
     async def send(self, message: Message) -> None:
-        """Whatever the application makes of a body that was cut off, the answer is that it was too large."""
-        if not self.answered:
-            self._check()
-        self.answered = True
-        await self._send(message)
-
-    def _check(self) -> None:
-        if self.got > self.cap:
-            raise self._too_large("more")
-
-    def _too_large(self, got: str) -> TooLarge:
-        return TooLarge(f"expected a body of at most {self.cap} bytes, got {got}")
+        """Whatever the application makes of a body that was cut off is dropped: the answer is that it was too large."""
+        if not self.cut:
+            self._answered = True
+            await self._send(message)

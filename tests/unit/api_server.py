@@ -1,0 +1,127 @@
+"""The real application behind a real socket: uvicorn in a thread, real stores, the plain engine of `serving`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from lensrack import wire
+from prompts_store import Bundle, open_store
+from server.api.app import Services, create_app
+from server.datasets.dataset_store import DatasetStore
+from server.errors import Conflict
+from server.jobs.sqlite_store import SqliteJobStore
+from server.settings import Settings
+from tests.unit.serving import FINGERPRINT, Floor
+
+METHODS = {"linear": "a head alone", "vpt_deep": "prompts in every layer"}
+
+
+def check_bundle(bundle: Bundle) -> None:
+    if bundle.manifest.backbone.fingerprint != FINGERPRINT:
+        theirs = bundle.manifest.backbone.fingerprint
+        raise Conflict(f"the bundle is for backbone {theirs}, this server runs {FINGERPRINT}", code="wrong_backbone")
+
+
+@dataclass
+class Api:
+    """The running server, what it stands on, and a client of it."""
+
+    url: str
+    port: int
+    floor: Floor
+    services: Services
+    http: httpx.Client
+    ready: dict[str, Any] = field(default_factory=lambda: {"ready": True})
+
+    def raw(self, *, head: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Speak HTTP by hand; the status and everything that came until the server closed or fell silent."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
+            got = read_response(sock)
+        return int(got.split(b" ", 2)[1]), got
+
+
+def read_response(sock: socket.socket) -> bytes:
+    """One response with a content length."""
+    got = b""
+    while chunk := sock.recv(65536):
+        got += chunk
+        head, _, body = got.partition(b"\r\n\r\n")
+        length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        if length and len(body) >= int(length[0].split(b":")[1]):
+            break
+    return got
+
+
+@contextmanager
+def serving(
+    home: Path, *, max_batch: int = 8, configure: Callable[[Floor], None] = lambda floor: None, **settings: Any
+) -> Iterator[Api]:
+    options = Settings(home=home, **{"max_queue": 64, "max_images": 16, **settings})
+    floor = Floor(open_store("memory://"), max_batch=max_batch, max_queue=options.max_queue)
+    configure(floor)
+    jobs = SqliteJobStore(home / "jobs.sqlite")
+    ready: dict[str, Any] = {"ready": True}
+    services = Services(
+        settings=options,
+        predictor=floor.predictor,
+        batcher=floor.batcher,
+        residency=floor.shelf,
+        store=floor.store,
+        jobs=jobs,
+        datasets=DatasetStore(
+            options.datasets_dir, max_images=100, max_unpacked_bytes=10_000_000, max_image_pixels=1_000_000
+        ),
+        ready=lambda: wire.Ready(**ready),
+        methods=METHODS,
+        check_bundle=check_bundle,
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(services), log_config=None, lifespan="off", timeout_graceful_shutdown=2)
+    )
+
+    async def run() -> None:
+        await server.serve(sockets=[listener])
+        await floor.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="uvicorn")
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=20) as client:
+            yield Api(url, port, floor, services, client, ready)
+    finally:
+        floor.engine.gate.set()
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        jobs.close()
+        floor.store.close()
+    assert not thread.is_alive(), "the server did not stop"
+
+
+def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The response is an RFC 9457 problem with this status and code, and gives nothing away."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["status"] == status
+    assert problem["code"] == code, problem
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert {"type", "title", "detail"} <= problem.keys()
+    assert "Traceback" not in response.text
+    assert "/work" not in response.text
+    assert "/tmp" not in response.text
+    return problem

@@ -72,12 +72,19 @@ class Engine:
         return features[np.argsort(order)]
 
     def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
-        """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]"""
+        """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]
+
+        Raises ValueError for what `images.fit` would not give: a NaN cannot come in, nor a picture of another size.
+        """
+        size = self.backbone.spec.image_size
+        for pixels, _, _ in pictures:
+            if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
+                raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
         device, dtype = self.backbone.device, self.backbone.dtype
-        pixels = torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])).to(device)
+        stack = torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])).to(device)
         mean = torch.tensor([mean for _, mean, _ in pictures], device=device)
         std = torch.tensor([std for _, _, std in pictures], device=device)
-        return vit.embed(self.backbone, normalise(pixels, mean, std, dtype))
+        return vit.embed(self.backbone, normalise(stack, mean, std, dtype))
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,6 +60,7 @@ def serving(home: Path, **settings: str) -> Iterator[ServerProcess]:
     """Start `python -m server serve`, wait until it is ready, and stop it afterwards."""
     home.mkdir(parents=True, exist_ok=True)
     log_file = home / "server.log"
+    said_before = log_file.stat().st_size if log_file.exists() else 0
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "serve", "--port", "0"],
@@ -69,7 +70,7 @@ def serving(home: Path, **settings: str) -> Iterator[ServerProcess]:
             cwd=home,
         )
     try:
-        server = ServerProcess(process, _url(process, log_file), home, log_file)
+        server = ServerProcess(process, _url(process, log_file, said_before), home, log_file)
         _wait_ready(server)
         yield server
     finally:
@@ -82,14 +83,13 @@ def serving(home: Path, **settings: str) -> Iterator[ServerProcess]:
                 process.wait(10)
 
 
-def _url(process: subprocess.Popen[bytes], log_file: Path) -> str:
+def _url(process: subprocess.Popen[bytes], log_file: Path, said_before: int) -> str:
+    """Where it listens, as its log says; what an earlier server said into the same log does not count."""
     deadline = time.monotonic() + START_S
-    offset = 0
     while time.monotonic() < deadline:
-        text = log_file.read_text(errors="replace")
-        found = re.findall(r"serving on (http://\S+)", text[offset:])
-        if found:
-            return str(found[-1])
+        text = log_file.read_bytes()[said_before:].decode(errors="replace")
+        if found := re.search(r"serving on (http://\S+)", text):
+            return found[1]
         if process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}:\n{text[-3000:]}")
         time.sleep(0.05)

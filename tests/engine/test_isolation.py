@@ -128,6 +128,16 @@ def test_head_only_tasks_on_one_picture_share_one_trunk_row(eye: Backbone, monke
     np.testing.assert_allclose(answers[3], alone, atol=EXACT, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "pixels", [np.full((64, 64, 3), np.nan), np.zeros((96, 96, 3), np.uint8), np.zeros((64, 64), np.uint8)]
+)
+def test_only_bytes_of_the_right_size_come_in(eye: Backbone, pixels: np.ndarray) -> None:
+    bench = Bench(eye)
+    seat = bench.seat(TASKS[0].lens(eye))
+    with pytest.raises(ValueError, match=r"expected uint8 \[64, 64, 3\]"):
+        bench.engine.run([(picture(0), seat), (pixels, seat)])
+
+
 def test_the_answer_depends_on_the_image_and_on_the_task(eye: Backbone) -> None:
     """A forward that ignored either would pass every test of sameness."""
     bench = Bench(eye)

@@ -70,6 +70,8 @@ async def _serve(settings: Settings) -> None:
     from server.bootstrap import UNTRAINED_NOTE, build_server
 
     listener = socket.create_server((settings.host, settings.port), backlog=1024)  # a taken port is known at once
+    # asyncio does this only for sockets that name their protocol; without it an answer waits 40 ms for the client's ACK
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = build_server(settings)
     spec = server.engine.backbone.spec
     if not spec.trained:

@@ -87,6 +87,7 @@ def serving(
         check_bundle=check_bundle,
     )
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that name TCP
     port = listener.getsockname()[1]
     server = uvicorn.Server(
         uvicorn.Config(create_app(services), log_config=None, lifespan="off", timeout_graceful_shutdown=2)

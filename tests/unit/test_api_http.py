@@ -245,7 +245,7 @@ def test_health(api: Api):
     assert answer.json()["checks"] == {"store": "does not answer"}
 
 
-# --- where it may listen -----------------------------------------------------------------------------------------------
+# --- where it may listen ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])

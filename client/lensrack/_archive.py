@@ -124,7 +124,7 @@ def _from_folder(folder: Path) -> Archive:
 
 
 def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
-    filename = Path(str(getattr(file, "name", "archive"))).name
+    filename = _filename(file)
     name = filename.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar").removesuffix(".zip")
     if not file.seekable():
         head = file.read(_HEAD_BYTES)
@@ -133,6 +133,12 @@ def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
     file.seek(start)
     kind = _content_type(file.read(_HEAD_BYTES), filename)
     return Archive(file, end - start, name, kind, start=start, owned=owned)
+
+
+def _filename(file: IO[bytes]) -> str:
+    """Empty for what has none: pipes are called by a number, stdin "<stdin>"."""
+    name = getattr(file, "name", "")
+    return Path(name).name if isinstance(name, str) and not name.startswith("<") else ""
 
 
 @contextmanager
@@ -151,7 +157,7 @@ def _content_type(head: bytes, name: str) -> str:
         return "application/gzip"
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         return "application/x-tar"
-    raise InvalidInput(f"{name} is no archive: expected a folder, a zip, a tar or a tar.gz")
+    raise InvalidInput(f"{name or 'the source'} is no archive: expected a folder, a zip, a tar or a tar.gz")
 
 
 def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:

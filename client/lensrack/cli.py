@@ -43,7 +43,10 @@ class Session:
 
 Context = typer.Context
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TaskName = Annotated[str, typer.Argument(metavar="TASK")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or the unique beginning of it.")]
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="The dataset's id.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
 
 def main() -> None:
@@ -58,18 +61,23 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def session(
     context: Context,
     url: Annotated[str | None, typer.Option(envvar="LENSRACK_URL", help="The server.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="LENSRACK_API_KEY", help="Its API key.")] = None,
     as_json: Json = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Train, publish and ask many vision tasks that share one frozen backbone."""
-    if version:
-        print(__version__)
-        raise typer.Exit
     client = Client(url, api_key)
     context.call_on_close(client.close)
     context.obj = Session(client, as_json)
@@ -85,7 +93,10 @@ def _wants_json(context: Context, as_json: bool) -> bool:
 
 @app.command()
 def health(context: Context, as_json: Json = False) -> None:
-    """Whether the server is there and ready; exit code 1 where it is not."""
+    """Whether the server is ready.
+
+    Exit code 1 where it is not.
+    """
     alive, ready = _client(context).health(), _client(context).ready()
     if _wants_json(context, as_json):
         term.print_json(ready)
@@ -139,8 +150,8 @@ def alias(
     context: Context,
     *,
     task: TaskName,
-    name: Annotated[str, typer.Argument(metavar="ALIAS")],
-    version: str,
+    name: Annotated[str, typer.Argument(metavar="ALIAS", help="`live`, or another name.")],
+    version: VersionName,
     weight: Annotated[float, typer.Option(help="Share of the requests; the rest stays where it is.")] = 1.0,
     if_match: Annotated[str | None, typer.Option(help="Only if the alias still has this etag.")] = None,
     as_json: Json = False,
@@ -166,7 +177,7 @@ def rollback(
 def download(
     context: Context,
     task: TaskName,
-    version: Annotated[str | None, typer.Argument(help="Without it, the live one.")] = None,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Without it, the live one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
@@ -185,7 +196,7 @@ def download(
 def upload_bundle(
     context: Context,
     task: TaskName,
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.", exists=True, dir_okay=False)],
     name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
 ) -> None:
     """Store a bundle; prints its version."""
@@ -204,11 +215,14 @@ def datasets_or_list(context: Context, as_json: Json = False) -> None:
 @datasets.command("upload")
 def upload_dataset(
     context: Context,
-    path: Annotated[Path, typer.Argument(exists=True, allow_dash=True)],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")],
     name: Annotated[str | None, typer.Option(help="What people call it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Store a folder of class folders, or a zip, tar or tar.gz of one (`-`: from stdin); prints its id."""
+    """Store a folder of class folders; prints its id.
+
+    Also a zip, tar or tar.gz of one. Links are not followed, hidden files are left out.
+    """
     source: Path | BinaryIO = sys.stdin.buffer if str(path) == "-" else path
     with upload_bar(path.resolve().name) as progress:
         stored = _client(context).datasets.upload(source, name=name, progress=progress)
@@ -224,14 +238,14 @@ def list_datasets(context: Context, as_json: Json = False) -> None:
 
 
 @datasets.command("show")
-def show_dataset(context: Context, dataset: str, as_json: Json = False) -> None:
+def show_dataset(context: Context, dataset: DatasetId, as_json: Json = False) -> None:
     """One dataset and its counts."""
     found = _client(context).datasets.get(dataset)
     term.print_json(found) if _wants_json(context, as_json) else term.show_dataset(found)
 
 
 @datasets.command("delete")
-def delete_dataset(context: Context, dataset: str) -> None:
+def delete_dataset(context: Context, dataset: DatasetId) -> None:
     """Forget a dataset."""
     _client(context).datasets.delete(dataset)
     term.say(f"dataset {dataset} deleted")
@@ -262,7 +276,10 @@ def train(
     follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a task in the background; prints the job's id. What is left out takes the method's default."""
+    """Train a task in the background; prints the job's id.
+
+    What is left out takes the method's default.
+    """
     given = {name: context.params[name] for name in wire.Recipe.model_fields}
     recipe = {name: value for name, value in given.items() if value is not None}
     handle = _client(context).train(task, dataset, method, recipe)
@@ -306,20 +323,20 @@ def list_jobs(
 
 
 @jobs.command("show")
-def show_job(context: Context, job: str, as_json: Json = False) -> None:
+def show_job(context: Context, job: JobId, as_json: Json = False) -> None:
     """One job."""
     found = _client(context).jobs.get(job)
     term.print_json(found) if _wants_json(context, as_json) else term.show_job(found)
 
 
 @jobs.command("watch")
-def watch_job(context: Context, job: str) -> None:
+def watch_job(context: Context, job: JobId) -> None:
     """Follow a job to its end; exit code 1 where it fails."""
     _follow(_client(context).jobs.handle(job))
 
 
 @jobs.command("cancel")
-def cancel_job(context: Context, job: str) -> None:
+def cancel_job(context: Context, job: JobId) -> None:
     """End a job: a waiting one at once, a running one within a step."""
     asked = _client(context).jobs.cancel(job)
     term.say(f"job {job} is cancelled" if asked.finished else f"job {job} will end within a step")
@@ -336,7 +353,10 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each image, best first.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Ask a task about images; exit code 1 where one of them got no answer."""
+    """Ask a task about images.
+
+    Exit code 1 where one of them got no answer.
+    """
 
     def ask(image: Path) -> Answer | LensrackError:
         try:

@@ -1,0 +1,318 @@
+"""The real console script, in a process of its own, against a rack on a real socket."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract.scripted_rack import VERSION, Rack, Told, problem, serve, told
+
+SCRIPT = Path(sys.executable).with_name("lensrack")
+PIXELS = b"\xff\xd8\xff" + b"not much of a jpeg"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def rack() -> Rack:
+    return Rack()
+
+
+@pytest.fixture
+def url(rack: Rack) -> Iterator[str]:
+    with serve(rack) as url:
+        yield url
+
+
+@pytest.fixture
+def environment(url: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LENSRACK_")}
+    return {**kept, "LENSRACK_URL": url, "COLUMNS": "200"}
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Run:
+    def run(*arguments: object, code: int = 0, **options: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [SCRIPT, *map(str, arguments)],
+            capture_output=True,
+            check=False,
+            text=True,
+            env={**environment, **options},
+            cwd=tmp_path,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "bottle.jpg"
+    path.write_bytes(PIXELS)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bottles" / "glass").mkdir(parents=True)
+    (tmp_path / "bottles" / "glass" / "0.jpg").write_bytes(PIXELS)
+    return tmp_path / "bottles"
+
+
+class TestReading:
+    def test_health(self, run: Run, rack: Rack) -> None:
+        assert "tiny (trained) on cpu, float32" in run("health").stdout
+        rack.misbehave("/readyz", told({"ready": False, "checks": {"store": "away"}}, 503))
+        assert "away" in run("health", code=1).stdout
+
+    @pytest.mark.parametrize("arguments", [("tasks",), ("tasks", "list")])
+    def test_tasks(self, run: Run, arguments: tuple[str, ...]) -> None:
+        heading, *rows = run(*arguments).stdout.splitlines()
+        assert heading.split() == ["task", "live", "versions", "resident"]
+        assert [row.split() for row in rows] == [
+            ["signs", VERSION[:12], "1", "yes"],
+            ["trash", VERSION[:12], "1", "yes"],
+        ]
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (("tasks", "show", "trash"), "alias live"),
+            (("versions", "trash"), "val_accuracy 0.9"),
+            (("datasets",), "d1"),
+            (("datasets", "show", "d1"), "train/glass"),
+        ],
+    )
+    def test_views(self, run: Run, arguments: tuple[str, ...], expected: str) -> None:
+        assert expected in run(*arguments).stdout
+
+    @pytest.mark.parametrize("arguments", [("--json", "tasks"), ("tasks", "--json"), ("tasks", "list", "--json")])
+    def test_json_anywhere(self, run: Run, arguments: tuple[str, ...]) -> None:
+        assert [task["task"] for task in json.loads(run(*arguments).stdout)] == ["signs", "trash"]
+
+    def test_nothing_there_is_said_beside_the_answer(self, run: Run, rack: Rack) -> None:
+        rack.tasks.clear()
+        done = run("tasks")
+        assert (done.stdout, "no tasks yet" in done.stderr) == ("", True)
+
+    def test_a_label_cannot_play_with_the_terminal(self, run: Run, rack: Rack) -> None:
+        rack.tasks = {"\x1b[31mred[/bold]"}
+        assert "\N{REPLACEMENT CHARACTER}[31mred[/bold]" in run("tasks").stdout
+
+
+class TestChanging:
+    def test_aliases(self, run: Run, rack: Rack) -> None:
+        assert VERSION[:12] in run("alias", "trash", "live", VERSION, "--weight", "0.1").stdout
+        assert rack.asked[-1].json() == {"version": VERSION, "weight": 0.1}
+        assert json.loads(run("rollback", "trash", "--json").stdout)["revision"] == 3
+        assert "precondition_failed" in run("alias", "trash", "live", VERSION, "--if-match", '"1"', code=1).stderr
+
+    def test_deleting(self, run: Run, rack: Rack) -> None:
+        run("tasks", "delete", "signs")
+        assert rack.tasks == {"trash"}
+        assert "deleted" in run("datasets", "delete", "d1").stderr
+
+    def test_bundles(self, run: Run, rack: Rack, tmp_path: Path) -> None:
+        name = run("bundle", "download", "trash").stdout.strip()
+        assert name == f"trash-{VERSION[:12]}.safetensors"
+        assert (tmp_path / name).read_bytes() == b"a bundle"
+        assert run("bundle", "upload", "trash", name, "--alias", "live").stdout.strip() == VERSION
+        assert "File exists" in run("bundle", "download", "trash", code=1).stderr
+        run("bundle", "download", "trash", VERSION, "--force")
+
+
+class TestDatasets:
+    def test_an_upload_prints_nothing_but_the_id(self, run: Run, rack: Rack, folder: Path) -> None:
+        done = run("datasets", "upload", folder)
+        assert done.stdout == "d1\n"
+        assert "5 images in 2 classes" in done.stderr
+        assert "train: glass 3, metal 2" in done.stderr
+        assert "glass/broken.jpg: truncated" in done.stderr
+        [asked] = rack.asked
+        assert asked.params == {"name": "bottles"}
+        with zipfile.ZipFile(io.BytesIO(asked.body)) as archive:
+            assert archive.namelist() == ["glass/0.jpg"]
+
+    def test_the_id_in_a_shell_variable(self, environment: dict[str, str], folder: Path) -> None:
+        line = f'ID=$({SCRIPT} datasets upload {folder} --name kitchen); echo "<$ID>"'
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout == "<d1>\n"
+
+    def test_an_archive_from_stdin(self, environment: dict[str, str], rack: Rack) -> None:
+        data = b"PK\x03\x04" + bytes(1000)
+        command = [SCRIPT, "datasets", "upload", "-", "--name", "piped"]
+        done = subprocess.run(command, input=data, capture_output=True, env=environment, check=True)
+        assert (done.stdout, rack.asked[0].body, rack.asked[0].params) == (b"d1\n", data, {"name": "piped"})
+
+    def test_what_is_no_dataset(self, run: Run, rack: Rack, image: Path) -> None:
+        assert "bottle.jpg is no archive" in run("datasets", "upload", image, code=2).stderr
+        assert "No such file" in run("datasets", "upload", "nowhere", code=2).stderr
+        assert not rack.asked
+
+
+class TestTraining:
+    def test_a_job_is_started(self, run: Run, rack: Rack) -> None:
+        options = ["--dataset", "d1", "--method", "linear", "--epochs", 3, "--lr", 0.5, "--prompts", 7, "--seed", 1]
+        assert run("train", "trash", *options, "--optimizer", "sgd", "--batch-size", 8).stdout == "j1\n"
+        recipe = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "lr": 0.5, "prompts": 7, "seed": 1}
+        assert rack.asked[0].json() == {"task": "trash", "dataset": "d1", "method": "linear", "recipe": recipe}
+
+    def test_every_hyper_parameter_has_its_option(self, run: Run) -> None:
+        from lensrack.wire import Recipe
+
+        text = run("train", "--help").stdout
+        assert [name for name in Recipe.model_fields if f"--{name.replace('_', '-')}" not in text] == []
+
+    def test_watching_to_the_end(self, run: Run) -> None:
+        done = run("train", "trash", "--dataset", "d1", "--watch")
+        assert done.stdout == "j1\n"
+        assert "epoch 1/2  loss 1.0000  validation accuracy 80.0%  1:00 left" in done.stderr
+        assert f"job j1 succeeded: task trash has version {VERSION}" in done.stderr
+
+    def test_a_bar_where_somebody_looks(self, environment: dict[str, str]) -> None:
+        code, text = _in_terminal([SCRIPT, "train", "trash", "--dataset", "d1", "--watch"], environment)
+        assert code == 0
+        assert "validation accuracy 80.0%" in text
+        assert "\x1b[" in text  # the bar is redrawn in place
+
+    def test_a_job_that_fails(self, run: Run, rack: Rack) -> None:
+        rack.job_plan = ("failed", 1)
+        done = run("train", "trash", "--dataset", "d1", "--watch", code=1)
+        assert done.stderr.splitlines()[-1] == "error: job j1 failed: one class only (bad_dataset)"
+
+    def test_interrupting_leaves_the_job_alone(self, environment: dict[str, str], rack: Rack) -> None:
+        rack.job_plan = ("running", 1)
+        watching = subprocess.Popen(
+            [SCRIPT, "train", "trash", "--dataset", "d1", "--watch"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert watching.stderr is not None
+        assert "queued" in watching.stderr.readline()
+        watching.send_signal(signal.SIGINT)
+        _, told_last = watching.communicate(timeout=30)
+        assert watching.returncode == 130
+        assert "job j1 goes on: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
+        assert "Traceback" not in told_last
+        assert not rack.to("/train/j1/cancel")
+
+    def test_jobs(self, run: Run, rack: Rack) -> None:
+        run("train", "trash", "--dataset", "d1")
+        assert run("jobs").stdout.splitlines()[1].split()[:4] == ["j1", "trash", "vpt_deep", "queued"]
+        run("jobs", "list", "--task", "trash", "--state", "running", "--limit", 1)
+        assert rack.asked[-1].params == {"limit": "1", "task": "trash", "state": "running"}
+        assert json.loads(run("jobs", "show", "j1", "--json").stdout)["id"] == "j1"
+        assert "succeeded" in run("jobs", "watch", "j1").stderr
+        assert "cancelled" in run("jobs", "cancel", "j1").stderr
+
+    @pytest.mark.parametrize("option", [("--epochs", "0"), ("--epochs", "many"), ("--optimizer", "magic")])
+    def test_a_wrong_recipe_is_a_wrong_command(self, run: Run, rack: Rack, option: tuple[str, str]) -> None:
+        assert option[0].strip("-") in run("train", "trash", "--dataset", "d1", *option, code=2).stderr
+        assert not rack.asked
+
+
+class TestPredictions:
+    def test_one_image(self, run: Run, image: Path) -> None:
+        heading, *rows = run("predict", "trash", image, "--top-k", 2).stdout.splitlines()
+        assert heading.split() == ["image", "label", "score"]
+        assert [row.split()[-2:] for row in rows] == [["glass", "0.7000"], ["metal", "0.3500"]]
+
+    def test_json(self, run: Run, image: Path) -> None:
+        [answer] = json.loads(run("predict", "trash", image, "--top-k", 1, "--json").stdout)
+        best = {"label": "glass", "index": 0, "score": 0.7}
+        assert answer == {"image": str(image), "task": "trash", "version": VERSION, "predictions": [best]}
+
+    def test_one_bad_image_does_not_spoil_the_others(self, run: Run, rack: Rack, image: Path, tmp_path: Path) -> None:
+        (tmp_path / "other.jpg").write_bytes(PIXELS)
+        rack.misbehave("/predict/trash", problem(400, "bad_image", "truncated"))
+        done = run("predict", "trash", image, tmp_path / "other.jpg", "--top-k", 1, code=1)
+        assert len(done.stdout.splitlines()) == 2
+        assert "error: " in done.stderr
+        assert "bad_image: truncated - check that the file opens" in done.stderr
+
+
+class TestFailures:
+    def test_an_error_is_one_line_with_the_next_step(self, run: Run, image: Path) -> None:
+        done = run("predict", "nothing", image, code=1)
+        assert done.stderr == (
+            "error: task_not_found: no task 'nothing' - `lensrack tasks list` shows the tasks there are\n"
+        )
+
+    def test_nobody_there(self, run: Run) -> None:
+        done = run("--url", "http://127.0.0.1:1", "tasks", code=1)
+        assert "is the server running? Start it with `make serve`" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            (problem(401, "unauthorised", "unknown key"), "--api-key or LENSRACK_API_KEY"),
+            (problem(500, "internal"), "request id request-1"),
+            (Told(200, b"<html>"), "the answer is no TaskList"),
+            (problem(404, "x", "\x1b[2J"), "\N{REPLACEMENT CHARACTER}[2J"),
+        ],
+    )
+    def test_others(self, run: Run, rack: Rack, answer: Told, expected: str) -> None:
+        rack.misbehave("/tasks", answer)
+        done = run("tasks", code=1)
+        assert expected in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("no-such-command",),
+            ("predict", "trash"),
+            ("predict", "trash", "missing.jpg"),
+            ("train", "trash"),
+            ("--url", "localhost:8000", "tasks"),
+            ("tasks", "show", ".."),
+        ],
+    )
+    def test_wrong_commands(self, run: Run, rack: Rack, arguments: tuple[str, ...]) -> None:
+        assert run(*arguments, code=2).stderr
+        assert not rack.asked
+
+    def test_the_key_and_the_url_come_from_options_or_the_environment(self, run: Run, rack: Rack, url: str) -> None:
+        run("--url", url, "--api-key", "one", "tasks", LENSRACK_URL="http://127.0.0.1:1")
+        run("tasks", LENSRACK_API_KEY="two")
+        assert [asked.headers["authorization"] for asked in rack.asked] == ["Bearer one", "Bearer two"]
+
+    def test_help_and_version(self, run: Run) -> None:
+        assert "predict" in run("--help").stdout
+        assert run("--version").stdout.strip()
+
+
+def _in_terminal(command: list[object], environment: dict[str, str]) -> tuple[int, str]:
+    """Run with a terminal for stderr; the exit code and what was drawn there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=theirs, env={**environment, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    drawn = bytearray()
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # Linux tells the end of a terminal by EIO
+            break
+        if not chunk:
+            break
+        drawn += chunk
+    os.close(ours)
+    return process.wait(30), drawn.decode()

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from prompts_store import StoreError
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -55,11 +56,12 @@ def serve(
     start_logging(settings)
     from server.api.guard import require_safe_bind
     from server.engine.backbone import BackboneError
+    from server.errors import ServiceError
 
     try:
         require_safe_bind(settings)
         asyncio.run(_serve(settings))
-    except (BackboneError, ValueError, OSError) as error:
+    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -113,11 +115,12 @@ def work(
     start_logging(settings)
     from server.bootstrap import build_worker
     from server.engine.backbone import BackboneError
+    from server.errors import ServiceError
 
     os.nice(settings.worker_nice)
     try:
         trainer = build_worker(settings, name=f"{socket.gethostname()}-{os.getpid()}")
-    except (BackboneError, ValueError, OSError) as error:
+    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the worker cannot start: {error}", err=True)
         raise typer.Exit(1) from None
 

@@ -488,6 +488,7 @@ class TestJobs:
         assert [event.seq for event in events] == list(range(1, 9))
         assert events[-1].type == "succeeded"
         assert [event.seq for event in handle.events(after=6)] == [7, 8]
+        assert list(handle.events(after=8, timeout=5)) == []
 
     def test_events_survive_a_dropped_connection(self, make: Make, rack: Rack) -> None:
         client = make(max_retries=0)

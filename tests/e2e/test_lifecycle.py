@@ -68,9 +68,9 @@ def test_everything_survives_a_restart(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_its_job_finishes(tmp_path: Path, pictures: Path) -> None:
-    with serving(tmp_path, lease_s="2") as server, Client(server.url) as client:
+    with serving(tmp_path, lease_s="2", worker_nice="0") as server, Client(server.url) as client:
         dataset = client.datasets.upload(pictures / "fruit" / "train")
-        job = client.train("fruit", dataset.id, method="vpt_deep", recipe={"epochs": 12})
+        job = client.train("fruit", dataset.id, method="vpt_deep", recipe={"epochs": 6, "prompts": 2})
         until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
         (first,) = worker_pids(server.process.pid)
         os.kill(first, signal.SIGKILL)

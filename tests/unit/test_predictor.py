@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
+from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unprocessable
 from server.predictor import Answer, Ref, best
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
@@ -282,6 +283,20 @@ async def test_many_tasks_one_image_decoded_once_in_one_forward():
         assert {task: answer.version for task, answer in answers.items()} == versions
         assert built.engine.distinct_images == [2]
         assert sorted(built.engine.rows) == [(task, grey) for task in "abc" for grey in (7, 8)]
+
+
+async def test_rows_of_one_image_know_each_other():
+    async with floor() as built:
+        for task in ("a", "b", "c"):
+            publish(built.store, task)
+        offered: list[Row] = []
+        offer = built.batcher._scheduler.offer
+        built.batcher._scheduler.offer = lambda row: (offered.append(row), offer(row))[1]
+        await ask_many(built, ["a", "b", "c"], [png(7), png(8)])
+        assert len(offered) == 6
+        for row in offered:
+            assert {each.task for each in row.companions} == {"a", "b", "c"}
+            assert {id(each.image) for each in row.companions} == {id(row.image)}
 
 
 async def test_one_failing_task_leaves_the_others_their_answers():

@@ -134,15 +134,36 @@ def test_a_full_queue_refuses_but_first_lets_the_departed_go():
     assert set(map(id, scheduler.take(0.0, 10)[0])) == {id(rows[1]), id(rows[2]), id(new)}
 
 
+def shown_to(*tasks: str) -> list[Row]:
+    """Rows of one request that show one image to these tasks."""
+    rows = [row(task) for task in tasks]
+    for each in rows:
+        each.companions = rows
+    return rows
+
+
 def test_rows_of_one_image_stay_together():
     scheduler = Scheduler(100)
-    fill(scheduler, row("a"), row("b"), *(row("z") for _ in range(10)))
-    scheduler.take(0.0, 4)  # a and b have just been served: their tags lie ahead of the newcomers'
-    shown = [row("a", image="x"), row("b", image="x"), row("c", image="x")]
-    for each in shown:
-        each.companions = shown
-    fill(scheduler, *shown, row("d"), row("e"))
-    assert set(map(id, shown)) <= set(map(id, scheduler.take(0.0, 5)[0]))
+    fill(scheduler, *(row(task) for task in "abpqrpqr"))
+    assert [r.task for r in scheduler.take(0.0, 2)[0]] == [
+        "a",
+        "b",
+    ]  # their next turn is a row later than p's, q's, r's
+    shown = fill(scheduler, *shown_to("c", "a", "b"))
+    served = scheduler.take(0.0, 6)[0]
+    assert [r.task for r in served[:3]] == ["p", "q", "r"]
+    assert served[3:] == shown, "c's turn has come, and a and b come along"
+
+
+def test_companions_come_no_more_than_a_row_before_their_turn():
+    scheduler = Scheduler(100)
+    fill(scheduler, *(row(task) for task in "apqpq"))
+    assert [r.task for r in scheduler.take(0.0, 1)[0]] == ["a"]
+    first, second = shown_to("c", "a"), shown_to("d", "a")
+    fill(scheduler, *first, *second)
+    served = [r.task for r in scheduler.take(0.0, 6)[0]]
+    assert served == ["p", "q", "c", "a", "d", "p"], "the second image's row for a would be two rows early"
+    assert [r.task for r in scheduler.take(0.0, 5)[0]] == ["q", "a"]
 
 
 def test_companions_do_not_overtake_their_own_flow():

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
@@ -48,7 +48,16 @@ class Told:
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
+    drip_s: float = 0.0  # between one byte of the body and the next
     drop: bool = False  # break the connection in the middle of the body
+
+    def pieces(self) -> Iterator[bytes]:
+        if not self.drip_s:
+            yield self.body
+            return
+        for position in range(len(self.body)):
+            time.sleep(self.drip_s)
+            yield self.body[position : position + 1]
 
 
 def told(value: Any, status: int = 200, **headers: str) -> Told:
@@ -303,7 +312,8 @@ class _Connection(BaseHTTPRequestHandler):
         if answer.status != 204:
             self.send_header("Content-Length", str(len(answer.body) + 100 * answer.drop))
         self.end_headers()
-        self.wfile.write(answer.body)
+        for piece in answer.pieces():
+            self.wfile.write(piece)
         self.close_connection = self.close_connection or answer.drop
 
 
@@ -333,17 +343,18 @@ def serve(rack: Rack) -> Iterator[str]:
 # --- inside a transport -----------------------------------------------------------------------------------------------
 
 
-class _Broken(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A body whose connection breaks in the middle."""
+class _Body(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that comes in pieces, and whose connection may break."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
+    def __init__(self, answer: Told) -> None:
+        self._answer = answer
 
     def __iter__(self) -> Iterator[bytes]:
-        yield self._body
-        raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+        yield from self._answer.pieces()
+        if self._answer.drop:
+            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
 
-    async def __aiter__(self) -> Any:
+    async def __aiter__(self) -> AsyncIterator[bytes]:
         for chunk in self:
             yield chunk
 
@@ -358,8 +369,6 @@ def transport(rack: Rack) -> httpx.MockTransport:
         answer = rack.answer(Asked(request.method, request.url.path, query, headers, body, len(body)))
         if answer.delay_s > request.extensions["timeout"]["read"]:
             raise httpx.ReadTimeout("too slow", request=request)
-        if answer.drop:
-            return httpx.Response(answer.status, headers=answer.headers, stream=_Broken(answer.body))
-        return httpx.Response(answer.status, headers=answer.headers, content=answer.body)
+        return httpx.Response(answer.status, headers=answer.headers, stream=_Body(answer))
 
     return httpx.MockTransport(handle)

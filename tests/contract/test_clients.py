@@ -349,6 +349,14 @@ class TestRetries:
         assert time.monotonic() - started < 1.2
         assert isinstance(caught.value, TimeoutError)
 
+    def test_an_answer_that_drips_does_not_outlive_the_timeout(self, make: Make, rack: Rack) -> None:
+        """Every byte comes in time for a read, all of them together do not."""
+        rack.misbehave("/tasks", Told(200, b'{"tasks":' + b" " * 30 + b"[]}", drip_s=0.1))
+        started = time.monotonic()
+        with pytest.raises(lensrack.RequestTimeout):
+            make(timeout=0.5).tasks.list()
+        assert time.monotonic() - started < 2
+
 
 class TestDatasets:
     @pytest.fixture

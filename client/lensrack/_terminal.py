@@ -67,7 +67,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
     for row in rows:
         table.add_row(*("-" if cell is None else plain(cell) for cell in row))
     if table.row_count:
-        console().print(table)
+        _print_table(table)
     else:
         say(empty)
 
@@ -76,7 +76,15 @@ def print_fields(fields: dict[str, object]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in fields.items():
         table.add_row(name, "-" if value is None or value == "" else plain(value))
-    console().print(table)
+    _print_table(table)
+
+
+def _print_table(table: Table) -> None:
+    """Without the blanks that fill the last column up: nobody wants them in a pipe."""
+    stdout = console()
+    with stdout.capture() as drawn:
+        stdout.print(table)
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def print_error(error: LensrackError | OSError, about: str = "") -> None:

@@ -81,6 +81,7 @@ class TestReading:
     @pytest.mark.parametrize("arguments", [("tasks",), ("tasks", "list")])
     def test_tasks(self, run: Run, arguments: tuple[str, ...]) -> None:
         heading, *rows = run(*arguments).stdout.splitlines()
+        assert not any(line.endswith(" ") for line in (heading, *rows))
         assert heading.split() == ["task", "live", "versions", "resident"]
         assert [row.split() for row in rows] == [
             ["signs", VERSION[:12], "1", "yes"],

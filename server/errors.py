@@ -1,15 +1,17 @@
 """Everything that can go wrong for a caller, once: a status, a stable code and a sentence.
 
     ServiceError
-    ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle
+    ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle,
+    │                         ambiguous_version
     ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found
-    ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use
-    ├── PreconditionFailed 412
+    ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
+    │                         no_history
+    ├── PreconditionFailed 412  precondition_failed
     ├── TooLarge 413          body_too_large, image_too_large
     ├── UnsupportedMedia 415  unsupported_media_type, unsupported_image
-    ├── Unprocessable 422     invalid_request, unknown_method
+    ├── Unprocessable 422     invalid_request, unknown_method, bad_alias
     ├── QueueFull 429         queue_full              + Retry-After
-    ├── Internal 500          internal
+    ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
     ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready   + Retry-After
     ├── DeadlineExceeded 504  deadline_exceeded
     └── DiskFull 507          disk_full

@@ -217,6 +217,7 @@ def build_worker(settings: Settings, name: str) -> Trainer:
         open_store(settings.store_url),
         open_jobs(settings),
         open_datasets(settings),
+        checkpoints=settings.home.resolve() / "checkpoints",
         worker=name,
         lease_s=settings.lease_s,
         max_image_pixels=settings.max_image_pixels,

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from prompts_store import ANY, Backbone, Bundle, Manifest, Store, Target
@@ -24,9 +25,11 @@ from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
 from server.engine.images import Geometry
 from server.errors import ServiceError
-from server.jobs.job import Job, State
+from server.jobs.job import FINISHED, Job, State
 from server.jobs.store import JobStore, LeaseLost
 from server.methods.registry import Registry
+from server.training import checkpoint
+from server.training.checkpoint import Checkpoint
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import DivergedError, Fitted, Progress, fit
 from server.training.recipe import Recipe, resolve
@@ -34,6 +37,7 @@ from server.training.recipe import Recipe, resolve
 log = logging.getLogger(__name__)
 
 LIVE = "live"
+CHECKPOINT_S = 1.0
 
 
 class JobCancelled(Exception):
@@ -55,13 +59,15 @@ class Trainer:
         jobs: JobStore,
         datasets: DatasetStore,
         *,
+        checkpoints: Path,
         worker: str,
         lease_s: float,
         max_image_pixels: int,
     ) -> None:
         self._backbone, self._registry = backbone, registry
         self._store, self._jobs, self._datasets = store, jobs, datasets
-        self._worker, self._lease_s, self._max_pixels = worker, lease_s, max_image_pixels
+        self._checkpoints, self._worker = checkpoints, worker
+        self._lease_s, self._max_pixels = lease_s, max_image_pixels
         self.stop = threading.Event()
 
     def run(self, idle_s: float = 0.25) -> None:
@@ -93,7 +99,13 @@ class Trainer:
         except Exception:
             log.exception("job %s: attempt %d failed", job.id, job.attempt)
             self._give_up_attempt(job)
+        self._forget_checkpoint(job)
         return True
+
+    def _forget_checkpoint(self, job: Job) -> None:
+        """A job that has ended needs none any more; one that goes on elsewhere does."""
+        if self._jobs.get(job.id).state in FINISHED:
+            self._checkpoint(job).unlink(missing_ok=True)
 
     def _work(self, job: Job, pulse: _Pulse) -> None:
         started = time.perf_counter()
@@ -101,12 +113,36 @@ class Trainer:
         method = self._registry.get(job.method)
         recipe = resolve(method.defaults, job.recipe)
         splits = self._read(dataset, recipe, pulse)
-        fitted = fit(self._backbone, method, splits, len(dataset.labels), recipe, watch=pulse.watch)
+        fitted = fit(
+            self._backbone,
+            method,
+            splits,
+            len(dataset.labels),
+            recipe,
+            watch=pulse.watch,
+            keep=self._keeper(job),
+            resume=checkpoint.read(self._checkpoint(job)),
+        )
         pulse.check()
         version = self._publish(job, dataset, recipe, fitted, pulse)
         metrics = {**fitted.metrics, "seconds": round(time.perf_counter() - started, 1)}
         self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics=metrics)
         log.info("job %s: %s is %s, validation accuracy %.3f", job.id, job.task, version[:12], metrics["val_accuracy"])
+
+    def _checkpoint(self, job: Job) -> Path:
+        return self._checkpoints / f"{job.id}.safetensors"
+
+    def _keeper(self, job: Job) -> Callable[[Checkpoint], None]:
+        """Writes a fit's state down, but not more often than every `CHECKPOINT_S`: some epochs take milliseconds."""
+        written = time.monotonic()
+
+        def keep(state: Checkpoint) -> None:
+            nonlocal written
+            if time.monotonic() - written >= CHECKPOINT_S:
+                checkpoint.write(self._checkpoint(job), state)
+                written = time.monotonic()
+
+        return keep
 
     def _read(self, dataset: Dataset, recipe: Recipe, pulse: _Pulse) -> Splits:
         train, val, test = (

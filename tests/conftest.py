@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine spinning threads cost tenfold
+
 import shutil
 import socket
 import subprocess

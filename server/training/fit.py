@@ -24,6 +24,7 @@ from server.engine.engine import normalise
 from server.engine.lens import Lens, Plain, condition
 from server.methods.method import Method, Params
 
+from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .data import Pictures, Splits
 from .recipe import Recipe
 
@@ -60,8 +61,15 @@ class Fitted:
 Watcher = Callable[[Progress], None]
 
 
+Keeper = Callable[[Checkpoint], None]
+
+
 def nobody(progress: Progress) -> None:
     """For a fit that nobody watches."""
+
+
+def nowhere(checkpoint: Checkpoint) -> None:
+    """For a fit that is not to be resumed."""
 
 
 @dataclass
@@ -75,6 +83,8 @@ class _Fit:
     params: Params
     mean: Tensor
     std: Tensor
+    watch: Watcher
+    keep: Keeper
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
 
@@ -87,14 +97,19 @@ def fit(
     recipe: Recipe,
     *,
     watch: Watcher = nobody,
+    keep: Keeper = nowhere,
+    resume: Checkpoint | None = None,
 ) -> Fitted:
     """Fit `method` on the training pictures for `labels` classes.
 
     `watch` is called after every step; what it raises ends the fit, which is how a job is cancelled within a step.
+    `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
     """
     spec = backbone.spec
     lengths = method.prompt_lengths(spec, recipe.prompts)
     params = method.init(spec, lengths, labels, _generator(recipe.seed, 0))
+    if resume is not None:
+        params = {name: resume.params[name].clone() for name in params}
     params = {name: value.to(backbone.device).requires_grad_(True) for name, value in params.items()}
     own = spec.preprocess
     run = _Fit(
@@ -105,35 +120,47 @@ def fit(
         params,
         torch.tensor([own.mean], device=backbone.device),
         torch.tensor([own.std], device=backbone.device),
+        watch,
+        keep,
     )
     inputs, evaluation = _inputs(run, splits.train), _inputs(run, splits.val)
-    optimise(run, inputs, evaluation, watch)
+    optimise(run, inputs, evaluation, resume)
     metrics = _metrics(run, evaluation, splits)
     return Fitted({name: value.detach().float().cpu().numpy() for name, value in params.items()}, lengths, metrics)
 
 
-def optimise(run: _Fit, train: _Inputs, val: _Inputs, watch: Watcher) -> None:
-    """All epochs of a fit: steps over shuffled batches, then the validation accuracy."""
-    recipe = run.recipe
+def optimise(run: _Fit, train: _Inputs, val: _Inputs, resume: Checkpoint | None) -> None:
+    """All epochs of a fit that are still to do: steps over shuffled batches, then the validation accuracy."""
+    recipe, done = run.recipe, 0
     optimizer = make_optimizer(run.params, recipe)
-    steps = math.ceil(len(train.targets) / recipe.batch_size)
-    clock = _Clock(recipe.epochs)
-    accuracy: float | None = None
-    for epoch in range(1, recipe.epochs + 1):
-        generator = _generator(recipe.seed, epoch)
-        order = torch.randperm(len(train.targets), generator=generator)
-        total = 0.0
-        for step, index in enumerate(order.split(recipe.batch_size), start=1):
-            set_lr(optimizer, recipe.lr * lr_scale(recipe, ((epoch - 1) * steps + step) / steps))
-            loss = _step(run, optimizer, train, index, generator)
-            total += loss * len(index)
-            watch(Progress(epoch, recipe.epochs, step, steps, loss, accuracy, clock.eta_s(epoch - 1 + step / steps)))
-        run.losses.append(total / len(train.targets))
-        accuracy = float((predict(run, val).argmax(1) == val.targets.numpy()).mean())
-        run.accuracies.append(accuracy)
-        watch(
-            Progress(epoch, recipe.epochs, steps, steps, run.losses[-1], accuracy, clock.eta_s(epoch), epoch_ended=True)
-        )
+    if resume is not None:
+        restore_optimizer(optimizer, resume.optimizer)
+        done, run.losses, run.accuracies = resume.epoch, list(resume.losses), list(resume.accuracies)
+    clock = _Clock(recipe.epochs - done)
+    for epoch in range(done + 1, recipe.epochs + 1):
+        loss, steps = _epoch(run, optimizer, train, epoch, lambda now: clock.eta_s(now - done))
+        run.losses.append(loss)
+        run.accuracies.append(float((predict(run, val).argmax(1) == val.targets.numpy()).mean()))
+        run.keep(Checkpoint(epoch, run.params, optimizer_tensors(optimizer), run.losses, run.accuracies))
+        left_s = clock.eta_s(epoch - done)
+        run.watch(Progress(epoch, recipe.epochs, steps, steps, loss, run.accuracies[-1], left_s, epoch_ended=True))
+
+
+def _epoch(
+    run: _Fit, optimizer: torch.optim.Optimizer, train: _Inputs, epoch: int, eta_s: Callable[[float], float | None]
+) -> tuple[float, int]:
+    """One pass over the training pictures in an order of its own. Returns the mean loss and the number of steps."""
+    recipe, total = run.recipe, 0.0
+    generator = _generator(recipe.seed, epoch)
+    batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
+    before = run.accuracies[-1] if run.accuracies else None
+    for step, index in enumerate(batches, start=1):
+        now = epoch - 1 + step / len(batches)
+        set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
+        loss = _step(run, optimizer, train, index, generator)
+        total += loss * len(index)
+        run.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, before, eta_s(now)))
+    return total / len(train.targets), len(batches)
 
 
 def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:

@@ -40,9 +40,7 @@ TRASH_CHANCE, SIGN_CHANCE = 1 / 6, 1 / 10
 def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     weights = shared / "weights" / "deit_tiny_patch16_224.fp16.safetensors"
     home = tmp_path_factory.mktemp("story")
-    with serving(
-        home, backbone="deit_tiny_patch16_224", backbone_weights=str(weights), worker_threads="2", worker_nice="0"
-    ) as running:
+    with serving(home, backbone="deit_tiny_patch16_224", backbone_weights=str(weights), worker_nice="0") as running:
         yield running
 
 
@@ -119,7 +117,6 @@ def test_accuracy_is_well_above_chance_and_above_random_weights(
 def accuracy_with_random_weights(folder: Path) -> float:
     """The same network, method, recipe and pictures; only the pretraining is missing."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     eye = Backbone.of("deit_tiny_patch16_224", timm.create_model("deit_tiny_patch16_224", num_classes=0))
     how = eye.spec.preprocess
     geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)

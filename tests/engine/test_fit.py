@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from server.engine.backbone import Backbone
 from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.methods.registry import Registry
+from server.training import checkpoint
 from server.training.data import Pictures, Splits, hold_out
 from server.training.fit import DivergedError, Fitted, Progress, fit, lr_scale
 from server.training.recipe import Recipe, resolve
@@ -75,6 +78,42 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(eye: Backbone
         np.testing.assert_array_equal(value, second.params[name])
     assert any((value != other.params[name]).any() for name, value in first.params.items())
     assert first.metrics == second.metrics
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_fit_that_is_resumed_ends_with_the_same_bits(
+    eye: Backbone, method: str, optimizer: str, tmp_path: Path
+) -> None:
+    """Killed in the middle of the fourth epoch: nothing tells the outcome from an undisturbed fit's."""
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(progress: Progress) -> None:
+        if progress.epoch == 4 and progress.step == 2:
+            raise PowerCutError
+
+    own, file = Registry().get(method), tmp_path / "job.safetensors"
+    recipe = resolve(own.defaults, {**QUICK, "optimizer": optimizer, "prompt_dropout": 0.2})
+    undisturbed = fit(eye, own, SPLITS, 3, recipe)
+    with pytest.raises(PowerCutError):
+        fit(eye, own, SPLITS, 3, recipe, watch=cut, keep=lambda state: checkpoint.write(file, state))
+    found = checkpoint.read(file)
+    assert found is not None
+    assert found.epoch == 3
+    epochs: list[int] = []
+    resumed = fit(eye, own, SPLITS, 3, recipe, resume=found, watch=lambda progress: epochs.append(progress.epoch))
+    assert min(epochs) == 4
+    for name, value in undisturbed.params.items():
+        np.testing.assert_array_equal(value, resumed.params[name])
+    assert undisturbed.metrics == resumed.metrics
+
+
+def test_a_checkpoint_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert checkpoint.read(tmp_path / "nothing") is None
+    (tmp_path / "half").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert checkpoint.read(tmp_path / "half") is None
 
 
 def test_the_backbone_stays_as_it_was(eye: Backbone) -> None:

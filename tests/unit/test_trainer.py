@@ -11,6 +11,7 @@ import pytest
 
 from prompts_store import open_store
 from prompts_store.memory_store import MemoryStore
+from server import trainer
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
 from server.jobs.job import Job
@@ -27,6 +28,7 @@ class House:
     """A trainer on real stores in a folder, with the untrained backbone."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         draw(folder / "pictures", per_class=6)
         self.store, self.jobs = MemoryStore(), SqliteJobStore(folder / "jobs.sqlite")
         self.datasets = DatasetStore(
@@ -42,6 +44,7 @@ class House:
             self.store,
             self.jobs,
             self.datasets,
+            checkpoints=self.folder / "checkpoints",
             worker=name,
             lease_s=30,
             max_image_pixels=10**7,
@@ -163,6 +166,35 @@ def test_shutting_down_gives_the_job_back(house: House, monkeypatch: pytest.Monk
     monkeypatch.undo()
     house.trainer = house.worker("w2")
     assert house.worked(job).state == "succeeded"
+
+
+def test_an_interrupted_job_goes_on_where_it_was_and_ends_with_the_same_version(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same job undisturbed and interrupted: created at the same moment, it must be the same bytes."""
+    monkeypatch.setattr(trainer, "CHECKPOINT_S", 0.0)
+    recipe = {**QUICK, "epochs": 4}
+    undisturbed = house.worked(house.submit(recipe=recipe))
+    job = house.submit(recipe=recipe)
+    with monkeypatch.context() as patch:
+        step, steps = fitting._step, []
+
+        def failing(*arguments: object) -> float:
+            steps.append(step(*arguments))
+            if len(steps) == 4:  # two steps an epoch: in the third epoch's first
+                raise RuntimeError("power cut")
+            return steps[-1]
+
+        patch.setattr(fitting, "_step", failing)
+        assert house.worked(job).state == "queued"
+    assert list((house.folder / "checkpoints").iterdir())
+    done = house.worked(job)
+    assert (done.state, done.attempt) == ("succeeded", 2)
+    epochs = [event.data["epoch"] for event in house.jobs.events(job.id) if event.type == "epoch"]
+    assert epochs == [1, 2, 3, 4], "no epoch is done twice"
+    first, second = (house.store.get("fruit", one.version).tensors for one in (undisturbed, done))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert not list((house.folder / "checkpoints").iterdir()), "nothing is left behind"
 
 
 def test_a_superseded_worker_publishes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

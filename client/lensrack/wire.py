@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TASK_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
@@ -229,6 +229,12 @@ class Recipe(Request):
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _one_learning_rate(self) -> Recipe:
+        if self.lr is not None and self.base_lr is not None:
+            raise ValueError("give lr or base_lr, not both: lr = base_lr * batch_size / 256")
+        return self
 
 
 class TrainRequest(Request):

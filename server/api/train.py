@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
 from lensrack import wire
-from server.api import predict
+from server.api import predict, stream
 from server.api.services import Services, ServicesOf
 from server.errors import Unprocessable
 from server.jobs.job import Event, Job
@@ -23,6 +23,10 @@ MOST_EVENTS: Final = 1000
 LOOK_AGAIN_S: Final = 0.15
 _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {"headers": {"Location": {"description": "Where to watch the job.", "schema": {"type": "string"}}}}
+}
+_STREAM: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {stream.MEDIA_TYPE: {"schema": {"type": "string"}}}},
+    204: {"description": "Asked for a stream of a job that has ended and whose events have all been seen."},
 }
 
 
@@ -69,16 +73,22 @@ async def cancel(services: ServicesOf, job_id: str) -> wire.Job:
     return told(await asyncio.to_thread(services.jobs.cancel, job_id))
 
 
-@router.get("/train/{job_id}/events")
+@router.get("/train/{job_id}/events", response_model=wire.JobEvents, responses=_STREAM)
 async def events(
     request: Request,
     services: ServicesOf,
     job_id: str,
     after: Annotated[int, Query(ge=0, description="The last `seq` seen.")] = 0,
     wait_s: Annotated[float, Query(ge=0, le=30, description="How long to wait for a first event.")] = 0.0,
-) -> wire.JobEvents:
-    """What has happened to a job since. `next` is the next call's `after`; `finished`: nothing will follow."""
+) -> wire.JobEvents | Response:
+    """What has happened to a job since. `next` is the next call's `after`; `finished`: nothing will follow.
+
+    With `Accept: text/event-stream` the same as a stream that ends with the job; `Last-Event-ID` resumes it.
+    """
     await request.body()
+    if stream.wanted(request):
+        seen = stream.last_seen(request, after)
+        return await stream.respond(lambda since, waiting: _events(services, job_id, since, waiting), seen)
     return await predict.unless_gone(request, _events(services, job_id, after, wait_s))
 
 

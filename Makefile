@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test check format clean help
+.PHONY: serve test redis check format clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,8 +19,13 @@ $(STAMP): pyproject.toml
 serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
-test: $(STAMP)   ## all tests
+test: $(STAMP) redis  ## all tests
 	$(BIN)/python -m pytest
+
+redis:           ## the redis-server that the tests start and stop, where it is missing
+	@command -v redis-server >/dev/null || { \
+	  echo "installing redis-server"; export DEBIAN_FRONTEND=noninteractive; \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends redis-server >/dev/null; }
 
 check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/ruff check .

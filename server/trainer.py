@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,15 @@ class Trainer:
         except JobCancelled:
             self._end(job, "cancelled")
         except ShuttingDown:
-            self._jobs.release(job.id, job.attempt)
+            self._give_back(job)
         except ServiceError as error:
-            self._end(job, "failed", error={"code": error.code, "detail": error.detail})
+            self._fail(job, error.code, error.detail, retry=error.status >= 500)
         except DivergedError as error:
-            self._end(job, "failed", error={"code": "diverged", "detail": str(error)})
+            self._fail(job, "diverged", str(error), retry=False)
         except Exception:
             log.exception("job %s: attempt %d failed", job.id, job.attempt)
-            self._give_up_attempt(job)
+            detail = "the attempt failed unexpectedly; the worker's log has the reason"
+            self._fail(job, "internal", detail, retry=True)
         self._forget_checkpoint(job)
         return True
 
@@ -187,20 +189,23 @@ class Trainer:
         self._jobs.append_event(job.id, job.attempt, "published", {"version": version, "alias": LIVE})
         return version
 
-    def _end(self, job: Job, state: State, error: dict[str, str] | None = None) -> None:
-        try:
-            self._jobs.finish(job.id, job.attempt, state, error=error)
-        except LeaseLost:
-            log.warning("job %s: attempt %d was superseded before it could end", job.id, job.attempt)
-        else:
-            log.info("job %s: %s %s", job.id, state, error or "")
+    # A worker that was superseded may say nothing more about the job: whatever it had to say is dropped.
 
-    def _give_up_attempt(self, job: Job) -> None:
-        error = {"code": "internal", "detail": "the attempt failed unexpectedly; the worker's log has the reason"}
-        try:
-            self._jobs.fail_attempt(job.id, job.attempt, error, retry=True)
-        except LeaseLost:
-            log.warning("job %s: attempt %d was superseded before it failed", job.id, job.attempt)
+    def _end(self, job: Job, state: State) -> None:
+        with suppress(LeaseLost):
+            self._jobs.finish(job.id, job.attempt, state)
+            log.info("job %s: %s", job.id, state)
+
+    def _give_back(self, job: Job) -> None:
+        with suppress(LeaseLost):
+            self._jobs.release(job.id, job.attempt)
+            log.info("job %s: back in the queue, this worker leaves", job.id)
+
+    def _fail(self, job: Job, code: str, detail: str, *, retry: bool) -> None:
+        """`retry`: what failed may be away for a moment only, a store or a disk; the job store counts the attempts."""
+        with suppress(LeaseLost):
+            self._jobs.fail_attempt(job.id, job.attempt, {"code": code, "detail": detail}, retry=retry)
+            log.info("job %s: attempt %d failed: %s: %s", job.id, job.attempt, code, detail)
 
 
 class _Pulse:

@@ -14,6 +14,7 @@ from prompts_store.memory_store import MemoryStore
 from server import trainer
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
+from server.errors import DiskFull
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
@@ -134,6 +135,19 @@ def test_the_unexpected_is_tried_again_and_then_given_up_without_leaking(
     states = [house.worked(job).state for _ in range(3)]
     assert states == ["queued", "queued", "failed"]
     assert "secret" not in str(house.jobs.get(job.id).error)
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_an_attempt_not_the_job(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("no space left")
+
+    job = house.submit("linear")
+    with monkeypatch.context() as patch:
+        patch.setattr(house.datasets, "read", full)
+        assert house.worked(job).state == "queued"
+    assert house.worked(job).state == "succeeded"
 
 
 def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[float]:

@@ -31,6 +31,7 @@ from server.engine.engine import Engine
 from server.engine.images import Geometry
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
+from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
 from server.methods.registry import Registry
@@ -53,10 +54,13 @@ def load_backbone(settings: Settings, threads: int) -> eye.Backbone:
 
 
 def open_jobs(settings: Settings) -> JobStore:
-    scheme, _, path = settings.jobs_url.partition("://")
-    if scheme != "sqlite":
-        raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE, got {scheme}://…")
-    return SqliteJobStore(Path(path))
+    scheme, separator, path = settings.jobs_url.partition("://")
+    if scheme in {"redis", "rediss"}:
+        return RedisJobStore(settings.jobs_url)
+    if scheme == "sqlite":
+        return SqliteJobStore(Path(path))
+    got = f"{scheme}://…" if separator else "another form"  # a URL may hold a password
+    raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE or redis://…, got {got}")
 
 
 def open_datasets(settings: Settings) -> DatasetStore:

@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     store: Annotated[
         str, Field(description="Bundle store URL: file://DIR, redis://… or memory://. Empty: HOME/store.")
     ] = ""
-    jobs: Annotated[str, Field(description="Job store URL: sqlite://FILE. Empty: HOME/jobs.sqlite.")] = ""
+    jobs: Annotated[str, Field(description="Job store URL: sqlite://FILE or redis://… Empty: HOME/jobs.sqlite.")] = ""
 
     # --- the backbone -----------------------------------------------------------------------------------------------
     backbone: Annotated[

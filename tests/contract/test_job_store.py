@@ -19,6 +19,7 @@ import pytest
 
 from server.errors import BadRequest, Conflict, NotFound
 from server.jobs.job import Job
+from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore, LeaseLost
 
@@ -59,7 +60,13 @@ def sqlite(folder: Path, request: pytest.FixtureRequest) -> Backend:
     return Backend(lambda now: SqliteJobStore(file, now=now), source)
 
 
-BACKENDS = {"sqlite": sqlite}
+def redis(folder: Path, request: pytest.FixtureRequest) -> Backend:
+    url = request.getfixturevalue("redis_url")
+    source = f"from server.jobs.redis_store import RedisJobStore\nstore = RedisJobStore({url!r})"
+    return Backend(lambda now: RedisJobStore(url, now=now), source)
+
+
+BACKENDS = {"sqlite": sqlite, "redis": redis}
 
 
 @pytest.fixture(params=BACKENDS)

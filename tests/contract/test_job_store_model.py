@@ -15,6 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from server.errors import Conflict
 from server.jobs.job import Job
+from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore, LeaseLost
 
@@ -197,12 +198,22 @@ class History(RuleBasedStateMachine):
         assert counts == {state: states.count(state) for state in set(states)}
 
 
-OPENERS = {"sqlite": lambda folder, now: SqliteJobStore(folder / "jobs.sqlite", now=now)}
+def sqlite(_request: pytest.FixtureRequest) -> Callable[[Path, Callable[[], float]], JobStore]:
+    return lambda folder, now: SqliteJobStore(folder / "jobs.sqlite", now=now)
+
+
+def redis(request: pytest.FixtureRequest) -> Callable[[Path, Callable[[], float]], JobStore]:
+    """The keys of every history begin with the name of its folder, so that none sees another's jobs."""
+    url = request.getfixturevalue("redis_url")
+    return lambda folder, now: RedisJobStore(url, prefix=folder.name, now=now)
+
+
+OPENERS = {"sqlite": sqlite, "redis": redis}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", OPENERS)
-def test_random_histories(backend: str) -> None:
-    machine = type("Histories", (History,), {"open_store": staticmethod(OPENERS[backend])})
+def test_random_histories(backend: str, request: pytest.FixtureRequest) -> None:
+    machine = type("Histories", (History,), {"open_store": staticmethod(OPENERS[backend](request))})
     few = settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=few)

@@ -136,6 +136,7 @@ async def read_images(request: Request, services: Services) -> list[bytes]:
 
 
 async def _from_form(request: Request, most: int) -> list[bytes]:
+    await request.body()  # whole and within its cap first: a parser that is broken off leaves its files open
     try:
         async with request.form(max_files=most, max_fields=most) as form:
             given = form.multi_items()

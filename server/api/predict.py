@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -136,7 +137,7 @@ async def read_images(request: Request, services: Services) -> list[bytes]:
 
 
 async def _from_form(request: Request, most: int) -> list[bytes]:
-    await request.body()  # whole and within its cap first: a parser that is broken off leaves its files open
+    _require_whole(await request.body(), request.headers.get("content-type", ""))
     try:
         async with request.form(max_files=most, max_fields=most) as form:
             given = form.multi_items()
@@ -147,6 +148,14 @@ async def _from_form(request: Request, most: int) -> list[bytes]:
             return [await value.read() for _, value in given if isinstance(value, UploadFile)]
     except HTTPException as error:
         raise BadRequest(f"multipart body: {error.detail}") from error
+
+
+def _require_whole(body: bytes, content_type: str) -> None:
+    """Starlette's parser forgets to close the files of a body that breaks off, so such a body does not get that far."""
+    _, options = parse_options_header(content_type)
+    closing = b"--" + options.get(b"boundary", b"") + b"--"
+    if closing not in body:
+        raise BadRequest(f"multipart body: expected it to end with its closing boundary, got {len(body)} bytes without")
 
 
 def _from_json(body: bytes) -> list[bytes]:

@@ -25,7 +25,7 @@ from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
 from server.engine.images import Geometry
-from server.errors import ServiceError
+from server.errors import ServiceError, Unavailable
 from server.jobs.job import FINISHED, Job, State
 from server.jobs.store import JobStore, LeaseLost
 from server.methods.registry import Registry
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 LIVE = "live"
 CHECKPOINT_S = 1.0
+AWAY_S = 2.0
 
 
 class JobCancelled(Exception):
@@ -72,10 +73,17 @@ class Trainer:
         self.stop = threading.Event()
 
     def run(self, idle_s: float = 0.25) -> None:
-        """Claim and work until `stop`. `idle_s` is how often an idle worker looks for a job."""
+        """Claim and work until `stop`. `idle_s` is how often an idle worker looks for a job.
+
+        A job store that is away is waited for; what was under way when it went is taken over when its lease ends.
+        """
         while not self.stop.is_set():
-            if not self.work_once():
-                self.stop.wait(idle_s)
+            try:
+                if not self.work_once():
+                    self.stop.wait(idle_s)
+            except Unavailable as error:
+                log.warning("%s; this worker tries again", error.detail)
+                self.stop.wait(AWAY_S)
 
     def work_once(self) -> bool:
         """Work on one job if there is one."""

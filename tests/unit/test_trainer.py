@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from prompts_store.memory_store import MemoryStore
 from server import trainer
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
-from server.errors import DiskFull
+from server.errors import DiskFull, Unavailable
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
@@ -148,6 +149,29 @@ def test_a_disk_that_is_full_for_a_moment_costs_an_attempt_not_the_job(
         patch.setattr(house.datasets, "read", full)
         assert house.worked(job).state == "queued"
     assert house.worked(job).state == "succeeded"
+
+
+def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "AWAY_S", 0.01)
+    claim, calls = house.jobs.claim, []
+
+    def away(*arguments: object) -> Job | None:
+        calls.append(arguments)
+        if len(calls) < 4:
+            raise Unavailable("the job store does not answer", code="store_unavailable")
+        return claim(*arguments)
+
+    monkeypatch.setattr(house.jobs, "claim", away)
+    job = house.submit("linear")
+    worker = threading.Thread(target=house.trainer.run)
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not house.jobs.get(job.id).state == "succeeded" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    house.trainer.stop.set()
+    worker.join(30)
+    assert house.jobs.get(job.id).state == "succeeded"
+    assert len(calls) >= 4
 
 
 def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[float]:

@@ -166,7 +166,7 @@ def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytes
     worker = threading.Thread(target=house.trainer.run)
     worker.start()
     deadline = time.monotonic() + 60
-    while not house.jobs.get(job.id).state == "succeeded" and time.monotonic() < deadline:
+    while house.jobs.get(job.id).state != "succeeded" and time.monotonic() < deadline:
         time.sleep(0.05)
     house.trainer.stop.set()
     worker.join(30)

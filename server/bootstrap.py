@@ -28,7 +28,6 @@ from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
 from server.engine.engine import Engine
-from server.engine.images import Geometry
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
 from server.jobs.redis_store import RedisJobStore
@@ -126,14 +125,13 @@ def build_server(settings: Settings) -> Server:
     engine = Engine(backbone, rack)
     batcher = Batcher(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
     workers = supervise(settings)
-    own = backbone.spec.preprocess
     predictor = Predictor(
         store,
         residency,
         batcher,
         decoding,
         limits=Limits(settings.max_images, settings.max_image_pixels, settings.max_tasks_per_request),
-        geometry=Geometry.of(own.size, own.interpolation, own.crop_pct, own.crop_mode, own.mean),
+        geometry=backbone.spec.geometry,
         fingerprint=backbone.spec.fingerprint,
     )
     services = Services(

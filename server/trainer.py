@@ -24,7 +24,6 @@ from server import __version__
 from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
-from server.engine.images import Geometry
 from server.errors import ServiceError, Unavailable
 from server.jobs.job import FINISHED, Job, State
 from server.jobs.store import JobStore, LeaseLost
@@ -164,14 +163,12 @@ class Trainer:
         return Splits(train, val, test if len(test) else None)
 
     def _pictures(self, dataset: Dataset, examples: Sequence[Example], pulse: _Pulse) -> Pictures:
-        how = self._backbone.spec.preprocess
-        geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
         targets = {label: index for index, label in enumerate(dataset.labels)}
         sources = [
             Source(lambda sha256=example.sha256: self._datasets.read(sha256), targets[example.label])  # type: ignore[misc]
             for example in examples
         ]
-        return read_pictures(sources, geometry, max_pixels=self._max_pixels, on_picture=pulse.check)
+        return read_pictures(sources, self._backbone.spec.geometry, max_pixels=self._max_pixels, on_picture=pulse.check)
 
     def _publish(self, job: Job, dataset: Dataset, recipe: Recipe, fitted: Fitted, pulse: _Pulse) -> str:
         """Store the bundle and point `live` at it. The same job makes the same bytes, so a repeated attempt repeats

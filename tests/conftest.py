@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine spinning threads cost tenfold
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin slow a busy machine
 
 import shutil
 import socket

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from prompts_store import Preprocess
 
+from .images import Geometry
+
 UNTRAINED = "untrained"
 UNTRAINED_CONFIG: dict[str, Any] = {
     "img_size": 96,
@@ -59,6 +61,12 @@ class Spec:
     prefix_tokens: int
     pool: str
     preprocess: Preprocess
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pictures are cut for this backbone, where no bundle says otherwise."""
+        own = self.preprocess
+        return Geometry.of(own.size, own.interpolation, own.crop_pct, own.crop_mode, own.mean)
 
 
 class Backbone:

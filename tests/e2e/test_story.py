@@ -23,7 +23,6 @@ import torch
 
 from lensrack import Client
 from server.engine.backbone import Backbone
-from server.engine.images import Geometry
 from server.methods.registry import Registry
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import fit
@@ -118,8 +117,7 @@ def accuracy_with_random_weights(folder: Path) -> float:
     """The same network, method, recipe and pictures; only the pretraining is missing."""
     torch.manual_seed(0)
     eye = Backbone.of("deit_tiny_patch16_224", timm.create_model("deit_tiny_patch16_224", num_classes=0))
-    how = eye.spec.preprocess
-    geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
+    geometry = eye.spec.geometry
 
     def pictures(split: str) -> Pictures:
         labels = sorted(path.name for path in (folder / split).iterdir())

@@ -192,7 +192,10 @@ class SkippedFile(Message):
 
 
 class Dataset(Message):
-    """A stored dataset. `id` is its content digest; `splits` maps split → label → number of images."""
+    """A stored dataset. `id` is its content digest; `splits` maps split → label → number of images.
+
+    `parent` is the id of the dataset that this one added to, which may have been deleted since.
+    """
 
     id: str
     name: str = ""
@@ -202,6 +205,7 @@ class Dataset(Message):
     splits: dict[str, dict[str, int]]
     skipped: list[SkippedFile] = []
     created_at: float
+    parent: str | None = None
 
 
 class DatasetList(Message):

@@ -39,7 +39,8 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`labels` are in natural order, so that an index means a label; `created_at` is in seconds since the epoch."""
+    """`labels` are in natural order, so that an index means a label; `created_at` is in seconds since the epoch.
+    `parent` is the id of the dataset that this one added to, which may have been deleted since."""
 
     id: str
     name: str
@@ -47,14 +48,23 @@ class Dataset:
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...]
     created_at: float
+    parent: str | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[Example], skipped: Sequence[Skipped], *, name: str, created_at: float) -> Self:
+    def of(
+        cls,
+        examples: Sequence[Example],
+        skipped: Sequence[Skipped],
+        *,
+        name: str,
+        created_at: float,
+        parent: str | None = None,
+    ) -> Self:
         """Raises `BadRequest` bad_dataset when nothing can be learned from the examples."""
         check(examples, skipped)
         labels = sorted({example.label for example in examples}, key=natural)
         ordered = sorted(examples, key=lambda one: (SPLITS.index(one.split), natural(one.label), natural(one.name)))
-        return cls(digest(examples), name, tuple(labels), tuple(ordered), tuple(skipped), created_at)
+        return cls(digest(examples), name, tuple(labels), tuple(ordered), tuple(skipped), created_at, parent)
 
     @property
     def images(self) -> int:
@@ -74,6 +84,7 @@ class Dataset:
     def to_json(self) -> str:
         """The manifest: examples as rows, in the order of Example's fields."""
         head = {"format": 1, "id": self.id, "name": self.name, "labels": self.labels, "created_at": self.created_at}
+        head["parent"] = self.parent
         skipped = [asdict(each) for each in self.skipped]
         return json.dumps({**head, "examples": [astuple(each) for each in self.examples], "skipped": skipped})
 
@@ -89,6 +100,7 @@ class Dataset:
             tuple(Example(*row) for row in read["examples"]),
             tuple(Skipped(**each) for each in read["skipped"]),
             read["created_at"],
+            read.get("parent"),
         )
 
 

@@ -18,6 +18,8 @@ from typing import Any, Final, Literal, get_args
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
+Publish = Literal["always", "if_better", "never"]
+
 STATES: Final[tuple[State, ...]] = get_args(State)
 FINISHED: Final[frozenset[State]] = frozenset({"succeeded", "failed", "cancelled"})
 TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
@@ -36,7 +38,7 @@ class Job:
     `attempt` is the fencing number: 0 before the first claim, one more at each claim. `failures` counts the attempts
     that broke or fell silent, a graceful release being neither; at `max_attempts` the job is given up. `error` is
     `{"code", "detail"}`: why the job failed, or why its latest attempt did. `checkpoint` is the worker's word for where
-    it can go on.
+    it can go on. `publish` is when the new version goes live: always, if it is better than what is live, or never.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Job:
     attempt: int = 0
     failures: int = 0
     priority: int = 0
+    publish: Publish = "always"
     tenant: str = ""
     idempotency_key: str | None = None
     worker: str | None = None

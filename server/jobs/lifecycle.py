@@ -27,10 +27,9 @@ def submitted(job: Job) -> Step:
     return Step(job, (("queued", {}),))
 
 
-def resubmitted(job: Job, *, task: str, dataset: str, method: str, recipe: Mapping[str, Any]) -> Job:
+def resubmitted(job: Job, asked: Job) -> Job:
     """The job that an idempotency key stands for, when it is asked for in the same words."""
-    then = (job.task, job.dataset, job.method, to_json(job.recipe))
-    if then != (task, dataset, method, to_json(recipe)):
+    if _words(job) != _words(asked):
         raise Conflict(
             f"idempotency key {job.idempotency_key!r} belongs to job {job.id}, which was asked for in other words",
             code="idempotency_conflict",
@@ -117,6 +116,11 @@ def cancelled(job: Job, *, now: float) -> Step:
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _words(job: Job) -> tuple[str, ...]:
+    """What makes a request another one. How urgent it is does not."""
+    return job.task, job.dataset, job.method, to_json(job.recipe), job.publish
 
 
 def _held(job: Job, attempt: int) -> Job:

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
@@ -26,6 +26,7 @@ from server.errors import BadRequest, DiskFull, NotFound, Unavailable
 from server.jobs import lifecycle, redis_scripts
 from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
 from server.jobs.lifecycle import Step
+from server.jobs.stepwise import StepwiseJobStore
 from server.jobs.store import Events, Jobs
 
 TIMEOUT_S: Final = 5.0
@@ -40,7 +41,7 @@ class _Kept(NamedTuple):
     stamp: str
 
 
-class RedisJobStore:
+class RedisJobStore(StepwiseJobStore):
     """The job store over a Redis server (6.2 or newer, not a cluster: a change touches several keys).
 
     Raises `ValueError` for a URL of another form. `now` gives seconds since the epoch.
@@ -73,35 +74,13 @@ class RedisJobStore:
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        task: str,
-        dataset: str,
-        method: str,
-        recipe: Mapping[str, Any],
-        *,
-        idempotency_key: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        max_attempts: int,
-    ) -> Job:
+    def _add(self, asked: Job) -> Job:
         for _ in range(MAX_TRIES):
-            newest, known = self._before_submit(tenant, idempotency_key)
+            newest, known = self._before_submit(asked.tenant, asked.idempotency_key)
             if known:
-                return lifecycle.resubmitted(known, task=task, dataset=dataset, method=method, recipe=recipe)
+                return lifecycle.resubmitted(known, asked)
             now = self._now()
-            job = Job(
-                id=new_id(now, after=newest),
-                task=task,
-                dataset=dataset,
-                method=method,
-                recipe=json.loads(to_json(recipe)),
-                max_attempts=max_attempts,
-                created_at=now,
-                priority=priority,
-                tenant=tenant,
-                idempotency_key=idempotency_key,
-            )
+            job = replace(asked, id=new_id(now, after=newest), created_at=now)
             if self._submitted(newest, lifecycle.submitted(job), now):
                 return job
         raise _outrun()
@@ -152,45 +131,11 @@ class RedisJobStore:
                 return step.job
         return None
 
-    def heartbeat(self, job_id: str, attempt: int, lease_s: float, progress: Mapping[str, Any] | None = None) -> Job:
-        return self._step(
-            job_id, lambda job, now: lifecycle.kept_alive(job, attempt, lease_s=lease_s, progress=progress, now=now)
-        )
-
     def append_event(self, job_id: str, attempt: int, type_: str, data: Mapping[str, Any]) -> Event:
         _, seq, now = self._change(job_id, lambda job, _: lifecycle.noted(job, attempt, type_, data))
         return Event(seq, type_, now, json.loads(to_json(data)))
 
-    def set_checkpoint(self, job_id: str, attempt: int, ref: str | None) -> Job:
-        return self._step(job_id, lambda job, _: lifecycle.checkpointed(job, attempt, ref))
-
-    def finish(
-        self,
-        job_id: str,
-        attempt: int,
-        state: State,
-        *,
-        version: str | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        error: Mapping[str, str] | None = None,
-    ) -> Job:
-        return self._step(
-            job_id,
-            lambda job, now: lifecycle.finished(
-                job, attempt, state, version=version, metrics=metrics, error=error, now=now
-            ),
-        )
-
-    def release(self, job_id: str, attempt: int) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.released(job, attempt, now=now))
-
-    def fail_attempt(self, job_id: str, attempt: int, error: Mapping[str, str], *, retry: bool) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.attempt_failed(job, attempt, error, retry=retry, now=now))
-
     # --- governing ----------------------------------------------------------------------------------------------------
-
-    def cancel(self, job_id: str) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.cancelled(job, now=now))
 
     def prune(self, older_than_s: float) -> Jobs:
         before = self._now() - older_than_s

@@ -36,6 +36,7 @@ MIGRATIONS: Final = (  # entry n brings a file from schema version n to n + 1; w
             PRIMARY KEY (job, seq)
         ) WITHOUT ROWID""",
     ),
+    ("ALTER TABLE jobs ADD COLUMN publish TEXT NOT NULL DEFAULT 'always'",),
 )
 
 

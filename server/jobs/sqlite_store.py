@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from server.jobs import lifecycle
 from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
 from server.jobs.lifecycle import Step
 from server.jobs.sqlite_file import alone, backend, connect, migrate
+from server.jobs.stepwise import StepwiseJobStore
 from server.jobs.store import Events, Jobs
 
 _COLUMNS: Final = tuple(field.name for field in fields(Job))
@@ -39,7 +40,7 @@ _EVENT: Final = (
 )
 
 
-class SqliteJobStore:
+class SqliteJobStore(StepwiseJobStore):
     """The job store over the file `path`, made with its folder when absent. `now` gives seconds since the epoch."""
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
@@ -54,34 +55,13 @@ class SqliteJobStore:
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        task: str,
-        dataset: str,
-        method: str,
-        recipe: Mapping[str, Any],
-        *,
-        idempotency_key: str | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        max_attempts: int,
-    ) -> Job:
+    def _add(self, asked: Job) -> Job:
         with self._transaction() as db:
-            if known := _by_key(db, tenant, idempotency_key):
-                return lifecycle.resubmitted(known, task=task, dataset=dataset, method=method, recipe=recipe)
+            if known := _by_key(db, asked.tenant, asked.idempotency_key):
+                return lifecycle.resubmitted(known, asked)
             now = self._now()
-            job = Job(
-                id=new_id(now, after=db.execute("SELECT MAX(id) FROM jobs").fetchone()[0]),
-                task=task,
-                dataset=dataset,
-                method=method,
-                recipe=json.loads(to_json(recipe)),
-                max_attempts=max_attempts,
-                created_at=now,
-                priority=priority,
-                tenant=tenant,
-                idempotency_key=idempotency_key,
-            )
+            newest = db.execute("SELECT MAX(id) FROM jobs").fetchone()[0]
+            job = replace(asked, id=new_id(now, after=newest), created_at=now)
             return _save(db, lifecycle.submitted(job), now)
 
     def get(self, job_id: str) -> Job:
@@ -140,47 +120,13 @@ class SqliteJobStore:
                     return job
         return None
 
-    def heartbeat(self, job_id: str, attempt: int, lease_s: float, progress: Mapping[str, Any] | None = None) -> Job:
-        return self._step(
-            job_id, lambda job, now: lifecycle.kept_alive(job, attempt, lease_s=lease_s, progress=progress, now=now)
-        )
-
     def append_event(self, job_id: str, attempt: int, type_: str, data: Mapping[str, Any]) -> Event:
         with self._transaction() as db:
             now = self._now()
             lifecycle.noted(_load(db, job_id), attempt, type_, data)
             return _append(db, job_id, type_, data, now)
 
-    def set_checkpoint(self, job_id: str, attempt: int, ref: str | None) -> Job:
-        return self._step(job_id, lambda job, _: lifecycle.checkpointed(job, attempt, ref))
-
-    def finish(
-        self,
-        job_id: str,
-        attempt: int,
-        state: State,
-        *,
-        version: str | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        error: Mapping[str, str] | None = None,
-    ) -> Job:
-        return self._step(
-            job_id,
-            lambda job, now: lifecycle.finished(
-                job, attempt, state, version=version, metrics=metrics, error=error, now=now
-            ),
-        )
-
-    def release(self, job_id: str, attempt: int) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.released(job, attempt, now=now))
-
-    def fail_attempt(self, job_id: str, attempt: int, error: Mapping[str, str], *, retry: bool) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.attempt_failed(job, attempt, error, retry=retry, now=now))
-
     # --- governing ----------------------------------------------------------------------------------------------------
-
-    def cancel(self, job_id: str) -> Job:
-        return self._step(job_id, lambda job, now: lifecycle.cancelled(job, now=now))
 
     def prune(self, older_than_s: float) -> Jobs:
         with self._transaction() as db:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from server.jobs.job import Event, Job, State
+from server.jobs.job import Event, Job, Publish, State
 
 Jobs = list[Job]  # inside the store `list` is a verb
 Events = list[Event]
@@ -40,12 +40,14 @@ class JobStore(Protocol):
         idempotency_key: str | None = None,
         tenant: str = "",
         priority: int = 0,
+        publish: Publish = "always",
         max_attempts: int,
     ) -> Job:
         """A new queued job; ids sort in the order of submission.
 
-        A tenant's idempotency key names one job: asked again with the same task, dataset, method and recipe the answer
-        is that job as it now is; with others `Conflict` idempotency_conflict, whose extra `job` is its id.
+        A tenant's idempotency key names one job: asked again with the same task, dataset, method, recipe and publishing
+        policy the answer is that job as it now is; with others `Conflict` idempotency_conflict, whose extra `job` is
+        its id.
         """
 
     def get(self, job_id: str) -> Job: ...

@@ -47,7 +47,7 @@ class Backend:
     def process(self, script: str, *args: str) -> subprocess.Popen[str]:
         code = f"import json, os, sys, time\n{self.source}\n{script}"
         command = [sys.executable, "-c", code, *args]
-        return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+        return subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def sqlite(folder: Path, request: pytest.FixtureRequest) -> Backend:
@@ -107,9 +107,10 @@ def told(store: JobStore, job: Job) -> list[str]:
 
 
 def test_a_submitted_job_is_queued_and_can_be_got(store: JobStore, clock: Clock) -> None:
-    job = submit(store, tenant="acme", priority=2)
+    job = submit(store, tenant="acme", priority=2, publish="if_better")
     assert (job.state, job.attempt, job.failures, job.worker, job.version) == ("queued", 0, 0, None, None)
     assert (job.created_at, job.tenant, job.priority, job.recipe) == (clock.now, "acme", 2, {"epochs": 3})
+    assert (job.publish, submit(store).publish) == ("if_better", "always")
     assert store.get(job.id) == job
     assert told(store, job) == ["queued"]
 
@@ -175,7 +176,7 @@ def test_the_same_key_and_content_give_the_same_job(store: JobStore) -> None:
 
 def test_a_key_with_other_content_is_a_conflict_that_names_the_job(store: JobStore) -> None:
     first = submit(store, idempotency_key="k")
-    for other in ({"task": "signs"}, {"recipe": {"epochs": 4}}):
+    for other in ({"task": "signs"}, {"recipe": {"epochs": 4}}, {"publish": "never"}):
         with pytest.raises(Conflict) as caught:
             submit(store, idempotency_key="k", **other)
         assert caught.value.code == "idempotency_conflict"
@@ -507,6 +508,8 @@ def test_what_one_opening_writes_another_reads(backend: Backend, store: JobStore
 
 
 CLAIM_ALL = """
+print("ready", flush=True)
+sys.stdin.readline()
 while (job := store.claim(sys.argv[1], 60)) is not None:
     print(json.dumps([job.id, job.attempt]), flush=True)
     store.append_event(job.id, job.attempt, "epoch", {"worker": sys.argv[1]})
@@ -515,13 +518,28 @@ store.close()
 """
 
 
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def say(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{word}\n")
+    process.stdin.flush()
+
+
 def test_four_processes_claim_fifty_jobs_each_exactly_once(backend: Backend) -> None:
     store = backend.open(time.time)
     ids = [submit(store).id for _ in range(50)]
     processes = [backend.process(CLAIM_ALL, f"w{number}") for number in range(4)]
-    claims = [json.loads(line) for process in processes for line in process.communicate(timeout=120)[0].splitlines()]
+    assert [heard(process) for process in processes] == ["ready"] * 4, "none begins before all are there"
+    for process in processes:
+        say(process, "go")
+    told_by = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     assert all(process.returncode == 0 for process in processes)
-    assert sorted(claims) == [[job_id, 1] for job_id in ids]
+    assert sorted(json.loads(line) for lines in told_by for line in lines) == [[job_id, 1] for job_id in ids]
+    assert sum(map(bool, told_by)) > 1, "one process alone has met nobody"
     assert all(told(store, store.get(job_id)) == ["queued", "started", "epoch", "succeeded"] for job_id in ids)
     store.close()
 
@@ -548,11 +566,9 @@ def test_a_killed_worker_is_succeeded_by_another_and_fenced(backend: Backend) ->
     store = backend.open(time.time)
     job = submit(store)
     doomed = backend.process(HOLD)
-    assert doomed.stdout is not None
-    attempt = int(doomed.stdout.readline())
+    attempt = int(heard(doomed))
     os.kill(doomed.pid, signal.SIGKILL)
-    doomed.wait()
-    doomed.stdout.close()
+    doomed.communicate()
     lease_ends = store.get(job.id).lease_expires_at or 0.0
     if time.time() < lease_ends - 0.2:
         assert store.claim("early", 30) is None
@@ -576,8 +592,7 @@ for number in range(10_000):
 def test_a_process_killed_while_writing_leaves_whole_jobs(backend: Backend) -> None:
     """What was answered is kept, and no job is there without its event."""
     writer = backend.process(CHURN)
-    assert writer.stdout is not None
-    answered = [int(writer.stdout.readline()) for _ in range(25)][-1]
+    answered = [int(heard(writer)) for _ in range(25)][-1]
     os.kill(writer.pid, signal.SIGKILL)
     answered = max([answered, *map(int, writer.communicate()[0].split())])
     store = backend.open(time.time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import traceback
@@ -61,6 +62,16 @@ def test_a_forgotten_job_leaves_no_key_and_its_id_is_not_passed_by_a_slow_clock(
     now[0] = 500.0
     assert submit(store).id > job.id
     store.close()
+
+
+def test_a_job_written_before_there_were_policies_is_published_always(
+    store: RedisJobStore, server: redis.Redis
+) -> None:
+    key = store.JOB.format("lensrack", submit(store).id)
+    record = json.loads(server.hget(key, "job"))
+    assert record.pop("publish") == "always"
+    server.hset(key, "job", json.dumps(record))
+    assert store.claim("w", 30).publish == "always"
 
 
 def test_two_prefixes_do_not_meet(redis_url: str, store: RedisJobStore) -> None:

@@ -12,6 +12,7 @@ import pytest
 from server.errors import DiskFull, Unavailable
 from server.jobs import lifecycle
 from server.jobs.job import FINISHED, STATES, TRANSITIONS, Job, is_id, new_id
+from server.jobs.sqlite_file import MIGRATIONS
 from server.jobs.sqlite_store import SqliteJobStore
 
 
@@ -33,8 +34,24 @@ def test_the_file_is_made_with_its_folder_and_kept(path: Path) -> None:
     again.close()
     with sqlite3.connect(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert file.execute("PRAGMA user_version").fetchone() == (1,)
+        assert file.execute("PRAGMA user_version").fetchone() == (2,)
     file.close()
+
+
+def test_a_job_of_a_file_without_policies_is_published_always(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    with sqlite3.connect(path) as file:
+        for statement in (*MIGRATIONS[0], "PRAGMA user_version = 1"):
+            file.execute(statement)
+        texts = {"id": new_id(1.0), "task": "t", "dataset": "d", "method": "linear", "state": "queued", "tenant": ""}
+        numbers = {"attempt": 0, "failures": 0, "max_attempts": 3, "priority": 0, "created_at": 1}
+        old = {**texts, **numbers, "cancel_requested": 0, "recipe": "{}", "progress": "{}", "metrics": "{}"}
+        file.execute(f"INSERT INTO jobs ({', '.join(old)}) VALUES ({', '.join('?' * len(old))})", [*old.values()])
+    file.close()
+    store = SqliteJobStore(path)
+    assert store.get(old["id"]).publish == "always"
+    assert store.claim("w", 30).id == old["id"]
+    store.close()
 
 
 def test_a_file_of_a_newer_lensrack_is_refused_and_left_alone(path: Path) -> None:
@@ -43,7 +60,7 @@ def test_a_file_of_a_newer_lensrack_is_refused_and_left_alone(path: Path) -> Non
         file.execute("PRAGMA user_version = 7")
     file.close()
     before = path.read_bytes()
-    with pytest.raises(Unavailable, match="schema 7, written by a newer lensrack; this one reads up to 1"):
+    with pytest.raises(Unavailable, match="schema 7, written by a newer lensrack; this one reads up to 2"):
         SqliteJobStore(path)
     assert path.read_bytes() == before
 

@@ -17,15 +17,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from server.datasets.archive import Limits, members
-from server.datasets.dataset import Dataset
+from server.datasets.dataset import Dataset, Example
 from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
 from server.datasets.gathering import Decode, Gathered
+from server.datasets.lineage import joined, without_lone
 from server.datasets.member_names import shown
 from server.engine import images
 from server.errors import NotFound, Unavailable
@@ -66,18 +68,35 @@ class DatasetStore:
                 folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
-    def ingest(self, archive_path: Path, *, name: str = "", progress: Progress | None = None) -> Dataset:
-        """Store an archive of class folders; content that is here already is the dataset that is here.
+    def ingest(
+        self, archive_path: Path, *, name: str = "", parent: str | None = None, progress: Progress | None = None
+    ) -> Dataset:
+        """Store an archive of class folders, with `parent` together with that dataset's pictures.
 
-        Raises `BadRequest` bad_archive or bad_dataset, `DiskFull`; then nothing is left of it.
+        Content that is here already is the dataset that is here. Raises `BadRequest` bad_archive or bad_dataset,
+        `NotFound` for the parent, `DiskFull`; then nothing is left of it.
         """
+        base = None if parent is None else self.get(parent)
         with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
             gathered = Gathered(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
             for number, member in enumerate(members(archive, self._limits), start=1):
                 gathered.add(member)
                 if progress is not None:
                     progress(number, gathered.bytes_read)
-            dataset = gathered.dataset(name=shown(" ".join(name.split()), MAX_NAME))
+            return self._keep(gathered.dataset(name=_called(name, base), parent=base), staging)
+
+    def extended(self, parent: str, more: Iterable[tuple[Example, Path]], *, name: str = "") -> Dataset:
+        """The pictures of a dataset and verified ones in files of their own on the same disk, as a new dataset.
+
+        A label that is new needs two pictures; one alone is left out and listed. A file that is gone by now is not
+        missed. Raises like `ingest`.
+        """
+        base = self.get(parent)
+        with disk(), self._staged() as staging:
+            linked = [example for example, path in more if _linked(path, staging / example.sha256)]
+            examples, skipped = without_lone(joined(base.examples, linked, self._max_images), base.labels)
+            named, now = _called(name, base), time.time()
+            dataset = Dataset.of(examples, skipped, name=named, created_at=now, parent=base.id)
             return self._keep(dataset, staging)
 
     def get(self, dataset_id: str) -> Dataset:
@@ -169,6 +188,8 @@ class DatasetStore:
         for sha256 in {example.sha256 for example in dataset.examples}:
             blob = self._blob(sha256)
             if not blob.exists():
+                if not (staging / sha256).exists():
+                    raise NotFound("the parent was deleted while pictures were added", code="dataset_not_found")
                 blob.parent.mkdir(exist_ok=True)
                 moved.add(sha256)
                 os.replace(staging / sha256, blob)
@@ -217,6 +238,22 @@ class DatasetStore:
             for path in dead:
                 shutil.rmtree(path)
         log.info("swept what %d interrupted ingests or deletions of datasets had left", len(dead))
+
+
+def _called(name: str, parent: Dataset | None) -> str:
+    printable = shown(" ".join(name.split()), MAX_NAME)
+    return printable or (parent.name if parent else "")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """A second name for a file, which costs no bytes; False when the file is gone."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass  # said of two splits or labels: staged already
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read_manifest(path: Path) -> Dataset | None:

@@ -14,6 +14,7 @@ from server.datasets.archive import Member, sniff
 from server.datasets.dataset import Dataset, Example, Skipped, bad
 from server.datasets.disk import write
 from server.datasets.layout import places
+from server.datasets.lineage import joined
 from server.datasets.member_names import shown
 from server.errors import ServiceError
 
@@ -48,7 +49,7 @@ class Gathered:
             raise bad(f"the archive has more than the {self._max_images:,} pictures allowed")
         self._pictures.append((member.path, self._stage(data), len(data), size))
 
-    def dataset(self, *, name: str) -> Dataset:
+    def dataset(self, *, name: str, parent: Dataset | None = None) -> Dataset:
         examples: list[Example] = []
         found = places([path for path, *_ in self._pictures])
         for (path, sha256, size, (width, height)), place in zip(self._pictures, found, strict=True):
@@ -59,7 +60,10 @@ class Gathered:
                 examples.append(Example(split, label, shown("/".join(path), 1024), sha256, size, width, height))
         if self._not_listed:
             self._skipped.append(Skipped("…", f"and {self._not_listed:,} more files"))
-        return Dataset.of(examples, self._skipped, name=name, created_at=time.time())
+        if parent is not None:
+            examples = joined(parent.examples, examples, self._max_images)
+        origin = parent.id if parent else None
+        return Dataset.of(examples, self._skipped, name=name, created_at=time.time(), parent=origin)
 
     def _stage(self, data: bytes) -> str:
         sha256 = hashlib.sha256(data).hexdigest()

@@ -27,6 +27,7 @@ Source: TypeAlias = str | os.PathLike[str] | IO[bytes]
 
 CHUNK_BYTES = 256 * 1024
 _HEAD_BYTES = 512  # one tar header
+_SUFFIXES = (".gz", ".zst", ".tgz", ".tzst", ".tar", ".zip")
 
 
 class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -102,7 +103,7 @@ class Archive:
 
 
 def open_archive(source: Source) -> Archive:
-    """A folder of class folders, an archive file (zip, tar, tar.gz) or an open binary file of one."""
+    """A folder of class folders, an archive file (zip, tar, tar.gz, tar.zst) or an open binary file of one."""
     if not isinstance(source, str | os.PathLike):
         return _from_file(source, owned=False)
     path = Path(source)
@@ -125,7 +126,7 @@ def _from_folder(folder: Path) -> Archive:
 
 def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
     filename = _filename(file)
-    name = filename.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar").removesuffix(".zip")
+    name = _without_suffix(filename)
     if not file.seekable():
         head = file.read(_HEAD_BYTES)
         return Archive(file, None, name, _content_type(head, filename), head=head, owned=owned)
@@ -133,6 +134,12 @@ def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
     file.seek(start)
     kind = _content_type(file.read(_HEAD_BYTES), filename)
     return Archive(file, end - start, name, kind, start=start, owned=owned)
+
+
+def _without_suffix(filename: str) -> str:
+    for suffix in _SUFFIXES:
+        filename = filename.removesuffix(suffix)
+    return filename
 
 
 def _filename(file: IO[bytes]) -> str:
@@ -155,9 +162,11 @@ def _content_type(head: bytes, name: str) -> str:
         return "application/zip"
     if head.startswith(b"\x1f\x8b"):
         return "application/gzip"
+    if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == b"\x2a\x4d\x18":
+        return "application/zstd"
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         return "application/x-tar"
-    raise InvalidInput(f"{name or 'the source'} is no archive: expected a folder, a zip, a tar or a tar.gz")
+    raise InvalidInput(f"{name or 'the source'} is no archive: expected a folder, a zip, a tar, a tar.gz or a tar.zst")
 
 
 def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:

@@ -29,7 +29,7 @@ _NEXT = {
     "version_in_use": "point its aliases elsewhere first: `lensrack alias TASK ALIAS VERSION`",
     "wrong_backbone": "use a server that runs the bundle's backbone, or train the task on this one",
     "job_finished": "there is nothing left to cancel",
-    "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar or tar.gz datasets",
+    "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar, tar.gz or tar.zst datasets",
     "unsupported_image": "send JPEG, PNG, WebP or BMP",
     "bad_image": "check that the file opens in an image viewer",
     "not_ready": "`lensrack health` says what the server is waiting for",

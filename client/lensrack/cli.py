@@ -221,7 +221,7 @@ def upload_dataset(
 ) -> None:
     """Store a folder of class folders; prints its id.
 
-    Also a zip, tar or tar.gz of one. Links are not followed, hidden files are left out.
+    Also a zip, tar, tar.gz or tar.zst of one. Links are not followed, hidden files are left out.
     """
     source: Path | BinaryIO = sys.stdin.buffer if str(path) == "-" else path
     with upload_bar(path.resolve().name) as progress:

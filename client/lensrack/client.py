@@ -206,7 +206,7 @@ class Datasets:
         self._send = client._send
 
     def upload(self, source: Source, *, name: str | None = None, progress: Progress | None = None) -> wire.Dataset:
-        """Store a folder of class folders, or a zip, tar or tar.gz of one.
+        """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one.
 
         `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
         that could not be read, and the links, which are not followed.

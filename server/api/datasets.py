@@ -39,7 +39,7 @@ async def upload(
     services: ServicesOf,
     name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
 ) -> wire.Dataset:
-    """Store a zip, tar or tar.gz of class folders, optionally under train/, val/ and test/."""
+    """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/."""
     guard.require_type(request.headers, guard.ARCHIVE_TYPES)
     async with uploads.received(request, services.settings.datasets_dir) as archive:
         if not archive.stat().st_size:

@@ -22,6 +22,7 @@ ARCHIVE_TYPES: Final = (
     "application/x-tar",
     "application/gzip",
     "application/x-gzip",
+    "application/zstd",
     "application/octet-stream",
 )
 _IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed")

@@ -1,4 +1,4 @@
-"""Hostile-input reading of zip, tar and tar.gz: an iterator of members, and nothing is ever unpacked by name.
+"""Hostile-input reading of zip, tar, tar.gz and tar.zst: an iterator of members, and nothing is ever unpacked by name.
 
 The kind is sniffed from the content. Whatever an archive claims about itself is checked before it is believed, and what
 it really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what was found.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Final, Literal
 
 from server.datasets.member_names import Names
 from server.datasets.metering import Limits, Member, refused
@@ -17,7 +17,9 @@ from server.datasets.zip_members import zip_members
 
 __all__ = ["Kind", "Limits", "Member", "members", "sniff"]
 
-Kind = Literal["zip", "tar", "tar.gz"]
+Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
+
+_SKIPPABLE_FRAMES: Final = tuple(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))  # RFC 8878, 3.1.2
 
 
 def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
@@ -26,12 +28,12 @@ def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
     file.seek(0)
     if kind is None:
         start = file.read(4).hex(" ") or "nothing"
-        raise refused(f"expected a zip, tar or tar.gz archive, got a file that begins with {start}")
+        raise refused(f"expected a zip, tar, tar.gz or tar.zst archive, got a file that begins with {start}")
     names = Names(limits.max_members)
     if kind == "zip":
         yield from zip_members(file, limits, names)
     else:
-        yield from tar_members(file, limits, names, zipped=kind == "tar.gz")
+        yield from tar_members(file, limits, names, kind)
 
 
 def sniff(head: bytes) -> Kind | None:
@@ -40,6 +42,8 @@ def sniff(head: bytes) -> Kind | None:
         return "zip"
     if head.startswith(b"\x1f\x8b"):
         return "tar.gz"
+    if head.startswith((b"\x28\xb5\x2f\xfd", *_SKIPPABLE_FRAMES)):
+        return "tar.zst"
     try:
         tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "replace")
     except (tarfile.HeaderError, ValueError):

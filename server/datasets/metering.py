@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from backports import zstd
+
 from server.errors import BadRequest
 
 MIB: Final = 2**20
@@ -21,6 +23,7 @@ DAMAGE: Final = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
+    zstd.ZstdError,
     struct.error,
     EOFError,
     ValueError,  # UnicodeDecodeError among them

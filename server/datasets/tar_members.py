@@ -1,4 +1,4 @@
-"""The members of a tar archive, gzipped or not, in one pass forward."""
+"""The members of a tar archive, plain or compressed by gzip or Zstandard, in one pass forward."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, BinaryIO, Final, Self, cast
 
+from backports import zstd
+
 from server.datasets.member_names import Names, is_litter, parts_of, shown
-from server.datasets.metering import MAX_READ_BYTES, Limits, Member, Meter, Metered, refused, refusing, too_much
+from server.datasets.metering import (
+    MAX_READ_BYTES,
+    Limits,
+    Member,
+    Meter,
+    Metered,
+    Readable,
+    refused,
+    refusing,
+    too_much,
+)
 
 BLOCK: Final = 512
 MAX_HEADER_BYTES: Final = 64 * 1024  # of one extended header, which tarfile reads into memory as a whole
+MAX_WINDOW_LOG: Final = 27  # 128 MiB, what the zstd tool itself takes without being asked: a frame may want 2 GiB
 PLAIN: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED: Final = (
     tarfile.XHDTYPE,
@@ -52,11 +65,10 @@ class _TarHeader(tarfile.TarInfo):
             raise refused(f"the archive's member {name!r} claims {self.size} bytes")
 
 
-def tar_members(file: BinaryIO, limits: Limits, names: Names, *, zipped: bool) -> Iterator[Member]:
+def tar_members(file: BinaryIO, limits: Limits, names: Names, kind: str) -> Iterator[Member]:
     packed_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
-    source = gzip.GzipFile(fileobj=file, mode="rb") if zipped else file
-    stream = Metered(source, Meter("the archive", packed_bytes, limits))
+    stream = Metered(_unpacked(file, kind), Meter("the archive", packed_bytes, limits))
     with refusing():
         archive = tarfile.open(  # noqa: SIM115  # closed by the `with` outside of `refusing`
             fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_TarHeader, encoding="utf-8", errors="replace"
@@ -78,6 +90,14 @@ def tar_members(file: BinaryIO, limits: Limits, names: Names, *, zipped: bool) -
     _drain(stream)
 
 
+def _unpacked(file: BinaryIO, kind: str) -> Readable:
+    if kind == "tar.gz":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if kind == "tar.zst":
+        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG})
+    return file
+
+
 def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """`next` instead of iteration, which would keep every header it has met."""
     while True:
@@ -90,7 +110,7 @@ def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _drain(stream: Metered) -> None:
-    """To the end, where gzip keeps its checksum."""
+    """To the end, where gzip and Zstandard keep their checksums."""
     with refusing():
         while stream.read(MAX_READ_BYTES):
             pass

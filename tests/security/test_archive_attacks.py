@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from backports import zstd
 from PIL import Image
 
 from server.datasets.dataset_store import DatasetStore
@@ -172,6 +173,13 @@ def sparse_tar() -> bytes:
     return tar_of((info, b""), format_=tarfile.PAX_FORMAT)
 
 
+def wide_window_zst(log: int) -> bytes:
+    """A frame that asks its reader for a window of 2^log bytes (RFC 8878, 3.1.1.1.2), with a tar in one raw block."""
+    content = tar_of()
+    block = (1 | len(content) << 3).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\0" + bytes([log - 10 << 3]) + block + content
+
+
 def pax_path_tar() -> bytes:
     info = tar_info("a/harmless.png")
     info.pax_headers = {"path": "../../outside.png"}
@@ -232,6 +240,25 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         "as a bomb does",
     ),
     "tar.gz: bomb behind the end mark": (lambda: gzip.compress(tar_of() + bytes(16 * MIB)), "as a bomb does"),
+    "tar.zst: bomb": (
+        lambda: zstd.compress(tar_of((tar_info("a/b.bmp", 16 * MIB), bytes(16 * MIB)))),
+        "as a bomb does",
+    ),
+    "tar.zst: bomb in what is passed over": (
+        lambda: zstd.compress(tar_of((tar_info("__MACOSX/b", 16 * MIB), bytes(16 * MIB)))),
+        "as a bomb does",
+    ),
+    "tar.zst: bomb behind the end mark": (lambda: zstd.compress(tar_of() + bytes(16 * MIB)), "as a bomb does"),
+    "tar.zst: bomb in a second frame": (
+        lambda: zstd.compress(tar_of()) + zstd.compress(bytes(16 * MIB)),
+        "as a bomb does",
+    ),
+    "tar.zst: more than is allowed, as declared": (lambda: zstd.compress(big_claim_tar()), "33,554,432 bytes allowed"),
+    "tar.zst: a window of 256 MiB": (lambda: wide_window_zst(28), "damaged or truncated"),
+    "tar.zst: a window of a terabyte": (lambda: wide_window_zst(40), "damaged or truncated"),
+    "tar.zst: parent folder": (lambda: zstd.compress(named_tar("../x.png")), "leads out of the archive"),
+    "tar.zst: truncated": (lambda: zstd.compress(tar_of())[:-9], "damaged or truncated"),
+    "tar.zst: a second frame that is none": (lambda: zstd.compress(tar_of()) + b"junk" * 4, "damaged or truncated"),
     "zip: too many members": (lambda: zip_of(*[(f"a/{n}.txt", b"") for n in range(1300)]), "1,200 members"),
     "tar: too many members": (lambda: tar_of(*[(tar_info(f"a/{n}.txt"), b"") for n in range(1300)]), "1,200 members"),
     "zip: more members than it admits": (crowded_zip, "1,200 members"),
@@ -264,7 +291,9 @@ def tree(folder: Path) -> set[str]:
 
 def test_the_good_part_of_every_attack_is_accepted(store: DatasetStore, tmp_path: Path) -> None:
     """Otherwise a refusal below could be for another reason."""
-    for number, data in enumerate([zip_of(), tar_of(), gzip.compress(tar_of(format_=tarfile.PAX_FORMAT))]):
+    for number, data in enumerate(
+        [zip_of(), tar_of(), gzip.compress(tar_of(format_=tarfile.PAX_FORMAT)), wide_window_zst(27)]
+    ):
         archive = tmp_path / f"good-{number}"
         archive.write_bytes(data)
         assert store.ingest(archive).splits == {"train": {"a": 2, "b": 2}}

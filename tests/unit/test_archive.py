@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 
 import pytest
+from backports import zstd
 
 from server.datasets.archive import Limits, members, sniff
 from server.errors import BadRequest
@@ -45,6 +46,13 @@ def as_tar_gz(files: dict[str, bytes]) -> bytes:
     return gzip.compress(as_tar(files))
 
 
+def as_tar_zst(files: dict[str, bytes]) -> bytes:
+    """With its length and a checksum, as the zstd tool writes it."""
+    return zstd.compress(as_tar(files), options={zstd.CompressionParameter.checksum_flag: 1})
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18\x04\0\0\0pzst"  # pzstd begins with such a frame
+
 MAKERS: dict[str, Make] = {
     "zip": as_zip,
     "stored zip": lambda files: as_zip(files, zipfile.ZIP_STORED),
@@ -52,6 +60,10 @@ MAKERS: dict[str, Make] = {
     "gnu tar": lambda files: as_tar(files, tarfile.GNU_FORMAT),
     "tar.gz": as_tar_gz,
     "tar.gz in two pieces": lambda files: gzip.compress(as_tar(files)[:700]) + gzip.compress(as_tar(files)[700:]),
+    "tar.zst": as_tar_zst,
+    "tar.zst in three frames": lambda files: (
+        SKIPPABLE + zstd.compress(as_tar(files)[:700]) + zstd.compress(as_tar(files)[700:])
+    ),
 }
 each_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -77,6 +89,7 @@ def test_kinds_are_told_by_content() -> None:
     assert sniff(as_zip({})[:512]) == "zip"
     assert sniff(as_tar(FILES)[:512]) == "tar"
     assert sniff(as_tar_gz(FILES)[:512]) == "tar.gz"
+    assert sniff(as_tar_zst(FILES)[:512]) == sniff(SKIPPABLE) == "tar.zst"
     old = bytearray(as_tar({"a": b"b"}, tarfile.USTAR_FORMAT)[:512])
     old[257:265] = bytes(8)  # an old v7 archive has no magic
     old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:512]))
@@ -88,12 +101,13 @@ def test_kinds_are_told_by_content() -> None:
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 a picture", bytes(10_240)])
 def test_other_files_are_refused_with_what_was_expected_and_what_came(data: bytes) -> None:
     detail = refusal(data)
-    assert "expected a zip, tar or tar.gz" in detail
+    assert "expected a zip, tar, tar.gz or tar.zst" in detail
     assert (data[:4].hex(" ") or "nothing") in detail
 
 
-def test_gzip_without_a_tar_inside_is_refused() -> None:
+def test_a_packed_file_without_a_tar_inside_is_refused() -> None:
     assert "damaged" in refusal(gzip.compress(b"just text " * 200))
+    assert "damaged" in refusal(zstd.compress(b"just text " * 200))
 
 
 @each_kind
@@ -132,8 +146,13 @@ def test_members_need_not_be_read_and_can_be_read_in_part(make: Make) -> None:
 def test_an_archive_cut_anywhere_is_refused(make: Make) -> None:
     data = make(FILES)
     generator = random.Random(1)
-    ends = {len(data) - 1, len(data) // 2, 600} | {generator.randrange(513, len(data)) for _ in range(40)}
-    if data[:2] not in (b"PK", b"\x1f\x8b"):  # tar ends in zeros, and any two blocks of them are an end
+    ends = {len(data) - 1, len(data) // 2, 520} | {generator.randrange(513, len(data)) for _ in range(40)}
+    if data[:2] not in (
+        b"PK",
+        b"\x1f\x8b",
+        b"\x28\xb5",
+        SKIPPABLE[:2],
+    ):  # tar ends in zeros, and any two blocks of them are an end
         ends = {end for end in ends if end < len(data.rstrip(b"\0"))}
     for end in ends:
         assert "truncated" in refusal(data[:end])
@@ -162,6 +181,9 @@ def test_damaged_content_is_noticed_by_its_checksum() -> None:
     assert "damaged" in refusal(bytes(data))
     packed = bytearray(as_tar_gz(FILES))
     packed[-6] ^= 1
+    assert "damaged" in refusal(bytes(packed))
+    packed = bytearray(as_tar_zst(FILES))
+    packed[-2] ^= 1
     assert "damaged" in refusal(bytes(packed))
 
 

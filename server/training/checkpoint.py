@@ -2,15 +2,17 @@
 
 Everything random in an epoch is drawn from the recipe's seed and the epoch's number, so there is no generator to keep:
 parameters, the optimiser's own tensors and the curves are the whole state, and a fit that goes on from them ends with
-the very bits of one that was never interrupted.
+the very bits of one that was never interrupted. A search's trials are repeatable as well: which are done, and what they
+gave, is all that has to be kept of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +22,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `epoch` epochs. optimizer: the optimiser's state by "parameter number/name"."""
+    """After `epoch` epochs. optimizer: the optimiser's state by "parameter number/name".
 
-    epoch: int
-    params: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    losses: list[float]
-    accuracies: list[float]
+    curves: name → one value an epoch. best: the parameters of the best epoch so far, where the recipe has patience.
+    passes: pictures that went through the backbone.
+    trials: the finished trials of the search that this fit belongs to; with `epoch` 0 the fit itself has not begun.
+    """
+
+    epoch: int = 0
+    params: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    passes: int = 0
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -45,12 +54,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+_GROUPS = ("params", "optimizer", "best")
+_TOLD = ("epoch", "curves", "passes", "trials")
+
+
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Whole or not at all: temporary file, fsync, rename."""
-    tensors = {f"params/{name}": value for name, value in checkpoint.params.items()}
-    tensors |= {f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()}
-    told = {"epoch": checkpoint.epoch, "losses": checkpoint.losses, "accuracies": checkpoint.accuracies}
-    data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, {"fit": json.dumps(told)})
+    tensors = {
+        f"{group}/{name}": value.detach().cpu().contiguous()
+        for group in _GROUPS
+        for name, value in getattr(checkpoint, group).items()
+    }
+    told = {name: getattr(checkpoint, name) for name in _TOLD}
+    data = save(tensors, {"fit": json.dumps(told)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as file:
@@ -66,13 +82,8 @@ def read(path: Path) -> Checkpoint | None:
         with safe_open(path, "pt") as file:
             told = json.loads(file.metadata()["fit"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
-        return Checkpoint(
-            epoch=told["epoch"],
-            params=_under("params/", tensors),
-            optimizer=_under("optimizer/", tensors),
-            losses=told["losses"],
-            accuracies=told["accuracies"],
-        )
+        groups: dict[str, Any] = {group: _under(f"{group}/", tensors) for group in _GROUPS}
+        return Checkpoint(**{name: told[name] for name in _TOLD}, **groups)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -1,28 +1,74 @@
-"""Labelled pictures as arrays: decoded once, cut once, kept as uint8 until they are on the device."""
+"""Labelled pictures for a fit, and how they are split. Where their pixels come from is an `Images`' affair."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.engine.images import Geometry, decode, fit
 
+from .augment import Views
+
+Index = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+
+
+class Images(Protocol):
+    """The pixels of a number of pictures, read when they are wanted."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: Index, views: Views | None = None) -> Pixels:
+        """uint8 [k, S, S, 3] in the order of `index`: cut as the server cuts them, or as row i of `views` says."""
+        ...
+
+    def take(self, index: Index) -> Images: ...
+
+    @property
+    def digest(self) -> str | None:
+        """Names the pixels that `read` gives without views; None where nobody has worked one out."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Pictures that lie cut and ready in one array, uint8 [n, S, S, 3]."""
+
+    pixels: Pixels
+    digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: Index, views: Views | None = None) -> Pixels:
+        found = self.pixels[index]
+        return found if views is None else views.applied(found)
+
+    def take(self, index: Index) -> InMemory:
+        return InMemory(self.pixels[index], None if self.digest is None else _part(self.digest, index))
+
+
+def _part(digest: str, index: Index) -> str:
+    return hashlib.sha256(digest.encode() + b"\0" + np.ascontiguousarray(index, "<i8").tobytes()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Pictures:
-    """images: uint8 [n, S, S, 3]; targets: int64 [n], indices into the labels."""
+    """targets: int64 [n], indices into the labels; `images` has the same n."""
 
-    images: NDArray[np.uint8]
+    images: Images
     targets: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, index: NDArray[np.int64]) -> Pictures:
-        return Pictures(self.images[index], self.targets[index])
+    def take(self, index: Index) -> Pictures:
+        return Pictures(self.images.take(index), self.targets[index])
 
 
 @dataclass(frozen=True)
@@ -53,7 +99,7 @@ def read_pictures(
         image[...] = fit(decode(source.read(), max_pixels=max_pixels), geometry)
         if on_picture is not None:
             on_picture()
-    return Pictures(images, np.array([source.target for source in sources], np.int64))
+    return Pictures(InMemory(images), np.array([source.target for source in sources], np.int64))
 
 
 def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pictures]:

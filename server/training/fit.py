@@ -1,14 +1,14 @@
 """Fitting: parameters → lens → the one forward → loss, and back. The backbone stays frozen.
 
-Every random choice (initial parameters, order of the pictures, prompt dropout) comes from a generator seeded by the
+A fit is a generator (see `together`): it yields what it wants of the backbone and never runs it itself. Every random
+choice (initial parameters, order of the pictures, their views, prompt dropout) comes from a generator seeded by the
 recipe's seed and the epoch, so an epoch can be repeated without the ones before it.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,73 +20,38 @@ from torch import Tensor
 
 from server.engine import vit
 from server.engine.backbone import Backbone
-from server.engine.engine import normalise
-from server.engine.lens import Lens, Plain, condition
+from server.engine.lens import Lens, condition
 from server.methods.method import Method, Params
 
+from . import augment, metrics
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .data import Pictures, Splits
+from .data import Pictures, Pixels, Splits
+from .frozen import EVAL_BATCH, FrozenFeatures
+from .optimizer import lr_scale, make_optimizer, set_lr
+from .progress import Clock, Progress, Watcher, nobody
 from .recipe import Recipe
-
-NO_DECAY = ("head.bias",)  # as the official VPT code
-EVAL_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a fit is, for whoever watches: after each step, and once more when an epoch has been judged.
-
-    `loss` is the step's, at an epoch's end the epoch's mean; `eta_s` is None until an epoch has been timed.
-    """
-
-    epoch: int = 0
-    epochs: int = 0
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    val_accuracy: float | None = None
-    eta_s: float | None = None
-    epoch_ended: bool = False
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The outcome: parameters in float32 on the CPU, and what they achieve."""
-
-    params: dict[str, NDArray[np.float32]]
-    prompt_lengths: tuple[int, ...]
-    metrics: dict[str, Any]
-
-
-Watcher = Callable[[Progress], None]
-
+from .together import Ask, Fitting, alone
 
 Keeper = Callable[[Checkpoint], None]
-
-
-def nobody(progress: Progress) -> None:
-    """For a fit that nobody watches."""
 
 
 def nowhere(checkpoint: Checkpoint) -> None:
     """For a fit that is not to be resumed."""
 
 
-@dataclass
-class _Fit:
-    """One fit under way."""
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome: parameters in float32 on the CPU, the recipe that led to them, and what they achieve."""
 
-    backbone: Backbone
     method: Method
     recipe: Recipe
+    params: dict[str, NDArray[np.float32]]
     prompt_lengths: tuple[int, ...]
-    params: Params
-    mean: Tensor
-    std: Tensor
-    watch: Watcher
-    keep: Keeper
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    metrics: dict[str, Any]
+
+
+class DivergedError(ArithmeticError):
+    """The loss is no longer finite; the message says what to try."""
 
 
 def fit(
@@ -100,95 +65,42 @@ def fit(
     keep: Keeper = nowhere,
     resume: Checkpoint | None = None,
 ) -> Fitted:
-    """Fit `method` on the training pictures for `labels` classes.
+    """One fit by itself: see `fitting`."""
+    return alone(backbone, fitting(backbone, method, splits, labels, recipe, watch=watch, keep=keep, resume=resume))
+
+
+def fitting(
+    backbone: Backbone,
+    method: Method,
+    splits: Splits,
+    labels: int,
+    recipe: Recipe,
+    *,
+    watch: Watcher = nobody,
+    keep: Keeper = nowhere,
+    resume: Checkpoint | None = None,
+    frozen: FrozenFeatures | None = None,
+) -> Fitting[Fitted]:
+    """Fit `method` on the training pictures for `labels` classes; `together.run` runs it.
 
     `watch` is called after every step; what it raises ends the fit, which is how a job is cancelled within a step.
     `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
+    `frozen` shares features between fits on the same pictures. Raises DivergedError.
     """
-    spec = backbone.spec
-    lengths = method.prompt_lengths(spec, recipe.prompts)
-    params = method.init(spec, lengths, labels, _generator(recipe.seed, 0))
-    if resume is not None:
+    lengths = method.prompt_lengths(backbone.spec, recipe.prompts)
+    params = method.init(backbone.spec, lengths, labels, seeded(recipe.seed, 0))
+    if resume is not None and resume.epoch:
         params = {name: resume.params[name].clone() for name in params}
     params = {name: value.to(backbone.device).requires_grad_(True) for name, value in params.items()}
-    own = spec.preprocess
-    run = _Fit(
-        backbone,
-        method,
-        recipe,
-        lengths,
-        params,
-        torch.tensor([own.mean], device=backbone.device),
-        torch.tensor([own.std], device=backbone.device),
-        watch,
-        keep,
-    )
-    inputs, evaluation = _inputs(run, splits.train), _inputs(run, splits.val)
-    optimise(run, inputs, evaluation, resume)
-    metrics = _metrics(run, evaluation, splits)
-    return Fitted({name: value.detach().float().cpu().numpy() for name, value in params.items()}, lengths, metrics)
-
-
-def optimise(run: _Fit, train: _Inputs, val: _Inputs, resume: Checkpoint | None) -> None:
-    """All epochs of a fit that are still to do: steps over shuffled batches, then the validation accuracy."""
-    recipe, done = run.recipe, 0
-    optimizer = make_optimizer(run.params, recipe)
-    if resume is not None:
-        restore_optimizer(optimizer, resume.optimizer)
-        done, run.losses, run.accuracies = resume.epoch, list(resume.losses), list(resume.accuracies)
-    clock = _Clock(recipe.epochs - done)
-    for epoch in range(done + 1, recipe.epochs + 1):
-        loss, steps = _epoch(run, optimizer, train, epoch, lambda now: clock.eta_s(now - done))
-        run.losses.append(loss)
-        run.accuracies.append(float((predict(run, val).argmax(1) == val.targets.numpy()).mean()))
-        run.keep(Checkpoint(epoch, run.params, optimizer_tensors(optimizer), run.losses, run.accuracies))
-        left_s = clock.eta_s(epoch - done)
-        run.watch(Progress(epoch, recipe.epochs, steps, steps, loss, run.accuracies[-1], left_s, epoch_ended=True))
-
-
-def _epoch(
-    run: _Fit, optimizer: torch.optim.Optimizer, train: _Inputs, epoch: int, eta_s: Callable[[float], float | None]
-) -> tuple[float, int]:
-    """One pass over the training pictures in an order of its own. Returns the mean loss and the number of steps."""
-    recipe, total = run.recipe, 0.0
-    generator = _generator(recipe.seed, epoch)
-    batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
-    before = run.accuracies[-1] if run.accuracies else None
-    for step, index in enumerate(batches, start=1):
-        now = epoch - 1 + step / len(batches)
-        set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
-        loss = _step(run, optimizer, train, index, generator)
-        total += loss * len(index)
-        run.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, before, eta_s(now)))
-    return total / len(train.targets), len(batches)
-
-
-def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum as the VPT paper, or AdamW; no weight decay on the head's bias."""
-    groups: list[dict[str, Any]] = [
-        {"params": [value for name, value in params.items() if name not in NO_DECAY]},
-        {"params": [value for name, value in params.items() if name in NO_DECAY], "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
-
-
-def lr_scale(recipe: Recipe, epoch: float) -> float:
-    """Warm-up from 0, then a cosine to 0. `epoch` counts from 0 and may be a fraction."""
-    if epoch < recipe.warmup_epochs:
-        return epoch / recipe.warmup_epochs
-    rest = max(recipe.epochs - recipe.warmup_epochs, 1e-9)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - recipe.warmup_epochs) / rest)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    weights = class_weights(splits.train.targets, labels) if recipe.class_weights == "balanced" else None
+    run = _Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
+    train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
+    yield from run.optimise(train, val, resume)
+    return (yield from run.finished(train, val, splits.test))
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What a batch is cut from: pictures, or, where nothing before the head is trained, their frozen features."""
 
     pictures: Pictures
@@ -196,115 +108,205 @@ class _Inputs:
     targets: Tensor  # [n]
 
 
-def _inputs(run: _Fit, pictures: Pictures) -> _Inputs:
-    """Frozen features do not change from epoch to epoch: computed once for methods that train a head only."""
-    targets = torch.from_numpy(pictures.targets)
-    if not _head_only(run):
-        return _Inputs(pictures, None, targets)
-    with torch.inference_mode():
-        found = [vit.forward(run.backbone, vit.embed(run.backbone, x), Plain()) for x in _batches(run, pictures)]
-    return _Inputs(pictures, torch.cat(found).clone(), targets)
+@dataclass
+class _Fit:
+    """One fit under way."""
+
+    backbone: Backbone
+    method: Method
+    recipe: Recipe
+    prompt_lengths: tuple[int, ...]
+    params: Params
+    weights: Tensor | None
+    frozen: FrozenFeatures
+    watch: Watcher
+    keep: Keeper
+    best: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "val_accuracy": [], "val_nll": []})
+    passes: int = 0
+
+    def inputs(self, pictures: Pictures) -> Fitting[Inputs]:
+        """Frozen features do not change from epoch to epoch: computed once for methods that train a head only."""
+        targets = torch.from_numpy(pictures.targets)
+        if not self._head_only() or self.recipe.augment != "none":
+            return Inputs(pictures, None, targets)
+        self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
+        return Inputs(pictures, (yield from self.frozen.of(pictures.images)), targets)
+
+    # --- epochs -------------------------------------------------------------------------------------------------------
+
+    def optimise(self, train: Inputs, val: Inputs, resume: Checkpoint | None) -> Fitting[None]:
+        """All epochs that are still to do: steps over shuffled batches, then the look at the validation pictures."""
+        recipe, done = self.recipe, 0
+        optimizer = make_optimizer(self.params, recipe)
+        if resume is not None and resume.epoch:
+            restore_optimizer(optimizer, resume.optimizer)
+            done, self.passes, self.best = resume.epoch, resume.passes, {**resume.best}
+            self.curves = {name: list(values) for name, values in resume.curves.items()}
+        clock = Clock(recipe.epochs - done)
+        for epoch in range(done + 1, recipe.epochs + 1):
+            if self._out_of_patience():
+                break
+            loss, steps = yield from self._epoch(optimizer, train, epoch, lambda now: clock.eta_s(now - done))
+            logits = yield from self.logits(val)
+            self._note(loss, logits, val)
+            self.keep(Checkpoint(epoch, self.params, optimizer_tensors(optimizer), self.best, self.curves, self.passes))
+            accuracy, left_s = self.curves["val_accuracy"][-1], clock.eta_s(epoch - done)
+            self.watch(Progress(epoch, recipe.epochs, steps, steps, loss, accuracy, left_s, epoch_ended=True))
+
+    def _epoch(
+        self, optimizer: torch.optim.Optimizer, train: Inputs, epoch: int, eta_s: Callable[[float], float | None]
+    ) -> Fitting[tuple[float, int]]:
+        """One pass over the training pictures in an order of its own. Returns the mean loss and the number of steps."""
+        recipe, total = self.recipe, 0.0
+        generator = seeded(recipe.seed, epoch)
+        batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
+        views = augment.draw(recipe.augment, len(train.targets), generator)
+        before = self.curves["val_accuracy"][-1] if self.curves["val_accuracy"] else None
+        for step, index in enumerate(batches, start=1):
+            now = epoch - 1 + step / len(batches)
+            set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
+            picked = index.numpy()
+            pixels = None if train.features is not None else train.pictures.images.read(picked, _of(views, picked))
+            loss = yield from self._step(optimizer, train, index, pixels, generator)
+            total += loss * len(index)
+            self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, before, eta_s(now)))
+        return total / len(train.targets), len(batches)
+
+    def _step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        train: Inputs,
+        index: Tensor,
+        pixels: Pixels | None,
+        generator: torch.Generator,
+    ) -> Fitting[float]:
+        """One optimiser step on the pictures `index`. Returns the batch's mean loss."""
+        targets = train.targets[index].to(self.backbone.device)
+        lens = self._lens(self._drop_prompts(len(index), generator))
+        optimizer.zero_grad(set_to_none=True)
+        if pixels is None:
+            assert train.features is not None
+            loss = self._loss(train.features[index], lens, targets)
+            loss.backward()
+        else:
+            self.passes += len(index)
+            x = self.frozen.embedded(pixels)
+            loss = yield Ask(x, condition(lens, len(index)), lambda features: self._loss(features, lens, targets))
+        optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            recipe = self.recipe
+            hint = f"try a smaller learning rate than {recipe.lr:g} ({recipe.optimizer})"
+            raise DivergedError(f"the loss became {value}; {hint}")
+        return value
+
+    def _loss(self, features: Tensor, lens: Lens, targets: Tensor) -> Tensor:
+        logits = vit.head(features, lens.head_weight, lens.head_bias).float()
+        return F.cross_entropy(logits, targets, self.weights, label_smoothing=self.recipe.label_smoothing)
+
+    def _drop_prompts(self, rows: int, generator: torch.Generator) -> Params:
+        """Prompt dropout differs from sample to sample, as in the official VPT code: prompts become [B, Σp, D]."""
+        rate = self.recipe.prompt_dropout
+        if rate == 0 or "prompts" not in self.params:
+            return self.params
+        prompts = self.params["prompts"]
+        keep = torch.rand(rows, *prompts.shape, generator=generator) >= rate
+        return {**self.params, "prompts": prompts * keep.to(prompts.device) / (1 - rate)}
+
+    # --- judging ------------------------------------------------------------------------------------------------------
+
+    def logits(self, inputs: Inputs) -> Fitting[NDArray[np.float64]]:
+        """Logits [n, C] of all pictures, without dropout and without views."""
+        found = []
+        with torch.inference_mode():
+            lens = self._lens(self.params)
+        for index in torch.arange(len(inputs.targets)).split(EVAL_BATCH):
+            if inputs.features is not None:
+                features = inputs.features[index]
+            else:
+                self.passes += len(index)
+                x = self.frozen.embedded(inputs.pictures.images.read(index.numpy()))
+                features = yield Ask(x, condition(lens, len(index)))
+            with torch.inference_mode():
+                found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
+        return np.concatenate(found)
+
+    def _note(self, loss: float, logits: NDArray[np.float64], val: Inputs) -> None:
+        targets, losses = val.pictures.targets, self.curves["val_nll"]
+        nll = metrics.nll(logits, targets)
+        if self.recipe.patience and nll <= min(losses, default=math.inf):
+            self.best = {name: value.detach().clone() for name, value in self.params.items()}
+        self.curves["loss"].append(loss)
+        self.curves["val_accuracy"].append(metrics.accuracy(logits, targets))
+        losses.append(nll)
+
+    def _out_of_patience(self) -> bool:
+        losses = self.curves["val_nll"]
+        return bool(self.recipe.patience and losses) and len(losses) - self._best_epoch() >= self.recipe.patience
+
+    def _best_epoch(self) -> int:
+        """From 1; the later one of equals."""
+        losses = self.curves["val_nll"]
+        return len(losses) - int(np.argmin(losses[::-1]))
+
+    # --- the outcome --------------------------------------------------------------------------------------------------
+
+    def finished(self, train: Inputs, val: Inputs, test: Pictures | None) -> Fitting[Fitted]:
+        """The parameters that count, calibrated on the validation pictures, and what they achieve."""
+        if self.best:
+            self.params = self.best
+        logits = yield from self.logits(val)
+        heat = metrics.temperature(logits, val.pictures.targets)
+        found: dict[str, Any] = {
+            "train_images": len(train.targets),
+            "train_loss": round(self.curves["loss"][-1], 6),
+            "temperature": round(heat, 6),
+            "ece_uncalibrated": round(metrics.calibration_error(logits, val.pictures.targets), 6),
+            **_named("val", metrics.judged(logits / heat, val.pictures.targets)),
+            "curve": {name: [round(x, 5) for x in values] for name, values in self.curves.items()},
+        }
+        if self.recipe.patience:
+            found["best_epoch"] = self._best_epoch()
+        if test is not None:
+            seen = yield from self.inputs(test)
+            judged = metrics.judged((yield from self.logits(seen)) / heat, test.targets)
+            found |= _named("test", judged)
+        found["forward_passes"] = self.passes
+        params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, heat)
+        arrays = {name: value.numpy() for name, value in params.items()}
+        return Fitted(self.method, self.recipe, arrays, self.prompt_lengths, found)
+
+    # --- the backbone's inputs ----------------------------------------------------------------------------------------
+
+    def _head_only(self) -> bool:
+        with torch.inference_mode():
+            return self._lens(self.params).head_only
+
+    def _lens(self, params: Params) -> Lens:
+        cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}
+        return self.method.lower(self.backbone, cast, self.prompt_lengths)
 
 
-def _head_only(run: _Fit) -> bool:
-    with torch.inference_mode():
-        return _lens(run, run.params).head_only
+def class_weights(targets: NDArray[np.int64], labels: int) -> Tensor:
+    """n / (C · n_c) of each class [C]: a class's pictures together weigh the same, however few they are."""
+    counts = np.bincount(targets, minlength=labels)
+    return torch.from_numpy(len(targets) / (labels * np.maximum(counts, 1))).float()
 
 
-def _step(
-    run: _Fit, optimizer: torch.optim.Optimizer, train: _Inputs, index: Tensor, generator: torch.Generator
-) -> float:
-    """One optimiser step on the pictures `index`. Returns the batch's mean cross-entropy."""
-    params = _drop_prompts(run, len(index), generator)
-    loss = F.cross_entropy(_logits(run, train, index, params), train.targets[index].to(run.backbone.device))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    value = loss.item()
-    if not math.isfinite(value):
-        raise DivergedError(
-            f"the loss became {value}; try a smaller learning rate than {run.recipe.lr:g} ({run.recipe.optimizer})"
-        )
-    return value
-
-
-class DivergedError(ArithmeticError):
-    """The loss is no longer finite; the message says what to try."""
-
-
-def _drop_prompts(run: _Fit, rows: int, generator: torch.Generator) -> Params:
-    """Prompt dropout differs from sample to sample, as in the official VPT code: prompts become [B, Σp, D]."""
-    rate = run.recipe.prompt_dropout
-    if rate == 0 or "prompts" not in run.params:
-        return run.params
-    prompts = run.params["prompts"]
-    keep = torch.rand(rows, *prompts.shape, generator=generator) >= rate
-    return {**run.params, "prompts": prompts * keep.to(prompts.device) / (1 - rate)}
-
-
-def _lens(run: _Fit, params: Params) -> Lens:
-    cast = {name: value.to(run.backbone.dtype) for name, value in params.items()}
-    return run.method.lower(run.backbone, cast, run.prompt_lengths)
-
-
-def _logits(run: _Fit, inputs: _Inputs, index: Tensor, params: Params) -> Tensor:
-    lens = _lens(run, params)
-    if inputs.features is not None:
-        features = inputs.features[index]
-    else:
-        x = vit.embed(run.backbone, _pixels(run, inputs.pictures.images[index.numpy()]))
-        features = vit.forward(run.backbone, x, condition(lens, len(index)))
-    return vit.head(features, lens.head_weight, lens.head_bias).float()
-
-
-def _pixels(run: _Fit, images: NDArray[np.uint8]) -> Tensor:
-    return normalise(torch.from_numpy(images).to(run.backbone.device), run.mean, run.std, run.backbone.dtype)
-
-
-def _batches(run: _Fit, pictures: Pictures) -> Iterator[Tensor]:
-    for start in range(0, len(pictures), EVAL_BATCH):
-        yield _pixels(run, pictures.images[start : start + EVAL_BATCH])
-
-
-def predict(run: _Fit, inputs: _Inputs) -> NDArray[np.float32]:
-    """Logits [n, C] of all pictures, without dropout."""
-    with torch.inference_mode():
-        index = torch.arange(len(inputs.targets))
-        found = [_logits(run, inputs, part, run.params) for part in index.split(EVAL_BATCH)]
-        return torch.cat(found).cpu().numpy()
-
-
-def _metrics(run: _Fit, val: _Inputs, splits: Splits) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        "val_accuracy": accuracy(predict(run, val), val.targets.numpy()),
-        "val_images": len(splits.val),
-        "train_images": len(splits.train),
-        "train_loss": round(run.losses[-1], 6),
-        "curve": {"loss": [round(x, 5) for x in run.losses], "val_accuracy": [round(x, 5) for x in run.accuracies]},
-    }
-    if splits.test is not None:
-        test = _inputs(run, splits.test)
-        metrics["test_accuracy"] = accuracy(predict(run, test), test.targets.numpy())
-        metrics["test_images"] = len(splits.test)
-    return metrics
-
-
-def accuracy(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
-    return round(float((logits.argmax(1) == targets).mean()), 6)
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
+def seeded(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-class _Clock:
-    """Time left, from the time an epoch has taken so far."""
+def _of(views: augment.Views | None, index: NDArray[np.int64]) -> augment.Views | None:
+    return None if views is None else views.take(index)
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs, self._started = epochs, time.perf_counter()
 
-    def eta_s(self, done: float) -> float | None:
-        """`done` epochs, a fraction included, are over."""
-        if done < 1:
-            return None
-        return round((time.perf_counter() - self._started) / done * (self._epochs - done), 1)
+def _named(split: str, judged: dict[str, Any]) -> dict[str, Any]:
+    """The figures people look for first stand by themselves; the rest under the split's name."""
+    return {f"{split}_accuracy": judged["accuracy"], f"{split}_images": judged["images"], split: judged}
+
+
+def _calibrated(params: Params, heat: float) -> Params:
+    """Dividing the head by the temperature divides the logits: the served scores are calibrated at no cost."""
+    return {name: value / heat if name in ("head.weight", "head.bias") else value for name, value in params.items()}

@@ -7,10 +7,18 @@ manifest records is the whole: nobody has to know the defaults of the day to rep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final, get_args
 
 from server.errors import Unprocessable
+
+from .augment import Augment
+
+_CHOICES: Final = {
+    "optimizer": ("sgd", "adamw"),
+    "augment": get_args(Augment),
+    "class_weights": ("none", "balanced"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,8 @@ class Recipe:
 
     Schedule: linear warm-up over `warmup_epochs`, then a cosine to zero, per step. `validation` is the share of the
     training images held out, class by class, where the dataset has no validation split.
+    `class_weights`: `balanced` weighs a class by the inverse of its share. `patience`: stop when the validation loss
+    has not improved for so many epochs, and keep the best epoch's parameters; 0 runs to the end and keeps the last's.
     """
 
     epochs: int = 20
@@ -30,6 +40,10 @@ class Recipe:
     warmup_epochs: int = 2
     prompts: int = 10
     prompt_dropout: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: str = "none"
+    augment: Augment = "none"
+    patience: int = 0
     validation: float = 0.15
     seed: int = 0
 
@@ -48,7 +62,8 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
         raise Unprocessable(f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr'})}")
     recipe = Recipe(**{**defaults, **asked})
     if base_lr is not None:
-        recipe = Recipe(**{**asdict(recipe), "lr": base_lr * recipe.batch_size / 256})
-    if recipe.optimizer not in ("sgd", "adamw"):
-        raise Unprocessable(f"unknown optimizer {recipe.optimizer!r}: expected 'sgd' or 'adamw'")
-    return Recipe(**{**asdict(recipe), "warmup_epochs": min(recipe.warmup_epochs, recipe.epochs - 1)})
+        recipe = replace(recipe, lr=base_lr * recipe.batch_size / 256)
+    for name, choices in _CHOICES.items():
+        if (value := getattr(recipe, name)) not in choices:
+            raise Unprocessable(f"unknown {name} {value!r}: expected {' or '.join(map(repr, choices))}")
+    return replace(recipe, warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1))

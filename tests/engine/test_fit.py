@@ -13,8 +13,10 @@ from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.training import checkpoint
-from server.training.data import Pictures, Splits, hold_out
-from server.training.fit import DivergedError, Fitted, Progress, fit, lr_scale
+from server.training.data import InMemory, Pictures, Splits, hold_out
+from server.training.fit import DivergedError, Fitted, fit
+from server.training.optimizer import lr_scale
+from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
 from tests.engine.golden_cases import Bench, backbone
 
@@ -35,7 +37,7 @@ def stripes(n: int, seed: int) -> Pictures:
     for index, (target, shift) in enumerate(zip(targets, phase, strict=True)):
         wave = (90 * (np.sin((np.arange(64) + shift) / 3) > 0)).astype(np.uint8)
         images[index] += wave[:, None, None] if target == 0 else wave[None, :, None] if target == 1 else 45
-    return Pictures(images, targets.astype(np.int64))
+    return Pictures(InMemory(images), targets.astype(np.int64))
 
 
 SPLITS = Splits(stripes(60, 1), stripes(30, 2), stripes(30, 3))
@@ -66,7 +68,7 @@ def test_the_served_answers_are_those_that_were_fitted(eye: Backbone, method: st
         lens = Registry().get(method).lower(eye, params, found.prompt_lengths)
     own = eye.spec.preprocess
     seat = bench.seat(lens, own.mean[0], own.std[0])
-    rows = Engine(eye, bench.rack).run([(image, seat) for image in SPLITS.val.images])
+    rows = Engine(eye, bench.rack).run([(image, seat) for image in SPLITS.val.images.read(np.arange(30))])
     right = np.mean([row.argmax() for row in rows] == SPLITS.val.targets)
     assert right == pytest.approx(found.metrics["val_accuracy"], abs=1e-6)
 
@@ -170,7 +172,7 @@ def test_a_recipe_is_defaults_then_the_methods_then_the_jobs() -> None:
 
 
 def test_holding_out_is_by_class_seeded_and_never_takes_the_last() -> None:
-    pictures = Pictures(np.zeros((12, 1, 1, 3), np.uint8), np.array([0] * 8 + [1] * 2 + [2] * 2))
+    pictures = Pictures(InMemory(np.zeros((12, 1, 1, 3), np.uint8)), np.array([0] * 8 + [1] * 2 + [2] * 2))
     train, val = hold_out(pictures, 0.25, seed=1)
     assert [int((val.targets == target).sum()) for target in range(3)] == [2, 1, 1]
     assert [int((train.targets == target).sum()) for target in range(3)] == [6, 1, 1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from server.engine import lens, reference, vit
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training.fit import make_optimizer
+from server.training.optimizer import make_optimizer
 from server.training.recipe import Recipe
 from tests.engine.golden_cases import Bench, Task, backbone, cases, name_of, numbers, pixels, recipe, task, tolerance
 

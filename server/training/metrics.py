@@ -1,0 +1,84 @@
+"""What a fitted task achieves: accuracy in all and class by class, what is taken for what, and whether its scores mean
+what they say (Guo et al., On Calibration of Modern Neural Networks, ICML 2017)."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float64]  # [n, C]
+Targets = NDArray[np.int64]  # [n]
+
+BINS: Final = 15  # of the calibration error, as Guo et al.
+MATRIX_CLASSES: Final = 50  # beyond it a confusion matrix no longer fits a manifest, or an eye
+MOST_CONFUSIONS: Final = 200
+_TEMPERATURES: Final = np.exp(np.linspace(np.log(0.25), np.log(4.0), 201))
+_PRIOR_WIDTH: Final = 0.5  # of log T
+
+
+def accuracy(logits: NDArray[np.floating[Any]], targets: Targets) -> float:
+    return round(float((logits.argmax(1) == targets).mean()), 6)
+
+
+def log_softmax(logits: Logits) -> Logits:
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def nll(logits: Logits, targets: Targets) -> float:
+    """Mean negative log-likelihood, in nats."""
+    return float(-log_softmax(logits)[np.arange(len(targets)), targets].mean())
+
+
+def calibration_error(logits: Logits, targets: Targets) -> float:
+    """Expected calibration error: |accuracy − confidence| over 15 equal bins of confidence, weighted by their rows."""
+    scores = np.exp(log_softmax(logits))
+    confidence, right = scores.max(1), scores.argmax(1) == targets
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(targets))
+
+
+def temperature(logits: Logits, targets: Targets) -> float:
+    """The T that makes softmax(logits / T) most likely, between 1/4 and 4.
+
+    With a log-normal prior around 1: a handful of pictures, all of them right, would otherwise ask for T → 0.
+    """
+    cost = [nll(logits / t, targets) * len(targets) + 0.5 * (np.log(t) / _PRIOR_WIDTH) ** 2 for t in _TEMPERATURES]
+    return float(_TEMPERATURES[int(np.argmin(cost))])
+
+
+def confusion(logits: Logits, targets: Targets) -> NDArray[np.int64]:
+    """[C, C]: row = the true class, column = the answer."""
+    classes = logits.shape[1]
+    return np.bincount(targets * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
+
+
+def judged(logits: Logits, targets: Targets) -> dict[str, Any]:
+    """Everything about one split, as JSON. A class without pictures has no accuracy (null) and no part in the mean.
+
+    `confusion` is the matrix for up to 50 classes; beyond it `confused` lists the commonest [true, answer, count].
+    """
+    matrix = confusion(logits, targets)
+    count = matrix.sum(1)
+    recall = np.divide(np.diag(matrix), count, out=np.full(len(count), np.nan), where=count > 0)
+    found: dict[str, Any] = {
+        "images": len(targets),
+        "accuracy": accuracy(logits, targets),
+        "macro_accuracy": round(float(np.nanmean(recall)), 6),
+        "nll": round(nll(logits, targets), 6),
+        "ece": round(calibration_error(logits, targets), 6),
+        "per_class": [None if np.isnan(value) else round(float(value), 6) for value in recall],
+    }
+    if len(matrix) <= MATRIX_CLASSES:
+        return {**found, "confusion": matrix.tolist()}
+    return {**found, "confused": _commonest(matrix)}
+
+
+def _commonest(matrix: NDArray[np.int64]) -> list[list[int]]:
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    rows, columns = np.unravel_index(order, wrong.shape)
+    return [[int(r), int(c), int(wrong[r, c])] for r, c in zip(rows, columns, strict=True) if wrong[r, c]]

@@ -75,12 +75,34 @@ class Settings(BaseSettings):
     worker_nice: Annotated[int, Field(ge=0, le=19, description="How far a worker steps back for the server.")] = 10
     lease_s: Annotated[float, Field(gt=0, description="How long a silent worker keeps its job.")] = 30.0
     max_attempts: Annotated[int, Field(gt=0, description="Attempts before a job is given up.")] = 3
+    jobs_keep_s: Annotated[
+        float, Field(ge=0, description="How long finished jobs and their events are kept; 0: for ever.")
+    ] = 30 * 86_400.0
+    worker_gpu_memory: Annotated[
+        float, Field(gt=0, le=1, description="Share of a CUDA device's memory that a worker may take.")
+    ] = 0.5
+    pixel_cache_bytes: Annotated[
+        int, Field(ge=0, description="Disk for decoded training pictures, shared by all workers; 0 keeps none.")
+    ] = 4 * 1024 * MIB
+    pixel_memory_bytes: Annotated[
+        int, Field(ge=0, description="Memory of each worker for decoded training pictures.")
+    ] = 128 * MIB
+    feature_cache_bytes: Annotated[
+        int, Field(ge=0, description="Disk for frozen features of datasets, shared by all workers; 0 keeps none.")
+    ] = 2 * 1024 * MIB
 
     # --- datasets ---------------------------------------------------------------------------------------------------
     max_dataset_images: Annotated[int, Field(gt=0, description="Most images in one dataset.")] = 1_000_000
     max_unpacked_bytes: Annotated[int, Field(gt=0, description="Most bytes an archive may unpack to.")] = (
         40 * 1024 * MIB
     )
+    upload_expiry_s: Annotated[
+        float, Field(gt=0, description="How long a resumable upload that nobody goes on with is kept.")
+    ] = 86_400.0
+    upload_silence_s: Annotated[
+        float, Field(gt=0, description="How long a piece of a resumable upload may stay silent before it is ended.")
+    ] = 30.0
+    max_feedback_images: Annotated[int, Field(gt=0, description="Most images of feedback kept for one task.")] = 100_000
 
     # --- logs -------------------------------------------------------------------------------------------------------
     log_level: Annotated[str, Field(description="`debug`, `info`, `warning` or `error`.")] = "info"
@@ -96,3 +118,11 @@ class Settings(BaseSettings):
     @property
     def datasets_dir(self) -> Path:
         return self.home.resolve() / "datasets"
+
+    @property
+    def pixel_cache_dir(self) -> Path:
+        return self.home.resolve() / "cache" / "pixels"
+
+    @property
+    def feature_cache_dir(self) -> Path:
+        return self.home.resolve() / "cache" / "features"

@@ -214,6 +214,18 @@ def fit(image: Image.Image, geometry: Geometry) -> Pixels:
     return np.array(padded.crop((left, top, left + size, top + size)))
 
 
+def whole(image: Image.Image, side: int, interpolation: str) -> Pixels:
+    """All of the picture with its shorter side resized to `side`: uint8 [h, w, 3], as torchvision's Resize gives it.
+
+    Of a strip that would exceed 2²⁴ pixels the middle only.
+    """
+    short, longest = min(image.size), max(side, _MAX_WHOLE // side)
+    kept = [min(length, max(1, short * longest // side)) for length in image.size]
+    left, top = ((length - part) // 2 for length, part in zip(image.size, kept, strict=True))
+    image = image.crop((left, top, left + kept[0], top + kept[1]))
+    return np.array(image.resize(_shorter_to(image.size, side), _INTERPOLATIONS[interpolation]))
+
+
 def _resized_size(image: Image.Image, geometry: Geometry) -> tuple[int, int]:
     side, (width, height) = geometry.resized, image.size
     if geometry.crop_mode == "squash":
@@ -221,6 +233,11 @@ def _resized_size(image: Image.Image, geometry: Geometry) -> tuple[int, int]:
     if geometry.crop_mode == "border":
         ratio = max(width / side, height / side)
         return max(1, round(width / ratio)), max(1, round(height / ratio))
+    return _shorter_to(image.size, side)
+
+
+def _shorter_to(size: tuple[int, int], side: int) -> tuple[int, int]:
+    width, height = size
     if width <= height:
         return side, int(side * height / width)
     return int(side * width / height), side

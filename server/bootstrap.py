@@ -26,6 +26,7 @@ from server import metrics
 from server.api.app import Services, create_app
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.upload_store import UploadStore
 from server.engine import backbone as eye
 from server.engine.engine import Engine
 from server.engine.rack import Rack
@@ -72,6 +73,12 @@ def open_datasets(settings: Settings) -> DatasetStore:
 
 
 @dataclass
+def open_uploads(settings: Settings) -> UploadStore:
+    return UploadStore(
+        settings.datasets_dir / "resumable", max_bytes=settings.max_dataset_bytes, expiry_s=settings.upload_expiry_s
+    )
+
+
 class Server:
     """Everything a serving process holds. `running` brings it up and takes it down."""
 
@@ -143,6 +150,7 @@ def build_server(settings: Settings) -> Server:
         jobs=jobs,
         datasets=datasets,
         ready=lambda: readiness(backbone, workers, settings),
+        uploads=open_uploads(settings),
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
     )

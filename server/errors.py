@@ -3,14 +3,17 @@
     ServiceError
     ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle,
     │                         ambiguous_version
-    ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found
+    ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found,
+    │                         upload_not_found, feedback_not_found
+    ├── Silent 408            upload_silent
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
-    │                         no_history
+    │                         no_history, upload_busy, upload_offset_conflict, upload_incomplete, upload_finished,
+    │                         no_feedback, feedback_full, no_parent_dataset
     ├── PreconditionFailed 412  precondition_failed
     ├── TooLarge 413          body_too_large, image_too_large
     ├── UnsupportedMedia 415  unsupported_media_type, unsupported_image
-    ├── Unprocessable 422     invalid_request, unknown_method, bad_alias
-    ├── QueueFull 429         queue_full              + Retry-After
+    ├── Unprocessable 422     invalid_request, unknown_method, bad_alias, unknown_label
+    ├── QueueFull 429         queue_full, too_many_uploads          + Retry-After
     ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
     ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready   + Retry-After
     ├── DeadlineExceeded 504  deadline_exceeded
@@ -53,6 +56,10 @@ class NotFound(ServiceError):
 
 class MethodNotAllowed(ServiceError):
     status, code = 405, "method_not_allowed"
+
+
+class Silent(ServiceError):
+    status, code = 408, "upload_silent"
 
 
 class Conflict(ServiceError):

@@ -259,6 +259,15 @@ class JobProgress(Message):
     val_accuracy: float | None = None
     eta_s: float | None = None
 
+class Upload(Message):
+    """An upload that can go on after its connection broke: `offset` of its `length` bytes are safe on the server."""
+
+    id: str
+    length: int
+    offset: int
+    expires_at: float
+
+
 
 class JobError(Message):
     code: str

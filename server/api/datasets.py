@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import anyio.to_thread
@@ -12,16 +14,19 @@ from starlette.responses import Response
 
 from lensrack import wire
 from server.api import guard, uploads
-from server.api.services import ServicesOf
+from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
-from server.errors import BadRequest
+from server.datasets.upload_store import UploadBusy
+from server.errors import BadRequest, Unprocessable
 
 router = APIRouter(tags=["datasets"])
 
+Ingest = Callable[[Path], Dataset]
+
+LOOK_AGAIN_S: Final = 0.25
 INGESTS: Final = 2  # at once: each decodes every picture, and predictions need the cores and the threads as well
 _ARCHIVE: Final[dict[str, Any]] = {
     "requestBody": {
-        "required": True,
         "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in guard.ARCHIVE_TYPES},
     }
 }
@@ -34,20 +39,51 @@ _ARCHIVE: Final[dict[str, Any]] = {
     responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
 )
 async def upload(
+    *,
     request: Request,
     response: Response,
     services: ServicesOf,
     name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
+    parent: Annotated[str | None, Query(description="A dataset: the new one holds its pictures as well.")] = None,
+    upload_id: Annotated[
+        str | None, Query(alias="upload", description="A whole upload (see /uploads), in place of a body.")
+    ] = None,
 ) -> wire.Dataset:
     """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/."""
+    ingest = partial(services.datasets.ingest, name=name, parent=parent)
+    if parent is not None:
+        await asyncio.to_thread(services.datasets.get, parent)  # an unknown one is told before 10 GB are read
+    if upload_id is not None:
+        dataset = await _from_upload(request, services, upload_id, ingest)
+    else:
+        dataset = await _from_body(request, services, ingest)
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return told(dataset)
+
+
+async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
     guard.require_type(request.headers, guard.ARCHIVE_TYPES)
     async with uploads.received(request, services.settings.datasets_dir) as archive:
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive")
-        ingest = partial(services.datasets.ingest, archive, name=name)
-        dataset = await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests)
-    response.headers["Location"] = f"/datasets/{dataset.id}"
-    return told(dataset)
+        return await anyio.to_thread.run_sync(ingest, archive, limiter=request.app.state.ingests)
+
+
+async def _from_upload(request: Request, services: Services, upload_id: str, ingest: Ingest) -> Dataset:
+    """Who asks again because an answer was lost waits until the first request is done and gets the same dataset."""
+    if await request.body():
+        raise Unprocessable("expected an empty body, as the archive is the upload's, got one")
+    finish = partial(services.uploads.finish, upload_id, lambda archive: ingest(archive).id)
+    while True:
+        try:
+            dataset_id = await anyio.to_thread.run_sync(finish, limiter=request.app.state.ingests)
+        except UploadBusy:
+            upload = await asyncio.to_thread(services.uploads.get, upload_id)
+            if upload.offset < upload.length or await request.is_disconnected():
+                raise
+            await asyncio.sleep(LOOK_AGAIN_S)
+        else:
+            return await asyncio.to_thread(services.datasets.get, dataset_id)
 
 
 @router.get("/datasets")

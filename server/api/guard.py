@@ -25,7 +25,8 @@ ARCHIVE_TYPES: Final = (
     "application/zstd",
     "application/octet-stream",
 )
-_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed")
+_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed|/tasks/[^/]+/feedback")
+_UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
 _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 
 Cap = Callable[[str, str], int]
@@ -85,7 +86,7 @@ def caps(settings: Settings) -> Cap:
     def cap(method: str, path: str) -> int:
         if _IMAGES_COME_TO.fullmatch(path):
             return settings.max_body_bytes
-        if method == "POST" and path == "/datasets":
+        if (method == "POST" and path == "/datasets") or (method == "PATCH" and _UPLOADS_GO_ON_AT.fullmatch(path)):
             return settings.max_dataset_bytes
         if method == "PUT" and _BUNDLES_COME_TO.fullmatch(path):
             return settings.max_bundle_bytes

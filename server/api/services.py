@@ -12,6 +12,7 @@ from lensrack import wire
 from prompts_store import Bundle, Store
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.upload_store import UploadStore
 from server.jobs.store import JobStore
 from server.predictor import Predictor
 from server.settings import Settings
@@ -42,6 +43,7 @@ class Services:
     store: Store
     jobs: JobStore
     datasets: DatasetStore
+    uploads: UploadStore
     ready: Callable[[], wire.Ready]
     methods: Mapping[str, str]
     check_bundle: Callable[[Bundle], None]

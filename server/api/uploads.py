@@ -9,14 +9,15 @@ import asyncio
 import fcntl
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from fastapi import Request
 
-from server.errors import DiskFull
+from server.errors import DiskFull, Silent
 
 FOLDER: Final = "uploads"
 WRITE_BYTES: Final = 2**20  # gathered before a thread writes it: a hand-over for each packet would cost more
@@ -28,7 +29,7 @@ async def received(request: Request, root: Path) -> AsyncIterator[Path]:
     path = root / FOLDER / secrets.token_hex(16)
     file = await asyncio.to_thread(_created, path)
     try:
-        await _fill(request, file)
+        await fill(request, partial(_append, file))
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -68,14 +69,35 @@ def _swept(path: Path) -> bool:
     return True
 
 
-async def _fill(request: Request, file: int) -> None:
+async def fill(request: Request, write: Callable[[bytes], None], *, silence_s: float | None = None) -> None:
+    """Hand the body to `write`, in threads, in pieces of WRITE_BYTES; what came of one that breaks off, too.
+
+    Raises what `write` raises, ClientDisconnect, TooLarge, and Silent when nothing comes for `silence_s`.
+    """
     waiting = bytearray()
-    async for chunk in request.stream():
-        waiting += chunk
-        if len(waiting) >= WRITE_BYTES:
-            await asyncio.to_thread(_append, file, bytes(waiting))
-            waiting.clear()
-    await asyncio.to_thread(_append, file, bytes(waiting))
+    try:
+        async for chunk in _chunks(request, silence_s):
+            waiting += chunk
+            if len(waiting) >= WRITE_BYTES:
+                piece, waiting = bytes(waiting), bytearray()
+                await asyncio.to_thread(write, piece)
+    except Exception:  # a cancellation leaves a piece in a thread, and nothing may be written after that
+        await asyncio.to_thread(write, bytes(waiting))
+        raise
+    await asyncio.to_thread(write, bytes(waiting))
+
+
+async def _chunks(request: Request, silence_s: float | None) -> AsyncIterator[bytes]:
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                chunk = await anext(stream, None)
+        except TimeoutError as error:
+            raise Silent(f"expected more of the body, got nothing for {silence_s:g} s") from error
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _append(file: int, data: bytes) -> None:

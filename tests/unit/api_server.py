@@ -18,6 +18,7 @@ from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.upload_store import UploadStore
 from server.errors import Conflict
 from server.jobs.sqlite_store import SqliteJobStore
 from server.settings import Settings
@@ -81,6 +82,9 @@ def serving(
         jobs=jobs,
         datasets=DatasetStore(
             options.datasets_dir, max_images=100, max_unpacked_bytes=10_000_000, max_image_pixels=1_000_000
+        ),
+        uploads=UploadStore(
+            options.datasets_dir / "resumable", max_bytes=options.max_dataset_bytes, expiry_s=options.upload_expiry_s
         ),
         ready=lambda: wire.Ready(**ready),
         methods=METHODS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,9 @@ class Linear:
     name: ClassVar[str] = "linear"
     meaning: ClassVar[str] = "a head on the frozen feature: fitted in seconds, the baseline"
     defaults: ClassVar[Mapping[str, object]] = {"prompts": 0, "lr": 1e-2, "epochs": 100, "batch_size": 64}
+    candidates: ClassVar[Sequence[Mapping[str, object]]] = tuple(
+        {"lr": lr, "weight_decay": decay} for lr in (1e-2, 1e-3, 1e-1) for decay in (1e-4, 1e-1)
+    )
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
         return (0,) * spec.depth

@@ -6,7 +6,7 @@ is differentiable, so training optimises the parameters through the very forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -25,6 +25,7 @@ class Method(Protocol):
     name: ClassVar[str]
     meaning: ClassVar[str]  # one line, for people who choose
     defaults: ClassVar[Mapping[str, object]]  # the recipe fields in which it differs from the general defaults
+    candidates: ClassVar[Sequence[Mapping[str, object]]]  # of these, for a search; the likeliest first
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
         """Prompts of each layer [L] when `prompts` are asked for."""

@@ -6,7 +6,7 @@ p keys instead of p tokens. Lengths may differ from layer to layer, down to 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,19 @@ class VptDeep:
     name: ClassVar[str] = "vpt_deep"
     meaning: ClassVar[str] = "learned prompts at every layer: the strong one"
     defaults: ClassVar[Mapping[str, object]] = {"prompts": 10, "lr": 3e-3, "epochs": 20, "prompt_dropout": 0.1}
+    candidates: ClassVar[Sequence[Mapping[str, object]]] = (
+        {"lr": 3e-3},
+        {"lr": 1e-2},
+        {"lr": 1e-3},
+        {"lr": 3e-3, "prompts": 30, "weight_decay": 1e-2},
+        {"lr": 1e-2, "prompts": 3, "weight_decay": 1e-2},
+        {"lr": 3e-4, "prompts": 50},
+        {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3},
+        {"lr": 3e-2, "weight_decay": 1e-3},
+        {"optimizer": "sgd", "lr": 0.3, "weight_decay": 1e-4},
+        {"lr": 1e-4, "prompts": 100},
+        {"lr": 1e-1, "prompts": 1},
+    )
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
         return (prompts,) * spec.depth

@@ -6,7 +6,7 @@ through all layers as real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,14 @@ class VptShallow:
     name: ClassVar[str] = "vpt_shallow"
     meaning: ClassVar[str] = "learned prompts at the first layer: the smaller bundle, real tokens in the forward"
     defaults: ClassVar[Mapping[str, object]] = {"prompts": 20, "lr": 3e-3, "epochs": 20}
+    candidates: ClassVar[Sequence[Mapping[str, object]]] = (
+        {"lr": 1e-2},
+        {"lr": 3e-2, "prompts": 50},
+        {"lr": 3e-3, "weight_decay": 1e-2},
+        {"lr": 1e-1, "prompts": 10},
+        {"optimizer": "sgd", "lr": 0.3, "weight_decay": 1e-3},
+        {"lr": 1e-3, "prompts": 50},
+    )
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
         return (prompts, *(0,) * (spec.depth - 1))

@@ -113,3 +113,10 @@ def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pic
     val = np.sort(np.concatenate(held))
     train = np.setdiff1d(np.arange(len(pictures)), val)
     return pictures.take(train), pictures.take(val)
+
+
+def sample(pictures: Pictures, most: int, seed: int) -> Pictures:
+    """About `most` of the pictures, of each class its share; all of them where they are no more."""
+    if len(pictures) <= most:
+        return pictures
+    return hold_out(pictures, most / len(pictures), seed)[1]

@@ -80,12 +80,14 @@ def fitting(
     keep: Keeper = nowhere,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
+    each_epoch: bool = True,
 ) -> Fitting[Fitted]:
     """Fit `method` on the training pictures for `labels` classes; `together.run` runs it.
 
     `watch` is called after every step; what it raises ends the fit, which is how a job is cancelled within a step.
     `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
-    `frozen` shares features between fits on the same pictures. Raises DivergedError.
+    `frozen` shares features between fits on the same pictures; without `each_epoch` the validation pictures are looked
+    at once, at the end. Raises DivergedError.
     """
     lengths = method.prompt_lengths(backbone.spec, recipe.prompts)
     params = method.init(backbone.spec, lengths, labels, seeded(recipe.seed, 0))
@@ -95,7 +97,7 @@ def fitting(
     weights = class_weights(splits.train.targets, labels) if recipe.class_weights == "balanced" else None
     run = _Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
-    yield from run.optimise(train, val, resume)
+    yield from run.optimise(train, val if each_epoch else None, resume)
     return (yield from run.finished(train, val, splits.test))
 
 
@@ -135,7 +137,7 @@ class _Fit:
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
-    def optimise(self, train: Inputs, val: Inputs, resume: Checkpoint | None) -> Fitting[None]:
+    def optimise(self, train: Inputs, val: Inputs | None, resume: Checkpoint | None) -> Fitting[None]:
         """All epochs that are still to do: steps over shuffled batches, then the look at the validation pictures."""
         recipe, done = self.recipe, 0
         optimizer = make_optimizer(self.params, recipe)
@@ -148,11 +150,12 @@ class _Fit:
             if self._out_of_patience():
                 break
             loss, steps = yield from self._epoch(optimizer, train, epoch, lambda now: clock.eta_s(now - done))
-            logits = yield from self.logits(val)
-            self._note(loss, logits, val)
+            self.curves["loss"].append(loss)
+            if val is not None:
+                self._note((yield from self.logits(val)), val.pictures.targets)
             self.keep(Checkpoint(epoch, self.params, optimizer_tensors(optimizer), self.best, self.curves, self.passes))
-            accuracy, left_s = self.curves["val_accuracy"][-1], clock.eta_s(epoch - done)
-            self.watch(Progress(epoch, recipe.epochs, steps, steps, loss, accuracy, left_s, epoch_ended=True))
+            left_s = clock.eta_s(epoch - done)
+            self.watch(Progress(epoch, recipe.epochs, steps, steps, loss, self._accuracy(), left_s, epoch_ended=True))
 
     def _epoch(
         self, optimizer: torch.optim.Optimizer, train: Inputs, epoch: int, eta_s: Callable[[float], float | None]
@@ -162,7 +165,6 @@ class _Fit:
         generator = seeded(recipe.seed, epoch)
         batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
         views = augment.draw(recipe.augment, len(train.targets), generator)
-        before = self.curves["val_accuracy"][-1] if self.curves["val_accuracy"] else None
         for step, index in enumerate(batches, start=1):
             now = epoch - 1 + step / len(batches)
             set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
@@ -170,7 +172,7 @@ class _Fit:
             pixels = None if train.features is not None else train.pictures.images.read(picked, _of(views, picked))
             loss = yield from self._step(optimizer, train, index, pixels, generator)
             total += loss * len(index)
-            self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, before, eta_s(now)))
+            self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
         return total / len(train.targets), len(batches)
 
     def _step(
@@ -232,14 +234,17 @@ class _Fit:
                 found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
         return np.concatenate(found)
 
-    def _note(self, loss: float, logits: NDArray[np.float64], val: Inputs) -> None:
-        targets, losses = val.pictures.targets, self.curves["val_nll"]
-        nll = metrics.nll(logits, targets)
+    def _note(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
+        losses, nll = self.curves["val_nll"], metrics.nll(logits, targets)
         if self.recipe.patience and nll <= min(losses, default=math.inf):
             self.best = {name: value.detach().clone() for name, value in self.params.items()}
-        self.curves["loss"].append(loss)
         self.curves["val_accuracy"].append(metrics.accuracy(logits, targets))
         losses.append(nll)
+
+    def _accuracy(self) -> float | None:
+        """Of the last epoch that was judged."""
+        found = self.curves["val_accuracy"]
+        return found[-1] if found else None
 
     def _out_of_patience(self) -> bool:
         losses = self.curves["val_nll"]

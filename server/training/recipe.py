@@ -37,7 +37,7 @@ class Recipe:
     lr: float = 3e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    warmup_epochs: int = 2
+    warmup_epochs: float = 2
     prompts: int = 10
     prompt_dropout: float = 0.0
     label_smoothing: float = 0.0

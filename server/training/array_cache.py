@@ -10,11 +10,12 @@ counted anew when the shard seems full and when a process opens the cache. The b
 and nothing lists a shard more often than once in an eighth of its bytes written.
 
 Nothing here may end a fit: a disk that is full or fails costs the time of making the array again, and is told to the
-log once.
+log once. The disk's last gigabyte is left to what cannot be made again: checkpoints, bundles, datasets.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -30,6 +31,7 @@ from .array_file import Array, DamagedError, read, size_of, write
 log = logging.getLogger(__name__)
 
 BLOCK: Final = 4096  # bytes: what the smallest file takes
+RESERVE_BYTES: Final = 2**30
 LOCK: Final = "lock"
 NEW: Final = "new"
 _HEX: Final = "0123456789abcdef"
@@ -85,6 +87,7 @@ class ArrayCache:
         size, used = _on_disk(size_of(array)), _used(lock)
         if used is None or used + size > self._bound:
             used = _trim(shard, self._bound, room=size)
+        _leave_reserve(shard, size)
         _note(lock, used + size)
         try:
             write(shard / NEW, key, array)
@@ -160,6 +163,12 @@ def _used(lock: int) -> int | None:
 
 def _note(lock: int, used: int) -> None:
     os.pwrite(lock, used.to_bytes(_COUNT_BYTES, "little"), 0)
+
+
+def _leave_reserve(shard: Path, size: int) -> None:
+    found = os.statvfs(shard)
+    if found.f_bavail * found.f_frsize - size < RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, f"less than {RESERVE_BYTES >> 20} MiB of its disk are free")
 
 
 def _on_disk(size: int) -> int:

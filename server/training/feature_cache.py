@@ -8,17 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from .array_cache import ArrayCache
 from .array_file import Array
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Everything that features depend on: `images` is `Images.digest`, `backbone` its fingerprint, `dtype` what it
-    computes in, `mean` and `std` the normalisation; `what` names the place in the network that they are taken from."""
+    """Everything that features depend on: `images` is `Images.digest`, `backbone` its fingerprint, `device` (`cpu`,
+    `cuda`) and `dtype` what computes them and in what, `mean` and `std` the normalisation; `what` names the place in
+    the network that they are taken from."""
 
     images: str
     backbone: str
+    device: str
     dtype: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -59,3 +65,18 @@ class NoCache:
 
     def put(self, key: FeatureKey, array: Array) -> None:
         pass
+
+
+def to_array(features: Tensor) -> Array:
+    """For a cache: numpy knows no bfloat16, its bits travel as uint16."""
+    kept = features.detach().cpu().contiguous()
+    return kept.view(torch.int16).numpy().view(np.uint16) if kept.dtype == torch.bfloat16 else kept.numpy()
+
+
+def to_tensor(kept: Array) -> Tensor:
+    """Back again, on the CPU."""
+    return (
+        torch.from_numpy(kept.view(np.int16)).view(torch.bfloat16)
+        if kept.dtype == np.uint16
+        else torch.from_numpy(kept)
+    )

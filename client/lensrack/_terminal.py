@@ -18,6 +18,7 @@ from rich.table import Table
 from . import wire
 from .errors import ApiError, AuthenticationError, ConnectError, LensrackError, RequestTimeout, ServerError
 
+COPIES_SHOWN = 5  # of the pictures that a warning is about; --json tells all that the server lists
 PIPED_WIDTH = 400  # nobody looks at a pipe: no column needs to be cut
 
 _NEXT = {
@@ -172,7 +173,8 @@ def show_datasets(datasets: Sequence[wire.Dataset]) -> None:
 def show_dataset(dataset: wire.Dataset) -> None:
     counts = {f"{split}/{label}": n for split, labels in dataset.splits.items() for label, n in labels.items()}
     head = {"dataset": dataset.id, "name": dataset.name, "images": dataset.images, "size": size(dataset.bytes)}
-    print_fields({**head, **counts, "skipped": len(dataset.skipped)})
+    print_fields({**head, **counts, **_made_of(dataset.report), "skipped": len(dataset.skipped)})
+    _say_warnings(dataset.report)
 
 
 def say_uploaded(dataset: wire.Dataset) -> None:
@@ -184,6 +186,53 @@ def say_uploaded(dataset: wire.Dataset) -> None:
         say(f"{len(dataset.skipped)} files skipped:")
     for file in dataset.skipped:
         say(f"  {file.name}: {file.reason}")
+    for name, value in _made_of(dataset.report).items():
+        say(f"{name}: {value}")
+    _say_warnings(dataset.report)
+
+
+def _made_of(report: wire.DatasetReport | None) -> dict[str, object]:
+    """Sizes as smallest / median / largest."""
+    if report is None:
+        return {}
+    sides = {f"{name} (px)": _spread(f"{n:g}" for n in _three(spread)) for name, spread in _sides(report)}
+    return {**sides, "file size": _spread(map(size, _three(report.bytes))), **_kinds(report), **_repeats(report)}
+
+
+def _sides(report: wire.DatasetReport) -> tuple[tuple[str, wire.Spread], ...]:
+    return ("width", report.width), ("height", report.height)
+
+
+def _three(spread: wire.Spread) -> tuple[float, float, float]:
+    return spread.min, spread.median, spread.max
+
+
+def _spread(three: Iterable[str]) -> str:
+    return " / ".join(three)
+
+
+def _kinds(report: wire.DatasetReport) -> dict[str, object]:
+    counts = {"modes": report.modes, "formats": report.formats}
+    return {name: ", ".join(f"{kind} {n}" for kind, n in kinds.items()) for name, kinds in counts.items() if kinds}
+
+
+def _repeats(report: wire.DatasetReport) -> dict[str, object]:
+    found = report.duplicates
+    counts = {f"repeated in {split}": count for split, count in found.repeated.items()}
+    counts |= {"in several splits": found.leaked, "under several labels": found.contradictory}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _say_warnings(report: wire.DatasetReport | None) -> None:
+    """Each with its code, then the pictures that leak or contradict themselves, as far as the server lists them."""
+    if report is None:
+        return
+    for warning in report.warnings:
+        say(f"warning: {warning.text} ({warning.code})")
+    found = report.duplicates
+    for what, listed in (("in several splits", found.leaks), ("under several labels", found.contradictions)):
+        for copies in listed[:COPIES_SHOWN]:
+            say(f"  {what}: " + " | ".join(copies.names))
 
 
 def show_jobs(jobs: Sequence[wire.Job]) -> None:
@@ -195,8 +244,9 @@ def show_job(job: wire.Job) -> None:
     error = f"{job.error.code}: {job.error.detail}" if job.error else None
     times = {"made": when(job.created_at), "started": when(job.started_at), "finished": when(job.finished_at)}
     head = {"job": job.id, "task": job.task, "dataset": job.dataset, "method": job.method, "state": job.state}
+    wish = {"publish": job.publish, "priority": job.priority}
     done = {"epoch": _epochs(job.progress), "version": job.version, "metrics": _metrics(job.metrics), "error": error}
-    print_fields({**head, **done, **times})
+    print_fields({**head, **wish, **done, **times})
 
 
 def _epochs(progress: wire.JobProgress) -> str:

@@ -17,6 +17,7 @@ TaskName = Annotated[str, Field(pattern=TASK_PATTERN)]
 AliasName = Annotated[str, Field(pattern=ALIAS_PATTERN)]
 Version = Annotated[str, Field(pattern=VERSION_PATTERN)]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+PublishPolicy = Literal["always", "if_better", "never"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -191,6 +192,51 @@ class SkippedFile(Message):
     reason: str
 
 
+class Spread(Message):
+    min: float
+    median: float
+    max: float
+
+
+class Copies(Message):
+    """One picture under `count` names, the first of them in `names`, as split/label: path."""
+
+    sha256: str
+    count: int
+    names: list[str]
+
+
+class Duplicates(Message):
+    """Pictures of exactly the same bytes. `repeated` maps split → pictures beyond the first; `leaked` are in several
+    splits and `contradictory` under several labels: how many different pictures, of which the first are listed."""
+
+    repeated: dict[str, int] = {}
+    leaked: int = 0
+    contradictory: int = 0
+    leaks: list[Copies] = []
+    contradictions: list[Copies] = []
+
+
+class DatasetWarning(Message):
+    """`code` is stable: leakage, contradictory_labels, duplicates, imbalance, few_images, absent_classes,
+    small_images or many_skipped. `text` is a sentence."""
+
+    code: str
+    text: str
+
+
+class DatasetReport(Message):
+    """What a dataset is made of: sides in pixels, bytes of a file, and pictures by colour mode and format."""
+
+    width: Spread
+    height: Spread
+    bytes: Spread
+    modes: dict[str, int] = {}
+    formats: dict[str, int] = {}
+    duplicates: Duplicates = Duplicates()
+    warnings: list[DatasetWarning] = []
+
+
 class Dataset(Message):
     """A stored dataset. `id` is its content digest; `splits` maps split → label → number of images.
 
@@ -204,12 +250,22 @@ class Dataset(Message):
     bytes: int
     splits: dict[str, dict[str, int]]
     skipped: list[SkippedFile] = []
+    report: DatasetReport | None = None
     created_at: float
     parent: str | None = None
 
 
 class DatasetList(Message):
     datasets: list[Dataset]
+
+
+class Upload(Message):
+    """An upload that can go on after its connection broke: `offset` of its `length` bytes are safe on the server."""
+
+    id: str
+    length: int
+    offset: int
+    expires_at: float
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -242,10 +298,16 @@ class Recipe(Request):
 
 
 class TrainRequest(Request):
+    """`publish`: whether the new version goes live `always`, `never`, or only `if_better` than the version that is
+    live by then, judged on the same validation images. Waiting jobs of higher `priority` come first.
+    """
+
     task: TaskName
     dataset: str
     method: str = "vpt_deep"
     recipe: Recipe = Recipe()
+    publish: PublishPolicy = "always"
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
 
 class JobProgress(Message):
@@ -259,15 +321,6 @@ class JobProgress(Message):
     val_accuracy: float | None = None
     eta_s: float | None = None
 
-class Upload(Message):
-    """An upload that can go on after its connection broke: `offset` of its `length` bytes are safe on the server."""
-
-    id: str
-    length: int
-    offset: int
-    expires_at: float
-
-
 
 class JobError(Message):
     code: str
@@ -280,6 +333,8 @@ class Job(Message):
     dataset: str
     method: str
     recipe: dict[str, Any] = {}
+    publish: PublishPolicy = "always"
+    priority: int = 0
     state: JobState
     attempt: int = 0
     progress: JobProgress = JobProgress()
@@ -304,7 +359,7 @@ class JobList(Message):
 class JobEvent(Message):
     """`seq` counts from 1 without gaps.
 
-    Types: queued, started, epoch, published, retried, cancel_requested, and the three end states.
+    Types: queued, started, epoch, live_unusable, published, kept, retried, cancel_requested, and the three end states.
     """
 
     seq: int

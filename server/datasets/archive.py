@@ -15,11 +15,13 @@ from server.datasets.metering import Limits, Member, refused
 from server.datasets.tar_members import BLOCK, tar_members
 from server.datasets.zip_members import zip_members
 
-__all__ = ["Kind", "Limits", "Member", "members", "sniff"]
+__all__ = ["Kind", "Limits", "Member", "looks_like_archive", "members", "sniff"]
 
 Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
 
 _SKIPPABLE_FRAMES: Final = tuple(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))  # RFC 8878, 3.1.2
+_OTHER_ARCHIVES: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0")
+_DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")  # zips, but nobody means them as such
 
 
 def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
@@ -49,3 +51,9 @@ def sniff(head: bytes) -> Kind | None:
     except (tarfile.HeaderError, ValueError):
         return None
     return "tar"
+
+
+def looks_like_archive(name: str, data: bytes) -> bool:
+    """Whether a member is an archive in its turn, of any kind that is common."""
+    head = data[:BLOCK]
+    return (sniff(head) is not None or head.startswith(_OTHER_ARCHIVES)) and not name.lower().endswith(_DOCUMENTS)

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Self
 
+from server.datasets.example import SPLITS, Example, Skipped, Split, natural
+from server.datasets.report import Report
 from server.errors import BadRequest
 
-Split = Literal["train", "val", "test"]
+__all__ = ["MIN_TRAIN", "SPLITS", "Dataset", "Example", "Skipped", "Split", "bad", "check", "digest", "natural"]
 
-SPLITS: Final[tuple[Split, ...]] = get_args(Split)
+FORMAT: Final = 2  # of the manifest; 1 knew neither the report nor the pictures' formats and modes
 MIN_TRAIN: Final = 2  # training pictures of a class: one to learn from and one to hold out
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One labelled image. `name` is its path in the archive it came in, `sha256` the digest of its `bytes` bytes."""
-
-    split: Split
-    label: str
-    name: str
-    sha256: str
-    bytes: int
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +29,7 @@ class Dataset:
     labels: tuple[str, ...]
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...]
+    report: Report
     created_at: float
     parent: str | None = None
 
@@ -64,7 +47,8 @@ class Dataset:
         check(examples, skipped)
         labels = sorted({example.label for example in examples}, key=natural)
         ordered = sorted(examples, key=lambda one: (SPLITS.index(one.split), natural(one.label), natural(one.name)))
-        return cls(digest(examples), name, tuple(labels), tuple(ordered), tuple(skipped), created_at, parent)
+        report = Report.of(ordered, len(skipped))
+        return cls(digest(examples), name, tuple(labels), tuple(ordered), tuple(skipped), report, created_at, parent)
 
     @property
     def images(self) -> int:
@@ -83,22 +67,26 @@ class Dataset:
 
     def to_json(self) -> str:
         """The manifest: examples as rows, in the order of Example's fields."""
-        head = {"format": 1, "id": self.id, "name": self.name, "labels": self.labels, "created_at": self.created_at}
-        head["parent"] = self.parent
+        head = {"format": FORMAT, "id": self.id, "name": self.name, "labels": self.labels}
+        head |= {"created_at": self.created_at, "parent": self.parent, "report": self.report.to_json()}
         skipped = [asdict(each) for each in self.skipped]
         return json.dumps({**head, "examples": [astuple(each) for each in self.examples], "skipped": skipped})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         read: Mapping[str, Any] = json.loads(text)
-        if read["format"] != 1:
-            raise ValueError(f"a manifest of format {read['format']}, expected 1")
+        if read["format"] not in (1, FORMAT):
+            raise ValueError(f"a manifest of format {read['format']}, expected 1 or {FORMAT}")
+        examples = tuple(Example(*row) for row in read["examples"])
+        skipped = tuple(Skipped(**each) for each in read["skipped"])
+        known = read.get("report")
         return cls(
             read["id"],
             read["name"],
             tuple(read["labels"]),
-            tuple(Example(*row) for row in read["examples"]),
-            tuple(Skipped(**each) for each in read["skipped"]),
+            examples,
+            skipped,
+            Report.from_json(known) if known else Report.of(examples, len(skipped)),
             read["created_at"],
             read.get("parent"),
         )
@@ -108,12 +96,6 @@ def digest(examples: Iterable[Example]) -> str:
     """The content's name: what the pictures are and what they are called, whatever their files were called."""
     rows = sorted((example.split, example.label, example.sha256) for example in examples)
     return hashlib.sha256(json.dumps(["lensrack dataset 1", rows], separators=(",", ":")).encode()).hexdigest()
-
-
-def natural(text: str) -> tuple[tuple[str | int, ...], str]:
-    """A sort key that puts 2 before 10."""
-    parts = re.split("([0-9]+)", text)
-    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), text
 
 
 def check(examples: Sequence[Example], skipped: Sequence[Skipped]) -> None:

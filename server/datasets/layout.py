@@ -9,10 +9,10 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-from server.datasets.dataset import Split, bad
+from server.datasets.dataset import bad
+from server.datasets.example import Place, Split
 
 Path = tuple[str, ...]
-Place = tuple[Split, str] | str  # split and label, or why the picture has none
 
 MAX_LABEL: Final = 200
 ALIASES: Final[dict[str, Split]] = {

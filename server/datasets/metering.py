@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from backports import zstd
 
+from server.datasets.example import Place
 from server.errors import BadRequest
 
 MIB: Final = 2**20
@@ -49,12 +50,13 @@ class Readable(Protocol):
 
 
 class Member:
-    """One regular file: `path` in parts, the `size` it claims, and `read` for as long as the iterator stands on it."""
+    """One regular file: `path` in parts, the `size` it claims, and `read` for as long as the iterator stands on it.
+    `place` is its split and label, or why it has none, where the upload itself says so."""
 
-    __slots__ = ("_file", "path", "size")
+    __slots__ = ("_file", "path", "place", "size")
 
-    def __init__(self, path: tuple[str, ...], size: int, file: Readable) -> None:
-        self.path, self.size, self._file = path, size, file
+    def __init__(self, path: tuple[str, ...], size: int, file: Readable, place: Place | None = None) -> None:
+        self.path, self.size, self._file, self.place = path, size, file, place
 
     @property
     def name(self) -> str:

@@ -69,6 +69,24 @@ def problem(status: int, code: str, detail: str = "", **headers: str) -> Told:
     return Told(status, json.dumps(document).encode(), {"Content-Type": "application/problem+json", **headers})
 
 
+@dataclass
+class _Upload:
+    """What came of an upload; of a large one only how much, as the rack keeps no datasets."""
+
+    length: int
+    metadata: str
+    offset: int = 0
+    body: bytes = b""
+
+    def take(self, asked: Asked) -> None:
+        self.offset += asked.body_bytes
+        self.body += asked.body
+
+    def headers(self) -> dict[str, str]:
+        told = {"Upload-Offset": str(self.offset), "Upload-Length": str(self.length)}
+        return {**told, "Upload-Metadata": self.metadata}
+
+
 class Rack:
     """State enough for the scenarios; `misbehave` puts answers in front of the real ones, by path."""
 
@@ -81,6 +99,7 @@ class Rack:
         self.revision = 1
         self.page = 2
         self.job_plan = ("succeeded", 2)
+        self.uploads: dict[str, _Upload] = {}
         self._orders: dict[str, deque[Told]] = defaultdict(deque)
         self._lock = threading.Lock()
 
@@ -187,10 +206,23 @@ class Rack:
         shape = {"labels": list(LABELS), "prompt_lengths": [5], "bytes": 8, "created_at": 1.0}
         return {"version": version, "method": "vpt_deep", **shape, "metrics": {"val_accuracy": 0.9}}
 
+    def _uploads(self, asked: Asked, rest: list[str]) -> Told:
+        if not rest:
+            id_, length = f"u{len(self.uploads) + 1}", int(asked.headers["upload-length"])
+            self.uploads[id_] = _Upload(length, asked.headers["upload-metadata"])
+            return told({"id": id_, "length": length, "offset": 0, "expires_at": 1.0}, 201, Location=f"/uploads/{id_}")
+        upload = self.uploads.get(rest[0])
+        if upload is None:
+            return problem(404, "upload_not_found")
+        if asked.method == "PATCH":
+            if int(asked.headers["upload-offset"]) != upload.offset:
+                return problem(409, "upload_offset_conflict")
+            upload.take(asked)
+        return Told(204 if asked.method == "PATCH" else 200, b"", upload.headers())
+
     def _datasets(self, asked: Asked, rest: list[str]) -> Told:
         if asked.method == "POST":
-            self.received = (asked.body_bytes, hashlib.sha256(asked.body).hexdigest())
-            return told(self._dataset(asked.params.get("name", "")), 201)
+            return told(self._dataset(asked.params.get("name", "")) | {"parent": asked.params.get("parent")}, 201)
         if asked.method == "DELETE":
             return Told(204)
         if rest and rest != ["d1"]:
@@ -201,7 +233,17 @@ class Rack:
         splits = {"train": {"glass": 3, "metal": 2}}
         skipped = [{"name": "glass/broken.jpg", "reason": "truncated"}]
         shape = {"images": 5, "bytes": 1000, "splits": splits, "skipped": skipped, "created_at": 1.0}
+        shape["report"] = self._report()
         return {"id": "d1", "name": name, "labels": ["glass", "metal"], **shape}
+
+    def _report(self) -> dict[str, Any]:
+        spread = {"min": 24.0, "median": 30.5, "max": 2048.0}
+        names = ["train/glass: glass/1.jpg", "test/glass: test/glass/1.jpg"]
+        leaks = [{"sha256": "0" * 64, "count": 2, "names": names}]
+        duplicates = {"repeated": {"train": 3}, "leaked": 1, "contradictory": 0, "leaks": leaks, "contradictions": []}
+        warnings = [{"code": "leakage", "text": "1 picture is in train and in test as well"}]
+        sizes = {"width": spread, "height": spread, "bytes": spread, "modes": {"RGB": 4, "L": 1}, "formats": {}}
+        return {**sizes, "duplicates": duplicates, "warnings": warnings}
 
     def _train(self, asked: Asked, rest: list[str]) -> Told:
         if asked.method == "POST" and not rest:
@@ -282,7 +324,7 @@ class _Connection(BaseHTTPRequestHandler):
         asked = Asked(self.command, unquote(url.path), parse_qsl(url.query), headers, body, count)
         self._write(self.server.rack.answer(asked))
 
-    do_GET = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815 - http.server looks for these names
+    do_GET = do_POST = do_PUT = do_PATCH = do_HEAD = do_DELETE = _serve  # noqa: N815 - http.server looks for these names
 
     def _read(self) -> tuple[bytes, int]:
         """The body, and its length; of a large one the length only, as the rack keeps no datasets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
 import tarfile
 import zipfile
@@ -61,6 +62,10 @@ def zip_info(name: str, mode: int = 0o100644, **fields: int) -> zipfile.ZipInfo:
     for field, value in fields.items():
         setattr(info, field, value)
     return info
+
+
+def tar_with(name: str, data: bytes) -> bytes:
+    return tar_of((tar_info(name, len(data)), data))
 
 
 def named_zip(name: str) -> bytes:
@@ -268,6 +273,12 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "tar: a long name of a gigabyte": (lambda: big_header_tar(tarfile.GNUTYPE_LONGNAME), "at most 65,536"),
     "tar: negative size": (negative_tar, "claims -512 bytes"),
     "tar: header in header in header": (nested_headers_tar, "RecursionError"),
+    "zip in a zip": (lambda: zip_of(("a/inner.zip", zip_of())), "'a/inner.zip' is an archive itself"),
+    "zip in a tar under a picture's name": (lambda: tar_with("b/9.png", zip_of()), "'b/9.png' is an archive itself"),
+    "tar in a zip": (lambda: zip_of(("a/inner.tar", tar_of())), "'a/inner.tar' is an archive itself"),
+    "tar.gz in a tar": (lambda: tar_with("b/i.tgz", gzip.compress(tar_of())), "'b/i.tgz' is an archive itself"),
+    "tar.zst in a zip": (lambda: zip_of(("a/i", zstd.compress(tar_of()))), "'a/i' is an archive itself"),
+    "7z in a zip": (lambda: zip_of(("a/i.7z", b"7z\xbc\xaf\x27\x1c" + bytes(99))), "'a/i.7z' is an archive itself"),
     "zip: truncated": (lambda: zip_of()[:-30], "damaged or truncated"),
     "tar: truncated": (lambda: tar_of().rstrip(b"\0"), "truncated"),
     "tar: truncated between members": (unended_tar, "no end mark"),
@@ -317,14 +328,18 @@ def test_attacks_are_refused_and_leave_nothing(
     assert store.list() == []
 
 
-def test_nested_archives_are_not_opened_but_listed(store: DatasetStore, tmp_path: Path) -> None:
-    archive = tmp_path / "nested.zip"
-    archive.write_bytes(zip_of(("a/inner.zip", zip_of()), ("b/inner.tgz", gzip.compress(tar_of()))))
-    skipped = store.ingest(archive).skipped
-    assert [(one.name, one.reason) for one in skipped] == [
-        ("a/inner.zip", "an archive inside the archive"),
-        ("b/inner.tgz", "an archive inside the archive"),
-    ]
+def test_an_archive_inside_is_refused_even_where_it_is_larger_than_a_picture_may_be(root: Path, tmp_path: Path) -> None:
+    store = DatasetStore(root, max_images=100, max_unpacked_bytes=32 * MIB, max_image_pixels=10**6, max_file_bytes=MIB)
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(tar_with("a/i.zip", zip_of(("c/x.bin", os.urandom(2 * MIB)))))
+    with pytest.raises(BadRequest, match="is an archive itself"):
+        store.ingest(archive)
+
+
+def test_office_documents_are_zips_that_nobody_means_as_archives(store: DatasetStore, tmp_path: Path) -> None:
+    archive = tmp_path / "documents.zip"
+    archive.write_bytes(zip_of(("a/notes.xlsx", zip_of())))
+    assert [one.name for one in store.ingest(archive).skipped] == ["a/notes.xlsx"]
 
 
 def test_a_name_cannot_write_to_a_terminal(store: DatasetStore, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,17 @@ class TestDatasets:
         with zipfile.ZipFile(io.BytesIO(asked.body)) as archive:
             assert archive.namelist() == ["glass/0.jpg"]
 
+    @pytest.mark.parametrize("command", [("upload", "bottles"), ("show", "d1")])
+    def test_the_report_is_told_to_people(self, run: Run, folder: Path, command: tuple[str, str]) -> None:
+        done = run("datasets", *command)
+        told = " ".join((done.stdout + done.stderr).split())
+        for fact in ("24 / 30.5 / 2048", "24 B / 30 B / 2.0 KiB", "RGB 4, L 1"):
+            assert fact in told
+        assert re.search("repeated in train:? 3", told)
+        assert "formats" not in told
+        assert "warning: 1 picture is in train and in test as well (leakage)" in done.stderr
+        assert "in several splits: train/glass: glass/1.jpg | test/glass: test/glass/1.jpg" in done.stderr
+
     def test_the_id_in_a_shell_variable(self, environment: dict[str, str], folder: Path) -> None:
         line = f'ID=$({SCRIPT} datasets upload {folder} --name kitchen); echo "<$ID>"'
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=True)
@@ -169,7 +181,15 @@ class TestTraining:
         options = ["--dataset", "d1", "--method", "linear", "--epochs", 3, "--lr", 0.5, "--prompts", 7, "--seed", 1]
         assert run("train", "trash", *options, "--optimizer", "sgd", "--batch-size", 8).stdout == "j1\n"
         recipe = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "lr": 0.5, "prompts": 7, "seed": 1}
-        assert rack.asked[0].json() == {"task": "trash", "dataset": "d1", "method": "linear", "recipe": recipe}
+        wishes = {"publish": "always", "priority": 0}
+        assert rack.asked[0].json() == {
+            "task": "trash", "dataset": "d1", "method": "linear", "recipe": recipe, **wishes,
+        }  # fmt: skip
+
+    def test_publishing_and_priority(self, run: Run, rack: Rack) -> None:
+        run("train", "trash", "--dataset", "d1", "--publish", "if_better", "--priority", "-7")
+        asked = rack.asked[0].json()
+        assert (asked["publish"], asked["priority"]) == ("if_better", -7)
 
     def test_every_hyper_parameter_has_its_option(self, run: Run) -> None:
         from lensrack.wire import Recipe
@@ -221,7 +241,16 @@ class TestTraining:
         assert "succeeded" in run("jobs", "watch", "j1").stderr
         assert "cancelled" in run("jobs", "cancel", "j1").stderr
 
-    @pytest.mark.parametrize("option", [("--epochs", "0"), ("--epochs", "many"), ("--optimizer", "magic")])
+    @pytest.mark.parametrize(
+        "option",
+        [
+            ("--epochs", "0"),
+            ("--epochs", "many"),
+            ("--optimizer", "magic"),
+            ("--publish", "maybe"),
+            ("--priority", "101"),
+        ],
+    )
     def test_a_wrong_recipe_is_a_wrong_command(self, run: Run, rack: Rack, option: tuple[str, str]) -> None:
         assert option[0].strip("-") in run("train", "trash", "--dataset", "d1", *option, code=2).stderr
         assert not rack.asked

@@ -39,6 +39,7 @@ from server.predictor import Limits, Predictor
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.trainer import Trainer
+from server.training.low_priority import cap_memory
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,13 @@ def open_datasets(settings: Settings) -> DatasetStore:
     )
 
 
-@dataclass
 def open_uploads(settings: Settings) -> UploadStore:
     return UploadStore(
         settings.datasets_dir / "resumable", max_bytes=settings.max_dataset_bytes, expiry_s=settings.upload_expiry_s
     )
 
 
+@dataclass
 class Server:
     """Everything a serving process holds. `running` brings it up and takes it down."""
 
@@ -149,8 +150,8 @@ def build_server(settings: Settings) -> Server:
         store=store,
         jobs=jobs,
         datasets=datasets,
-        ready=lambda: readiness(backbone, workers, settings),
         uploads=open_uploads(settings),
+        ready=lambda: readiness(backbone, workers, settings),
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
     )
@@ -219,6 +220,7 @@ def supervise(settings: Settings) -> Supervisor:
 def build_worker(settings: Settings, name: str) -> Trainer:
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.worker_threads or max(1, cores // 2))
+    cap_memory(backbone.device, settings.worker_gpu_memory)
     if not backbone.spec.trained:
         log.warning(UNTRAINED_NOTE)
     return Trainer(
@@ -230,5 +232,6 @@ def build_worker(settings: Settings, name: str) -> Trainer:
         checkpoints=settings.home.resolve() / "checkpoints",
         worker=name,
         lease_s=settings.lease_s,
+        keep_s=settings.jobs_keep_s,
         max_image_pixels=settings.max_image_pixels,
     )

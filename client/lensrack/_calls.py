@@ -36,7 +36,7 @@ def predict(task: str, images: Images, *, top_k: int, key: str | None) -> Call[l
         _require_count(len(told.predictions), len(images))
         return [_answer(told.task, told.version, of_image) for of_image in told.predictions]
 
-    path, params = f"/predict/{_segment(task, 'task')}", [("top_k", str(top_k))]
+    path, params = f"/predict/{segment(task, 'task')}", [("top_k", str(top_k))]
     return Call("POST", path, read, params, **_asking(images, key))
 
 
@@ -200,7 +200,9 @@ def pin(task: str, *, pinned: bool) -> Call[wire.Residency]:
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
-def upload_dataset(archive: Archive, *, name: str | None, progress: Progress | None) -> Call[wire.Dataset]:
+def upload_dataset(
+    archive: Archive, *, name: str | None, parent: str | None, progress: Progress | None
+) -> Call[wire.Dataset]:
     """Datasets are known by their content, so that sending one twice stores it once; a pipe cannot be sent twice."""
     headers = {"Content-Type": archive.content_type}
     headers |= {"Transfer-Encoding": "chunked"} if archive.size is None else {"Content-Length": str(archive.size)}
@@ -208,7 +210,7 @@ def upload_dataset(archive: Archive, *, name: str | None, progress: Progress | N
         "POST",
         "/datasets",
         lambda reply: archive.complete(read_as(wire.Dataset)(reply)),
-        [("name", archive.name if name is None else name)],
+        [(key, value) for key, value in (("name", name), ("parent", parent)) if value is not None],
         headers,
         {"stream": archive.body(progress)},
         max_retries=0 if archive.size is None else None,
@@ -233,11 +235,19 @@ def delete_dataset(dataset: str) -> Call[None]:
 
 
 def train(
-    task: str, dataset: str, *, method: str, recipe: Mapping[str, Any] | wire.Recipe, key: str | None
+    task: str,
+    dataset: str,
+    *,
+    method: str,
+    recipe: Mapping[str, Any] | wire.Recipe,
+    publish: str,
+    priority: int,
+    key: str | None,
 ) -> Call[wire.Job]:
     """The key is made here, once, so that a request that is sent again cannot start a second job."""
     given = recipe if isinstance(recipe, wire.Recipe) else _checked(wire.Recipe, **recipe)
-    body = _json(_checked(wire.TrainRequest, task=task, dataset=dataset, method=method, recipe=given))
+    asked = {"task": task, "dataset": dataset, "method": method, "recipe": given}
+    body = _json(_checked(wire.TrainRequest, **asked, publish=publish, priority=priority))
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     return Call("POST", "/train", read_as(wire.Job), headers=headers, payload=body)
 
@@ -277,26 +287,26 @@ def ready() -> Call[wire.Ready]:
 
 
 def _task(task: str) -> str:
-    return f"/tasks/{_segment(task, 'task')}"
+    return f"/tasks/{segment(task, 'task')}"
 
 
 def _version(task: str, version: str) -> str:
-    return f"{_task(task)}/versions/{_segment(version, 'version')}"
+    return f"{_task(task)}/versions/{segment(version, 'version')}"
 
 
 def _alias(task: str, alias: str) -> str:
-    return f"{_task(task)}/aliases/{_segment(alias, 'alias')}"
+    return f"{_task(task)}/aliases/{segment(alias, 'alias')}"
 
 
 def _dataset(dataset: str) -> str:
-    return f"/datasets/{_segment(dataset, 'dataset')}"
+    return f"/datasets/{segment(dataset, 'dataset')}"
 
 
 def _job(job: str) -> str:
-    return f"/train/{_segment(job, 'job')}"
+    return f"/train/{segment(job, 'job')}"
 
 
-def _segment(value: str, what: str) -> str:
+def segment(value: str, what: str) -> str:
     """One step of a path, quoted. An empty one or dots would make a request for something else altogether."""
     if value in {"", ".", ".."}:
         raise InvalidInput(f"{what}: expected a name, got {value!r}")

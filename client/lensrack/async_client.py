@@ -21,8 +21,9 @@ from ._calls import Images
 from ._core import DEFAULT_TIMEOUT_S, DIRECT, Call, Config, Exchange, Reply
 from ._events import LOST, EventCursor
 from ._images import ImageInput
+from ._uploads import OnUpload, Uploading
 from .answers import Answer, ManyAnswers
-from .errors import JobFailed
+from .errors import JobFailed, LensrackError
 
 T = TypeVar("T")
 
@@ -98,10 +99,24 @@ class AsyncClient:
         method: str = "vpt_deep",
         recipe: Mapping[str, Any] | wire.Recipe | None = None,
         *,
+        publish: wire.PublishPolicy = "always",
+        priority: int = 0,
         idempotency_key: str | None = None,
     ) -> AsyncJobHandle:
-        """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too."""
-        call = _calls.train(task, dataset, method=method, recipe=recipe or {}, key=idempotency_key)
+        """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too.
+
+        `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live one on the
+        same validation images. Waiting jobs of higher `priority`, -100 to 100, come first.
+        """
+        call = _calls.train(
+            task,
+            dataset,
+            method=method,
+            recipe=recipe or {},
+            publish=publish,
+            priority=priority,
+            key=idempotency_key,
+        )
         return AsyncJobHandle(self, await self._send(call))
 
     async def health(self) -> wire.Health:
@@ -209,18 +224,60 @@ class AsyncDatasets:
         self._send = client._send
 
     async def upload(
-        self, source: Source, *, name: str | None = None, progress: Progress | None = None
+        self,
+        source: Source,
+        *,
+        name: str | None = None,
+        progress: Progress | None = None,
+        resume: str | None = None,
+        on_upload: OnUpload | None = None,
     ) -> wire.Dataset:
         """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one.
 
         `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
         that could not be read, and the links, which are not followed.
+
+        What is large goes in pieces: when the line breaks, the upload goes on where it stood. `on_upload(id)` is
+        called when such an upload has begun; with `resume=id` a later call goes on with it.
         """
         archive = await anyio.to_thread.run_sync(open_archive, source)
         try:
-            return await self._send(_calls.upload_dataset(archive, name=name, progress=progress))
+            return await self._store(
+                Uploading(archive, name=name, progress=progress, resume=resume, on_upload=on_upload)
+            )
         finally:
             archive.close()
+
+    async def add(
+        self,
+        source: Source,
+        parent: str,
+        *,
+        name: str | None = None,
+        progress: Progress | None = None,
+        resume: str | None = None,
+        on_upload: OnUpload | None = None,
+    ) -> wire.Dataset:
+        """Store a dataset's pictures and more of them as a new dataset, whose `parent` is the first.
+
+        A picture that the parent has takes the label it has in `source` and stays in its split. The rest is as in
+        `upload`.
+        """
+        archive = await anyio.to_thread.run_sync(open_archive, source)
+        try:
+            return await self._store(
+                Uploading(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
+            )
+        finally:
+            archive.close()
+
+    async def _store(self, upload: Uploading) -> wire.Dataset:
+        while upload.dataset is None:
+            try:
+                upload.take(await self._send(upload.call()))
+            except LensrackError as error:
+                await anyio.sleep(upload.lost(error))
+        return upload.dataset
 
     async def list(self) -> Sequence[wire.Dataset]:
         return await self._send(_calls.list_datasets())

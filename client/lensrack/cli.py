@@ -273,6 +273,8 @@ def train(
     prompt_dropout: float | None = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
     seed: int | None = None,
+    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
     follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -282,7 +284,8 @@ def train(
     """
     given = {name: context.params[name] for name in wire.Recipe.model_fields}
     recipe = {name: value for name, value in given.items() if value is not None}
-    handle = _client(context).train(task, dataset, method, recipe)
+    policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
+    handle = _client(context).train(task, dataset, method, recipe, publish=policy, priority=priority)
     as_json = _wants_json(context, as_json)
     if not as_json:
         print(handle.id, flush=True)
@@ -299,6 +302,8 @@ def _follow(handle: JobHandle) -> None:
         term.say(f"job {handle.id} goes on: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
         raise typer.Exit(130) from None
     term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
+    if job.metrics.get("published") is False:
+        term.say(f"it is not live: the job was to publish {job.publish.replace('_', ' ')}")
 
 
 @jobs.callback(invoke_without_command=True)

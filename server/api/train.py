@@ -116,6 +116,8 @@ def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Jo
         asked.recipe.model_dump(exclude_none=True),
         idempotency_key=key,
         tenant=predict.TENANT,
+        priority=asked.priority,
+        publish=asked.publish,
         max_attempts=services.settings.max_attempts,
     )
 
@@ -141,6 +143,8 @@ def told(job: Job) -> wire.Job:
         dataset=job.dataset,
         method=job.method,
         recipe=job.recipe,
+        publish=job.publish,
+        priority=job.priority,
         state=job.state,
         attempt=job.attempt,
         progress=wire.JobProgress.model_validate(job.progress),

@@ -20,7 +20,7 @@ def low_priority(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    lowest, _ = torch.cuda.Stream.priority_range()
+    lowest, _ = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # static, whatever the stub says
     before = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device, priority=lowest)
     stream.wait_stream(before)

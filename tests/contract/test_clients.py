@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import lensrack
-from lensrack import AsyncClient, AsyncJobHandle, Client, JobHandle, wire
+from lensrack import AsyncClient, AsyncJobHandle, Client, JobHandle, _uploads, wire
 from lensrack import async_client as async_module
 from lensrack import client as sync_module
 from tests.contract.scripted_rack import VERSION, Rack, Told, problem, serve, told, transport
@@ -442,7 +442,7 @@ class TestDatasets:
         client.datasets.upload(tmp_path / "large.zip")
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert rack.asked[-1].body_bytes == size
+        assert sum(asked.body_bytes for asked in rack.asked if asked.method == "PATCH") == size
         assert peak < 6 * 2**20
 
     @pytest.mark.usefixtures("socket_only")
@@ -469,6 +469,12 @@ class TestDatasets:
                 client.datasets.upload(tmp_path / path)
         assert not rack.asked
 
+    def test_more_for_a_dataset(self, make: Make, rack: Rack, folder: Path) -> None:
+        assert make().datasets.add(folder, "d1").parent == "d1"
+        assert rack.asked[-1].params == {"parent": "d1"}
+        make().datasets.add(folder, "d1", name="more")
+        assert rack.asked[-1].params == {"parent": "d1", "name": "more"}
+
     def test_the_rest(self, make: Make, rack: Rack) -> None:
         datasets = make().datasets
         assert [dataset.id for dataset in datasets.list()] == ["d1"]
@@ -477,15 +483,126 @@ class TestDatasets:
         assert (rack.asked[-1].method, rack.asked[-1].path) == ("DELETE", "/datasets/d1")
 
 
+class TestUploadsInPieces:
+    DATA = b"PK\x03\x04" + bytes(range(256)) * 400  # a good hundred kB
+
+    @pytest.fixture(autouse=True)
+    def _small_and_quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_uploads, "PIECE_BYTES", 30_000)
+        monkeypatch.setattr(_uploads, "PAUSE_S", 0.01)
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        path = tmp_path / "large.zip"
+        path.write_bytes(self.DATA)
+        return path
+
+    def test_all_of_them_arrive_in_order(self, make: Make, rack: Rack, file: Path) -> None:
+        seen: list[tuple[int, int | None]] = []
+        begun: list[str] = []
+        dataset = make().datasets.upload(
+            file, progress=lambda sent, total: seen.append((sent, total)), on_upload=begun.append
+        )
+        assert (dataset.id, begun) == ("d1", ["u1"])
+        assert rack.uploads["u1"].body == self.DATA
+        assert [asked.headers["upload-offset"] for asked in rack.to("/uploads/u1")] == ["0", "30000", "60000", "90000"]
+        assert {asked.headers["tus-resumable"] for asked in rack.to("/uploads/u1")} == {"1.0.0"}
+        assert rack.asked[-1].params == {"upload": "u1", "name": "large"}
+        assert seen == sorted(seen)
+        assert (seen[0], seen[-1]) == ((0, len(self.DATA)), (len(self.DATA), len(self.DATA)))
+
+    def test_a_broken_line_goes_on_where_the_server_stands(self, make: Make, rack: Rack, file: Path) -> None:
+        breaks = {
+            30_000: Told(200, b"", drop=True),
+            60_000: problem(503, "shutting_down", **{"Retry-After": "0"}),
+            90_000: problem(409, "upload_busy"),
+        }
+
+        def at(sent: int, total: int | None) -> None:
+            if sent in breaks:
+                rack.misbehave("/uploads/u1", breaks.pop(sent))
+
+        make(max_retries=0).datasets.upload(file, progress=at)
+        assert not breaks
+        assert rack.uploads["u1"].body == self.DATA
+        assert [asked.method for asked in rack.to("/uploads/u1")].count("HEAD") == 3
+        assert len(rack.to("/uploads")) == len(rack.to("/datasets")) == 1
+
+    def test_a_piece_that_came_although_its_answer_did_not_is_not_sent_again(
+        self, make: Make, rack: Rack, file: Path
+    ) -> None:
+        def at(sent: int, total: int | None) -> None:
+            upload = rack.uploads.get("u1")
+            if sent == 30_000 and upload is not None and upload.offset == 30_000:
+                upload.offset, upload.body = 45_000, self.DATA[:45_000]
+
+        make().datasets.upload(file, progress=at)
+        assert rack.uploads["u1"].body == self.DATA
+        assert [asked.method for asked in rack.to("/uploads/u1")] == ["PATCH", "PATCH", "HEAD", "PATCH", "PATCH"]
+
+    def test_a_line_that_stays_broken_is_given_up_and_can_be_taken_up_again(
+        self, make: Make, rack: Rack, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_uploads, "OUTAGE_S", 0.05)
+        begun: list[str] = []
+
+        def at(sent: int, total: int | None) -> None:
+            if sent == 60_000:
+                rack.misbehave("/uploads/u1", *[problem(503, "shutting_down", **{"Retry-After": "0"})] * 500)
+
+        with pytest.raises(lensrack.UnavailableError):
+            make(max_retries=0).datasets.upload(file, progress=at, on_upload=begun.append)
+        rack.behave()
+        asked = len(rack.asked)
+        assert make().datasets.upload(file, resume=begun[0]).id == "d1"
+        assert rack.uploads["u1"].body == self.DATA
+        assert [one.method for one in rack.asked[asked:]] == ["HEAD", "PATCH", "PATCH", "POST"]
+
+    def test_another_file_does_not_go_on_with_an_upload(self, make: Make, rack: Rack, file: Path) -> None:
+        make().datasets.upload(file)
+        client = make()
+        for other in (self.DATA + b"!", self.DATA[:-1] + b"!"):
+            file.write_bytes(other)
+            with pytest.raises(lensrack.InvalidInput, match="is of another file"):
+                client.datasets.upload(file, resume="u1")
+        with pytest.raises(lensrack.NotFoundError):
+            client.datasets.upload(file, resume="u7")
+        reading, writing = os.pipe()
+        writer = threading.Thread(target=_fill, args=(writing, self.DATA))
+        writer.start()
+        with open(reading, "rb") as pipe:
+            with pytest.raises(lensrack.InvalidInput, match="a pipe cannot start in its middle"):
+                client.datasets.upload(pipe, resume="u1")
+            pipe.read()
+        writer.join()
+
+    def test_what_cannot_get_better_is_told_at_once(self, make: Make, rack: Rack, file: Path) -> None:
+        rack.misbehave("/uploads/u1", problem(507, "disk_full"))
+        with pytest.raises(lensrack.ServerError, match="disk_full"):
+            make().datasets.upload(file)
+        rack.misbehave("/uploads", problem(413, "body_too_large"))
+        with pytest.raises(lensrack.TooLargeError):
+            make().datasets.upload(file)
+        assert [asked.method for asked in rack.asked] == ["POST", "PATCH", "POST"]
+
+    def test_the_last_answer_may_be_lost_too(self, make: Make, rack: Rack, file: Path) -> None:
+        rack.misbehave("/datasets", *[Told(201, b"{", drop=True)] * 3)
+        assert make(max_retries=1).datasets.add(file, "d1").parent == "d1"
+        assert [asked.params for asked in rack.to("/datasets")] == [{"upload": "u1", "parent": "d1"}] * 4
+        assert rack.uploads["u1"].body == self.DATA
+
+
 class TestJobs:
     def test_training_to_the_end(self, make: Make, rack: Rack) -> None:
-        handle = make().train("trash", "d1", method="linear", recipe={"epochs": 2, "lr": 0.5})
+        wishes = {"publish": "if_better", "priority": 3}
+        handle = make().train("trash", "d1", method="linear", recipe={"epochs": 2, "lr": 0.5}, **wishes)
         assert handle.state == "queued"
         assert rack.asked[0].json() == {
             "task": "trash",
             "dataset": "d1",
             "method": "linear",
             "recipe": {"epochs": 2, "lr": 0.5},
+            **wishes,
         }
         job = handle.wait(timeout=10)
         assert (job.state, job.version, handle.state) == ("succeeded", VERSION, "succeeded")

@@ -62,6 +62,9 @@ def test_a_short_dataset_id_is_stored_whole(api: Api, dataset: str):
         ({"task": "BAD"}, (422, "invalid_request"), "task"),
         ({"recipe": {"epochs": 0}}, (422, "invalid_request"), "recipe.epochs"),
         ({"recipe": {"learning_rate": 1}}, (422, "invalid_request"), "recipe.learning_rate"),
+        ({"publish": "sometimes"}, (422, "invalid_request"), "publish"),
+        ({"priority": 101}, (422, "invalid_request"), "priority"),
+        ({"priority": 0.5}, (422, "invalid_request"), "priority"),
         ({"surprise": 1}, (422, "invalid_request"), "surprise"),
     ],
 )
@@ -71,12 +74,23 @@ def test_refusals(api: Api, dataset: str, body: dict[str, Any], refusal: tuple[i
     assert api.http.get("/train").json()["jobs"] == []
 
 
+def test_policy_and_priority_are_kept_with_the_job(api: Api, dataset: str):
+    plain = wire.Job.model_validate(train(api, dataset).json())
+    assert (plain.publish, plain.priority) == ("always", 0)
+    urgent = wire.Job.model_validate(train(api, dataset, publish="if_better", priority=7).json())
+    assert (urgent.publish, urgent.priority) == ("if_better", 7)
+    late = wire.Job.model_validate(train(api, dataset, publish="never", priority=-100).json())
+    assert [claim(api).id for _ in range(3)] == [urgent.id, plain.id, late.id]
+    assert wire.Job.model_validate(api.http.get(f"/train/{urgent.id}").json()).publish == "if_better"
+
+
 def test_an_idempotency_key_makes_one_job(api: Api, dataset: str):
     first, again = train(api, dataset, key="k1"), train(api, dataset, key="k1")
     assert first.json()["id"] == again.json()["id"]
     assert again.status_code == 202
     problem = assert_problem(train(api, dataset, task="others", key="k1"), 409, "idempotency_conflict")
     assert problem["job"] == first.json()["id"]
+    assert_problem(train(api, dataset, key="k1", publish="never"), 409, "idempotency_conflict")
     assert train(api, dataset, key="k2").json()["id"] != first.json()["id"]
     assert_problem(train(api, dataset, key="x" * 256), 422, "invalid_request")
 

@@ -12,16 +12,17 @@ import pytest
 
 from prompts_store import open_store
 from prompts_store.memory_store import MemoryStore
-from server import trainer
+from server import checkpoints, trainer
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
 from server.errors import DiskFull, Unavailable
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
+from server.pulse import Pulse
 from server.samples import draw
 from server.trainer import Trainer
-from server.training import fit as fitting
+from server.training.progress import Progress
 
 QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
 
@@ -49,6 +50,7 @@ class House:
             checkpoints=self.folder / "checkpoints",
             worker=name,
             lease_s=30,
+            keep_s=0,
             max_image_pixels=10**7,
         )
 
@@ -174,19 +176,19 @@ def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytes
     assert len(calls) >= 4
 
 
-def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[float]:
-    """Let something happen once the fit has made a step, and give the pulse time to notice. The steps' losses."""
-    step, losses = fitting._step, []
+def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[Progress]:
+    """Let something happen once the fit has made a step, and give the pulse time to notice. The steps so far."""
+    watch, steps = Pulse.watch, []
 
-    def stepping(*arguments: object) -> float:
-        losses.append(step(*arguments))
-        if len(losses) == 1:
+    def watching(pulse: Pulse, progress: Progress) -> None:
+        steps.append(progress)
+        if len(steps) == 1:
             happen()
             time.sleep(1.2)
-        return losses[-1]
+        watch(pulse, progress)
 
-    monkeypatch.setattr(fitting, "_step", stepping)
-    return losses
+    monkeypatch.setattr(Pulse, "watch", watching)
+    return steps
 
 
 def test_a_cancelled_job_ends_at_its_next_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,20 +212,19 @@ def test_an_interrupted_job_goes_on_where_it_was_and_ends_with_the_same_version(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same job undisturbed and interrupted: created at the same moment, it must be the same bytes."""
-    monkeypatch.setattr(trainer, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(checkpoints, "EVERY_S", 0.0)
     recipe = {**QUICK, "epochs": 4}
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)
     with monkeypatch.context() as patch:
-        step, steps = fitting._step, []
+        watch = Pulse.watch
 
-        def failing(*arguments: object) -> float:
-            steps.append(step(*arguments))
-            if len(steps) == 4:  # two steps an epoch: in the third epoch's first
+        def failing(pulse: Pulse, progress: Progress) -> None:
+            if progress.epoch == 3:
                 raise RuntimeError("power cut")
-            return steps[-1]
+            watch(pulse, progress)
 
-        patch.setattr(fitting, "_step", failing)
+        patch.setattr(Pulse, "watch", failing)
         assert house.worked(job).state == "queued"
     assert list((house.folder / "checkpoints").iterdir())
     done = house.worked(job)

@@ -1,0 +1,53 @@
+"""The checkpoints of jobs under way: one file for each job, in a folder that all workers share.
+
+<job>.safetensors        where the next attempt goes on
+<job>.<pid>.tmp          one on its way; left only by a crash, and gone with the job's end
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from server.jobs.job import is_id
+from server.training import checkpoint
+from server.training.checkpoint import Checkpoint
+
+EVERY_S: Final = 1.0
+
+
+class Checkpoints:
+    """Checkpoints by job id, in `folder`, which is made when the first one is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, job_id: str) -> Checkpoint | None:
+        return checkpoint.read(self._path(job_id))
+
+    def keeper(self, job_id: str) -> Callable[[Checkpoint], None]:
+        """Writes a fit's state down, but not more often than every `EVERY_S`: some epochs take milliseconds."""
+        written = time.monotonic()
+
+        def keep(state: Checkpoint) -> None:
+            nonlocal written
+            if time.monotonic() - written >= EVERY_S:
+                checkpoint.write(self._path(job_id), state)
+                written = time.monotonic()
+
+        return keep
+
+    def forget(self, job_id: str) -> None:
+        """With what a crash left half written."""
+        for file in self._folder.glob(f"{job_id}.*"):
+            file.unlink(missing_ok=True)
+
+    def jobs(self) -> set[str]:
+        """The jobs that have any."""
+        names = {file.name.partition(".")[0] for file in self._folder.glob("job_*.*")}
+        return set(filter(is_id, names))
+
+    def _path(self, job_id: str) -> Path:
+        return self._folder / f"{job_id}.safetensors"

@@ -100,6 +100,24 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert gone == set(KEYS[1:3])  # room for the new one, and an eighth to spare
 
 
+def test_what_is_there_already_is_neither_written_nor_counted_again(tmp_path: Path) -> None:
+    cache = ArrayCache(tmp_path, 8 * 4096, spread=False)
+    cache.put("ab", made("ab"))
+    before = files(tmp_path)["ab"].stat()
+    for _ in range(20):
+        cache.put("ab", made("ab"))
+    after = files(tmp_path)["ab"].stat()
+    assert (after.st_ino, after.st_mtime_ns, noted(tmp_path)) == (before.st_ino, before.st_mtime_ns, 4096)
+
+
+def test_what_a_dead_writer_left_is_gone_when_the_cache_is_opened(tmp_path: Path) -> None:
+    ArrayCache(tmp_path, 8 * 4096, spread=False).put("ab", made("ab"))
+    (files(tmp_path)["ab"].parent / "new").write_bytes(bytes(5000))
+    ArrayCache(tmp_path, 8 * 4096, spread=False)
+    assert set(files(tmp_path)) == {"ab"}
+    assert noted(tmp_path) == held(tmp_path) == 4096
+
+
 def test_what_is_larger_than_the_cache_is_not_kept_and_evicts_nothing(tmp_path: Path) -> None:
     cache = ArrayCache(tmp_path, 8 * 4096, spread=False)
     cache.put("ab", made("ab"))
@@ -153,6 +171,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(tmp_path: Path) -> None:
     cache = ArrayCache(Path(sys.argv[1]), 2**20, spread=False)
     cache.put("ab", made("ab", 20_000))
     assert cache.get("ab") is None
+    assert not files(Path(sys.argv[1]))
     cache.put("cd", made("cd"))
     assert cache.get("cd") is not None
     """

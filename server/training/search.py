@@ -67,7 +67,7 @@ def searching(
     what was tried. Otherwise as `fit.fitting`.
     """
     state = resume or Checkpoint()
-    plan = _Plan.of(methods, len(splits.train), fixed, budget, backbone)
+    plan = _Plan.of(backbone, methods, splits, fixed, budget)
     run = _Search(backbone, splits, labels, plan, watch, keep, frozen or FrozenFeatures(backbone), list(state.trials))
     best = yield from run.tried()
     return (yield from run.fitted(best, state))
@@ -84,17 +84,21 @@ class _Plan:
 
     @classmethod
     def of(
-        cls, methods: Sequence[Method], images: int, fixed: Mapping[str, Any], budget: int, backbone: Backbone
+        cls, backbone: Backbone, methods: Sequence[Method], splits: Splits, fixed: Mapping[str, Any], budget: int
     ) -> _Plan:
+        """As many candidates as the budget has room for, each looked at for `short` pictures and judged on the
+        validation pictures, and a third of them for three times as many; two of them however small it is."""
+        images, judged = len(splits.train), min(len(splits.val), MOST_VAL)
         heads: list[list[Candidate | None]] = []
         prompted: list[list[Candidate | None]] = []
         for method in methods:
             own = [_candidate(method, changes, fixed, images) for changes in method.candidates]
             (heads if _head_only(method, backbone) else prompted).append(own)
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
+        left = budget - (min(budget // 3, images) + judged if heads else 0)
         full = ranked[0].recipe.epochs * images if ranked else 0
-        short = max(1, min(SHORT, full // KEEP_ONE_OF, budget // 4))
-        count = max(2, budget // (2 * short)) if ranked else 0
+        short = max(1, min(SHORT, full // KEEP_ONE_OF, (left - 3 * judged) // 5))
+        count = max(2, 3 * left // (6 * short + 4 * judged))
         return cls(tuple(_distinct(chain.from_iterable(heads))), tuple(ranked[:count]), short, budget)
 
     @property

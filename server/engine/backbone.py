@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from prompts_store import Preprocess
 
+from .block import FrozenBlock
 from .images import Geometry
+from .packed import can_pack
 
 UNTRAINED = "untrained"
 UNTRAINED_CONFIG: dict[str, Any] = {
@@ -72,18 +74,19 @@ class Spec:
 class Backbone:
     """A frozen timm `VisionTransformer` on one device in one dtype.
 
-    Shape: `model` maps pixels [B, 3, S, S] to tokens; prompts never enter it, see `vit.py`.
+    Shape: `model` maps pixels [B, 3, S, S] to tokens; prompts never enter it, see `vit.py`. `blocks` are its blocks as
+    the forward takes them; `packed` says whether their weights are packed.
     """
 
-    def __init__(self, spec: Spec, model: VisionTransformer, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: Spec, model: VisionTransformer, device: torch.device, dtype: torch.dtype, packed: bool
+    ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-    @property
-    def blocks(self) -> list[Block]:
-        return list(self.model.blocks)
+        self.packed = packed and can_pack(device, dtype)
+        self.blocks = [FrozenBlock(block, packed=self.packed) for block in self.model.blocks]
 
     @classmethod
     def of(
@@ -94,12 +97,16 @@ class Backbone:
         trained: bool = True,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        packed: bool = True,
     ) -> Backbone:
-        """Wrap a timm model. Raises BackboneError, saying why, where its forward is not the plain one."""
+        """Wrap a timm model. `packed`: pack the blocks' weights where the machine can multiply them, see `packed.py`.
+
+        Raises BackboneError, saying why, where the model's forward is not the plain one.
+        """
         reason = refusal(model)
         if reason is not None:
             raise BackboneError(f"backbone {arch!r} cannot be served: {reason}")
-        return cls(_spec(arch, model, trained), model, torch.device(device), dtype)
+        return cls(_spec(arch, model, trained), model, torch.device(device), dtype, packed)
 
 
 def load(
@@ -108,6 +115,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    packed: bool = True,
 ) -> Backbone:
     """The backbone that a setting names.
 
@@ -119,11 +127,11 @@ def load(
     if name == UNTRAINED:
         if weights is not None:
             raise BackboneError("backbone 'untrained' takes no weights: name the timm architecture of the file")
-        return Backbone.of(name, _stand_in(), trained=False, device=target, dtype=precision)
+        return Backbone.of(name, _stand_in(), trained=False, device=target, dtype=precision, packed=packed)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise BackboneError(f"unknown backbone {name!r}: expected a timm architecture or {UNTRAINED!r}")
     model = _create(name, weights)
-    return Backbone.of(name.split(".", maxsplit=1)[0], model, device=target, dtype=precision)
+    return Backbone.of(name.split(".", maxsplit=1)[0], model, device=target, dtype=precision, packed=packed)
 
 
 def _create(name: str, weights: Path | None) -> VisionTransformer:

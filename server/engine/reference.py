@@ -17,7 +17,7 @@ from .backbone import Backbone
 def linear(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     """Linear probe: the plain ViT and a head. pixels [B, 3, S, S] → logits [B, C]."""
     x = _enter(backbone, pixels)
-    for block in backbone.blocks:
+    for block in backbone.model.blocks:
         x = block(x)
     return _leave(backbone, x, params)
 
@@ -25,7 +25,7 @@ def linear(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor]) -> 
 def vpt_shallow(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     """VPT-shallow (Jia et al., ECCV 2022, eq. 4–6): prompts [p, D] enter once and are carried through all blocks."""
     x = _insert(_enter(backbone, pixels), params["prompts"])
-    for block in backbone.blocks:
+    for block in backbone.model.blocks:
         x = block(x)
     return _leave(backbone, x, params, prompts=len(params["prompts"]))
 
@@ -36,7 +36,7 @@ def vpt_deep(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor], p
     prompts: [Σ p_l, D], rows in layer order; `prompt_lengths` gives p_l.
     """
     x, before = _enter(backbone, pixels), 0
-    for block, prompts in zip(backbone.blocks, params["prompts"].split(list(prompt_lengths)), strict=True):
+    for block, prompts in zip(backbone.model.blocks, params["prompts"].split(list(prompt_lengths)), strict=True):
         x = block(_insert(_remove(x, before), prompts))
         before = len(prompts)
     return _leave(backbone, x, params, prompts=before)

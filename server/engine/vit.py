@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import Backbone
+from .block import FrozenBlock
 from .lens import Condition, Prefix
 
 
@@ -73,63 +73,47 @@ def head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(features, weight, bias)
 
 
-def project(block: Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
+def project(block: FrozenBlock, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts [..., p, D] of one layer to the keys and values [..., p, D] that the layer's attention sees of them."""
-    dim = prompts.shape[-1]
-    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
-    normed = block.norm1(prompts)
-    keys, values = F.linear(normed, weight[dim:], None if bias is None else bias[dim:]).split(dim, dim=-1)
-    return _per_head(block, keys, "k_norm"), values
+    keys, values = block.keys_values(block.norm1(prompts))
+    return _per_head(block, keys, block.k_norm), values
 
 
-def _block(block: Block, lanes: Sequence[Lane], index: int) -> None:
+def _block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> None:
     """One pre-norm block over all lanes, in place of their x."""
     flat = _flatten([lane.x for lane in lanes])  # [ΣB·N, D]
-    qkv = _split(block.attn.qkv(block.norm1(flat)), lanes)  # [B, N, 3D] a lane
-    mixed = _flatten([_attend(block, part, lane, index) for part, lane in zip(qkv, lanes, strict=True)])
-    flat = flat + block.ls1(block.attn.proj(mixed))
+    parts = (_split(part, lanes) for part in block.qkv(block.norm1(flat)))  # queries, keys, values: [B, N, D] a lane
+    mixed = _flatten([_attention(block, qkv, lane, index) for *qkv, lane in zip(*parts, lanes, strict=True)])
+    flat = flat + block.ls1(block.project(mixed))
     flat = flat + block.ls2(block.mlp(block.norm2(flat)))
     for lane, x in zip(lanes, _split(flat, lanes), strict=True):
         lane.x = x
 
 
-def _last_block(block: Block, lanes: Sequence[Lane], index: int) -> Tensor:
+def _last_block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> Tensor:
     """The last block for the class token only: keys and values of all tokens, one query. Returns [ΣB, D]."""
-    weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
-    dim = weight.shape[1]
     normed = block.norm1(_flatten([lane.x for lane in lanes]))
-    keys_values = _split(F.linear(normed, weight[dim:], None if bias is None else bias[dim:]), lanes)
+    keys, values = (_split(part, lanes) for part in block.keys_values(normed))
     firsts = [lane.x[:, 0] for lane in lanes]
-    queries = F.linear(
-        _flatten([part[:, 0] for part in _split(normed, lanes)]), weight[:dim], None if bias is None else bias[:dim]
-    )
-    mixed = []
-    for query, part, lane in zip(queries.split([len(first) for first in firsts]), keys_values, lanes, strict=True):
-        keys, values = part.split(dim, dim=-1)
-        mixed.append(_attention(block, (query.unsqueeze(1), keys, values), lane, index).squeeze(1))
-    flat = torch.cat(firsts) + block.ls1(block.attn.proj(torch.cat(mixed)))
+    queries = block.query(_flatten([part[:, 0] for part in _split(normed, lanes)]))
+    mixed = [
+        _attention(block, (query.unsqueeze(1), *own), lane, index).squeeze(1)
+        for query, *own, lane in zip(queries.split([len(x) for x in firsts]), keys, values, lanes, strict=True)
+    ]
+    flat = torch.cat(firsts) + block.ls1(block.project(torch.cat(mixed)))
     return flat + block.ls2(block.mlp(block.norm2(flat)))
 
 
-def _attend(block: Block, qkv: Tensor, lane: Lane, index: int) -> Tensor:
-    query, keys, values = qkv.chunk(3, dim=-1)
-    return _attention(block, (query, keys, values), lane, index)
-
-
-def _attention(block: Block, qkv: tuple[Tensor, Tensor, Tensor], lane: Lane, index: int) -> Tensor:
+def _attention(block: FrozenBlock, qkv: Sequence[Tensor], lane: Lane, index: int) -> Tensor:
     """Queries [B, Q, D] over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D]."""
     query, keys, values = qkv
-    heads = block.attn.num_heads
-    query, keys = _per_head(block, query, "q_norm"), _per_head(block, keys, "k_norm")
+    query, keys = _per_head(block, query, block.q_norm), _per_head(block, keys, block.k_norm)
     prefix = lane.condition.prefix(index)
     mask = _mask(lane, prefix, keys)
     if prefix is not None:
         keys = torch.cat((prefix.keys.to(keys.dtype), keys), dim=1)
         values = torch.cat((prefix.values.to(values.dtype), values), dim=1)
-    mixed = F.scaled_dot_product_attention(
-        _heads(query, heads), _heads(keys, heads), _heads(values, heads), attn_mask=mask
-    )
-    return mixed.transpose(1, 2).flatten(2)
+    return block.attend(query, keys, values, mask)
 
 
 def _mask(lane: Lane, prefix: Prefix | None, keys: Tensor) -> Tensor | None:
@@ -160,16 +144,11 @@ def _pool_average(backbone: Backbone, x: Tensor) -> Tensor:
     return model.fc_norm(model.norm(x[:, spec.prefix_tokens : spec.tokens]).mean(dim=1))
 
 
-def _per_head(block: Block, x: Tensor, norm: str) -> Tensor:
+def _per_head(block: FrozenBlock, x: Tensor, norm: nn.Module) -> Tensor:
     """The block's query or key norm, which works on each head by itself (identity in most backbones)."""
-    module = getattr(block.attn, norm)
-    if isinstance(module, torch.nn.Identity):
+    if isinstance(norm, nn.Identity):
         return x
-    return module(x.unflatten(-1, (block.attn.num_heads, -1))).flatten(-2)
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, d]
+    return norm(x.unflatten(-1, (block.heads, -1))).flatten(-2)
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

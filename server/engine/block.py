@@ -1,0 +1,65 @@
+"""One frozen block of the backbone as the forward takes it: timm's own norms, scales and activation; our products.
+
+How the products are computed is decided once, when the backbone is loaded: plainly, or on a CPU with packed weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from .packed import Linear, PackedLinear, PlainLinear
+
+
+class FrozenBlock:
+    """The parts of a pre-norm block of width D. What goes in is [..., D]; rows do not see each other but in `attend`.
+
+    Queries are a product of their own where weights are packed: prompts and the last layer need keys and values alone,
+    and a weight packed for each use would be in memory twice. Elsewhere slices cost nothing and one launch is saved.
+    """
+
+    def __init__(self, block: Block, *, packed: bool) -> None:
+        kind = PackedLinear if packed else PlainLinear
+        weight, bias, dim = block.attn.qkv.weight, block.attn.qkv.bias, block.attn.qkv.in_features
+        self.heads: int = block.attn.num_heads
+        self.norm1, self.norm2, self.ls1, self.ls2 = block.norm1, block.norm2, block.ls1, block.ls2
+        self.q_norm, self.k_norm = block.attn.q_norm, block.attn.k_norm
+        self.query: Linear = kind(weight[:dim], None if bias is None else bias[:dim])
+        self._keys_values: Linear = kind(weight[dim:], None if bias is None else bias[dim:])
+        self._qkv: Linear | None = None if packed else kind(weight, bias)
+        self.project: Linear = kind(block.attn.proj.weight, block.attn.proj.bias)
+        self._fc1: Linear = kind(block.mlp.fc1.weight, block.mlp.fc1.bias)
+        self._fc2: Linear = kind(block.mlp.fc2.weight, block.mlp.fc2.bias)
+        self._act, self._mlp_norm = block.mlp.act, block.mlp.norm
+        self._by_products = packed and weight.dtype == torch.bfloat16
+
+    def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [..., D]."""
+        if self._qkv is None:
+            return self.query(normed), *self.keys_values(normed)
+        query, keys, values = self._qkv(normed).chunk(3, dim=-1)
+        return query, keys, values
+
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys_values(normed).chunk(2, dim=-1)
+        return keys, values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [B, Q, D], keys and values [B, N, D], mask [B, 1, 1, N], True where a key may be seen → [B, Q, D]."""
+        attention = _by_products if self._by_products else F.scaled_dot_product_attention
+        split = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, keys, values))  # [B, H, N, d]
+        return attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        return self._fc2(self._mlp_norm(self._act(self._fc1(normed))))
+
+
+def _by_products(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Attention as it is written. PyTorch's fused kernel does not multiply in bfloat16 on a CPU: this takes half of its
+    time, in training a third; its price is [B, H, Q, N] scores in memory."""
+    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(dim=-1) @ values

@@ -5,6 +5,7 @@ source ── open_archive ──> Archive(file, bytes, content type, skipped) �
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -79,7 +80,10 @@ class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 @dataclass(frozen=True)
 class Archive:
-    """An open archive. `size` is None where the source cannot be measured, hence not sent a second time."""
+    """An open archive. `size` is None where the source cannot be measured, hence not sent a second time.
+
+    `fingerprint` tells it from another file of the same size.
+    """
 
     file: IO[bytes]
     size: int | None
@@ -89,6 +93,7 @@ class Archive:
     head: bytes = b""
     owned: bool = True
     skipped: tuple[SkippedFile, ...] = ()
+    fingerprint: bytes = b""
 
     def body(self, progress: Progress | None) -> FileBody:
         return FileBody(self.file, size=self.size, start=self.start, head=self.head, progress=progress)
@@ -121,7 +126,9 @@ def _from_folder(folder: Path) -> Archive:
     file = tempfile.TemporaryFile(prefix="lensrack-")  # noqa: SIM115 - the Archive owns and closes it
     with _closed_on_error(file):
         skipped = pack(folder, file)
-        return Archive(file, file.tell(), folder.resolve().name, "application/zip", skipped=tuple(skipped))
+        size, name, kind = file.tell(), folder.resolve().name, "application/zip"
+        told = _fingerprint(file, 0, size)
+        return Archive(file, size, name, kind, skipped=tuple(skipped), fingerprint=told)
 
 
 def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
@@ -133,7 +140,17 @@ def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
     start, end = file.tell(), file.seek(0, os.SEEK_END)
     file.seek(start)
     kind = _content_type(file.read(_HEAD_BYTES), filename)
-    return Archive(file, end - start, name, kind, start=start, owned=owned)
+    told = _fingerprint(file, start, end)
+    return Archive(file, end - start, name, kind, start=start, owned=owned, fingerprint=told)
+
+
+def _fingerprint(file: IO[bytes], start: int, end: int) -> bytes:
+    """Of both ends: a zip keeps the checksums of its members at its end, a tar.gz the one of all."""
+    digest = hashlib.sha256(str(end - start).encode())
+    for position in (start, max(start, end - CHUNK_BYTES)):
+        file.seek(position)
+        digest.update(file.read(CHUNK_BYTES))
+    return digest.digest()
 
 
 def _without_suffix(filename: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -13,7 +13,9 @@ from .data import Images, Index, Pixels
 BATCHES: Final = 2
 
 
-def ahead(images: Images, batches: Iterable[Index], views: Views | None, depth: int = BATCHES) -> Iterator[Pixels]:
+def ahead(
+    images: Images, batches: Iterable[Index], views: Views | None, depth: int = BATCHES
+) -> Generator[Pixels, None, None]:
     """The pixels of each batch in turn, uint8 [k, S, S, 3], while up to `depth` later ones are being read.
 
     views: one for every picture of `images`, by its number. An error of a batch is raised at that batch. Closing the

@@ -8,7 +8,8 @@ recipe's seed and the epoch, so an epoch can be repeated without the ones before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,10 @@ from server.engine.lens import Lens, condition
 from server.methods.method import Method, Params
 
 from . import augment, metrics
+from .ahead import ahead
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .data import Pictures, Pixels, Splits
-from .frozen import EVAL_BATCH, FrozenFeatures
+from .data import Index, Pictures, Pixels, Splits
+from .frozen import FrozenFeatures, parts
 from .optimizer import lr_scale, make_optimizer, set_lr
 from .progress import Clock, Progress, Watcher, nobody
 from .recipe import Recipe
@@ -109,6 +111,16 @@ class Inputs:
     features: Tensor | None  # [n, D]
     targets: Tensor  # [n]
 
+    def read(
+        self, batches: Sequence[Index], views: augment.Views | None = None
+    ) -> Generator[Pixels | None, None, None]:
+        """The pixels of each batch, read ahead; None for each where features stand for them."""
+        if self.features is not None:
+            yield from (None for _ in batches)
+        else:
+            with closing(ahead(self.pictures.images, batches, views)) as pixels:
+                yield from pixels
+
 
 @dataclass
 class _Fit:
@@ -165,14 +177,13 @@ class _Fit:
         generator = seeded(recipe.seed, epoch)
         batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
         views = augment.draw(recipe.augment, len(train.targets), generator)
-        for step, index in enumerate(batches, start=1):
-            now = epoch - 1 + step / len(batches)
-            set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
-            picked = index.numpy()
-            pixels = None if train.features is not None else train.pictures.images.read(picked, _of(views, picked))
-            loss = yield from self._step(optimizer, train, index, pixels, generator)
-            total += loss * len(index)
-            self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
+        with closing(train.read([index.numpy() for index in batches], views)) as pixels:
+            for step, (index, read) in enumerate(zip(batches, pixels, strict=True), start=1):
+                now = epoch - 1 + step / len(batches)
+                set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
+                loss = yield from self._step(optimizer, train, index, read, generator)
+                total += loss * len(index)
+                self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
         return total / len(train.targets), len(batches)
 
     def _step(
@@ -223,15 +234,17 @@ class _Fit:
         found = []
         with torch.inference_mode():
             lens = self._lens(self.params)
-        for index in torch.arange(len(inputs.targets)).split(EVAL_BATCH):
-            if inputs.features is not None:
-                features = inputs.features[index]
-            else:
-                self.passes += len(index)
-                x = self.frozen.embedded(inputs.pictures.images.read(index.numpy()))
-                features = yield Ask(x, condition(lens, len(index)))
-            with torch.inference_mode():
-                found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
+        order = parts(len(inputs.targets))
+        with closing(inputs.read(order)) as pixels:
+            for index, read in zip(order, pixels, strict=True):
+                if read is None:
+                    assert inputs.features is not None
+                    features = inputs.features[index]
+                else:
+                    self.passes += len(index)
+                    features = yield Ask(self.frozen.embedded(read), condition(lens, len(index)))
+                with torch.inference_mode():
+                    found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
         return np.concatenate(found)
 
     def _note(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
@@ -301,10 +314,6 @@ def class_weights(targets: NDArray[np.int64], labels: int) -> Tensor:
 
 def seeded(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-
-
-def _of(views: augment.Views | None, index: NDArray[np.int64]) -> augment.Views | None:
-    return None if views is None else views.take(index)
 
 
 def _named(split: str, judged: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,37 +14,66 @@ from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.lens import Plain
 
-from .data import Images, Pixels
+from .ahead import ahead
+from .data import Images, Index, Pixels
+from .feature_cache import FeatureKey, Features, NoCache, to_array, to_tensor
 from .together import Ask, Fitting
 
 EVAL_BATCH = 64
 
 
 class FrozenFeatures:
-    """Remembers the features of every `Images` that it has been asked about."""
+    """Remembers the features of every `Images` that it has been asked about; `cache` remembers them for later ones."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
+    def __init__(self, backbone: Backbone, cache: Features | None = None) -> None:
+        self._backbone, self._cache = backbone, cache or NoCache()
         own = backbone.spec.preprocess
         self._mean = torch.tensor([own.mean], device=backbone.device)
         self._std = torch.tensor([own.std], device=backbone.device)
         self._known: list[tuple[Images, Tensor]] = []
 
     def of(self, images: Images) -> Fitting[Tensor]:
-        """Pooled features [n, D] of the plain backbone."""
+        """Pooled features [n, D] of the plain backbone, in its dtype, on its device."""
         for seen, features in self._known:
             if seen is images:
                 return features
-        found = []
-        for start in range(0, len(images), EVAL_BATCH):
-            index = np.arange(start, min(start + EVAL_BATCH, len(images)))
-            found.append((yield Ask(self.embedded(images.read(index)), Plain())))
-        features = torch.cat(found).clone()
+        key = self._key(images)
+        kept = None if key is None else self._cache.get(key)
+        if kept is None:
+            features = yield from self._computed(images)
+            if key is not None:
+                self._cache.put(key, to_array(features))
+        else:
+            features = to_tensor(kept).to(self._backbone.device)
         self._known.append((images, features))
         return features
+
+    def _computed(self, images: Images) -> Fitting[Tensor]:
+        found = []
+        with closing(in_order(images)) as batches:
+            for pixels in batches:
+                found.append((yield Ask(self.embedded(pixels), Plain())))
+        return torch.cat(found).clone()
+
+    def _key(self, images: Images) -> FeatureKey | None:
+        backbone, spec = self._backbone, self._backbone.spec
+        if images.digest is None:
+            return None
+        own = spec.preprocess
+        dtype = str(backbone.dtype).removeprefix("torch.")
+        return FeatureKey(images.digest, spec.fingerprint, backbone.device.type, dtype, own.mean, own.std)
 
     @torch.no_grad()
     def embedded(self, pixels: Pixels) -> Tensor:
         """uint8 [B, S, S, 3] → the tokens that enter the first block [B, N, D], with the backbone's normalisation."""
         stack = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._backbone.device)
         return vit.embed(self._backbone, normalise(stack, self._mean, self._std, self._backbone.dtype))
+
+
+def in_order(images: Images) -> Generator[Pixels, None, None]:
+    """All pictures in their order, `EVAL_BATCH` at a time."""
+    return ahead(images, parts(len(images)), None)
+
+
+def parts(count: int) -> Sequence[Index]:
+    return [np.arange(start, min(start + EVAL_BATCH, count)) for start in range(0, count, EVAL_BATCH)]

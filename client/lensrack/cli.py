@@ -7,8 +7,10 @@ Answers go to stdout, progress and errors to stderr. Exit code 0: done; 1: it fa
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
 
@@ -18,7 +20,7 @@ from . import Client, JobHandle, LensrackError, __version__, wire
 from . import _terminal as term
 from ._watch import upload_bar, watch
 from .answers import Answer
-from .errors import ApiError, InvalidInput
+from .errors import ApiError, ConnectError, InvalidInput, RequestTimeout, ServerError
 
 ASK_AT_ONCE = 8  # the server makes one batch of what comes together
 
@@ -45,6 +47,9 @@ Context = typer.Context
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or the unique beginning of it.")]
+SourcePath = Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")]
+DatasetName = Annotated[str | None, typer.Option("--name", help="What people call it.")]
+Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Go on with an upload that broke off.")]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="The dataset's id.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -215,19 +220,48 @@ def datasets_or_list(context: Context, as_json: Json = False) -> None:
 @datasets.command("upload")
 def upload_dataset(
     context: Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")],
-    name: Annotated[str | None, typer.Option(help="What people call it.")] = None,
+    path: SourcePath,
+    name: DatasetName = None,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Store a folder of class folders; prints its id.
 
-    Also a zip, tar, tar.gz or tar.zst of one. Links are not followed, hidden files are left out.
+    Also a zip, tar, tar.gz or tar.zst of one. Links are not followed, hidden files are left out. What is large is sent
+    in pieces and goes on by itself when the connection breaks.
     """
-    source: Path | BinaryIO = sys.stdin.buffer if str(path) == "-" else path
-    with upload_bar(path.resolve().name) as progress:
-        stored = _client(context).datasets.upload(source, name=name, progress=progress)
-    term.say_uploaded(stored)
+    stored = _sent(path, resume, partial(_client(context).datasets.upload, name=name))
     term.print_json(stored) if _wants_json(context, as_json) else print(stored.id)
+
+
+@datasets.command("add")
+def add_to_dataset(
+    context: Context,
+    *,
+    path: SourcePath,
+    parent: Annotated[str, typer.Option(metavar="DATASET", help="The dataset to add to.")],
+    name: DatasetName = None,
+    resume: Resume = None,
+    as_json: Json = False,
+) -> None:
+    """Store a dataset's images and those of a folder or archive as a new dataset; prints its id."""
+    stored = _sent(path, resume, partial(_client(context).datasets.add, parent=parent, name=name))
+    term.print_json(stored) if _wants_json(context, as_json) else print(stored.id)
+
+
+def _sent(path: Path, resume: str | None, send: Callable[..., wire.Dataset]) -> wire.Dataset:
+    """What a folder, an archive or stdin has become; a word about how to go on where it could not be sent whole."""
+    source: Path | BinaryIO = sys.stdin.buffer if str(path) == "-" else path
+    begun = [resume] if resume else []
+    try:
+        with upload_bar(path.resolve().name) as progress:
+            stored = send(source, progress=progress, resume=resume, on_upload=begun.append)
+    except (KeyboardInterrupt, ConnectError, RequestTimeout, ServerError):
+        if begun:
+            term.say(f"what has arrived is kept for a while: the same command with --resume {begun[-1]} goes on")
+        raise
+    term.say_uploaded(stored)
+    return stored
 
 
 @datasets.command("list")

@@ -164,6 +164,23 @@ class TestDatasets:
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=True)
         assert done.stdout == "<d1>\n"
 
+    def test_more_for_a_dataset(self, run: Run, rack: Rack, folder: Path) -> None:
+        assert run("datasets", "add", folder, "--parent", "d1").stdout == "d1\n"
+        assert rack.asked[-1].params == {"parent": "d1"}
+        assert "--parent" in run("datasets", "add", folder, code=2).stderr
+
+    def test_a_large_archive_goes_on_where_it_broke_off(self, run: Run, rack: Rack, tmp_path: Path) -> None:
+        with (tmp_path / "large.zip").open("wb") as file:
+            file.write(b"PK\x03\x04")
+            file.truncate(20 * 2**20)
+        rack.misbehave("/uploads/u1", problem(507, "disk_full", "the disk is full"))
+        failed = run("datasets", "upload", "large.zip", code=1)
+        assert (failed.stdout, "disk_full: the disk is full" in failed.stderr) == ("", True)
+        assert "the same command with --resume u1 goes on" in failed.stderr
+        assert run("datasets", "upload", "large.zip", "--resume", "u1").stdout == "d1\n"
+        assert rack.uploads["u1"].offset == 20 * 2**20
+        assert len(rack.to("/uploads")) == 1
+
     def test_an_archive_from_stdin(self, environment: dict[str, str], rack: Rack) -> None:
         data = b"PK\x03\x04" + bytes(1000)
         command = [SCRIPT, "datasets", "upload", "-", "--name", "piped"]

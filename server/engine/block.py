@@ -49,17 +49,20 @@ class FrozenBlock:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, Q, D], keys and values [B, N, D], mask [B, 1, 1, N], True where a key may be seen → [B, Q, D]."""
         attention = _by_products if self._by_products else F.scaled_dot_product_attention
-        split = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, keys, values))  # [B, H, N, d]
-        return attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+        mixed = attention(self._heads(query), self._heads(keys), self._heads(values), mask)
+        return mixed.transpose(1, 2).flatten(2)
 
     def mlp(self, normed: Tensor) -> Tensor:
         return self._fc2(self._mlp_norm(self._act(self._fc1(normed))))
 
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, d]
 
-def _by_products(query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None) -> Tensor:
+
+def _by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as it is written. PyTorch's fused kernel does not multiply in bfloat16 on a CPU: this takes half of its
     time, in training a third; its price is [B, H, Q, N] scores in memory."""
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ values

@@ -1,0 +1,191 @@
+"""`python -m server bench engine`: what packed weights and bfloat16 are worth on this machine's CPU, one thread.
+
+CPU time, not wall time, so that neighbours on a busy machine count as little as possible; the variants take turns,
+round after round, and the medians are reported with their ratio to the plain timm model. Weights are random: times do
+not depend on them. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from server.engine import vit
+from server.engine.backbone import Backbone
+from server.engine.engine import Engine
+from server.engine.images import Geometry
+from server.engine.lens import condition
+from server.engine.packed import PackedLinear, can_pack
+from server.engine.rack import Rack
+from server.engine.residency import Seat
+from server.methods.method import Params
+from server.methods.vpt_deep import VptDeep
+
+ARCHS = ("deit_tiny_patch16_224", "vit_base_patch16_224")
+METHOD = VptDeep()
+CLASSES = 10
+KINDS = {
+    "plain float32": (torch.float32, False),
+    "packed float32": (torch.float32, True),
+    "packed bfloat16": (torch.bfloat16, True),
+}
+Variants = dict[str, Callable[[], object]]
+
+
+class Packed(nn.Module):
+    """A packed product in the place of timm's linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._product = PackedLinear(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    torch.set_num_threads(1)
+    reports = [measure(arch, options) for arch in options.arch]
+    for report in reports:
+        print(table(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server bench engine", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help="plain timm ViTs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every variant (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=8, help="rows of a batch, each of its own task")
+    parser.add_argument("--train-batch", type=int, default=32, help="pictures of a training step")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
+    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    return parser.parse_args(arguments)
+
+
+def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one architecture: medians in milliseconds of CPU time."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=0)
+    eyes = {
+        name: Backbone.of(arch, copy.deepcopy(model), dtype=dtype, packed=packed)
+        for name, (dtype, packed) in KINDS.items()
+        if not packed or can_pack(torch.device("cpu"), dtype)
+    }
+    size = eyes["plain float32"].spec.image_size
+    serving = torch.randn(options.tasks, 3, size, size)
+    training = torch.randn(options.train_batch, 3, size, size)
+    forward = _timm_variants(model, serving) | {
+        f"lensrack {name}, {options.tasks} tasks": _served(eye, serving, options) for name, eye in eyes.items()
+    }
+    step = {f"lensrack {name}": _fitted(eye, training, options) for name, eye in eyes.items()}
+    return {
+        "arch": arch,
+        "torch": torch.__version__,
+        "block_weight_bytes": sum(p.numel() * p.element_size() for p in model.blocks.parameters()),
+        f"forward of {options.tasks} pictures": in_turns(forward, options.rounds),
+        f"training step of {options.train_batch} pictures": in_turns(step, options.rounds),
+    }
+
+
+def in_turns(variants: Variants, rounds: int) -> dict[str, float]:
+    """Median CPU time of each, in ms. One turn beforehand pays for set-up."""
+    spent: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.process_time()
+            run()
+            if turn:
+                spent[name].append((time.process_time() - started) * 1e3)
+    return {name: round(statistics.median(times), 2) for name, times in spent.items()}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Times and how many times faster than the first row of the group each is."""
+    lines = [f"{report['arch']} (one thread, CPU ms, torch {report['torch']})"]
+    for group, times in report.items():
+        if isinstance(times, dict):
+            first = next(iter(times.values()))
+            lines.append(f"  {group}")
+            lines += [f"    {name:<42}{ms:>10.1f}{first / ms:>8.2f}×" for name, ms in times.items()]
+    return "\n".join(lines)
+
+
+def _timm_variants(model: VisionTransformer, pixels: Tensor) -> Variants:
+    """timm's own forward for one task, as it comes and with its blocks' products packed."""
+    found = {"timm float32, 1 task": (copy.deepcopy(model), pixels)}
+    for dtype in (torch.float32, torch.bfloat16):
+        if can_pack(torch.device("cpu"), dtype):
+            name = str(dtype).removeprefix("torch.")
+            found[f"timm packed {name}, 1 task"] = (_pack(copy.deepcopy(model).to(dtype)), pixels.to(dtype))
+    return {name: _inferred(own.eval().requires_grad_(False), x) for name, (own, x) in found.items()}
+
+
+def _pack(model: VisionTransformer) -> VisionTransformer:
+    for block in model.blocks:
+        for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            setattr(parent, name, Packed(getattr(parent, name)))
+    return model
+
+
+def _inferred(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    def once() -> object:
+        with torch.inference_mode():
+            return run(x)
+
+    return once
+
+
+def _served(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+    """One forward whose rows are all of different tasks."""
+    rack = Rack(dim=eye.spec.dim, slots=options.tasks, vectors=100_000, dtype=eye.dtype)
+    engine = Engine(eye, rack)
+    rows = [(task, _seat(eye, rack, task, options.prompts)) for task in range(options.tasks)]
+    return _inferred(lambda x: engine.logits(vit.embed(eye, x), rows), pixels.to(eye.dtype))
+
+
+def _seat(eye: Backbone, rack: Rack, task: int, prompts: int) -> Seat:
+    params, lengths = _drawn(eye, task, prompts)
+    with torch.inference_mode():
+        lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+    place = rack.allocate(lens)
+    rack.write(place, lens)
+    geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
+    return Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
+
+
+def _drawn(eye: Backbone, seed: int, prompts: int) -> tuple[Params, tuple[int, ...]]:
+    lengths = METHOD.prompt_lengths(eye.spec, prompts)
+    return METHOD.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(seed)), lengths
+
+
+def _fitted(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+    """Forward and backward of a training step, without the optimiser: parameters are float32, the lens is cast."""
+    params, lengths = _drawn(eye, 0, options.prompts)
+    params = {name: value.requires_grad_(True) for name, value in params.items()}
+    x, targets = pixels.to(eye.dtype), torch.arange(len(pixels)) % CLASSES
+
+    def once() -> None:
+        lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+        features = vit.forward(eye, vit.embed(eye, x), condition(lens, len(x)))
+        logits = vit.head(features, lens.head_weight, lens.head_bias).float()
+        F.cross_entropy(logits, targets).backward()
+
+    return once
+
+
+if __name__ == "__main__":
+    main()

@@ -208,6 +208,8 @@ def test_without_a_cache_a_picture_is_decoded_once_an_epoch(pool: ThreadPoolExec
     read = Counted()
     list(ahead(stored(pool, read=read), np.array_split(ALL, 5), None))
     assert read.times == dict.fromkeys(SUMS, 1)
+    stored(pool, read=read).read(np.repeat(ALL, 3))
+    assert read.times == dict.fromkeys(SUMS, 2)
 
 
 def test_what_was_decoded_is_there_for_the_next_worker_and_other_cuts_are_not_confused(

@@ -1,0 +1,204 @@
+"""A worker is killed at any moment of a job: another one finishes it, with the very bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from prompts_store import Store, open_store
+from server.bootstrap import open_datasets, open_jobs
+from server.jobs.job import Job
+from server.jobs.redis_store import RedisJobStore
+from server.jobs.sqlite_store import SqliteJobStore
+from server.jobs.store import JobStore
+from server.samples import draw
+from server.settings import Settings
+from tests.e2e.doomed_worker import POINTS, forge, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SUBMITTED_AT = 1_700_000_000.0  # part of the manifest: two jobs of the same moment make the same bytes
+RECIPE = {"epochs": 6, "prompts": 2, "batch_size": 4, "seed": 5}
+WAIT_S = 120
+MakeSite = Callable[[str], AbstractContextManager["Site"]]
+
+
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    return forge()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw(folder, per_class=6)
+    with tarfile.open(folder / "fruit.tar", "w") as packed:
+        packed.add(folder / "fruit" / "train", arcname=".")
+    return folder / "fruit.tar"
+
+
+@dataclass
+class Site:
+    """A home with one job in its queue, and whoever works there."""
+
+    settings: Settings
+    context: ForkServerContext
+    jobs: JobStore
+    store: Store
+    job: Job
+
+    def start(self, point: str | None = None) -> BaseProcess:
+        own = {"jobs": self.settings.jobs, "store": self.settings.store, "lease_s": "1", "worker_nice": "0"}
+        threads = {"threads": "1", "worker_threads": "1"}
+        return start(self.context, self.settings.home, {**own, **threads}, point)
+
+    @contextmanager
+    def working(self) -> Iterator[BaseProcess]:
+        """A worker that lives, and is stopped as an operator would."""
+        worker = self.start()
+        try:
+            yield worker
+        finally:
+            worker.terminate()
+            worker.join(40)
+        assert worker.exitcode == 0, self.log
+
+    def finished(self, worker: BaseProcess) -> Job:
+        deadline = time.monotonic() + WAIT_S
+        while not (job := self.jobs.get(self.job.id)).finished:
+            assert worker.is_alive(), self.log
+            assert time.monotonic() < deadline, f"the job is {job.state} after {WAIT_S} s:\n{self.log}"
+            time.sleep(0.05)
+        return job
+
+    @property
+    def log(self) -> str:
+        return (self.settings.home / "workers.log").read_text(errors="replace")[-5000:]
+
+    @property
+    def leftovers(self) -> list[str]:
+        """Whatever is half written or of no more use."""
+        home = self.settings.home
+        found = [path for path in home.rglob("*") if path.name.startswith(".new-") or path.suffix == ".tmp"]
+        return [path.name for path in [*found, *(home / "checkpoints").glob("*")]]
+
+
+@contextmanager
+def site(home: Path, archive: Path, context: ForkServerContext, url: str = "") -> Iterator[Site]:
+    """Jobs and bundles lie in files, or in the Redis at `url`."""
+    settings = Settings(home=home, jobs=url, store=url)
+    dataset = open_datasets(settings).ingest(archive)
+    submitted = submit(settings, dataset.id)
+    jobs, store = open_jobs(settings), open_store(settings.store_url)
+    yield Site(settings, context, jobs, store, submitted)
+    jobs.close()
+    store.close()
+
+
+def submit(settings: Settings, dataset: str) -> Job:
+    """With a clock that stands at SUBMITTED_AT."""
+    jobs: JobStore
+    if settings.jobs:
+        jobs = RedisJobStore(settings.jobs, now=lambda: SUBMITTED_AT)
+    else:
+        jobs = SqliteJobStore(settings.home / "jobs.sqlite", now=lambda: SUBMITTED_AT)
+    job = jobs.submit("fruit", dataset, "vpt_deep", RECIPE, max_attempts=30)
+    jobs.close()
+    return job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, archive: Path, context: ForkServerContext) -> str:
+    """The version that a job makes which nothing happens to."""
+    with site(tmp_path_factory.mktemp("undisturbed"), archive, context) as calm, calm.working() as worker:
+        job = calm.finished(worker)
+        assert (job.state, job.attempt, calm.leftovers) == ("succeeded", 1, []), calm.log
+    assert job.version is not None
+    return job.version
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, archive: Path, context: ForkServerContext) -> MakeSite:
+    return partial(site, tmp_path, archive, context)
+
+
+def assert_as_if_nothing_had_happened(place: Site, job: Job, undisturbed: str) -> None:
+    assert job.state == "succeeded", place.log
+    assert job.version == undisturbed
+    assert [info.version for info in place.store.versions("fruit")] == [undisturbed]
+    history = place.store.history("fruit", "live")
+    assert [target.version for state in history for target in state.targets] == [undisturbed], "it moved once"
+    assert place.leftovers == []
+
+
+BOTH = ("after_put", "after_the_alias_moved")
+
+
+@pytest.mark.parametrize(
+    ("backend", "point"),
+    [*(("sqlite", point) for point in POINTS), *(("redis", point) for point in BOTH)],
+)
+def test_a_worker_killed_at(
+    backend: str, point: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
+) -> None:
+    url = request.getfixturevalue("redis_url") if backend == "redis" else ""
+    with make_site(url) as place:
+        doomed = place.start(point)
+        doomed.join(WAIT_S)
+        assert doomed.exitcode == -signal.SIGKILL, place.log
+        assert place.jobs.get(place.job.id).state == "running"
+        assert_the_point_was_reached(place, point)
+        with place.working() as heir:
+            job = place.finished(heir)
+        assert (job.attempt, job.failures) == (2, 1)
+        epochs = [event.data["epoch"] for event in place.jobs.events(job.id) if event.type == "epoch"]
+        assert epochs == [1, 2, 3, 4, 5, 6], "no epoch that a checkpoint holds is done again"
+        assert_as_if_nothing_had_happened(place, job, undisturbed)
+
+
+def assert_the_point_was_reached(place: Site, point: str) -> None:
+    """Each point leaves its own picture behind; a test that killed elsewhere would prove nothing."""
+    files = [path.suffix for path in (place.settings.home / "checkpoints").glob("*")]
+    stored = place.store.tasks() == ["fruit"]
+    live = stored and "live" in place.store.aliases("fruit")
+    epochs = len([event for event in place.jobs.events(place.job.id) if event.type == "epoch"])
+    expected = {
+        "claimed": ([], False, False, 0),
+        "mid_epoch": ([".safetensors"], False, False, 3),
+        "while_writing_a_checkpoint": ([".safetensors", ".tmp"], False, False, 2),
+        "after_put": ([".safetensors"], True, False, 6),
+        "after_the_alias_moved": ([".safetensors"], True, True, 6),
+    }
+    assert (sorted(files), stored, live, epochs) == expected[point]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_workers_killed_at_random_moments(seed: int, make_site: MakeSite, undisturbed: str) -> None:
+    """Each is killed some time after it took the job up; how far it came by then, only the machine knows."""
+    chance = random.Random(seed)
+    with make_site("") as place:
+        for _ in range(4):
+            before = place.jobs.get(place.job.id)
+            doomed = place.start()
+            deadline = time.monotonic() + WAIT_S
+            while (now := place.jobs.get(place.job.id)).attempt == before.attempt and not now.finished:
+                assert time.monotonic() < deadline, place.log
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.6))
+            doomed.kill()
+            doomed.join()
+        with place.working() as heir:
+            job = place.finished(heir)
+        assert job.attempt >= 2
+        assert_as_if_nothing_had_happened(place, job, undisturbed)

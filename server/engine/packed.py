@@ -34,7 +34,7 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """By oneDNN, with the weight packed. The layout does not depend on the number of rows, nor do a row's bits."""
+    """By oneDNN, with the weight packed. One layout is right for any number of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -86,4 +86,5 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()  # oneDNN takes strided rows too, at a third of the speed
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -1,0 +1,295 @@
+"""Packed weights: the plain answers and gradients, packed where the machine can and nowhere else; bfloat16."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from server.engine import backbone as eyes
+from server.engine import reference, vit
+from server.engine.backbone import Backbone
+from server.engine.block import FrozenBlock
+from server.engine.lens import Plain, condition
+from server.engine.packed import PackedLinear, PlainLinear, can_pack
+from server.methods.method import Params
+from server.methods.registry import Registry
+
+CPU = torch.device("cpu")
+SMALL = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 0}
+KINDS = {
+    "class token": {},
+    "mean pooling": {"global_pool": "avg", "class_token": False, "fc_norm": True},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "layer scale and qk-norm": {"init_values": 0.1, "qk_norm": True},
+    "no qkv bias": {"qkv_bias": False},
+}
+needs_float32 = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="PyTorch packs no float32 weights here")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="PyTorch packs no bfloat16 weights here")
+
+
+def an_eye(dtype: torch.dtype, packed: bool, **options: object) -> Backbone:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, **options)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return Backbone.of("vit", model, dtype=dtype, packed=packed)
+
+
+def some_params(eye: Backbone, method: str, lengths: Sequence[int]) -> Params:
+    drawn = Registry().get(method).init(eye.spec, tuple(lengths), 5, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.randn(value.shape, generator=generator) * 0.5 for name, value in drawn.items()}
+
+
+def images(rows: int) -> Tensor:
+    return torch.randn(rows, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def kinds_of(block: FrozenBlock) -> set[type]:
+    products = (block.query, block._keys_values, block.project, block._fc1, block._fc2)
+    return {type(product) for product in products}
+
+
+@needs_float32
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "packed"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.float64, True, False)],
+)
+def test_weights_are_packed_where_asked_and_possible(dtype: torch.dtype, wanted: bool, packed: bool) -> None:
+    eye = an_eye(dtype, wanted)
+    assert eye.packed is packed
+    assert all(kinds_of(block) == {PackedLinear if packed else PlainLinear} for block in eye.blocks)
+
+
+def test_no_other_device_packs() -> None:
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    assert not can_pack(torch.device("meta"), torch.float32)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
+def test_a_build_of_pytorch_that_cannot_pack_multiplies_plainly(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> Tensor:
+        raise error("no such operator")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lacking)
+    eye = an_eye(torch.float32, packed=True)
+    assert not eye.packed
+    assert vit.forward(eye, vit.embed(eye, images(2)), Plain()).shape == (2, 64)
+
+
+# --- one product ------------------------------------------------------------------------------------------------------
+
+
+def products(rows: Sequence[int], bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(*rows, 48, generator=generator)
+    weight = torch.randn(112, 48, generator=generator)
+    return x, weight, torch.randn(112, generator=generator) if bias else None
+
+
+@needs_float32
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(0,), (1,), (3,), (197,), (4, 50), (2, 3, 7)], ids=str)
+def test_a_product_is_exact_to_rounding_for_any_rows(rows: tuple[int, ...], bias: bool) -> None:
+    x, weight, own_bias = products(rows, bias)
+    found = PackedLinear(weight, own_bias)(x)
+    truth = F.linear(x.double(), weight.double(), None if own_bias is None else own_bias.double())
+    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=0)
+
+
+@needs_float32
+def test_rows_that_do_not_lie_in_one_piece() -> None:
+    wide, weight, bias = torch.randn(5, 20, 100), *products((1,))[1:]
+    for x in (wide[..., 7:55], wide[:, 3:9, :48], wide[:1, :1, :48].expand(4, 6, 48), wide[..., :48].transpose(0, 1)):
+        torch.testing.assert_close(PackedLinear(weight, bias)(x), F.linear(x, weight, bias), atol=2e-5, rtol=0)
+
+
+@needs_float32
+def test_the_gradient_is_the_plain_ones_and_packs_at_the_first_backward_only() -> None:
+    x, weight, bias = products((4, 50))
+    packed, found, truth = PackedLinear(weight, bias), x.clone().requires_grad_(), x.double().requires_grad_()
+    with torch.inference_mode():
+        packed(x)
+    assert packed._turned is None
+    (packed(found) ** 2).sum().backward()
+    (F.linear(truth, weight.double(), bias.double()) ** 2).sum().backward()
+    assert truth.grad is not None
+    torch.testing.assert_close(found.grad.double(), truth.grad, atol=1e-6 * truth.grad.abs().max().item(), rtol=0)
+    kept = packed._turned
+    assert kept is not None
+    packed(found).sum().backward()  # a gradient that is one number spread out
+    assert packed._turned is kept
+
+
+@needs_float32
+def test_what_needs_no_gradient_carries_no_graph() -> None:
+    x, weight, bias = products((3,))
+    assert not PackedLinear(weight, bias)(x).requires_grad
+
+
+@needs_float32
+def test_the_same_rows_give_the_same_bits_also_when_packed_anew() -> None:
+    """What a resumed fit in another process relies on."""
+    x, weight, bias = products((197,))
+    first, gradient = PackedLinear(weight, bias)(x), torch.ones(197, 112)
+    for again in (PackedLinear(weight, bias), PackedLinear(weight.clone(), bias)):
+        assert torch.equal(again(x), first)
+        assert torch.equal(again.backward(gradient), PackedLinear(weight, bias).backward(gradient))
+
+
+# --- the forward ------------------------------------------------------------------------------------------------------
+
+
+@needs_float32
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_packed_forward_is_the_literal_one(kind: str) -> None:
+    eye = an_eye(torch.float32, True, **KINDS[kind])
+    lengths = (3, 0, 5)
+    deep, shallow = some_params(eye, "vpt_deep", lengths), some_params(eye, "vpt_shallow", (4, 0, 0))
+    with torch.inference_mode():
+        for method, params, own in (("vpt_deep", deep, lengths), ("vpt_shallow", shallow, (4, 0, 0))):
+            found = logits(eye, images(3), method, params, own)
+            truth = getattr(reference, method)(eye, images(3), params, *((own,) if method == "vpt_deep" else ()))
+            torch.testing.assert_close(found, truth, atol=2e-5 * truth.abs().max().item(), rtol=0)
+
+
+def logits(eye: Backbone, pixels: Tensor, method: str, params: Params, lengths: Sequence[int]) -> Tensor:
+    cast = {name: value.to(eye.dtype) for name, value in params.items()}
+    lens = Registry().get(method).lower(eye, cast, tuple(lengths))
+    features = vit.forward(eye, vit.embed(eye, pixels.to(eye.dtype)), condition(lens, len(pixels)))
+    return vit.head(features, lens.head_weight, lens.head_bias).float()
+
+
+def mixed_gradients(eye: Backbone) -> dict[str, Tensor]:
+    """Of one loss over two lanes of one forward: deep prompts with dropout per row, and carried ones."""
+    found: dict[str, Tensor] = {}
+    lanes = []
+    x = vit.embed(eye, images(5).to(eye.dtype))
+    for method, lengths, rows in (("vpt_deep", (3, 0, 5), x[:3]), ("vpt_shallow", (4, 0, 0), x[3:])):
+        prompts = some_params(eye, method, lengths)["prompts"].requires_grad_()
+        keep = torch.rand(len(rows), *prompts.shape, generator=torch.Generator().manual_seed(5)) > 0.2
+        params = {**some_params(eye, method, lengths), "prompts": prompts * keep}
+        lens = Registry().get(method).lower(eye, {k: v.to(eye.dtype) for k, v in params.items()}, lengths)
+        lanes.append(vit.Lane.of(rows, condition(lens, len(rows))))
+        found[method] = prompts
+    features = torch.cat(vit.forward_lanes(eye, lanes)).float()
+    (features**2).sum().backward()
+    return {name: prompts.grad for name, prompts in found.items()}
+
+
+@needs_float32
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_mixed_lanes_are_the_plain_ones(kind: str) -> None:
+    plain, packed = (an_eye(torch.float32, own, **KINDS[kind]) for own in (False, True))
+    truth = mixed_gradients(plain)
+    for name, found in mixed_gradients(packed).items():
+        assert truth[name].abs().max() > 0
+        torch.testing.assert_close(found, truth[name], atol=1e-5 * truth[name].abs().max().item(), rtol=0)
+    assert all(parameter.grad is None for parameter in packed.model.parameters())
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+def similarity(found: Tensor, truth: Tensor) -> float:
+    return F.cosine_similarity(found.flatten().double(), truth.flatten().double(), dim=0).item()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_answers_and_gradients_are_close_and_gradients_reach_float32_parameters(kind: str) -> None:
+    wide, narrow = an_eye(torch.float32, False, **KINDS[kind]), an_eye(torch.bfloat16, True, **KINDS[kind])
+    assert narrow.packed
+    params = some_params(wide, "vpt_deep", (3, 0, 5))
+    with torch.inference_mode():
+        found, truth = (logits(eye, images(8), "vpt_deep", params, (3, 0, 5)) for eye in (narrow, wide))
+    assert similarity(found, truth) > 0.999
+    gradients = mixed_gradients(wide)
+    for name, own in mixed_gradients(narrow).items():
+        assert own.dtype == torch.float32
+        assert similarity(own, gradients[name]) > 0.99
+
+
+@needs_bfloat16
+def test_attention_by_products_is_the_fused_one_and_keeps_to_its_mask() -> None:
+    plain, packed = (an_eye(torch.bfloat16, own).blocks[0] for own in (False, True))
+    query, keys, values = (torch.randn(3, n, 64, dtype=torch.bfloat16) for n in (5, 9, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]]))[:, None, None]
+    truth = plain.attend(query, keys, values, mask)
+    found = packed.attend(query, keys, values, mask)
+    torch.testing.assert_close(found, truth, atol=0.05, rtol=0)
+    hidden = ~mask[:, 0, 0, :, None]
+    loud = packed.attend(query, keys.masked_fill(hidden, 1e4), values.masked_fill(hidden, 1e4), mask)
+    assert torch.equal(loud, found)
+
+
+@needs_bfloat16
+def test_bfloat16_agrees_on_real_pictures(shared: Path) -> None:
+    """DeiT-Tiny with its own ImageNet head on photographs: what half of the bits cost."""
+    file = shared / "weights" / "deit_tiny_patch16_224.fp16.safetensors"
+    state = load_file(file)
+    wide, narrow = (eyes.load("deit_tiny_patch16_224", file, device="cpu", dtype=d) for d in ("float32", "bfloat16"))
+    pixels = photographs(sorted((shared / "datasets" / "trashnet").rglob("*.jpg"))[::40][:24])
+    with torch.inference_mode():
+        found, truth = (
+            vit.head(vit.forward(eye, vit.embed(eye, pixels.to(eye.dtype)), Plain()).float(), *head(state))
+            for eye in (narrow, wide)
+        )
+    assert (found - truth).abs().max() < 0.05 * (truth.max() - truth.min())
+    assert (found.argmax(1) == truth.argmax(1)).float().mean() >= 0.85
+    assert not torch.equal(found, truth)
+
+
+def head(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return state["head.weight"].float(), state["head.bias"].float()
+
+
+def photographs(files: Sequence[Path]) -> Tensor:
+    assert files
+    stack = np.stack([np.asarray(Image.open(file).convert("RGB").resize((224, 224))) for file in files])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((torch.from_numpy(stack) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+COUNT = """
+import os, torch, timm
+torch.set_num_threads(1)
+from server.engine import backbone, vit
+from server.engine.lens import Plain
+def threads(): return len(os.listdir("/proc/self/task"))
+for dtype in ("float32", "bfloat16"):
+    eye = backbone.load("untrained", device="cpu", dtype=dtype)
+    before = threads()
+    x = vit.embed(eye, torch.randn(16, 3, 96, 96, dtype=eye.dtype)).requires_grad_()
+    vit.forward(eye, x, Plain()).float().sum().backward()
+    print(dtype, eye.packed, threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in Linux's /proc")
+def test_the_products_start_no_threads_of_their_own() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], cwd=root, env={"PATH": "", "OMP_NUM_THREADS": "8"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    counted = [line.split() for line in done.stdout.splitlines()]
+    assert [(dtype, started) for dtype, _, started in counted] == [("float32", "0"), ("bfloat16", "0")]

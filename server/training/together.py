@@ -46,7 +46,7 @@ def nothing_more() -> tuple[Fitting[Outcome], ...]:
 
 def run(
     backbone: Backbone, fits: Iterable[Fitting[Outcome]], more: More[Outcome] = nothing_more
-) -> list[Outcome | BaseException]:
+) -> list[Outcome | Exception]:
     """Run fits to their ends, in one group. Each one's outcome in order: what it returned, or what it raised.
 
     `more` is asked before every forward for fits that join. KeyboardInterrupt and its like end the whole group.
@@ -67,7 +67,7 @@ def run(
 def alone(backbone: Backbone, fit: Fitting[Outcome]) -> Outcome:
     """Run one fit; what it raises is raised."""
     [outcome] = run(backbone, [fit])
-    if isinstance(outcome, BaseException):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 

@@ -1,0 +1,157 @@
+"""`python -m server bench jobs`: several training jobs one after the other, and in one mixed batch.
+
+The jobs differ in pictures, seed and number of prompts. The two ways take turns, round after round; reported are the
+medians as jobs per hour, their ratio, and how far the fitted parameters are from each other. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from server.engine import backbone as engine_backbone
+from server.engine.backbone import Backbone
+from server.methods.registry import Registry
+from server.training import together
+from server.training.data import InMemory, Pictures, Splits
+from server.training.fit import Fitted, fitting
+from server.training.recipe import resolve
+from server.training.together import Fitting
+
+CLASSES = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    eye = engine_backbone.load(options.backbone, weights=options.weights, device=options.device)
+    load = Load(options.jobs, options.images, options.epochs, options.batch_size)
+    found = measure(eye, load, options.rounds)
+    print(table(found))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1))
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many jobs of so many pictures each."""
+
+    jobs: int
+    images: int
+    epochs: int
+    batch_size: int
+
+
+def measure(eye: Backbone, load: Load, rounds: int) -> dict[str, Any]:
+    """Times in seconds of wall clock and of this process, one a round, and what the two ways differ by."""
+    splits = [_splits(eye, load.images, number) for number in range(load.jobs)]
+
+    def begun() -> list[Fitting[Fitted]]:
+        return [_job(eye, own, number, load) for number, own in enumerate(splits)]
+
+    ways: dict[str, Callable[[], list[Fitted]]] = {
+        "one after the other": lambda: [together.alone(eye, job) for job in begun()],
+        "in one batch": lambda: _all(together.run(eye, begun())),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    outcomes: dict[str, list[Fitted]] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started, spent = time.perf_counter(), time.process_time()
+            outcomes[name] = way()
+            wall[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - spent)
+    return {
+        "backbone": eye.spec.arch,
+        "device": eye.device.type,
+        "dtype": str(eye.dtype).removeprefix("torch."),
+        **asdict(load),
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "largest_difference": _difference(*outcomes.values()),
+    }
+
+
+def _job(eye: Backbone, splits: Splits, number: int, load: Load) -> Fitting[Fitted]:
+    method = Registry().get("vpt_deep")
+    own = {"seed": number, "prompts": 5 + 5 * (number % 4)}
+    wanted = {"epochs": load.epochs, "batch_size": load.batch_size, **own}
+    return fitting(eye, method, splits, CLASSES, resolve(method.defaults, wanted))
+
+
+def _splits(eye: Backbone, images: int, seed: int) -> Splits:
+    """Squares of noise around a colour for each class: what a fit costs does not depend on what it sees."""
+    generator, size = np.random.default_rng(seed), eye.spec.image_size
+
+    def pictures(count: int) -> Pictures:
+        targets = np.arange(count) % CLASSES
+        noise = generator.integers(0, 60, (count, size, size, 3))
+        return Pictures(InMemory((noise + 45 * targets[:, None, None, None]).astype(np.uint8)), targets)
+
+    return Splits(pictures(images), pictures(max(CLASSES, images // 6)), None)
+
+
+def _all(found: list[Fitted | Exception]) -> list[Fitted]:
+    for outcome in found:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return [outcome for outcome in found if isinstance(outcome, Fitted)]
+
+
+def _difference(one: list[Fitted], other: list[Fitted]) -> float:
+    """Largest difference of any parameter, in units of that parameter's largest value."""
+    return max(
+        float(np.abs(value - b.params[name]).max() / np.abs(value).max())
+        for a, b in zip(one, other, strict=True)
+        for name, value in a.params.items()
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    wall = {name: statistics.median(times) for name, times in found["wall_s"].items()}
+    cpu = {name: statistics.median(times) for name, times in found["cpu_s"].items()}
+    base = next(iter(wall))
+    rows = [
+        f"{found['jobs']} jobs of {found['images']} pictures, {found['epochs']} epochs, batches of "
+        f"{found['batch_size']}, {found['backbone']} in {found['dtype']} on {found['device']}",
+        "",
+        "| | jobs per hour | CPU s | against one after the other |",
+        "|---|---|---|---|",
+    ]
+    rows += [
+        f"| {name} | {3600 * found['jobs'] / wall[name]:,.0f} | {cpu[name]:.1f} | "
+        f"{wall[base] / wall[name]:.2f}× by the clock, {cpu[base] / cpu[name]:.2f}× by CPU time |"
+        for name in wall
+    ]
+    return "\n".join([*rows, "", f"largest difference of a parameter: {found['largest_difference']:.1e} of its range"])
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server bench jobs", description=__doc__)
+    parser.add_argument("--backbone", default="untrained", help="timm architecture, or `untrained`")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -352,6 +353,30 @@ def test_stopping_early_leaks_no_thread_and_reads_no_further(pool: ThreadPoolExe
             assert end is explode
         assert not reading_threads()
         assert len(read.times) <= 4
+
+
+def test_closing_waits_for_what_is_being_read_and_drops_what_is_not(pool: ThreadPoolExecutor) -> None:
+    read, second, go_on = Counted(), threading.Event(), threading.Event()
+
+    def reading(sha256: str) -> bytes:
+        if sha256 == SUMS[1]:
+            second.set()
+            assert go_on.wait(SOON_S)
+        return read(sha256)
+
+    batches = ahead(stored(pool, read=reading), [ALL[i : i + 1] for i in range(6)], None)
+    next(batches)
+    assert second.wait(SOON_S)
+    closer = threading.Thread(target=batches.close)  # type: ignore[attr-defined]  # a generator
+    closer.start()
+    while not batches.gi_running:  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    time.sleep(0.1)  # what is queued is dropped in microseconds; then it waits
+    assert closer.is_alive()
+    go_on.set()
+    closer.join(SOON_S)
+    assert not reading_threads()
+    assert set(read.times) == set(SUMS[:2])
 
 
 def test_a_picture_that_has_vanished_is_an_error_at_its_batch(pool: ThreadPoolExecutor, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from server.datasets.metering import Limits, Member, refused
 from server.datasets.tar_members import BLOCK, tar_members
 from server.datasets.zip_members import zip_members
 
-__all__ = ["Kind", "Limits", "Member", "looks_like_archive", "members", "sniff"]
+__all__ = ["BLOCK", "Kind", "Limits", "Member", "looks_like_archive", "members", "sniff"]
 
 Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
 

@@ -23,7 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from server.datasets.archive import Limits, members
+from server.datasets.archive import Limits
+from server.datasets.contents import contents
 from server.datasets.dataset import Dataset, Example
 from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
 from server.datasets.gathering import Decode, Gathered
@@ -79,7 +80,7 @@ class DatasetStore:
         base = None if parent is None else self.get(parent)
         with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
             gathered = Gathered(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
-            for number, member in enumerate(members(archive, self._limits), start=1):
+            for number, member in enumerate(contents(archive, self._limits), start=1):
                 gathered.add(member)
                 if progress is not None:
                     progress(number, gathered.bytes_read)

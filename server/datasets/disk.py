@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from server.errors import DiskFull, Unavailable
+
+FLUSHES: Final = 8  # at once
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,6 +36,23 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def flush(paths: Sequence[Path]) -> None:
+    """Files that have been written, durable on return. Side by side: a journal commits at once whatever waits for it,
+    so this is many times faster than one after the other."""
+    with ThreadPoolExecutor(FLUSHES, "flush") as pool:
+        for done in [pool.submit(_flush, paths[start::FLUSHES]) for start in range(FLUSHES)]:
+            done.result()
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync(folder: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from server.datasets import layout, manifest
 from server.datasets.archive import Member, looks_like_archive
 from server.datasets.dataset import Dataset, Example, Skipped, bad
-from server.datasets.disk import write
+from server.datasets.disk import flush
 from server.datasets.example import Place, Split
 from server.datasets.image_kind import Kind, kind
 from server.datasets.lineage import joined
@@ -87,6 +87,7 @@ class Gathered:
         self._pictures.append(_Picture(member.path, member.place, sha256, len(data), size, kind(data)))
 
     def dataset(self, *, name: str, parent: Dataset | None = None) -> Dataset:
+        """Every picture that it names is durable in staging."""
         examples: list[Example] = []
         for picture, place in zip(self._pictures, self._places(), strict=True):
             if isinstance(place, str):
@@ -95,6 +96,7 @@ class Gathered:
                 examples.append(picture.example(place))
         if self._not_listed:
             self._skipped.append(Skipped("…", f"and {self._not_listed:,} more files"))
+        flush([self._staging / sha256 for sha256 in {one.sha256 for one in examples}])
         if parent is not None:
             examples = joined(parent.examples, examples, self._max_images)
         origin = parent.id if parent else None
@@ -131,7 +133,7 @@ class Gathered:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self._staging / sha256
         if not path.exists():
-            write(path, data)
+            path.write_bytes(data)
         return sha256
 
     def _leave(self, member: Member, reason: str) -> None:

@@ -64,9 +64,13 @@ class Member:
 
     def read(self, limit: int) -> bytes:
         """The content; one byte more than `limit` says that there is more."""
+        return self.take(limit + 1)
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the end."""
         with refusing():
             chunks: list[bytes] = []
-            left = limit + 1
+            left = size
             while left and (chunk := self._file.read(min(left, MAX_READ_BYTES))):
                 chunks.append(chunk)
                 left -= len(chunk)

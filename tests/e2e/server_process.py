@@ -56,14 +56,14 @@ def environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def serving(home: Path, **settings: str) -> Iterator[ServerProcess]:
+def serving(home: Path, *, port: int = 0, **settings: str) -> Iterator[ServerProcess]:
     """Start `python -m server serve`, wait until it is ready, and stop it afterwards."""
     home.mkdir(parents=True, exist_ok=True)
     log_file = home / "server.log"
     said_before = log_file.stat().st_size if log_file.exists() else 0
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", "--port", "0"],
+            [sys.executable, "-m", "server", "serve", "--port", str(port)],
             env=environment(home, settings),
             stdout=log,
             stderr=log,

@@ -17,7 +17,7 @@ import pytest
 
 from lensrack import wire
 from server.datasets.upload_store import UploadStore
-from server.errors import Conflict, DiskFull, NotFound
+from server.errors import Conflict, DiskFull, NotFound, Unavailable
 from tests.unit.api_server import Api, assert_problem, read_response, serving
 from tests.unit.test_api_datasets import FILES, zipped
 
@@ -269,6 +269,34 @@ def test_a_writer_that_was_given_up_writes_no_more(tmp_path: Path) -> None:
     part.close()
     part.append(b"late")
     assert store.get(upload.id).offset == 5
+
+
+def test_no_offset_is_told_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    real = os.fdatasync
+
+    def flush(file: int) -> None:
+        real(file)
+        flushed.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "fdatasync", flush)
+    store = opened(tmp_path)
+    upload = store.create(1000)
+    part = store.open(upload.id)
+    part.append(b"x" * 300)
+    assert (store.get(upload.id).offset, flushed[-1]) == (300, 300)
+    part.append(b"x" * 300)
+    assert (part.close(), flushed[-1]) == (600, 600)
+
+    def broken(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    part = store.open(upload.id)
+    part.append(b"x")
+    for asked in (part.close, lambda: store.get(upload.id)):
+        with pytest.raises(Unavailable):
+            asked()
 
 
 def test_a_failure_that_may_pass_leaves_the_upload(tmp_path: Path) -> None:

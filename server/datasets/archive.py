@@ -26,6 +26,7 @@ _DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")
 
 def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
     """The files of an archive in their order; folders and what operating systems strew about are passed over."""
+    file.seek(0)
     kind = sniff(file.read(BLOCK))
     file.seek(0)
     if kind is None:

@@ -18,7 +18,6 @@ from server.datasets.npz_members import is_npz, npz_members
 def contents(file: BinaryIO, limits: Limits) -> Iterator[Member | Skipped]:
     """Raises `BadRequest`: bad_archive for what is damaged or hostile, bad_dataset where no labelled pictures are."""
     head = file.read(BLOCK)
-    file.seek(0)
     if sniff(head) == "zip" and is_npz(file, limits):
         yield from npz_members(file, limits)
     else:

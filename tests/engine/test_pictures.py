@@ -367,9 +367,9 @@ def test_closing_waits_for_what_is_being_read_and_drops_what_is_not(pool: Thread
     batches = ahead(stored(pool, read=reading), [ALL[i : i + 1] for i in range(6)], None)
     next(batches)
     assert second.wait(SOON_S)
-    closer = threading.Thread(target=batches.close)  # type: ignore[attr-defined]  # a generator
+    closer = threading.Thread(target=batches.close)
     closer.start()
-    while not batches.gi_running:  # type: ignore[attr-defined]
+    while not batches.gi_running:
         time.sleep(0.001)
     time.sleep(0.1)  # what is queued is dropped in microseconds; then it waits
     assert closer.is_alive()

@@ -1,4 +1,4 @@
-"""`python -m server serve | work | sample`."""
+"""`python -m server serve | work | sample | bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin beside a worker's
 
 import asyncio
+import importlib
 import logging
 import signal
 import socket
@@ -26,6 +27,8 @@ from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = logging.getLogger("server")
+
+BENCHES = ("accuracy", "engine", "jobs", "training-load")  # modules of `server.bench`
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -149,6 +152,16 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
 
     draw(folder)
     typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure something: `bench NAME --help` tells what and how."""
+    name, *arguments = context.args or ["nothing"]
+    if name not in BENCHES:
+        typer.echo(f"expected bench {' | '.join(BENCHES)}, got {name[:100]}", err=True)
+        raise typer.Exit(2)
+    importlib.import_module(f"server.bench.{name.replace('-', '_')}").main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""A server of the benchmark's own: a real process with its worker, on a free port, in a home that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 300.0  # a large backbone may be on its way from a disk
+STOP_S = 40.0
+
+
+@contextmanager
+def own_server() -> Iterator[tuple[str, Path]]:
+    """Its URL and its home. LENSRACK_ settings of the environment hold, except for where it lies and listens."""
+    with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
+        home = Path(folder)
+        with (home / "server.log").open("wb") as log:
+            command = [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0"]
+            process = subprocess.Popen(command, env=_environment(home), cwd=home, stdout=log, stderr=log)
+        try:
+            url = _url(process, home / "server.log")
+            yield url, home
+        finally:
+            _stop(process)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
+    own = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": "", "LENSRACK_JOBS": ""}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **own}
+
+
+def _url(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where it listens, as its log says, once it is ready."""
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if (found := re.search(r"serving on (http://\S+)", log.read_text(errors="replace"))) and _ready(found[1]):
+            return found[1]
+        time.sleep(0.1)
+    raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,230 @@
+"""`python -m server bench training-load`: what a training job costs those who ask for predictions meanwhile.
+
+A real server with its worker; clients ask over sockets at a light, steady rate. Rounds without and with a job under way
+take turns, so that whatever else happens on the machine meets both. A request's latency counts from the moment it was
+due, not from when a late client got round to sending it. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lensrack import wire
+from server import __version__
+from server.bench.own_server import own_server
+from server.samples import SETS, draw
+
+WAIT_S = 600.0
+LOOK_AGAIN_S = 0.1
+KINDS = ("without a job", "with a job")
+
+
+@dataclass
+class Phase:
+    """What was measured of one kind, over all rounds. Latencies in milliseconds."""
+
+    latencies_ms: list[float] = field(default_factory=list)
+    failures: int = 0
+    steps: int = 0  # of training, while it was measured
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    with own_server() as (url, home):
+        bench = Bench(url, home, options)
+        phases = bench.run()
+        report = _report(bench.backbone, options, phases)
+    Console().print(_table(report))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "training-load.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m server bench training-load",
+        description=(__doc__ or "").split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a phase")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of both phases")
+    parser.add_argument("--clients", type=int, default=4, help="threads that ask, each over its own connection")
+    parser.add_argument("--rate", type=float, default=5.0, help="requests a second of each client")
+    parser.add_argument("--tasks", type=int, default=2, choices=range(1, len(SETS) + 1), help="tasks that are asked")
+    parser.add_argument("--method", default="vpt_deep", help="what the job fits")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures of the job's steps")
+    parser.add_argument("--out", type=Path, help="folder for the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+class Bench:
+    """One server, its tasks and its clients."""
+
+    def __init__(self, url: str, home: Path, options: argparse.Namespace) -> None:
+        self._http = httpx.Client(base_url=url, timeout=WAIT_S)
+        self._url, self._options = url, options
+        self.backbone = wire.Ready.model_validate(self._get("/readyz")).backbone
+        self._pictures = home / "pictures"
+        draw(self._pictures)
+        self._tasks = sorted(SETS)[: options.tasks]
+
+    def run(self) -> dict[str, Phase]:
+        datasets = {task: self._upload(task) for task in self._tasks}
+        for task, dataset in datasets.items():
+            self._ended(self._train(task, dataset, "linear", {"epochs": 20}))
+        phases = {kind: Phase() for kind in KINDS}
+        self._ask(1.0, Phase())  # whatever is set up lazily is not measured
+        for _ in range(self._options.rounds):
+            self._ask(self._options.seconds, phases[KINDS[0]])
+            with self._training(datasets[self._tasks[0]]) as steps:
+                before = steps()
+                self._ask(self._options.seconds, phases[KINDS[1]])
+                phases[KINDS[1]].steps += steps() - before
+        self._http.close()
+        return phases
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def _ask(self, seconds: float, phase: Phase) -> None:
+        """All clients at once, for `seconds`."""
+        clients = self._options.clients
+        together = threading.Barrier(clients)
+        with ThreadPoolExecutor(clients) as pool:
+            for one in pool.map(lambda number: self._one_client(number, seconds, together), range(clients)):
+                phase.latencies_ms += one.latencies_ms
+                phase.failures += one.failures
+
+    def _one_client(self, number: int, seconds: float, together: threading.Barrier) -> Phase:
+        task, seen = self._tasks[number % len(self._tasks)], Phase()
+        picture = next((self._pictures / task / "test").rglob("*.png")).read_bytes()
+        pause_s, headers = 1 / self._options.rate, {"Content-Type": "image/png"}
+        with httpx.Client(base_url=self._url, timeout=WAIT_S) as http:
+            together.wait()
+            start = time.perf_counter() + number / self._options.clients * pause_s  # not all in the same moment
+            for turn in range(max(1, math.floor(seconds * self._options.rate))):
+                due = start + turn * pause_s
+                time.sleep(max(0.0, due - time.perf_counter()))
+                answer = http.post(f"/predict/{task}", content=picture, headers=headers)
+                seen.latencies_ms.append((time.perf_counter() - due) * 1e3)
+                seen.failures += answer.status_code != 200
+        return seen
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _training(self, dataset: str) -> Iterator[Callable[[], int]]:
+        """A job under way, and how many steps it has made; cancelled afterwards."""
+        recipe = {"epochs": 1000, "batch_size": self._options.batch_size}
+        job = self._train("load", dataset, self._options.method, recipe, publish="never")
+
+        def steps() -> int:
+            progress = self._job(job).progress
+            return max(0, progress.epoch - 1) * progress.steps + progress.step
+
+        self._until(lambda: steps() > 0)
+        try:
+            yield steps
+        finally:
+            self._http.post(f"/train/{job}/cancel")
+            self._until(lambda: self._job(job).finished)
+
+    def _train(self, task: str, dataset: str, method: str, recipe: dict[str, Any], publish: str = "always") -> str:
+        asked = {"task": task, "dataset": dataset, "method": method, "recipe": recipe, "publish": publish}
+        return str(_answer(self._http.post("/train", json=asked))["id"])
+
+    def _upload(self, task: str) -> str:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in sorted((self._pictures / task / "train").rglob("*.png")):
+                archive.write(file, file.relative_to(self._pictures / task / "train"))
+        headers = {"Content-Type": "application/zip"}
+        return str(_answer(self._http.post("/datasets", content=packed.getvalue(), headers=headers))["id"])
+
+    def _ended(self, job: str) -> None:
+        self._until(lambda: self._job(job).finished)
+        if (found := self._job(job)).state != "succeeded":
+            raise RuntimeError(f"the job that makes task {found.task} ended as {found.state}: {found.error}")
+
+    def _job(self, job: str) -> wire.Job:
+        return wire.Job.model_validate(self._get(f"/train/{job}"))
+
+    def _get(self, path: str) -> Any:
+        return _answer(self._http.get(path))
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not come so far within {WAIT_S:g} s")
+            time.sleep(LOOK_AGAIN_S)
+
+
+def _answer(response: httpx.Response) -> Any:
+    if response.is_error:
+        raise RuntimeError(f"the server answered {response.status_code}: {response.text[:500]}")
+    return response.json()
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def _report(backbone: wire.Backbone | None, options: argparse.Namespace, phases: dict[str, Phase]) -> dict[str, Any]:
+    figures = {kind: _figures(phase) for kind, phase in phases.items()}
+    calm, busy = (figures[kind] for kind in KINDS)
+    return {
+        "benchmark": "training-load",
+        "backbone": backbone.model_dump() if backbone else None,
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
+        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg(), "torch": torch.__version__},
+        "lensrack": __version__,
+        "figures": figures,
+        "ratio": {name: round(busy[name] / calm[name], 2) for name in ("p50_ms", "p99_ms")},
+        "phases": {kind: asdict(phase) for kind, phase in phases.items()},
+    }
+
+
+def _figures(phase: Phase) -> dict[str, Any]:
+    ordered = sorted(phase.latencies_ms)
+    found = {f"p{share}_ms": round(_percentile(ordered, share), 2) for share in (50, 99)}
+    return {"requests": len(ordered), "failures": phase.failures, **found, "training_steps": phase.steps}
+
+
+def _percentile(ordered: Sequence[float], share: int) -> float:
+    """The nearest rank: a latency that was measured."""
+    return ordered[math.ceil(share / 100 * len(ordered)) - 1]
+
+
+def _table(report: dict[str, Any]) -> Table:
+    options, backbone = report["options"], report["backbone"]
+    title = (
+        f"{options['clients']} clients, {options['rate']:g} requests/s each, {options['tasks']} tasks, "
+        f"{backbone['arch']} on {backbone['device']}, {report['machine']['cores']} cores"
+    )
+    columns = ("", "requests", "failures", "p50 ms", "p99 ms", "training steps")
+    table = Table(*columns, title=title)
+    for kind, figures in report["figures"].items():
+        table.add_row(kind, *map(str, figures.values()))
+    table.add_row("ratio", "", "", *(f"{report['ratio'][name]:.2f}" for name in ("p50_ms", "p99_ms")), "")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -51,7 +51,13 @@ UNTRAINED_NOTE = (
 
 def load_backbone(settings: Settings, threads: int) -> eye.Backbone:
     torch.set_num_threads(threads)
-    return eye.load(settings.backbone, settings.backbone_weights, device=settings.device, dtype=settings.dtype)
+    return eye.load(
+        settings.backbone,
+        settings.backbone_weights,
+        device=settings.device,
+        dtype=settings.dtype,
+        packed=settings.packed,
+    )
 
 
 def open_jobs(settings: Settings) -> JobStore:

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     threads: Annotated[
         int, Field(ge=0, description="Engine threads on a CPU; 0 leaves one core to everything else.")
     ] = 0
+    packed: Annotated[
+        bool,
+        Field(description="On a CPU, a second copy of the blocks' weights in the layout that multiplies fastest."),
+    ] = True
 
     # --- HTTP -------------------------------------------------------------------------------------------------------
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"

@@ -42,7 +42,9 @@ class PackedLinear:
         self._turned: Tensor | None = None  # weightᵀ: training alone needs it
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else self.forward(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)
+        return self.forward(x)  # the same bits; serving small models, autograd's book-keeping would be felt
 
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(x, self._packed, self._bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from server.bench import engine as bench
+from server.bootstrap import load_backbone
 from server.engine import backbone as eyes
 from server.engine import reference, vit
 from server.engine.backbone import Backbone
@@ -24,6 +27,7 @@ from server.engine.lens import Plain, condition
 from server.engine.packed import PackedLinear, PlainLinear, can_pack
 from server.methods.method import Params
 from server.methods.registry import Registry
+from server.settings import Settings
 
 CPU = torch.device("cpu")
 SMALL = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 0}
@@ -75,9 +79,19 @@ def test_weights_are_packed_where_asked_and_possible(dtype: torch.dtype, wanted:
     assert all(kinds_of(block) == {PackedLinear if packed else PlainLinear} for block in eye.blocks)
 
 
-def test_no_other_device_packs() -> None:
-    assert not can_pack(torch.device("cuda"), torch.float32)
-    assert not can_pack(torch.device("meta"), torch.float32)
+@needs_float32
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_setting_decides(packed: bool) -> None:
+    settings = Settings(packed=packed, device="cpu")
+    assert load_backbone(settings, torch.get_num_threads()).packed is packed
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cuda", torch.float32), ("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.float16)],
+)
+def test_nothing_else_is_packed(device: str, dtype: torch.dtype) -> None:
+    assert not can_pack(torch.device(device), dtype)
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
@@ -275,9 +289,9 @@ torch.set_num_threads(1)
 from server.engine import backbone, vit
 from server.engine.lens import Plain
 def threads(): return len(os.listdir("/proc/self/task"))
+before = threads()
 for dtype in ("float32", "bfloat16"):
     eye = backbone.load("untrained", device="cpu", dtype=dtype)
-    before = threads()
     x = vit.embed(eye, torch.randn(16, 3, 96, 96, dtype=eye.dtype)).requires_grad_()
     vit.forward(eye, x, Plain()).float().sum().backward()
     print(dtype, eye.packed, threads() - before)
@@ -293,3 +307,22 @@ def test_the_products_start_no_threads_of_their_own() -> None:
     )  # fmt: skip
     counted = [line.split() for line in done.stdout.splitlines()]
     assert [(dtype, started) for dtype, _, started in counted] == [("float32", "0"), ("bfloat16", "0")]
+
+
+# --- the bench --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bench_prints_and_saves_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        size = "--arch vit_tiny_patch16_224 --rounds 1 --tasks 2 --train-batch 1"
+        bench.main([*size.split(), "--json", str(tmp_path / "table.json")])
+    finally:
+        torch.set_num_threads(threads)
+    (report,) = json.loads((tmp_path / "table.json").read_text())
+    shown = capsys.readouterr().out
+    groups = [times for times in report.values() if isinstance(times, dict)]
+    assert len(groups) == 2
+    for name in (name for times in groups for name in times):
+        assert name in shown
+    assert all(ms > 0 for times in groups for ms in times.values())

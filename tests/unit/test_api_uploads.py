@@ -291,9 +291,9 @@ def test_no_offset_is_told_before_it_is_on_the_disk(tmp_path: Path, monkeypatch:
     def broken(file: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fdatasync", broken)
     part = store.open(upload.id)
     part.append(b"x")
+    monkeypatch.setattr(os, "fdatasync", broken)
     for asked in (part.close, lambda: store.get(upload.id)):
         with pytest.raises(Unavailable):
             asked()

@@ -29,7 +29,10 @@ class Views:
         return Views(None if self.corner is None else self.corner[index], self.mirrored[index])
 
     def applied(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The views of pictures [n, S, S, 3] that are cut already: only mirroring is left to do."""
+        """The views of pictures [n, S, S, 3] that are cut already: only mirroring is left to do. Raises ValueError for
+        views that cut for themselves."""
+        if self.corner is not None:
+            raise ValueError("augmentation 'crop' needs whole pictures; these are cut already: use 'none' or 'flip'")
         return np.where(self.mirrored[:, None, None, None], pixels[:, :, ::-1], pixels)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ def fitting(
 ) -> Fitting[Fitted]:
     """Fit `method` on the training pictures for `labels` classes; `together.run` runs it.
 
-    `watch` is called after every step; what it raises ends the fit, which is how a job is cancelled within a step.
+    `watch` is called after every batch; what it raises ends the fit, which is how a job is cancelled within a step.
     `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
     `frozen` shares features between fits on the same pictures; without `each_epoch` the validation pictures are looked
     at once, at the end. Raises DivergedError.
@@ -138,6 +138,7 @@ class _Fit:
     best: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "val_accuracy": [], "val_nll": []})
     passes: int = 0
+    shown: Progress = field(default_factory=Progress)
 
     def inputs(self, pictures: Pictures) -> Fitting[Inputs]:
         """Frozen features do not change from epoch to epoch: computed once for methods that train a head only."""
@@ -145,7 +146,7 @@ class _Fit:
         if not self._head_only() or self.recipe.augment != "none":
             return Inputs(pictures, None, targets)
         self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
-        return Inputs(pictures, (yield from self.frozen.of(pictures.images)), targets)
+        return Inputs(pictures, (yield from self.frozen.of(pictures.images, self._tick)), targets)
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class _Fit:
                 self._note((yield from self.logits(val)), val.pictures.targets)
             self.keep(Checkpoint(epoch, self.params, optimizer_tensors(optimizer), self.best, self.curves, self.passes))
             left_s = clock.eta_s(epoch - done)
-            self.watch(Progress(epoch, recipe.epochs, steps, steps, loss, self._accuracy(), left_s, epoch_ended=True))
+            self._show(Progress(epoch, recipe.epochs, steps, steps, loss, self._accuracy(), left_s, epoch_ended=True))
 
     def _epoch(
         self, optimizer: torch.optim.Optimizer, train: Inputs, epoch: int, eta_s: Callable[[float], float | None]
@@ -183,7 +184,7 @@ class _Fit:
                 set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
                 loss = yield from self._step(optimizer, train, index, read, generator)
                 total += loss * len(index)
-                self.watch(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
+                self._show(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
         return total / len(train.targets), len(batches)
 
     def _step(
@@ -227,6 +228,14 @@ class _Fit:
         keep = torch.rand(rows, *prompts.shape, generator=generator) >= rate
         return {**self.params, "prompts": prompts * keep.to(prompts.device) / (1 - rate)}
 
+    def _show(self, progress: Progress) -> None:
+        self.shown = replace(progress, epoch_ended=False)
+        self.watch(progress)
+
+    def _tick(self) -> None:
+        """Nothing new, but a way out for whoever watches: a look at many pictures takes longer than a step."""
+        self.watch(self.shown)
+
     # --- judging ------------------------------------------------------------------------------------------------------
 
     def logits(self, inputs: Inputs) -> Fitting[NDArray[np.float64]]:
@@ -245,6 +254,7 @@ class _Fit:
                     features = yield Ask(self.frozen.embedded(read), condition(lens, len(index)))
                 with torch.inference_mode():
                     found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
+                self._tick()
         return np.concatenate(found)
 
     def _note(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -32,15 +32,15 @@ class FrozenFeatures:
         self._std = torch.tensor([own.std], device=backbone.device)
         self._known: list[tuple[Images, Tensor]] = []
 
-    def of(self, images: Images) -> Fitting[Tensor]:
-        """Pooled features [n, D] of the plain backbone, in its dtype, on its device."""
+    def of(self, images: Images, tick: Callable[[], None]) -> Fitting[Tensor]:
+        """Pooled features [n, D] of the plain backbone, in its dtype, on its device; `tick` is called after a batch."""
         for seen, features in self._known:
             if seen is images:
                 return features
         key = self._key(images)
         kept = None if key is None else self._cache.get(key)
         if kept is None:
-            features = yield from self._computed(images)
+            features = yield from self._computed(images, tick)
             if key is not None:
                 self._cache.put(key, to_array(features))
         else:
@@ -48,11 +48,12 @@ class FrozenFeatures:
         self._known.append((images, features))
         return features
 
-    def _computed(self, images: Images) -> Fitting[Tensor]:
+    def _computed(self, images: Images, tick: Callable[[], None]) -> Fitting[Tensor]:
         found = []
         with closing(in_order(images)) as batches:
             for pixels in batches:
                 found.append((yield Ask(self.embedded(pixels), Plain())))
+                tick()
         return torch.cat(found).clone()
 
     def _key(self, images: Images) -> FeatureKey | None:

@@ -98,6 +98,7 @@ def fitting(
     params = {name: value.to(backbone.device).requires_grad_(True) for name, value in params.items()}
     weights = class_weights(splits.train.targets, labels) if recipe.class_weights == "balanced" else None
     run = _Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
+    run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
     return (yield from run.finished(train, val, splits.test))

@@ -105,7 +105,12 @@ def test_an_interrupted_fit_that_is_resumed_ends_with_the_same_bits(
     assert found is not None
     assert found.epoch == 3
     epochs: list[int] = []
-    resumed = fit(eye, own, SPLITS, 3, recipe, resume=found, watch=lambda progress: epochs.append(progress.epoch))
+
+    def note(progress: Progress) -> None:
+        if progress.step:
+            epochs.append(progress.epoch)
+
+    resumed = fit(eye, own, SPLITS, 3, recipe, resume=found, watch=note)
     assert min(epochs) == 4
     for name, value in undisturbed.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])

@@ -337,7 +337,7 @@ def _follow(handle: JobHandle) -> None:
         raise typer.Exit(130) from None
     term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
     if job.metrics.get("published") is False:
-        term.say(f"it is not live: the job was to publish {job.publish.replace('_', ' ')}")
+        term.say(f"it is not live: the job's --publish was {job.publish}")
 
 
 @jobs.callback(invoke_without_command=True)

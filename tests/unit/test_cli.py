@@ -208,6 +208,11 @@ class TestTraining:
         asked = rack.asked[0].json()
         assert (asked["publish"], asked["priority"]) == ("if_better", -7)
 
+    def test_a_version_that_did_not_go_live_is_said(self, run: Run, rack: Rack) -> None:
+        run("train", "trash", "--dataset", "d1", "--publish", "never")
+        rack.jobs["j1"]["metrics"] = {"published": False}
+        assert "it is not live: the job's --publish was never" in run("jobs", "watch", "j1").stderr
+
     def test_every_hyper_parameter_has_its_option(self, run: Run) -> None:
         from lensrack.wire import Recipe
 

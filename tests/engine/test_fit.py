@@ -145,11 +145,11 @@ def test_whoever_watches_sees_every_step_and_can_end_it(eye: Backbone) -> None:
     with pytest.raises(EnoughError):
         fit(eye, own, SPLITS, 3, resolve(own.defaults, QUICK), watch=watch)
     assert [(p.epoch, p.step, p.epoch_ended) for p in seen] == [
-        (1, 1, False), (1, 2, False), (1, 3, False), (1, 3, True), (2, 1, False), (2, 2, False),
-    ]  # fmt: skip
-    assert seen[3].val_accuracy is not None
+        (1, 1, False), (1, 2, False), (1, 3, False), (1, 3, False), (1, 3, True), (2, 1, False),
+    ]  # fmt: skip  # the fourth: a batch of the validation pictures
+    assert seen[4].val_accuracy is not None
     assert seen[0].eta_s is None
-    assert seen[4].eta_s is not None
+    assert seen[5].eta_s is not None
 
 
 def test_divergence_is_an_error_that_says_what_to_try(eye: Backbone) -> None:

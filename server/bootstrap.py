@@ -26,6 +26,7 @@ from server import metrics
 from server.api.app import Services, create_app
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.engine import backbone as eye
 from server.engine.engine import Engine
@@ -82,6 +83,14 @@ def open_datasets(settings: Settings) -> DatasetStore:
 def open_uploads(settings: Settings) -> UploadStore:
     return UploadStore(
         settings.datasets_dir / "resumable", max_bytes=settings.max_dataset_bytes, expiry_s=settings.upload_expiry_s
+    )
+
+
+def open_feedback(settings: Settings) -> FeedbackStore:
+    return FeedbackStore(
+        settings.datasets_dir / "feedback",
+        max_images=settings.max_feedback_images,
+        max_image_pixels=settings.max_image_pixels,
     )
 
 
@@ -157,6 +166,7 @@ def build_server(settings: Settings) -> Server:
         jobs=jobs,
         datasets=datasets,
         uploads=open_uploads(settings),
+        feedback=open_feedback(settings),
         ready=lambda: readiness(backbone, workers, settings),
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),

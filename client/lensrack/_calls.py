@@ -197,6 +197,30 @@ def pin(task: str, *, pinned: bool) -> Call[wire.Residency]:
     return Call("POST", f"{_task(task)}/pin", read_as(wire.Residency), payload=body)
 
 
+# --- feedback ---------------------------------------------------------------------------------------------------------
+
+
+def feedback(task: str, images: Images, label: str, *, new_label: bool) -> Call[wire.Feedback]:
+    """The last word about a picture counts, so saying it twice says it once."""
+    params = [("label", label), *([("new_label", "true")] if new_label else [])]
+    return Call("POST", _feedback(task), read_as(wire.Feedback), params, **_asking(images, None))
+
+
+def list_feedback(task: str, *, cursor: str | None, limit: int, label: str | None) -> Call[wire.FeedbackPage]:
+    given = {"cursor": cursor, "limit": str(limit), "label": label}
+    params = [(name, value) for name, value in given.items() if value is not None]
+    return Call("GET", _feedback(task), read_as(wire.FeedbackPage), params)
+
+
+def delete_feedback(task: str, sha256: str) -> Call[None]:
+    return Call("DELETE", f"{_feedback(task)}/{segment(sha256, 'sha256')}", read_nothing)
+
+
+def freeze_feedback(task: str, *, name: str | None, parent: str | None) -> Call[wire.Dataset]:
+    params = [(key, value) for key, value in (("name", name), ("parent", parent)) if value is not None]
+    return Call("POST", f"{_feedback(task)}/dataset", read_as(wire.Dataset), params, wait_s=UPLOAD_WAIT_S)
+
+
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +320,10 @@ def _version(task: str, version: str) -> str:
 
 def _alias(task: str, alias: str) -> str:
     return f"{_task(task)}/aliases/{segment(alias, 'alias')}"
+
+
+def _feedback(task: str) -> str:
+    return f"{_task(task)}/feedback"
 
 
 def _dataset(dataset: str) -> str:

@@ -29,6 +29,10 @@ _NEXT = {
     "job_not_found": "`lensrack jobs list` shows the jobs there are",
     "version_in_use": "point its aliases elsewhere first: `lensrack alias TASK ALIAS VERSION`",
     "wrong_backbone": "use a server that runs the bundle's backbone, or train the task on this one",
+    "unknown_label": "check the label, or give --new-label",
+    "no_feedback": "`lensrack feedback TASK IMAGE --label LABEL` says what an image shows",
+    "no_parent_dataset": "name one of `lensrack datasets list` with --parent",
+    "upload_not_found": "begin again without --resume",
     "job_finished": "there is nothing left to cancel",
     "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar, tar.gz or tar.zst datasets",
     "unsupported_image": "send JPEG, PNG, WebP or BMP",
@@ -172,7 +176,13 @@ def show_datasets(datasets: Sequence[wire.Dataset]) -> None:
 
 def show_dataset(dataset: wire.Dataset) -> None:
     counts = {f"{split}/{label}": n for split, labels in dataset.splits.items() for label, n in labels.items()}
-    head = {"dataset": dataset.id, "name": dataset.name, "images": dataset.images, "size": size(dataset.bytes)}
+    head = {
+        "dataset": dataset.id,
+        "name": dataset.name,
+        "parent": dataset.parent,
+        "images": dataset.images,
+        "size": size(dataset.bytes),
+    }
     print_fields({**head, **counts, **_made_of(dataset.report), "skipped": len(dataset.skipped)})
     _say_warnings(dataset.report)
 
@@ -233,6 +243,14 @@ def _say_warnings(report: wire.DatasetReport | None) -> None:
     for what, listed in (("in several splits", found.leaks), ("under several labels", found.contradictions)):
         for copies in listed[:COPIES_SHOWN]:
             say(f"  {what}: " + " | ".join(copies.names))
+
+
+def show_feedback(page: wire.FeedbackPage) -> None:
+    print_table(("label", "images"), page.labels.items(), f"no feedback yet: `lensrack feedback {page.task} IMAGE`")
+    if page.items:
+        say(f"the last {len(page.items)} of {page.images}:")
+    for item in page.items:
+        say(f"  {item.sha256}  {item.label}  {when(item.at)}")
 
 
 def show_jobs(jobs: Sequence[wire.Job]) -> None:

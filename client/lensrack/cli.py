@@ -264,6 +264,20 @@ def _sent(path: Path, resume: str | None, send: Callable[..., wire.Dataset]) -> 
     return stored
 
 
+@datasets.command("from-feedback")
+def freeze_feedback(
+    context: Context,
+    task: TaskName,
+    name: DatasetName = None,
+    parent: Annotated[str | None, typer.Option(metavar="DATASET", help="Instead of the live version's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Store what a task was fitted on, corrected and extended by its feedback; prints the dataset's id."""
+    stored = _client(context).tasks.freeze_feedback(task, name=name, parent=parent)
+    term.say_uploaded(stored)
+    term.print_json(stored) if _wants_json(context, as_json) else print(stored.id)
+
+
 @datasets.command("list")
 def list_datasets(context: Context, as_json: Json = False) -> None:
     """All datasets."""
@@ -283,6 +297,40 @@ def delete_dataset(context: Context, dataset: DatasetId) -> None:
     """Forget a dataset."""
     _client(context).datasets.delete(dataset)
     term.say(f"dataset {dataset} deleted")
+
+
+# --- feedback ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def feedback(
+    context: Context,
+    *,
+    task: TaskName,
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", exists=True, dir_okay=False, show_default=False)
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="What the images show.")] = None,
+    new_label: Annotated[bool, typer.Option("--new-label", help="The task need not know the label.")] = False,
+    withdraw: Annotated[str | None, typer.Option(metavar="SHA256", help="Forget this image's feedback.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what images show, or show what has been said about a task.
+
+    `lensrack datasets from-feedback TASK` makes a dataset of it.
+    """
+    if bool(images) != (label is not None):
+        raise InvalidInput("give images and their --label, or neither to see what has been said")
+    if withdraw is not None:
+        _client(context).tasks.delete_feedback(task, withdraw)
+        term.say(f"feedback {withdraw} withdrawn")
+    for image in images or ():
+        [item] = _client(context).feedback(task, image, cast(str, label), new_label=new_label).items
+        before = f", before {item.previous}" if item.previous not in (None, item.label) else ""
+        term.say(f"{image}: {item.label}{before}")
+    if not images and withdraw is None:
+        page = _client(context).tasks.feedback(task)
+        term.print_json(page) if _wants_json(context, as_json) else term.show_feedback(page)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

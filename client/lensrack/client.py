@@ -89,6 +89,14 @@ class Client:
             return self._send(_calls.embed(images))
         return self._send(_calls.embed([images]))[0]
 
+    def feedback(self, task: str, images: ImageInput | Images, label: str, *, new_label: bool = False) -> wire.Feedback:
+        """Say what an image, or a list of them, shows; `tasks.freeze_feedback` makes a dataset of what was said.
+
+        The last word about an image counts. A label that the live version does not know needs `new_label`.
+        """
+        given = images if isinstance(images, list | tuple) else [images]
+        return self._send(_calls.feedback(task, given, label, new_label=new_label))
+
     def train(
         self,
         task: str,
@@ -203,6 +211,20 @@ class Tasks:
     def rollback(self, task: str, alias: str = "live") -> wire.Alias:
         """Point an alias where it pointed before."""
         return self._send(_calls.rollback(task, alias))
+
+    def feedback(
+        self, task: str, *, cursor: str | None = None, limit: int = 50, label: str | None = None
+    ) -> wire.FeedbackPage:
+        """How much feedback each label has, and a page of it, newest first; `next` is the following page's cursor."""
+        return self._send(_calls.list_feedback(task, cursor=cursor, limit=limit, label=label))
+
+    def delete_feedback(self, task: str, sha256: str) -> None:
+        """Withdraw what was said about an image."""
+        return self._send(_calls.delete_feedback(task, sha256))
+
+    def freeze_feedback(self, task: str, *, name: str | None = None, parent: str | None = None) -> wire.Dataset:
+        """A dataset of what the live version was fitted on, or of `parent`, and of all feedback, which corrects it."""
+        return self._send(_calls.freeze_feedback(task, name=name, parent=parent))
 
     def load(self, task: str) -> wire.Residency:
         return self._send(_calls.load(task))

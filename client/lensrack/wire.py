@@ -268,6 +268,39 @@ class Upload(Message):
     expires_at: float
 
 
+# --- feedback ---------------------------------------------------------------------------------------------------------
+
+
+class FeedbackItem(Message):
+    """A picture, known by the digest of its bytes, and the label that it should have been given. `previous` is what
+    was said of it before, in the answer to a new word only."""
+
+    sha256: str
+    label: str
+    previous: str | None = None
+    bytes: int
+    width: int
+    height: int
+    at: float
+
+
+class Feedback(Message):
+    """What was stored, in the order in which it was sent."""
+
+    task: str
+    items: list[FeedbackItem]
+
+
+class FeedbackPage(Message):
+    """`labels` counts all `images` by label; `items` are some of them, newest first."""
+
+    task: str
+    images: int
+    labels: dict[str, int]
+    items: list[FeedbackItem]
+    next: str | None = None
+
+
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,20 @@ from starlette.middleware import Middleware
 
 from lensrack import wire
 from server import __version__
-from server.api import aliases, datasets, guard, health, predict, problems, residency, resumable, tasks, train, uploads
+from server.api import (
+    aliases,
+    datasets,
+    feedback,
+    guard,
+    health,
+    predict,
+    problems,
+    residency,
+    resumable,
+    tasks,
+    train,
+    uploads,
+)
 from server.api.services import Services
 from server.api.trace import Trace
 
@@ -41,7 +54,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     problems.install(app)
-    for room in (predict, tasks, aliases, residency, datasets, resumable, train, health):
+    for room in (predict, tasks, aliases, residency, datasets, resumable, feedback, train, health):
         app.include_router(room.router)
     app.openapi = lambda: _documented(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app

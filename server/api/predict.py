@@ -35,6 +35,20 @@ Tasks = Annotated[
     list[str], Query(alias="task", min_length=1, description="A task, optionally `@alias` or `@version`; repeatable.")
 ]
 
+IMAGES: Final[dict[str, Any]] = {
+    "required": True,
+    "content": {
+        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in guard.IMAGE_TYPES},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            }
+        },
+        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+    },
+}
 _BODY: Final[dict[str, Any]] = {
     "parameters": [
         {
@@ -50,20 +64,7 @@ _BODY: Final[dict[str, Any]] = {
             "schema": {"type": "string"},
         },
     ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in guard.IMAGE_TYPES},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["images"],
-                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-            "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-        },
-    },
+    "requestBody": IMAGES,
 }
 _HEADERS: Final[dict[str, Any]] = {
     "Server-Timing": {"description": "decode, queue and compute in milliseconds.", "schema": {"type": "string"}}

@@ -12,6 +12,7 @@ from lensrack import wire
 from prompts_store import Bundle, Store
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.jobs.store import JobStore
 from server.predictor import Predictor
@@ -44,6 +45,7 @@ class Services:
     jobs: JobStore
     datasets: DatasetStore
     uploads: UploadStore
+    feedback: FeedbackStore
     ready: Callable[[], wire.Ready]
     methods: Mapping[str, str]
     check_bundle: Callable[[Bundle], None]

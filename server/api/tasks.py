@@ -41,9 +41,10 @@ async def get_task(services: ServicesOf, task: guard.TaskOf) -> wire.Task:
 
 @router.delete("/tasks/{task}", status_code=204)
 async def delete_task(services: ServicesOf, task: guard.TaskOf) -> None:
-    """Forget a task with all its versions and aliases, on the device too."""
+    """Forget a task with all its versions, aliases and feedback, on the device too."""
     versions = await asyncio.to_thread(services.store.versions, task)
     await asyncio.to_thread(services.store.delete_task, task)
+    await asyncio.to_thread(services.feedback.delete_task, task)
     for info in versions:
         await services.residency.unload(task, info.version)
 

@@ -171,6 +171,8 @@ class Rack:
         if verb == "rollback":
             self.revision += 1
             return told(self._alias(asked.json()["alias"]))
+        if verb == "feedback":
+            return self._feedback(asked, name, rest)
         pinned = verb == "pin" and asked.json()["pinned"]
         return told({"task": name, "version": VERSION, "resident": verb != "unload", "pinned": pinned, "bytes": 7})
 
@@ -184,6 +186,17 @@ class Rack:
         if asked.method == "DELETE":
             return Told(204)
         return Told(200, b"a bundle", {"Lensrack-Version": VERSION}) if rest[1:] else told(self._version())
+
+    def _feedback(self, asked: Asked, name: str, rest: list[str]) -> Told:
+        if rest == ["dataset"]:
+            return told(self._dataset(asked.params.get("name", "")) | {"parent": asked.params.get("parent", "d0")}, 201)
+        if asked.method == "DELETE":
+            return Told(204)
+        item = {"sha256": "ab" * 32, "label": "glass", "bytes": 9, "width": 3, "height": 2, "at": 1.0}
+        if asked.method == "POST":
+            items = [item | {"label": asked.params["label"], "previous": "metal"}]
+            return told({"task": name, "items": items * (asked.body.count(b'name="images"') or 1)}, 201)
+        return told({"task": name, "images": 1, "labels": {"glass": 1}, "items": [item], "next": "7"})
 
     def _aliases(self, asked: Asked, rest: list[str]) -> Told:
         if asked.method == "DELETE":

@@ -191,6 +191,23 @@ class TestTasks:
             tasks.set_alias("trash", "live", VERSION, if_match=before.etag)
         assert tasks.rollback("trash").revision == after.revision + 1
 
+    def test_feedback(self, make: Make, rack: Rack) -> None:
+        client = make()
+        said = client.feedback("trash", PIXELS, "glass")
+        assert [(item.label, item.previous) for item in said.items] == [("glass", "metal")]
+        assert (rack.asked[0].path, rack.asked[0].params) == ("/tasks/trash/feedback", {"label": "glass"})
+        assert (rack.asked[0].body, rack.asked[0].headers["content-type"]) == (PIXELS, "image/jpeg")
+        assert len(client.feedback("trash", [PIXELS, PIXELS], "tin", new_label=True).items) == 2
+        assert rack.asked[1].params == {"label": "tin", "new_label": "true"}
+        page = client.tasks.feedback("trash", cursor="9", limit=3, label="glass")
+        assert (page.labels, page.next) == ({"glass": 1}, "7")
+        assert rack.asked[2].params == {"cursor": "9", "limit": "3", "label": "glass"}
+        client.tasks.delete_feedback("trash", "ab" * 32)
+        assert (rack.asked[3].method, rack.asked[3].path) == ("DELETE", f"/tasks/trash/feedback/{'ab' * 32}")
+        assert client.tasks.freeze_feedback("trash").parent == "d0"
+        assert client.tasks.freeze_feedback("trash", name="better", parent="d1").name == "better"
+        assert rack.asked[5].params == {"name": "better", "parent": "d1"}
+
     def test_residency(self, make: Make) -> None:
         tasks = make().tasks
         assert tasks.load("trash").resident

@@ -18,6 +18,7 @@ from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict
 from server.jobs.sqlite_store import SqliteJobStore
@@ -85,6 +86,9 @@ def serving(
         ),
         uploads=UploadStore(
             options.datasets_dir / "resumable", max_bytes=options.max_dataset_bytes, expiry_s=options.upload_expiry_s
+        ),
+        feedback=FeedbackStore(
+            options.datasets_dir / "feedback", max_images=options.max_feedback_images, max_image_pixels=1_000_000
         ),
         ready=lambda: wire.Ready(**ready),
         methods=METHODS,

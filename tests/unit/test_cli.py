@@ -136,6 +136,28 @@ class TestChanging:
         run("bundle", "download", "trash", VERSION, "--force")
 
 
+class TestFeedback:
+    def test_saying_and_seeing(self, run: Run, rack: Rack, image: Path) -> None:
+        said = run("feedback", "trash", image, image, "--label", "glass")
+        assert (said.stdout, said.stderr.count("bottle.jpg: glass, before metal")) == ("", 2)
+        assert [asked.params for asked in rack.asked] == [{"label": "glass"}] * 2
+        run("feedback", "trash", image, "--label", "tin", "--new-label")
+        assert rack.asked[-1].params == {"label": "tin", "new_label": "true"}
+        assert run("feedback", "trash").stdout.split() == ["label", "images", "glass", "1"]
+        assert json.loads(run("feedback", "trash", "--json").stdout)["images"] == 1
+        assert "withdrawn" in run("feedback", "trash", "--withdraw", "ab" * 32).stderr
+        assert rack.asked[-1].method == "DELETE"
+
+    def test_half_a_word_is_not_sent(self, run: Run, rack: Rack, image: Path) -> None:
+        for arguments in ((image,), ("--label", "glass")):
+            assert "give images and their --label" in run("feedback", "trash", *arguments, code=2).stderr
+        assert not rack.asked
+
+    def test_a_dataset_of_it(self, run: Run, rack: Rack) -> None:
+        assert run("datasets", "from-feedback", "trash", "--name", "better").stdout == "d1\n"
+        assert (rack.asked[-1].path, rack.asked[-1].params) == ("/tasks/trash/feedback/dataset", {"name": "better"})
+
+
 class TestDatasets:
     def test_an_upload_prints_nothing_but_the_id(self, run: Run, rack: Rack, folder: Path) -> None:
         done = run("datasets", "upload", folder)

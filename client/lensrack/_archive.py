@@ -28,7 +28,7 @@ Source: TypeAlias = str | os.PathLike[str] | IO[bytes]
 
 CHUNK_BYTES = 256 * 1024
 _HEAD_BYTES = 512  # one tar header
-_SUFFIXES = (".gz", ".zst", ".tgz", ".tzst", ".tar", ".zip")
+_SUFFIXES = (".gz", ".zst", ".tgz", ".tzst", ".tar", ".zip", ".npz", ".parquet")
 
 
 class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -108,7 +108,7 @@ class Archive:
 
 
 def open_archive(source: Source) -> Archive:
-    """A folder of class folders, an archive file (zip, tar, tar.gz, tar.zst) or an open binary file of one."""
+    """A folder of class folders, a file (zip, tar, tar.gz, tar.zst, parquet, npz) or an open binary file of one."""
     if not isinstance(source, str | os.PathLike):
         return _from_file(source, owned=False)
     path = Path(source)
@@ -181,9 +181,13 @@ def _content_type(head: bytes, name: str) -> str:
         return "application/gzip"
     if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == b"\x2a\x4d\x18":
         return "application/zstd"
+    if head.startswith(b"PAR1"):
+        return "application/vnd.apache.parquet"
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         return "application/x-tar"
-    raise InvalidInput(f"{name or 'the source'} is no archive: expected a folder, a zip, a tar, a tar.gz or a tar.zst")
+    raise InvalidInput(
+        f"{name or 'the source'} is no archive: expected a folder, zip, tar, tar.gz, tar.zst, parquet or npz"
+    )
 
 
 def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:

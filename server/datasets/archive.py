@@ -31,7 +31,8 @@ def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
     file.seek(0)
     if kind is None:
         start = file.read(4).hex(" ") or "nothing"
-        raise refused(f"expected a zip, tar, tar.gz or tar.zst archive, got a file that begins with {start}")
+        expected = "a zip, tar, tar.gz or tar.zst archive, a parquet file or an npz"
+        raise refused(f"expected {expected}, got a file that begins with {start}")
     names = Names(limits.max_members)
     if kind == "zip":
         yield from zip_members(file, limits, names)

@@ -103,7 +103,7 @@ def check(examples: Sequence[Example], skipped: Sequence[Skipped]) -> None:
     labels = sorted({example.label for example in examples}, key=natural)
     train = Counter(example.label for example in examples if example.split == "train")
     if not examples:
-        raise bad("the archive has no readable picture in a class folder", skipped)
+        raise bad("no readable picture with a label; expected class folders, a table or labelled rows", skipped)
     if len(labels) == 1:
         raise bad(f"expected at least two classes, got one: {labels[0]!r}", skipped)
     for label in labels:

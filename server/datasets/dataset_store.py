@@ -11,6 +11,7 @@ is written last. Deleting takes the manifest away first. So a reader, who needs 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -39,6 +40,7 @@ MAX_NAME: Final = 200
 MAX_FILE_BYTES: Final = 64 * 2**20
 OTHER_FILES: Final = 1000  # members that are no pictures, beside as many as there may be pictures
 
+_NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)  # some network and memory-card systems
 _ID: Final = re.compile("[0-9a-f]{8,64}")
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 
@@ -80,7 +82,7 @@ class DatasetStore:
         base = None if parent is None else self.get(parent)
         with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
             gathered = Gathered(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
-            for number, member in enumerate(contents(archive, self._limits), start=1):
+            for number, member in enumerate(contents(archive, self._limits, staging), start=1):
                 gathered.add(member)
                 if progress is not None:
                     progress(number, gathered.bytes_read)
@@ -247,13 +249,17 @@ def _called(name: str, parent: Dataset | None) -> str:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """A second name for a file, which costs no bytes; False when the file is gone."""
+    """A second name for a file, which costs no bytes, or a copy where there are none; False when the file is gone."""
     try:
         os.link(source, target)
     except FileExistsError:
         pass  # said of two splits or labels: staged already
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        write(target, source.read_bytes())
     return True
 
 

@@ -42,7 +42,7 @@ def label_of(folder: str) -> str:
     printable = "".join(letter if letter.isprintable() else " " for letter in unicodedata.normalize("NFC", folder))
     label = " ".join(printable.split())
     if not label:
-        raise bad("a class folder has a name without any letter")
+        raise bad("a class has a name without any letter")
     if len(label) > MAX_LABEL:
         raise bad(f"class {label[:40]!r}… has {len(label)} characters; at most {MAX_LABEL} are allowed")
     return label

@@ -58,9 +58,10 @@ class Packed(nn.Module):
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
-    reports = [measure(arch, options) for arch in options.arch]
-    for report in reports:
-        print(table(report))
+    reports = []
+    for arch in options.arch:
+        reports.append(measure(arch, options))
+        print(table(reports[-1]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(reports, indent=2) + "\n")
 

@@ -34,7 +34,7 @@ _NEXT = {
     "no_parent_dataset": "name one of `lensrack datasets list` with --parent",
     "upload_not_found": "begin again without --resume",
     "job_finished": "there is nothing left to cancel",
-    "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar, tar.gz or tar.zst datasets",
+    "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar, tar.gz, tar.zst, parquet or npz datasets",
     "unsupported_image": "send JPEG, PNG, WebP or BMP",
     "bad_image": "check that the file opens in an image viewer",
     "not_ready": "`lensrack health` says what the server is waiting for",

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar, overload
+from typing import IO, Any, Literal, TypeVar, overload
 
 import anyio
 import anyio.to_thread
@@ -106,8 +106,8 @@ class AsyncClient:
         self,
         task: str,
         dataset: str,
-        method: str = "vpt_deep",
-        recipe: Mapping[str, Any] | wire.Recipe | None = None,
+        method: str = "auto",
+        recipe: Mapping[str, Any] | wire.Recipe | Literal["auto", "quick"] = "auto",
         *,
         publish: wire.PublishPolicy = "always",
         priority: int = 0,
@@ -115,6 +115,8 @@ class AsyncClient:
     ) -> AsyncJobHandle:
         """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too.
 
+        The recipe `auto` finds the hyper-parameters on the validation images, and with the method `auto` the method,
+        too; `quick` answers with a plain head within seconds and fits in full afterwards; fields that are given hold.
         `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live one on the
         same validation images. Waiting jobs of higher `priority`, -100 to 100, come first.
         """
@@ -122,7 +124,7 @@ class AsyncClient:
             task,
             dataset,
             method=method,
-            recipe=recipe or {},
+            recipe=recipe,
             publish=publish,
             priority=priority,
             key=idempotency_key,
@@ -256,7 +258,7 @@ class AsyncDatasets:
         resume: str | None = None,
         on_upload: OnUpload | None = None,
     ) -> wire.Dataset:
-        """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one.
+        """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one; a parquet file; an npz.
 
         `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
         that could not be read, and the links, which are not followed.

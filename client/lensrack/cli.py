@@ -227,7 +227,8 @@ def upload_dataset(
 ) -> None:
     """Store a folder of class folders; prints its id.
 
-    Also a zip, tar, tar.gz or tar.zst of one. Links are not followed, hidden files are left out. What is large is sent
+    Also a zip, tar, tar.gz or tar.zst of one, or of pictures and a labels.csv or metadata.jsonl; a parquet file with
+    images and labels; an npz like MedMNIST's. Links are not followed, hidden files are left out. What is large is sent
     in pieces and goes on by itself when the connection breaks.
     """
     stored = _sent(path, resume, partial(_client(context).datasets.upload, name=name))
@@ -342,7 +343,9 @@ def train(
     *,
     task: TaskName,
     dataset: Annotated[str, typer.Option(help="The dataset's id.")],
-    method: Annotated[str, typer.Option(help="vpt_deep, vpt_shallow, linear, ...")] = "vpt_deep",
+    method: Annotated[str, typer.Option(help="auto, vpt_deep, vpt_shallow, linear, ...")] = "auto",
+    search: Annotated[str | None, typer.Option(help="auto, quick (a first answer in seconds) or none.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Images through the backbone for a search.")] = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
@@ -353,6 +356,10 @@ def train(
     warmup_epochs: int | None = None,
     prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
     prompt_dropout: float | None = None,
+    label_smoothing: float | None = None,
+    class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, flip or crop.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before it stops; 0: never.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
     seed: int | None = None,
     publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
@@ -362,12 +369,14 @@ def train(
 ) -> None:
     """Train a task in the background; prints the job's id.
 
-    What is left out takes the method's default.
+    What is left out is searched (--search auto), or takes the method's default (--search none). Without --search,
+    a method that is named together with hyper-parameters is fitted with these.
     """
     given = {name: context.params[name] for name in wire.Recipe.model_fields}
     recipe = {name: value for name, value in given.items() if value is not None}
     policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
-    handle = _client(context).train(task, dataset, method, recipe, publish=policy, priority=priority)
+    asked = recipe or "auto"
+    handle = _client(context).train(task, dataset, method, asked, publish=policy, priority=priority)
     as_json = _wants_json(context, as_json)
     if not as_json:
         print(handle.id, flush=True)

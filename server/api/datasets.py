@@ -49,7 +49,11 @@ async def upload(
         str | None, Query(alias="upload", description="A whole upload (see /uploads), in place of a body.")
     ] = None,
 ) -> wire.Dataset:
-    """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/."""
+    """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/, or of pictures and
+    a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; an npz like MedMNIST's.
+
+    The report in the answer counts what there is and warns of what misleads.
+    """
     ingest = partial(services.datasets.ingest, name=name, parent=parent)
     if parent is not None:
         await asyncio.to_thread(services.datasets.get, parent)  # an unknown one is told before 10 GB are read

@@ -24,7 +24,6 @@ ARCHIVE_TYPES: Final = (
     "application/x-gzip",
     "application/zstd",
     "application/vnd.apache.parquet",
-    "application/x-npz",
     "application/octet-stream",
 )
 _IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed|/tasks/[^/]+/feedback")

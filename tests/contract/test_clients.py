@@ -415,6 +415,8 @@ class TestDatasets:
         archives = {
             "a.zip": (b"PK\x03\x04 and more", "application/zip"),
             "a.tar.gz": (b"\x1f\x8b and more", "application/gzip"),
+            "a.parquet": (b"PAR1 and more", "application/vnd.apache.parquet"),
+            "a.npz": (b"PK\x03\x04 and more", "application/zip"),
             "a.tar.zst": (b"\x28\xb5\x2f\xfd and more", "application/zstd"),
             "a.tar": (bytes(257) + b"ustar" + bytes(250), "application/x-tar"),
         }

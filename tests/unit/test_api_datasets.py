@@ -11,7 +11,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 
 from lensrack import wire
 from server.api import uploads
@@ -53,6 +56,13 @@ def tarred(mode: str) -> bytes:
     return out.getvalue()
 
 
+def as_parquet() -> bytes:
+    out = pa.BufferOutputStream()
+    images = [{"bytes": data} for data in FILES.values()]
+    pq.write_table(pa.table({"image": images, "label": [name.split("/")[1] for name in FILES]}), out)
+    return bytes(out.getvalue())
+
+
 @pytest.mark.parametrize(
     ("kind", "data"),
     [
@@ -61,6 +71,8 @@ def tarred(mode: str) -> bytes:
         ("application/x-tar", tarred("w")),
         ("application/gzip", tarred("w:gz")),
         ("application/x-gzip", tarred("w:gz")),
+        ("application/zstd", zstd.compress(tarred("w"))),
+        ("application/vnd.apache.parquet", as_parquet()),
     ],
 )
 def test_an_archive_becomes_a_dataset(api: Api, kind: str, data: bytes):
@@ -70,6 +82,9 @@ def test_an_archive_becomes_a_dataset(api: Api, kind: str, data: bytes):
     assert answer.headers["location"] == f"/datasets/{told.id}"
     assert (told.name, told.labels, told.images) == ("pets", ["cat", "dog"], 6)
     assert told.splits["train"] == {"cat": 3, "dog": 3}
+    assert told.report is not None
+    assert told.report.formats == {"png": 6}
+    assert "few_images" in [warning.code for warning in told.report.warnings]
     assert wire.Dataset.model_validate(api.http.get(answer.headers["location"]).json()) == told
     assert [each["id"] for each in api.http.get("/datasets").json()["datasets"]] == [told.id]
     assert api.http.delete(f"/datasets/{told.id}").status_code == 204

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -95,14 +96,14 @@ from pathlib import Path
 from server.datasets.feedback_store import FeedbackStore
 from tests.unit.test_dataset_store import picture
 store = FeedbackStore(Path(sys.argv[1]), max_images=1000, max_image_pixels=10**6)
-for number in range(40):
-    store.add("pets", [picture(number % 20)], sys.argv[2])
+for number in range(60):
+    store.add("pets", [picture(number, (int(sys.argv[3]), 16))], sys.argv[2])
     print(number, flush=True)
 """
 
 
-def start(root: Path, label: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SAY, str(root), label]
+def start(root: Path, label: str, width: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SAY, str(root), label, str(width)]
     path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "client")))
     return subprocess.Popen(
         command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
@@ -111,23 +112,24 @@ def start(root: Path, label: str) -> subprocess.Popen[str]:
 
 def test_processes_at_once_and_one_that_is_killed_lose_no_word(tmp_path: Path) -> None:
     root = tmp_path / "feedback"
-    speaking = [start(root, label) for label in ("cat", "dog", "owl")]
-    killed = speaking.pop()
+    speaking = {label: start(root, label, width) for label, width in (("cat", 24), ("dog", 25), ("owl", 26))}
+    killed = speaking.pop("owl")
     assert killed.stdout is not None
     for line in killed.stdout:
         if int(line) == 19:
             killed.kill()
             break
-    killed.communicate()
-    for process in speaking:
-        assert len(process.communicate(timeout=60)[0].split()) == 40
+    acknowledged = 20 + len(killed.communicate()[0].split())
+    for process in speaking.values():
+        assert len(process.communicate(timeout=60)[0].split()) == 60
     store = opened(root)
-    assert len(labels(store)) == 20
-    assert set(labels(store).values()) <= {"cat", "dog", "owl"}
+    counts = store.page("pets").counts
+    assert {label: counts[label] for label in ("cat", "dog")} == {"cat": 60, "dog": 60}
+    assert acknowledged <= counts["owl"] <= acknowledged + 1
+    assert sorted(word.seq for word in store.page("pets", limit=1000).words) == list(range(1, sum(counts.values()) + 1))
     for example, path in store.examples("pets"):
-        assert path.read_bytes() in {picture(number) for number in range(20)}
-        assert path.name == example.sha256
-    assert len(list((root / "pets" / "pictures").iterdir())) == 20
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name == example.sha256
+    assert len(list((root / "pets" / "pictures").iterdir())) == sum(counts.values())
 
 
 def test_half_a_line_is_no_word_and_hurts_none(store: FeedbackStore, tmp_path: Path) -> None:

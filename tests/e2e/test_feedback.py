@@ -1,4 +1,4 @@
-"""A task that is wrong about a picture is told so, and is right about it after the next fit."""
+"""What people say about a task's pictures reaches the version that is fitted next."""
 
 from __future__ import annotations
 

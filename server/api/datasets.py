@@ -50,7 +50,7 @@ async def upload(
     ] = None,
 ) -> wire.Dataset:
     """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/, or of pictures and
-    a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; an npz like MedMNIST's.
+    a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; a MedMNIST npz.
 
     The report in the answer counts what there is and warns of what misleads.
     """

@@ -65,6 +65,7 @@ def _frames(file: BinaryIO, about: str, limits: Limits) -> Iterator[Frame]:
                 _raise(told)
                 return
             yield frame
+        reader.kill()  # where it still lives, it has said what no reader would
         code = reader.wait()
     raise refused(f"{about} is damaged or hostile: it broke its reader ({code})")
 

@@ -111,6 +111,25 @@ def test_the_id_is_the_same_whatever_the_archive_and_the_names(store: DatasetSto
     assert store.ingest(write_zip(tmp_path / "c", pets(1))).id != first.id
 
 
+def test_every_picture_is_on_the_disk_before_its_dataset_is_there(
+    store: DatasetStore, archive: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def check(source: Path, target: Path) -> None:
+        assert os.stat(source).st_ino in flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    assert store.ingest(archive).images == len(blobs(root)) == 6
+
+
 def test_pictures_are_kept_once_and_as_they_came(store: DatasetStore, tmp_path: Path, root: Path) -> None:
     twice = {**pets(), "cat/again.png": pets()["cat/0.png"]}
     dataset = store.ingest(write_zip(tmp_path / "a", twice))

@@ -39,8 +39,11 @@ from server.methods.registry import Registry
 from server.predictor import Limits, Predictor
 from server.settings import Settings
 from server.supervisor import Supervisor
-from server.trainer import Trainer
+from server.trainer import Means, Trainer
+from server.training.feature_cache import FeatureCache
 from server.training.low_priority import cap_memory
+from server.training.pixel_cache import PixelCache
+from server.training.stored_images import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -239,15 +242,28 @@ def build_worker(settings: Settings, name: str) -> Trainer:
     cap_memory(backbone.device, settings.worker_gpu_memory)
     if not backbone.spec.trained:
         log.warning(UNTRAINED_NOTE)
+    datasets = open_datasets(settings)
     return Trainer(
-        backbone,
-        Registry(),
+        open_means(settings, datasets, backbone),
         open_store(settings.store_url),
         open_jobs(settings),
-        open_datasets(settings),
-        checkpoints=settings.home.resolve() / "checkpoints",
+        datasets,
         worker=name,
         lease_s=settings.lease_s,
         keep_s=settings.jobs_keep_s,
-        max_image_pixels=settings.max_image_pixels,
+        at_once=settings.worker_jobs,
+    )
+
+
+def open_means(settings: Settings, datasets: DatasetStore, backbone: eye.Backbone) -> Means:
+    pixels = PixelCache(
+        settings.pixel_cache_dir, disk_bytes=settings.pixel_cache_bytes, memory_bytes=settings.pixel_memory_bytes
+    )
+    pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    return Means(
+        backbone,
+        Registry(),
+        Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool),
+        FeatureCache(settings.feature_cache_dir, settings.feature_cache_bytes),
+        settings.home.resolve() / "checkpoints",
     )

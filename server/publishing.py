@@ -91,7 +91,8 @@ def _heaviest(alias: Alias) -> str:
 
 
 def _published(bundle: Bundle, pulse: Pulse, judged: Outcome | None = None) -> Outcome:
-    pulse.tell("published", {"version": bundle.version, "alias": LIVE, **(judged or {})})
+    early = {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
+    pulse.tell("published", {"version": bundle.version, "alias": LIVE, **early, **(judged or {})})
     return {"published": True, **({"judged": judged} if judged else {})}
 
 

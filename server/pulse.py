@@ -54,11 +54,17 @@ class Pulse:
             raise ShuttingDown
 
     def watch(self, progress: Progress) -> None:
-        """Take a step's progress along; record each epoch as an event."""
+        """Take a step's progress along; record each epoch and each trial of a search as an event."""
         self._progress = progress
         self.check()
         if progress.epoch_ended:
             self.tell("epoch", _shown(progress))
+        if progress.tried is not None:
+            self.tell("trial", {"trial": progress.trial, "trials": progress.trials, **progress.tried})
+
+    def check_only(self, progress: Progress) -> None:
+        """Watch work that is not the job's own fit: it can be ended, and shows nothing."""
+        self.check()
 
     def tell(self, type_: str, data: Mapping[str, Any]) -> None:
         """Add an event to the job. Raises LeaseLost."""
@@ -83,5 +89,5 @@ class Pulse:
 def _shown(progress: Progress) -> dict[str, Any]:
     """A progress as the wire's JobProgress."""
     shown = asdict(progress)
-    del shown["epoch_ended"]
+    del shown["epoch_ended"], shown["tried"]
     return shown

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     # --- training ---------------------------------------------------------------------------------------------------
     workers: Annotated[int, Field(ge=0, le=64, description="Worker processes that `serve` starts and supervises.")] = 1
     worker_threads: Annotated[int, Field(ge=0, description="Threads of a worker; 0 takes half of the cores.")] = 0
+    worker_jobs: Annotated[
+        int, Field(ge=1, le=64, description="Jobs that a worker fits in one batch; more pays on a GPU.")
+    ] = 1
     worker_nice: Annotated[int, Field(ge=0, le=19, description="How far a worker steps back for the server.")] = 10
     lease_s: Annotated[float, Field(gt=0, description="How long a silent worker keeps its job.")] = 30.0
     max_attempts: Annotated[int, Field(gt=0, description="Attempts before a job is given up.")] = 3

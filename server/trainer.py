@@ -1,20 +1,24 @@
 """STORY 2: one job, from claim to stored bundle.
 
-    claim ─► read the dataset ─► fit ─► judge ─► put the bundle, move `live` ─► finish
+    claim ─► read the dataset ─► search, fit ─► judge ─► put the bundle, move `live` ─► finish
       │           each picture and each step asks the pulse: cancelled? superseded? shutting down?
       └─ a pulse thread renews the lease and carries the progress, however long a step takes
 
-A new version reaches the server through the store alone. What a job cannot survive by trying again (a dataset that is
-gone, a loss that diverges) fails it at once; anything else gives the attempt back to the job store, which counts.
+A job is a generator that asks for the backbone and never runs it, so several may share each forward and backward
+(`training.together`). A new version reaches the server through the store alone. What a job cannot survive by trying
+again (a dataset that is gone, a loss that diverges) fails it at once; anything else gives the attempt back to the job
+store, which counts.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,55 +33,80 @@ from server.jobs.job import Job, State
 from server.jobs.store import JobStore, LeaseLost
 from server.methods.method import Method
 from server.methods.registry import Registry
-from server.publishing import Judge, Publisher
+from server.publishing import Judge, Outcome, Publisher
 from server.pulse import JobCancelled, Pulse, ShuttingDown
 from server.reading import Reader
 from server.retention import Retention
+from server.training import together
 from server.training.data import Splits
-from server.training.fit import DivergedError, Fitted, fit
+from server.training.feature_cache import Features
+from server.training.fit import DivergedError, Fitted, fitting
+from server.training.frozen import FrozenFeatures
 from server.training.judge import judge
 from server.training.low_priority import low_priority
-from server.training.recipe import Recipe, resolve
+from server.training.recipe import Recipe, Wanted, resolve
+from server.training.search import searching
+from server.training.stored_images import Decoder
+from server.training.together import Fitting
 
 log = logging.getLogger(__name__)
 
 AWAY_S = 2.0
+JOIN_S = 0.5  # how often a batch of jobs looks for another one
+
+AUTO = "auto"  # the method of a job that leaves the choice to a search
+UNSEARCHED = "vpt_deep"  # what is fitted where neither the job nor a search has chosen
+PRELIMINARY = "linear"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job with everything it names: what the steps from reading to publishing need."""
+    """A job with everything it names: what the steps from reading to publishing need.
+
+    `method` is None where a search chooses among all; `recipe` then tells what does not depend on it.
+    """
 
     job: Job
     dataset: Dataset
-    method: Method
+    method: Method | None
+    wanted: Wanted
     recipe: Recipe
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a worker's fits share: the backbone, the methods, where pictures are decoded and what is remembered."""
+
+    backbone: engine_backbone.Backbone
+    registry: Registry
+    decoder: Decoder
+    features: Features
+    checkpoints: Path
+
+
 class Trainer:
-    """Works on one job at a time. `stop` ends the current job at its next step and gives it back."""
+    """Works on jobs, `at_once` of them in one batch. `stop` ends each at its next step and gives it back."""
 
     def __init__(
         self,
-        backbone: engine_backbone.Backbone,
-        registry: Registry,
+        means: Means,
         store: Store,
         jobs: JobStore,
         datasets: DatasetStore,
         *,
-        checkpoints: Path,
         worker: str,
         lease_s: float,
         keep_s: float,
-        max_image_pixels: int,
+        at_once: int = 1,
     ) -> None:
-        self._backbone, self._registry = backbone, registry
+        self._backbone, self._registry = means.backbone, means.registry
         self._jobs, self._datasets = jobs, datasets
-        self._worker, self._lease_s = worker, lease_s
-        self._checkpoints = Checkpoints(checkpoints)
+        self._worker, self._lease_s, self._at_once = worker, lease_s, at_once
+        self._checkpoints = Checkpoints(means.checkpoints)
         self._retention = Retention(jobs, self._checkpoints, keep_s)
         self._publisher = Publisher(store)
-        self._reader = Reader(datasets, backbone.spec.geometry, max_image_pixels)
+        self._reader, self._features = Reader(means.decoder), means.features
+        self._under_way = 0
         self.stop = threading.Event()
 
     def run(self, idle_s: float = 0.25) -> None:
@@ -95,15 +124,40 @@ class Trainer:
                 self.stop.wait(AWAY_S)
 
     def work_once(self) -> bool:
-        """Work on one job if there is one."""
-        job = self._jobs.claim(self._worker, self._lease_s)
-        if job is None:
+        """Work on a job, and on those that there is room for beside it, until none is under way; false without any."""
+        first = self._claim()
+        if first is None:
             return False
+        looked = -math.inf
+
+        def joining() -> Iterator[Fitting[None]]:
+            nonlocal looked
+            if 0 < self._under_way < self._at_once and time.monotonic() - looked >= JOIN_S and not self.stop.is_set():
+                looked = time.monotonic()
+                with suppress(Unavailable):  # whoever is under way finds out for himself
+                    while self._under_way < self._at_once and (job := self._claim()):
+                        yield self._worked(job)
+
+        with low_priority(self._backbone.device):
+            outcomes = together.run(self._backbone, [self._worked(first), *joining()], joining)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome  # not a job's failure, which was told to the store: the store itself did not hear it
+        return True
+
+    def _claim(self) -> Job | None:
+        job = self._jobs.claim(self._worker, self._lease_s)
+        if job is not None:
+            self._under_way += 1
+        return job
+
+    def _worked(self, job: Job) -> Fitting[None]:
+        """One job to its end, whatever that is."""
         log.info("job %s (attempt %d): %s with %s on %s", job.id, job.attempt, job.task, job.method, job.dataset[:12])
         pulse = Pulse(self._jobs, job, self._lease_s, self.stop)
         try:
             with pulse:
-                self._work(job, pulse)
+                yield from self._work(job, pulse)
         except LeaseLost:
             log.warning("job %s: attempt %d was superseded; its work is dropped", job.id, job.attempt)
         except JobCancelled:
@@ -120,64 +174,101 @@ class Trainer:
             log.exception("job %s: attempt %d failed", job.id, job.attempt)
             detail = "the attempt failed unexpectedly; the worker's log has the reason"
             self._fail(job, "internal", detail, retry=True)
+        finally:
+            self._under_way -= 1
         if self._retention.over(job.id):  # a job that goes on elsewhere needs its checkpoint
             self._checkpoints.forget(job.id)
-        return True
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
-    def _work(self, job: Job, pulse: Pulse) -> None:
+    def _work(self, job: Job, pulse: Pulse) -> Fitting[None]:
         started = time.perf_counter()
         case = self._case(job)
-        splits = self._reader.splits(case.dataset, case.recipe, pulse.check)
-        fitted = self._fit(case, splits, pulse)
+        splits = self._reader.splits(case.dataset, case.recipe)
+        frozen = FrozenFeatures(self._backbone, self._features)
+        if case.wanted.search == "quick":
+            yield from self._preliminary(case, splits, frozen, pulse)
+        fitted = yield from self._fitted(case, splits, frozen, pulse)
         pulse.check()
-        bundle = self._bundle(case, fitted)
-        outcome = self._publisher.publish(job, bundle, self._judge(case, splits, pulse), pulse)
+        version, outcome = self._publish(case, fitted, pulse)
         seconds = round(time.perf_counter() - started, 1)
-        self._finish(job, bundle.version, {**fitted.metrics, **outcome, "seconds": seconds})
+        self._finish(job, version, {**fitted.metrics, **outcome, "seconds": seconds})
 
     def _case(self, job: Job) -> Case:
         """Raises ServiceError for what the job names and is not there."""
-        dataset, method = self._datasets.get(job.dataset), self._registry.get(job.method)
-        return Case(job, dataset, method, resolve(method.defaults, job.recipe))
+        dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
+        name = UNSEARCHED if job.method == AUTO and wanted.search != "auto" else job.method
+        method = None if name == AUTO else self._registry.get(name)
+        return Case(job, dataset, method, wanted, resolve(method.defaults if method else {}, wanted.fields))
 
-    def _fit(self, case: Case, splits: Splits, pulse: Pulse) -> Fitted:
-        with low_priority(self._backbone.device):
-            return fit(
+    def _preliminary(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[None]:
+        """A head on the frozen features, in seconds: the task answers while the full fit goes on."""
+        method = self._registry.get(PRELIMINARY)
+        if method is case.method:
+            return
+        recipe = resolve(method.defaults, {"seed": case.recipe.seed, "validation": case.recipe.validation})
+        classes = len(case.dataset.labels)
+        found = yield from fitting(
+            self._backbone, method, splits, classes, recipe, watch=pulse.check_only, frozen=frozen
+        )
+        self._publish(case, replace(found, metrics={**found.metrics, "preliminary": True}), pulse)
+
+    def _fitted(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[Fitted]:
+        classes, job = len(case.dataset.labels), case.job
+        keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
+        if case.wanted.search == "auto" or case.method is None:  # the second says the same to the type checker
+            return searching(
                 self._backbone,
-                case.method,
+                self._registry.all if case.method is None else [case.method],
                 splits,
-                len(case.dataset.labels),
-                case.recipe,
+                classes,
+                case.wanted.fields,
+                budget=case.wanted.budget,
                 watch=pulse.watch,
-                keep=self._checkpoints.keeper(case.job.id),
-                resume=self._checkpoints.read(case.job.id),
+                keep=keep,
+                resume=resume,
+                frozen=frozen,
             )
+        return fitting(
+            self._backbone,
+            case.method,
+            splits,
+            classes,
+            case.recipe,
+            watch=pulse.watch,
+            keep=keep,
+            resume=resume,
+            frozen=frozen,
+        )
+
+    def _publish(self, case: Case, fitted: Fitted, pulse: Pulse) -> tuple[str, Outcome]:
+        """The version, and what became of it."""
+        bundle = self._bundle(case, fitted)
+        return bundle.version, self._publisher.publish(case.job, bundle, self._judge(case, pulse), pulse)
+
+    def _judge(self, case: Case, pulse: Pulse) -> Judge:
+        """Scores any version on this job's validation pictures."""
+        batches = self._reader.validation(case.dataset, case.recipe, pulse.check)
+        return lambda bundle: judge(bundle, self._backbone, self._registry, batches)
 
     def _bundle(self, case: Case, fitted: Fitted) -> Bundle:
         """The same job makes the same bytes, so a repeated attempt stores nothing twice."""
         spec = self._backbone.spec
         manifest = Manifest(
             task=case.job.task,
-            method=case.job.method,
+            method=fitted.method.name,
             backbone=Backbone(arch=spec.arch, fingerprint=spec.fingerprint),
             labels=tuple(case.dataset.labels),
             prompt_lengths=fitted.prompt_lengths,
             preprocess=spec.preprocess,
             metrics=fitted.metrics,
-            recipe=case.recipe.to_json(),
+            recipe=fitted.recipe.to_json(),
             dataset=case.dataset.id,
             parent=None,
             created_at=case.job.created_at,
             lensrack_version=__version__,
         )
         return Bundle.build(manifest, fitted.params)
-
-    def _judge(self, case: Case, splits: Splits, pulse: Pulse) -> Judge:
-        """Scores any version on this job's validation pictures."""
-        batches = self._reader.validation(case.dataset, case.recipe, splits, pulse.check)
-        return lambda bundle: judge(bundle, self._backbone, self._registry, batches)
 
     def _finish(self, job: Job, version: str, metrics: dict[str, Any]) -> None:
         self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics=metrics)

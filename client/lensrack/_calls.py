@@ -263,13 +263,13 @@ def train(
     dataset: str,
     *,
     method: str,
-    recipe: Mapping[str, Any] | wire.Recipe,
+    recipe: Mapping[str, Any] | wire.Recipe | str,
     publish: str,
     priority: int,
     key: str | None,
 ) -> Call[wire.Job]:
     """The key is made here, once, so that a request that is sent again cannot start a second job."""
-    given = recipe if isinstance(recipe, wire.Recipe) else _checked(wire.Recipe, **recipe)
+    given = _checked(wire.Recipe, **recipe) if isinstance(recipe, Mapping) else recipe
     asked = {"task": task, "dataset": dataset, "method": method, "recipe": given}
     body = _json(_checked(wire.TrainRequest, **asked, publish=publish, priority=priority))
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}

@@ -44,7 +44,9 @@ def _watch_bar(handle: JobHandle) -> None:
         task = bar.add_task(f"{handle.job.task}: {handle.state}", total=None, told="")
         for event in handle.events():
             told = _progress_of(event)
-            if told is None:
+            if (trial := _trial_of(event)) is not None:
+                bar.update(task, completed=trial[0], total=trial[1], told=plain(_tried(event)))
+            elif told is None:
                 bar.update(task, description=f"{plain(handle.job.task)}: {plain(event.type)}")
             else:
                 bar.update(task, completed=told.epoch, total=told.epochs, told=_told(told))
@@ -53,7 +55,10 @@ def _watch_bar(handle: JobHandle) -> None:
 def _watch_lines(handle: JobHandle) -> None:
     for event in handle.events():
         told = _progress_of(event)
-        say(f"{handle.job.task}: {event.type if told is None else _told(told)}")
+        if _trial_of(event) is not None:
+            say(f"{handle.job.task}: {_tried(event)}")
+        else:
+            say(f"{handle.job.task}: {event.type if told is None else _told(told)}")
 
 
 def _progress_of(event: wire.JobEvent) -> wire.JobProgress | None:
@@ -63,6 +68,22 @@ def _progress_of(event: wire.JobEvent) -> wire.JobProgress | None:
         return wire.JobProgress.model_validate(event.data)
     except ValidationError:
         return None  # an epoch that a newer server describes otherwise is still an event worth a line
+
+
+def _trial_of(event: wire.JobEvent) -> tuple[int, int] | None:
+    """The number of a search's trial that has ended, and of how many."""
+    numbers = event.data.get("trial"), event.data.get("trials")
+    if event.type != "trial" or not all(isinstance(number, int) for number in numbers):
+        return None
+    return numbers  # type: ignore[return-value]
+
+
+def _tried(event: wire.JobEvent) -> str:
+    tried = event.data
+    what = f"trial {tried['trial']}/{tried['trials']}  {tried.get('method')}  lr {tried.get('lr')}"
+    accuracy = tried.get("val_accuracy")
+    outcome = f"validation accuracy {accuracy:.1%}" if isinstance(accuracy, float) else "diverged"
+    return f"{what}  {outcome}"
 
 
 def _told(progress: wire.JobProgress) -> str:

@@ -7,7 +7,7 @@ Answers go to stdout, progress and errors to stderr. Exit code 0: done; 1: it fa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -375,7 +375,7 @@ def train(
     given = {name: context.params[name] for name in wire.Recipe.model_fields}
     recipe = {name: value for name, value in given.items() if value is not None}
     policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
-    asked = recipe or "auto"
+    asked: Mapping[str, Any] = recipe or {"search": "auto"}
     handle = _client(context).train(task, dataset, method, asked, publish=policy, priority=priority)
     as_json = _wants_json(context, as_json)
     if not as_json:

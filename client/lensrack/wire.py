@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 TASK_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
@@ -305,10 +305,17 @@ class FeedbackPage(Message):
 
 
 class Recipe(Request):
-    """Hyper-parameters of a job; what is left out takes the method's default.
+    """Hyper-parameters of a job; what is left out takes the method's default, or is searched.
 
+    `search`: `auto` finds what is left out on the validation images and takes at most about `budget` images through the
+    backbone for it; `quick` publishes a head on the frozen features within seconds and fits in full afterwards; `none`
+    just fits. Left out, it is `auto` for the method `auto` and `none` for any other.
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
+    `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
     """
+
+    search: Literal["auto", "quick", "none"] | None = None
+    budget: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -320,6 +327,10 @@ class Recipe(Request):
     warmup_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
     prompts: Annotated[int, Field(ge=1, le=1000)] | None = None
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    class_weights: Literal["none", "balanced"] | None = None
+    augment: Literal["none", "flip", "crop"] | None = None
+    patience: Annotated[int, Field(ge=0, le=1000)] | None = None
     validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
@@ -330,21 +341,35 @@ class Recipe(Request):
         return self
 
 
+def _spelled_out(recipe: object) -> object:
+    return {"search": recipe} if recipe in ("auto", "quick") else recipe
+
+
+RecipeOrWord = Annotated[
+    Recipe, BeforeValidator(_spelled_out, json_schema_input_type=Recipe | Literal["auto", "quick"])
+]
+
+
 class TrainRequest(Request):
-    """`publish`: whether the new version goes live `always`, `never`, or only `if_better` than the version that is
+    """`method` names one, or `auto` chooses among all. `recipe`: `auto` and `quick` stand for {"search": …}.
+
+    `publish`: whether the new version goes live `always`, `never`, or only `if_better` than the version that is
     live by then, judged on the same validation images. Waiting jobs of higher `priority` come first.
     """
 
     task: TaskName
     dataset: str
-    method: str = "vpt_deep"
-    recipe: Recipe = Recipe()
+    method: str = "auto"
+    recipe: RecipeOrWord = Recipe(search="auto")
     publish: PublishPolicy = "always"
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
 
 class JobProgress(Message):
-    """How far a running job is. `eta_s` is None until an epoch has been timed."""
+    """How far a running job is. `eta_s` is None until an epoch has been timed.
+
+    While a search tries recipes, `trial` of `trials` is under way; epochs and steps are the trial's.
+    """
 
     epoch: int = 0
     epochs: int = 0
@@ -353,6 +378,8 @@ class JobProgress(Message):
     loss: float | None = None
     val_accuracy: float | None = None
     eta_s: float | None = None
+    trial: int = 0
+    trials: int = 0
 
 
 class JobError(Message):

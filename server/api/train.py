@@ -18,6 +18,7 @@ from server.jobs.job import Event, Job
 
 router = APIRouter(tags=["jobs"])
 
+AUTO: Final = "auto"  # a search chooses the method, too
 MOST_EVENTS: Final = 1000
 # The store is another process's to write, and SQLite cannot call us: whoever waits for events looks again this often.
 LOOK_AGAIN_S: Final = 0.15
@@ -38,8 +39,8 @@ async def train(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
-    if asked.method not in services.methods:
-        known = ", ".join(sorted(services.methods))
+    if asked.method != AUTO and asked.method not in services.methods:
+        known = ", ".join(sorted({AUTO, *services.methods}))
         raise Unprocessable(f"method: expected one of {known}, got {asked.method[:100]!r}", code="unknown_method")
     job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
@@ -113,13 +114,19 @@ def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Jo
         asked.task,
         dataset.id,
         asked.method,
-        asked.recipe.model_dump(exclude_none=True),
+        _recipe(asked),
         idempotency_key=key,
         tenant=predict.TENANT,
         priority=asked.priority,
         publish=asked.publish,
         max_attempts=services.settings.max_attempts,
     )
+
+
+def _recipe(asked: wire.TrainRequest) -> dict[str, Any]:
+    """The recipe as a job keeps it: it says itself how what it leaves open is found."""
+    told = asked.recipe.model_dump(exclude_none=True)
+    return {"search": "auto", **told} if asked.method == AUTO else told
 
 
 async def _current(services: Services, job_id: str) -> Job:

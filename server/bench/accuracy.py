@@ -24,8 +24,8 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import Fitted, fitting
-from server.training.recipe import Recipe, resolve
-from server.training.search import BUDGET, searching
+from server.training.recipe import BUDGET, Recipe, resolve
+from server.training.search import searching
 from server.training.together import alone
 
 METHODS = ("linear", "vpt_shallow", "vpt_deep")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if not options.render_only:
         torch.set_num_threads(options.threads)
-        eye = engine_backbone.load(options.backbone, weights=options.weights)
+        eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
         for folder in options.data:
             _Bench(eye, folder, options.seeds, options.budget, options.out).run()
     print(table(json.loads(file.read_text()) for file in sorted(options.out.glob("*.json"))))
@@ -167,6 +167,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data", type=Path, nargs="*", help="folders with train/ and test/ of class folders")
     parser.add_argument("--backbone", default="untrained", help="timm architecture, or `untrained`")
     parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=BUDGET, help="pictures through the backbone for a search")
     parser.add_argument("--threads", type=int, default=1)

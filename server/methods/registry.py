@@ -37,6 +37,10 @@ class Registry:
         return self._methods[name]
 
     @property
+    def all(self) -> tuple[Method, ...]:
+        return tuple(self._methods.values())
+
+    @property
     def meanings(self) -> Mapping[str, str]:
         return {name: method.meaning for name, method in self._methods.items()}
 

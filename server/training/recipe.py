@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 from server.errors import Unprocessable
 
@@ -49,6 +49,34 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Search = Literal["none", "auto", "quick"]
+SEARCHES: Final[tuple[Search, ...]] = get_args(Search)
+BUDGET: Final = 30_000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a job asks for: how its recipe is found, and the fields that it holds to.
+
+    `none` fits with these fields and the method's defaults. `auto` searches what they leave open. `quick` publishes a
+    head on the frozen features first, and goes on as `none`. `budget`: pictures through the backbone that a search may
+    take before the full fit.
+    """
+
+    search: Search
+    budget: int
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Wanted:
+        """From a job's recipe as it is stored. Raises Unprocessable (invalid_request)."""
+        fields = {name: value for name, value in told.items() if name not in ("search", "budget")}
+        search = told.get("search", "none")
+        if search not in SEARCHES:
+            raise Unprocessable(f"unknown search {search!r}: expected one of {', '.join(SEARCHES)}")
+        return cls(search, told.get("budget", BUDGET), fields)
 
 
 def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe:

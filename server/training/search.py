@@ -31,10 +31,9 @@ from .data import Pictures, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
 from .progress import Progress, Watcher, nobody
-from .recipe import Recipe, resolve
+from .recipe import BUDGET, Recipe, resolve
 from .together import Fitting
 
-BUDGET: Final = 30_000  # pictures through the backbone
 KEEP_ONE_OF: Final = 3
 SHORT: Final = 1_600  # pictures of a first-rung trial: 50 steps of 32
 FULL: Final = 9_600  # pictures that a full fit sees at least: 300 steps of 32

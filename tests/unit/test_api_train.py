@@ -41,13 +41,33 @@ def claim(api: Api) -> Job:
 
 
 def test_a_job_is_accepted_and_can_be_watched(api: Api, dataset: str):
-    answer = train(api, dataset, recipe={"epochs": 3, "lr": 0.1})
+    answer = train(api, dataset, method="vpt_deep", recipe={"epochs": 3, "lr": 0.1})
     assert answer.status_code == 202, answer.text
     job = wire.Job.model_validate(answer.json())
     assert answer.headers["location"] == f"/train/{job.id}"
     assert (job.state, job.task, job.dataset, job.method) == ("queued", "pets", dataset, "vpt_deep")
     assert job.recipe == {"epochs": 3, "lr": 0.1}, "what was left out is the method's to choose"
     assert wire.Job.model_validate(api.http.get(answer.headers["location"]).json()) == job
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({}, ("auto", {"search": "auto"})),
+        ({"recipe": "auto"}, ("auto", {"search": "auto"})),
+        ({"recipe": "quick"}, ("auto", {"search": "quick"})),
+        ({"recipe": {"epochs": 3}}, ("auto", {"search": "auto", "epochs": 3})),
+        ({"recipe": {"search": "none"}}, ("auto", {"search": "none"})),
+        ({"method": "linear"}, ("linear", {"search": "auto"})),
+        ({"method": "linear", "recipe": {}}, ("linear", {})),
+        ({"method": "linear", "recipe": {"search": "auto", "budget": 9}}, ("linear", {"search": "auto", "budget": 9})),
+    ],
+)
+def test_what_is_not_said_is_searched(
+    api: Api, dataset: str, asked: dict[str, Any], kept: tuple[str, dict[str, Any]]
+) -> None:
+    job = train(api, dataset, **asked).json()
+    assert (job["method"], job["recipe"]) == kept
 
 
 def test_a_short_dataset_id_is_stored_whole(api: Api, dataset: str):
@@ -58,10 +78,13 @@ def test_a_short_dataset_id_is_stored_whole(api: Api, dataset: str):
     ("body", "refusal", "says"),
     [
         ({"dataset": "0" * 64}, (404, "dataset_not_found"), "0"),
-        ({"method": "magic"}, (422, "unknown_method"), "linear, vpt_deep"),
+        ({"method": "magic"}, (422, "unknown_method"), "auto, linear, vpt_deep"),
         ({"task": "BAD"}, (422, "invalid_request"), "task"),
         ({"recipe": {"epochs": 0}}, (422, "invalid_request"), "recipe.epochs"),
         ({"recipe": {"learning_rate": 1}}, (422, "invalid_request"), "recipe.learning_rate"),
+        ({"recipe": "thorough"}, (422, "invalid_request"), "recipe"),
+        ({"recipe": {"search": "thorough"}}, (422, "invalid_request"), "recipe.search"),
+        ({"recipe": {"augment": "rotate"}}, (422, "invalid_request"), "recipe.augment"),
         ({"publish": "sometimes"}, (422, "invalid_request"), "publish"),
         ({"priority": 101}, (422, "invalid_request"), "priority"),
         ({"priority": 0.5}, (422, "invalid_request"), "priority"),

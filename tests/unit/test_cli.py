@@ -278,7 +278,7 @@ class TestTraining:
 
     def test_jobs(self, run: Run, rack: Rack) -> None:
         run("train", "trash", "--dataset", "d1")
-        assert run("jobs").stdout.splitlines()[1].split()[:4] == ["j1", "trash", "vpt_deep", "queued"]
+        assert run("jobs").stdout.splitlines()[1].split()[:4] == ["j1", "trash", "auto", "queued"]
         run("jobs", "list", "--task", "trash", "--state", "running", "--limit", 1)
         assert rack.asked[-1].params == {"limit": "1", "task": "trash", "state": "running"}
         assert json.loads(run("jobs", "show", "j1", "--json").stdout)["id"] == "j1"

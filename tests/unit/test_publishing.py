@@ -159,7 +159,7 @@ def judge(house: House) -> Callable[[Bundle], Any]:
     trainer = house.trainer
     pulse = type("Still", (), {"check": staticmethod(lambda: None)})()
     case = trainer._case(house.jobs.cancel(house.submit("linear").id))
-    return trainer._judge(case, trainer._reader.splits(case.dataset, case.recipe, pulse.check), pulse)
+    return trainer._judge(case, pulse)
 
 
 def test_labels_meet_by_name(house: House, judge: Callable[[Bundle], Any]) -> None:
@@ -182,9 +182,9 @@ def test_a_picture_whose_label_is_unknown_counts_as_wrong(house: House, judge: C
 def test_each_version_sees_the_pictures_as_it_asks(house: House) -> None:
     dataset = house.datasets.get(house.dataset)
     own = Geometry(32, "bicubic", 0.9, "center")
-    reader, recipe = Reader(house.datasets, own, 10**7), resolve({}, {})
-    splits = reader.splits(dataset, recipe, lambda: None)
-    batches = reader.validation(dataset, recipe, splits, lambda: None)
+    reader, recipe = Reader(house.decoder(own)), resolve({}, {})
+    splits = reader.splits(dataset, recipe)
+    batches = reader.validation(dataset, recipe, lambda: None)
     files = {example.sha256: house.datasets.read(example.sha256) for example in dataset.examples}
     for geometry in (own, Geometry(32, "bilinear", 0.5, "squash")):
         shown = [

@@ -6,8 +6,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from prompts_store import open_store
@@ -15,14 +18,20 @@ from prompts_store.memory_store import MemoryStore
 from server import checkpoints, trainer
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
+from server.engine import vit
+from server.engine.images import Geometry
 from server.errors import DiskFull, Unavailable
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
 from server.pulse import Pulse
 from server.samples import draw
-from server.trainer import Trainer
+from server.trainer import Means, Trainer
+from server.training.feature_cache import NoCache
+from server.training.pixel_cache import PixelCache
 from server.training.progress import Progress
+from server.training.recipe import resolve
+from server.training.stored_images import Decoder
 
 QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
 
@@ -38,21 +47,29 @@ class House:
             folder / "datasets", max_images=1000, max_unpacked_bytes=10**8, max_image_pixels=10**7
         )
         self.dataset = self.datasets.ingest(packed(folder / "pictures" / "fruit" / "train")).id
+        self.pool = ThreadPoolExecutor(2)
         self.trainer = self.worker("w1")
 
-    def worker(self, name: str) -> Trainer:
+    def worker(self, name: str, at_once: int = 1) -> Trainer:
+        backbone = eye.load("untrained")
+        decoder = self.decoder(backbone.spec.geometry)
         return Trainer(
-            eye.load("untrained"),
-            Registry(),
+            Means(backbone, Registry(), decoder, NoCache(), self.folder / "checkpoints"),
             self.store,
             self.jobs,
             self.datasets,
-            checkpoints=self.folder / "checkpoints",
             worker=name,
             lease_s=30,
             keep_s=0,
-            max_image_pixels=10**7,
+            at_once=at_once,
         )
+
+    def decoder(self, geometry: Geometry) -> Decoder:
+        pixels = PixelCache(None, disk_bytes=0, memory_bytes=10**7)
+        return Decoder(self.read, geometry, 10**7, pixels, self.pool)
+
+    def read(self, sha256: str) -> bytes:
+        return self.datasets.read(sha256)
 
     def submit(self, method: str = "vpt_deep", **changes: object) -> Job:
         asked = {"dataset": self.dataset, "recipe": QUICK, **changes}
@@ -257,3 +274,108 @@ def test_a_file_store_hears_of_it_through_the_store_alone(house: House, tmp_path
     job = house.worked(house.submit("linear"))
     other = open_store(url)
     assert other.aliases("fruit")["live"].targets[0].version == job.version
+
+
+def test_a_search_chooses_method_and_recipe_and_tells_what_it_tried(house: House) -> None:
+    job = house.worked(house.submit("auto", recipe={"search": "auto", "budget": 300, "epochs": 2, "prompts": 2}))
+    assert job.state == "succeeded"
+    manifest = house.store.get("fruit", job.version).manifest
+    trials = manifest.metrics["search"]["trials"]
+    assert {trial["method"] for trial in trials} == {"linear", "vpt_deep", "vpt_shallow"}
+    assert manifest.method in {trial["method"] for trial in trials}
+    assert "search" not in manifest.recipe, "the recipe is the one that was found: fitted again, it gives the same"
+    assert resolve({}, manifest.recipe).to_json() == manifest.recipe
+    told = [event.data for event in house.jobs.events(job.id) if event.type == "trial"]
+    assert [one["trial"] for one in told] == list(range(1, len(trials) + 1))
+    assert [one["lr"] for one in told] == [trial["lr"] for trial in trials]
+
+
+def test_a_search_within_one_method(house: House) -> None:
+    job = house.worked(house.submit("linear", recipe={"search": "auto", "epochs": 3}))
+    manifest = house.store.get("fruit", job.version).manifest
+    assert manifest.method == "linear"
+    assert {trial["epochs"] for trial in manifest.metrics["search"]["trials"]} == {3}
+
+
+def test_quick_answers_with_a_head_first_and_with_the_full_fit_later(house: House) -> None:
+    job = house.worked(house.submit("auto", recipe={**QUICK, "search": "quick"}))
+    assert house.events(job) == ["queued", "started", "published", "epoch", "epoch", "published", "succeeded"]
+    early, late = (event.data for event in house.jobs.events(job.id) if event.type == "published")
+    assert early["preliminary"] is True
+    assert "preliminary" not in late
+    first, second = (house.store.get("fruit", one["version"]).manifest for one in (early, late))
+    assert (first.method, second.method) == ("linear", "vpt_deep")
+    assert first.metrics["preliminary"] is True
+    assert house.store.aliases("fruit")["live"].targets[0].version == late["version"] == job.version
+
+
+def test_quick_with_a_policy_that_keeps_it_from_going_live(house: House) -> None:
+    asked = {"recipe": {**QUICK, "search": "quick"}}
+    job = house.jobs.submit("fruit", house.dataset, "auto", asked["recipe"], max_attempts=3, publish="never")
+    assert house.worked(job).state == "succeeded"
+    assert house.store.aliases("fruit") == {}
+    assert len(house.store.versions("fruit")) == 2
+
+
+def test_jobs_in_one_batch_are_each_what_they_are_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [{**QUICK, "seed": seed, "epochs": 2 + seed} for seed in range(3)]
+    alone = [house.worked(house.submit(recipe=recipe)) for recipe in recipes]
+    group = house.worker("w4", at_once=3)
+    jobs = [house.submit(recipe=recipe) for recipe in recipes]
+    sizes: list[int] = []
+    forward = vit.forward_lanes
+
+    def counted(backbone: eye.Backbone, lanes: Any) -> Any:
+        sizes.append(len(lanes))
+        return forward(backbone, lanes)
+
+    monkeypatch.setattr(vit, "forward_lanes", counted)
+    assert group.work_once()
+    assert set(sizes) == {1, 2, 3}, "they shared the forward until the shorter ones had ended"
+    for before, job in zip(alone, jobs, strict=True):
+        now = house.jobs.get(job.id)
+        assert now.state == "succeeded"
+        assert now.metrics["train_loss"] == pytest.approx(before.metrics["train_loss"], abs=1e-4)
+        first, second = (house.store.get("fruit", one.version).tensors for one in (before, now))
+        for name, value in first.items():
+            np.testing.assert_allclose(value, second[name], atol=1e-4)
+    assert not list((house.folder / "checkpoints").glob("*"))
+
+
+def test_one_bad_job_in_a_batch_fails_alone(house: House) -> None:
+    group = house.worker("w5", at_once=4)
+    well = house.submit()
+    gone = house.submit(dataset="f" * 64)
+    wild = house.submit(recipe={**QUICK, "optimizer": "sgd", "lr": 1e30})
+    assert group.work_once()
+    states = [house.jobs.get(job.id) for job in (well, gone, wild)]
+    assert [job.state for job in states] == ["succeeded", "failed", "failed"]
+    assert [job.error["code"] for job in states[1:]] == ["dataset_not_found", "diverged"]
+
+
+def test_a_worker_takes_no_more_jobs_than_it_may(house: House) -> None:
+    jobs = [house.submit("linear", recipe={"epochs": 2}) for _ in range(3)]
+    assert house.worker("w6", at_once=1).work_once()
+    assert [house.jobs.get(job.id).state for job in jobs] == ["succeeded", "queued", "queued"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"augment": "crop"}, "augment"),
+        ({"augment": "flip", "class_weights": "balanced", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"patience": 1, "epochs": 5}, "patience"),
+    ],
+)
+def test_what_a_recipe_may_ask_for_is_done_and_told(house: House, changes: dict[str, object], told: str) -> None:
+    job = house.worked(house.submit(recipe={**QUICK, **changes}))
+    assert job.state == "succeeded", job.error
+    manifest = house.store.get("fruit", job.version).manifest
+    assert manifest.recipe[told] == changes[told]
+    assert len(manifest.metrics["val"]["confusion"]) == 3
+    assert 0.25 <= manifest.metrics["temperature"] <= 4
+
+
+def test_an_unknown_search_fails_at_once(house: House) -> None:
+    job = house.worked(house.submit(recipe={"search": "thorough"}))
+    assert (job.state, job.error["code"]) == ("failed", "invalid_request")

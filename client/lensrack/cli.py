@@ -355,6 +355,9 @@ def train(
     weight_decay: float | None = None,
     warmup_epochs: int | None = None,
     prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
+    prompt_layers: Annotated[
+        tuple[int, int] | None, typer.Option(help="First and last layer with prompts, from 0.")
+    ] = None,
     prompt_dropout: float | None = None,
     label_smoothing: float | None = None,
     class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,

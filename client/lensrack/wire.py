@@ -311,6 +311,7 @@ class Recipe(Request):
     backbone for it; `quick` publishes a head on the frozen features within seconds and fits in full afterwards; `none`
     just fits. Left out, it is `auto` for the method `auto` and `none` for any other.
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
+    `prompt_layers`: the first and the last layer that get prompts, from 0.
     `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
     """
 
@@ -326,6 +327,7 @@ class Recipe(Request):
     weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
     prompts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    prompt_layers: Annotated[list[Annotated[int, Field(ge=0, le=999)]], Field(min_length=2, max_length=2)] | None = None
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
     class_weights: Literal["none", "balanced"] | None = None

@@ -40,7 +40,14 @@ class Lens:
     @property
     def head_only(self) -> bool:
         """Whether the trunk runs as the plain frozen ViT, so that it can be shared with every such lens."""
-        return not any(self.prefix_lengths) and self.tokens.shape[-2] == 0
+        return self.first_layer == len(self.keys)
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer at which anything differs from the plain frozen ViT: the number of layers if none does."""
+        if self.tokens.shape[-2]:
+            return 0
+        return next((layer for layer, length in enumerate(self.prefix_lengths) if length), len(self.keys))
 
     @property
     def prefix_lengths(self) -> tuple[int, ...]:

@@ -23,23 +23,29 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .block import FrozenBlock
-from .lens import Condition, Prefix
+from .lens import Condition, Plain, Prefix
 
 
 @dataclass
 class Lane:
-    """Rows with the same number of tokens. x: [B, N, D], the image's tokens first, then the prompts' tokens."""
+    """Rows with the same number of tokens. x: [B, N, D], the image's tokens first, then the prompts' tokens; they enter
+    at block `start`."""
 
     x: Tensor
     condition: Condition
     token_mask: Tensor | None  # [B, N], False at padding
+    start: int = 0
 
     @classmethod
-    def of(cls, x: Tensor, condition: Condition) -> Lane:
+    def of(cls, x: Tensor, condition: Condition, start: int = 0) -> Lane:
         """Append the condition's tokens to the image's tokens x [B, N, D]. Their place does not matter: prompts get no
-        position embedding, and attention does not know order."""
+        position embedding, and attention does not know order.
+
+        Where the first prompts come at layer `start`, x may be what `tokens_at` says of that layer: what lies before
+        does not depend on them.
+        """
         if condition.tokens is None:
-            return cls(x, condition, None)
+            return cls(x, condition, None, start)
         mask = condition.token_mask
         if mask is not None:
             mask = torch.cat((mask.new_ones(x.shape[:2]), mask), dim=1)
@@ -64,8 +70,17 @@ def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
     for index, block in enumerate(blocks):
         if by_class_token and index == len(blocks) - 1:
             return _pool_class_token(backbone, _last_block(block, lanes, index), lanes)
-        _block(block, lanes, index)
+        if entered := [lane for lane in lanes if lane.start <= index]:
+            _block(block, entered, index)
     return [_pool_average(backbone, lane.x) for lane in lanes]
+
+
+def tokens_at(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
+    """Image tokens x [B, N, D] of the first block as the plain backbone hands them to block `layer`: [B, N, D]."""
+    lane = Lane.of(x, Plain())
+    for index, block in enumerate(backbone.blocks[:layer]):
+        _block(block, [lane], index)
+    return lane.x
 
 
 def head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine import vit
-from server.engine.backbone import Backbone
+from server.engine.backbone import Backbone, Spec
 from server.engine.lens import Lens, condition
+from server.errors import Unprocessable
 from server.methods.method import Method, Params
 
 from . import augment, metrics
@@ -91,12 +92,14 @@ def fitting(
     `frozen` shares features between fits on the same pictures; without `each_epoch` the validation pictures are looked
     at once, at the end. Raises DivergedError.
     """
-    lengths = method.prompt_lengths(backbone.spec, recipe.prompts)
+    lengths = prompt_lengths(backbone.spec, method, recipe)
     params = method.init(backbone.spec, lengths, labels, seeded(recipe.seed, 0))
     if resume is not None and resume.epoch:
         params = {name: resume.params[name].clone() for name in params}
     params = {name: value.to(backbone.device).requires_grad_(True) for name, value in params.items()}
-    weights = class_weights(splits.train.targets, labels) if recipe.class_weights == "balanced" else None
+    weights = None
+    if recipe.class_weights == "balanced":
+        weights = class_weights(splits.train.targets, labels).to(backbone.device)
     run = _Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
     run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
@@ -106,11 +109,16 @@ def fitting(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a batch is cut from: pictures, or, where nothing before the head is trained, their frozen features."""
+    """What a batch is cut from: pictures, or what the frozen layers before `layer` make of them."""
 
     pictures: Pictures
-    features: Tensor | None  # [n, D]
+    features: Tensor | None  # [n, N, D] that enter block `layer`, or pooled [n, D] behind the last
+    layer: int
     targets: Tensor  # [n]
+
+    @property
+    def pooled(self) -> bool:
+        return self.features is not None and self.features.ndim == 2
 
     def read(
         self, batches: Sequence[Index], views: augment.Views | None = None
@@ -142,12 +150,13 @@ class _Fit:
     shown: Progress = field(default_factory=Progress)
 
     def inputs(self, pictures: Pictures) -> Fitting[Inputs]:
-        """Frozen features do not change from epoch to epoch: computed once for methods that train a head only."""
-        targets = torch.from_numpy(pictures.targets)
-        if not self._head_only() or self.recipe.augment != "none":
-            return Inputs(pictures, None, targets)
-        self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
-        return Inputs(pictures, (yield from self.frozen.of(pictures.images, self._tick)), targets)
+        """What lies before the first trained layer does not change from epoch to epoch: computed once."""
+        targets, layer = torch.from_numpy(pictures.targets), self._first_layer()
+        if layer == 0 or self.recipe.augment != "none" or not self.frozen.fits(len(pictures), layer):
+            return Inputs(pictures, None, 0, targets)
+        if layer == self.backbone.spec.depth:
+            self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
+        return Inputs(pictures, (yield from self.frozen.of(pictures.images, layer, self._tick)), layer, targets)
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -200,14 +209,14 @@ class _Fit:
         targets = train.targets[index].to(self.backbone.device)
         lens = self._lens(self._drop_prompts(len(index), generator))
         optimizer.zero_grad(set_to_none=True)
-        if pixels is None:
-            assert train.features is not None
-            loss = self._loss(train.features[index], lens, targets)
+        x = self._x(train, index, pixels)
+        if train.pooled:
+            loss = self._loss(x, lens, targets)
             loss.backward()
         else:
             self.passes += len(index)
-            x = self.frozen.embedded(pixels)
-            loss = yield Ask(x, condition(lens, len(index)), lambda features: self._loss(features, lens, targets))
+            rows = condition(lens, len(index))
+            loss = yield Ask(x, rows, lambda features: self._loss(features, lens, targets), start=train.layer)
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
@@ -247,12 +256,10 @@ class _Fit:
         order = parts(len(inputs.targets))
         with closing(inputs.read(order)) as pixels:
             for index, read in zip(order, pixels, strict=True):
-                if read is None:
-                    assert inputs.features is not None
-                    features = inputs.features[index]
-                else:
+                features = self._x(inputs, torch.from_numpy(index), read)
+                if not inputs.pooled:
                     self.passes += len(index)
-                    features = yield Ask(self.frozen.embedded(read), condition(lens, len(index)))
+                    features = yield Ask(features, condition(lens, len(index)), start=inputs.layer)
                 with torch.inference_mode():
                     found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
                 self._tick()
@@ -308,13 +315,36 @@ class _Fit:
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 
-    def _head_only(self) -> bool:
+    def _x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
+        """What enters block `inputs.layer`: [B, N, D], or the pooled features [B, D]."""
+        if pixels is not None:
+            return self.frozen.embedded(pixels)
+        assert inputs.features is not None
+        return inputs.features[index].to(self.backbone.device)
+
+    def _first_layer(self) -> int:
         with torch.inference_mode():
-            return self._lens(self.params).head_only
+            return self._lens(self.params).first_layer
 
     def _lens(self, params: Params) -> Lens:
         cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}
         return self.method.lower(self.backbone, cast, self.prompt_lengths)
+
+
+def prompt_lengths(spec: Spec, method: Method, recipe: Recipe) -> tuple[int, ...]:
+    """Prompts of each layer [L]: the method's, in the layers that the recipe allows (VPT, section 4.3, prompt depth).
+
+    Raises Unprocessable (invalid_request) where that leaves a method that has prompts without any.
+    """
+    lengths = method.prompt_lengths(spec, recipe.prompts)
+    if recipe.prompt_layers is None:
+        return lengths
+    first, last = recipe.prompt_layers
+    kept = tuple(length if first <= layer <= last else 0 for layer, length in enumerate(lengths))
+    if any(lengths) and not any(kept):
+        where = [layer for layer, length in enumerate(lengths) if length]
+        raise Unprocessable(f"prompt_layers {first} to {last} hold no prompt: {method.name} has them in layers {where}")
+    return kept
 
 
 def class_weights(targets: NDArray[np.int64], labels: int) -> Tensor:

@@ -6,7 +6,7 @@ manifest records is the whole: nobody has to know the defaults of the day to rep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
@@ -27,8 +27,10 @@ class Recipe:
 
     Schedule: linear warm-up over `warmup_epochs`, then a cosine to zero, per step. `validation` is the share of the
     training images held out, class by class, where the dataset has no validation split.
-    `class_weights`: `balanced` weighs a class by the inverse of its share. `patience`: stop when the validation loss
-    has not improved for so many epochs, and keep the best epoch's parameters; 0 runs to the end and keeps the last's.
+    `prompt_layers`: the first and the last layer with prompts, from 0; None: wherever the method has them. What lies
+    before the first is computed once for all epochs. `class_weights`: `balanced` weighs a class by the inverse of its
+    share. `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's
+    parameters; 0 runs to the end and keeps the last's.
     """
 
     epochs: int = 20
@@ -39,6 +41,7 @@ class Recipe:
     weight_decay: float = 1e-4
     warmup_epochs: float = 2
     prompts: int = 10
+    prompt_layers: tuple[int, int] | None = None
     prompt_dropout: float = 0.0
     label_smoothing: float = 0.0
     class_weights: str = "none"
@@ -94,4 +97,17 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
     for name, choices in _CHOICES.items():
         if (value := getattr(recipe, name)) not in choices:
             raise Unprocessable(f"unknown {name} {value!r}: expected {' or '.join(map(repr, choices))}")
-    return replace(recipe, warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1))
+    return replace(
+        recipe,
+        warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),
+        prompt_layers=_layers(recipe.prompt_layers),
+    )
+
+
+def _layers(asked: Sequence[int] | None) -> tuple[int, int] | None:
+    if asked is None:
+        return None
+    first, last = asked
+    if not 0 <= first <= last:
+        raise Unprocessable(f"prompt_layers: expected [first, last] with 0 <= first <= last, got {[first, last]}")
+    return first, last

@@ -24,15 +24,17 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class Ask:
-    """Rows for the next forward. x: [B, N, D], the image tokens that enter the first block.
+    """Rows for the next forward. x: [B, N, D], the image tokens that enter block `start`.
 
     With `loss`, features [B, D] → scalar, the fit learns: it is sent the loss, its gradients being in place. Without,
-    it is sent the features, and no gradient is kept.
+    it is sent the features, or with `until` the tokens [B, N, D] that enter that block, and no gradient is kept.
     """
 
     x: Tensor
     condition: Condition
     loss: Callable[[Tensor], Tensor] | None = None
+    start: int = 0
+    until: int | None = None
 
 
 Fitting = Generator[Ask, Tensor, Outcome]
@@ -119,17 +121,19 @@ def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: boo
 
 @torch.inference_mode()
 def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    return _features(backbone, members)
+    asks = [member.ask for member in members if member.ask is not None]
+    through = iter(_features(backbone, [ask for ask in asks if ask.until is None]))
+    return [next(through) if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until) for ask in asks]
 
 
 def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    features = _features(backbone, members)
-    asks = [member.ask for member in members]
-    losses = [ask.loss(found) for ask, found in zip(asks, features, strict=True) if ask and ask.loss]
+    asks = [member.ask for member in members if member.ask is not None]
+    losses = [ask.loss(found) for ask, found in zip(asks, _features(backbone, asks), strict=True) if ask.loss]
     torch.autograd.backward(losses)
     return [loss.detach() for loss in losses]
 
 
-def _features(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    asks = [member.ask for member in members]
-    return vit.forward_lanes(backbone, [vit.Lane.of(ask.x, ask.condition) for ask in asks if ask])
+def _features(backbone: Backbone, asks: Sequence[Ask]) -> list[Tensor]:
+    if not asks:
+        return []
+    return vit.forward_lanes(backbone, [vit.Lane.of(ask.x, ask.condition, ask.start) for ask in asks])

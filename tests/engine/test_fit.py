@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
 from server.errors import ServiceError
 from server.methods.registry import Registry
-from server.training import checkpoint
+from server.training import checkpoint, frozen
 from server.training.data import InMemory, Pictures, Splits, hold_out
 from server.training.fit import DivergedError, Fitted, fit
 from server.training.optimizer import lr_scale
@@ -181,3 +183,63 @@ def test_holding_out_is_by_class_seeded_and_never_takes_the_last() -> None:
     train, val = hold_out(pictures, 0.25, seed=1)
     assert [int((val.targets == target).sum()) for target in range(3)] == [2, 1, 1]
     assert [int((train.targets == target).sum()) for target in range(3)] == [6, 1, 1]
+
+
+@pytest.mark.parametrize("layers", [(1, 1), (1, 2), (2, 2)])
+def test_what_lies_before_the_first_prompt_is_computed_once_and_changes_nothing(
+    layers: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in later layers only (VPT, prompt depth): the same fit with what lies before kept or not."""
+    eye = backbone("vit_nano", 101, torch.float64)
+    asked: list[tuple[int, int | None]] = []
+    forward, begin = vit.forward_lanes, vit.tokens_at
+
+    def forwarded(eye: Backbone, lanes: Sequence[vit.Lane]) -> list[torch.Tensor]:
+        asked.extend((lane.start, None) for lane in lanes)
+        return forward(eye, lanes)
+
+    def begun(eye: Backbone, x: torch.Tensor, layer: int) -> torch.Tensor:
+        asked.append((0, layer))
+        return begin(eye, x, layer)
+
+    monkeypatch.setattr(vit, "forward_lanes", forwarded)
+    monkeypatch.setattr(vit, "tokens_at", begun)
+    kept = fitted(eye, "vpt_deep", prompt_layers=layers, prompt_dropout=0.2, epochs=3)
+    assert {start for start, until in asked if until is None} == {layers[0]}
+    assert sum(until == layers[0] for _, until in asked) == 3, "once for each split, in one batch each"
+    asked.clear()
+    monkeypatch.setattr(frozen, "MOST_BYTES", 0)
+    again = fitted(eye, "vpt_deep", prompt_layers=layers, prompt_dropout=0.2, epochs=3)
+    assert {start for start, _ in asked} == {0}
+    assert kept.prompt_lengths == again.prompt_lengths == tuple(4 * (layers[0] <= i <= layers[1]) for i in range(4))
+    assert kept.metrics["forward_passes"] == again.metrics["forward_passes"]
+    for name, value in kept.params.items():
+        np.testing.assert_allclose(value, again.params[name], rtol=1e-6, atol=1e-8)
+
+
+def test_layers_without_any_prompt_are_refused(eye: Backbone) -> None:
+    with pytest.raises(ServiceError, match="prompt_layers 1 to 2 hold no prompt: vpt_shallow has them in layers"):
+        fitted(eye, "vpt_shallow", prompt_layers=[1, 2])
+    with pytest.raises(ServiceError, match="0 <= first <= last"):
+        fitted(eye, "vpt_deep", prompt_layers=[2, 1])
+
+
+def test_patience_ends_a_fit_and_keeps_its_best_epoch(eye: Backbone) -> None:
+    """Far too large a learning rate after a good start: the validation loss turns, the fit ends, the best is kept."""
+    found = fitted(eye, "vpt_deep", epochs=40, patience=3, lr=0.05, warmup_epochs=0)
+    losses = found.metrics["curve"]["val_nll"]
+    assert len(losses) < 40
+    assert found.metrics["best_epoch"] == 1 + int(np.argmin(losses)) == len(losses) - 3
+    best = found.metrics["curve"]["val_accuracy"][found.metrics["best_epoch"] - 1]
+    assert found.metrics["val_accuracy"] == pytest.approx(best, abs=1e-5)
+
+
+def test_balanced_weights_make_a_rare_class_count(eye: Backbone) -> None:
+    rare = np.concatenate([np.flatnonzero(SPLITS.train.targets != 2), np.flatnonzero(SPLITS.train.targets == 2)[:2]])
+    splits = Splits(SPLITS.train.take(rare), SPLITS.val, None)
+    own = Registry().get("linear")
+    macro = {}
+    for weights in ("none", "balanced"):
+        recipe = resolve(own.defaults, {"epochs": 15, "class_weights": weights, "lr": 1e-3})
+        macro[weights] = fit(eye, own, splits, 3, recipe).metrics["val"]["per_class"][2]
+    assert macro["balanced"] > macro["none"]

@@ -24,7 +24,7 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import Fitted, fitting
-from server.training.recipe import BUDGET, Recipe, resolve
+from server.training.recipe import Recipe, resolve
 from server.training.search import searching
 from server.training.together import alone
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class _Bench:
     """One data folder: its cells, kept in <out>/<name>.json."""
 
-    def __init__(self, eye: Backbone, folder: Path, seeds: Sequence[int], budget: int, out: Path) -> None:
+    def __init__(self, eye: Backbone, folder: Path, seeds: Sequence[int], budget: int | None, out: Path) -> None:
         self._eye, self._folder, self._seeds, self._budget = eye, folder, seeds, budget
         self._file = out / f"{folder.name}.json"
         self._registry = Registry()
@@ -169,7 +169,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=BUDGET, help="pictures through the backbone for a search")
+    parser.add_argument("--budget", type=int, help="pictures through the backbone for a search")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/accuracy"), help="folder of the results")
     parser.add_argument("--render-only", action="store_true", help="print the table of what is in --out")

@@ -56,7 +56,6 @@ class Recipe:
 
 Search = Literal["none", "auto", "quick"]
 SEARCHES: Final[tuple[Search, ...]] = get_args(Search)
-BUDGET: Final = 30_000
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ class Wanted:
 
     `none` fits with these fields and the method's defaults. `auto` searches what they leave open. `quick` publishes a
     head on the frozen features first, and goes on as `none`. `budget`: pictures through the backbone that a search may
-    take before the full fit.
+    take before the full fit; None leaves that to the search.
     """
 
     search: Search
-    budget: int
+    budget: int | None
     fields: dict[str, Any]
 
     @classmethod
@@ -79,7 +78,7 @@ class Wanted:
         search = told.get("search", "none")
         if search not in SEARCHES:
             raise Unprocessable(f"unknown search {search!r}: expected one of {', '.join(SEARCHES)}")
-        return cls(search, told.get("budget", BUDGET), fields)
+        return cls(search, told.get("budget"), fields)
 
 
 def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe:

@@ -31,9 +31,11 @@ from .data import Pictures, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
 from .progress import Progress, Watcher, nobody
-from .recipe import BUDGET, Recipe, resolve
+from .recipe import Recipe, resolve
 from .together import Fitting
 
+BUDGET: Final = 30_000  # pictures through the backbone
+BUDGET_EACH: Final = 100  # for each training picture, where these are few
 KEEP_ONE_OF: Final = 3
 SHORT: Final = 1_600  # pictures of a first-rung trial: 50 steps of 32
 FULL: Final = 9_600  # pictures that a full fit sees at least: 300 steps of 32
@@ -54,7 +56,7 @@ def searching(
     labels: int,
     fixed: Mapping[str, Any],
     *,
-    budget: int = BUDGET,
+    budget: int | None = None,
     watch: Watcher = nobody,
     keep: Keeper = nowhere,
     resume: Checkpoint | None = None,
@@ -62,11 +64,12 @@ def searching(
 ) -> Fitting[Fitted]:
     """Find a recipe among `methods` for `labels` classes and fit it. `fixed`: recipe fields that are not searched.
 
-    `budget`: pictures that may go through the backbone before the full fit. The outcome's metrics tell under `search`
+    `budget`: pictures that may go through the backbone before the full fit; without one it is a hundred times the
+    training pictures, and at most 30,000. The outcome's metrics tell under `search`
     what was tried. Otherwise as `fit.fitting`.
     """
     state = resume or Checkpoint()
-    plan = _Plan.of(backbone, methods, splits, fixed, budget)
+    plan = _Plan.of(backbone, methods, splits, fixed, budget or min(BUDGET, BUDGET_EACH * len(splits.train)))
     run = _Search(backbone, splits, labels, plan, watch, keep, frozen or FrozenFeatures(backbone), list(state.trials))
     best = yield from run.tried()
     return (yield from run.fitted(best, state))

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ from server.datasets.contents import contents
 from server.datasets.dataset import Dataset, Example
 from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
 from server.datasets.gathering import Decode, Gathered
+from server.datasets.image_kind import kind
 from server.datasets.lineage import joined, without_lone
 from server.datasets.member_names import shown
 from server.engine import images
@@ -96,7 +98,11 @@ class DatasetStore:
         """
         base = self.get(parent)
         with disk(), self._staged() as staging:
-            linked = [example for example, path in more if _linked(path, staging / example.sha256)]
+            linked = [
+                _with_kind(example, staging / example.sha256)
+                for example, path in more
+                if _linked(path, staging / example.sha256)
+            ]
             examples, skipped = without_lone(joined(base.examples, linked, self._max_images), base.labels)
             named, now = _called(name, base), time.time()
             dataset = Dataset.of(examples, skipped, name=named, created_at=now, parent=base.id)
@@ -261,6 +267,11 @@ def _linked(source: Path, target: Path) -> bool:
             raise
         write(target, source.read_bytes())
     return True
+
+
+def _with_kind(example: Example, path: Path) -> Example:
+    format_, mode = kind(path.read_bytes())
+    return replace(example, format=format_, mode=mode)
 
 
 def _read_manifest(path: Path) -> Dataset | None:

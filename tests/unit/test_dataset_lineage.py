@@ -110,6 +110,7 @@ def test_files_of_their_own_join_a_dataset_and_stay_their_owners(
     assert child.splits == {"train": {"cat": 2, "dog": 5}}
     assert (child.parent, child.name) == (parent.id, "better")
     assert [one.name.partition("/")[0] for one in child.skipped] == ["owl"]
+    assert {(one.format, one.mode) for one in child.examples} == {("png", "RGB")}, "the report counts them, too"
     assert all(path.exists() for _, path in more)
     (tmp_path / more[1][0].sha256).unlink()
     assert store.read(more[1][0].sha256) == picture(500)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.engine import backbone as eye
+from server.engine.attention import look
 from server.engine.engine import Engine
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
@@ -171,6 +173,8 @@ def build_server(settings: Settings) -> Server:
         uploads=open_uploads(settings),
         feedback=open_feedback(settings),
         ready=lambda: readiness(backbone, workers, settings),
+        rack=lambda: occupied(rack, residency),
+        look=partial(look, engine),
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
     )
@@ -194,6 +198,32 @@ def build_residency(
         metrics.RACK_LENSES.set(rack.used_slots)
 
     return Residency(rack, load, pool, on_load=on_load, on_evict=on_evict)
+
+
+def occupied(rack: Rack, residency: Residency) -> wire.Rack:
+    """What `GET /rack` says of the device."""
+    seats = [
+        wire.RackSeat(
+            slot=one.seat.slot,
+            task=one.seat.task,
+            version=one.seat.version,
+            bytes=one.bytes,
+            in_use=one.in_use,
+            pinned=one.pinned,
+        )
+        for one in residency.occupants()
+    ]
+    counts = residency.counts
+    return wire.Rack(
+        slots=rack.slots,
+        used_slots=rack.used_slots,
+        bytes=rack.capacity * rack.vector_bytes,
+        used_bytes=rack.used_vectors * rack.vector_bytes,
+        seats=seats,
+        hits=counts.hits,
+        loads=counts.loads,
+        evictions=counts.evictions,
+    )
 
 
 def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings) -> wire.Ready:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -152,6 +153,7 @@ class Predictor:
         """`geometry` and `fingerprint` are the bare backbone's, for `embed`."""
         self._store, self._residency, self._batcher, self._pool = store, residency, batcher, pool
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
+        self._asked: dict[str, Counter[str]] = {}
 
     async def predict(
         self, task_ref: str, images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
@@ -175,6 +177,19 @@ class Predictor:
         """The frozen backbone's features of images."""
         with self._asking(images, 1, "", tenant, timeout_s) as asking:
             return await in_time(timeout_s, self._embed(asking))
+
+    async def aside(
+        self, task_ref: str, image: bytes, work: Callable[[Pixels, Any], T], *, key: str, tenant: str, timeout_s: float
+    ) -> tuple[str, Any, T]:
+        """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
+        the seat. For what is no prediction, such as where the network looks."""
+        ref = Ref.parse(task_ref)
+        with self._asking([image], 1, key, tenant, timeout_s) as asking:
+            return await in_time(timeout_s, self._aside(ref, work, asking))
+
+    def asked(self, task: str) -> Counter[str]:
+        """How often each version of a task has been asked since the start."""
+        return self._asked.get(task, Counter())
 
     async def resolve(self, ref: Ref, key: str) -> str:
         """The version that answers. Raises TaskNotFound, AliasNotFound, VersionNotFound, BadRequest (ambiguous)."""
@@ -211,6 +226,7 @@ class Predictor:
 
     async def _ask(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
         version, seat = await self._take_seat(ref, asking.key)
+        self._asked.setdefault(ref.task, Counter())[version] += 1
         hold = _Hold(lambda: self._residency.release(seat))
         try:
             pixels = await asking.pictures.fitted(seat.geometry)
@@ -221,6 +237,14 @@ class Predictor:
             hold.drop()
         predictions = [best(row, seat.labels, top_k) for row in logits]
         return Answer(ref.task, version, predictions, _timings(asking, rows))
+
+    async def _aside(self, ref: Ref, work: Callable[[Pixels, Any], T], asking: _Asking) -> tuple[str, Any, T]:
+        version, seat = await self._take_seat(ref, asking.key)
+        try:
+            [pixels] = await asking.pictures.fitted(seat.geometry)
+            return version, seat, await self._batcher.aside(lambda: work(pixels, seat))
+        finally:
+            self._residency.release(seat)
 
     async def _embed(self, asking: _Asking) -> Features:
         pixels = await asking.pictures.fitted(self._geometry)

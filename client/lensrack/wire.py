@@ -85,6 +85,27 @@ class ManyPredictResponse(Message):
     results: dict[str, TaskResult]
 
 
+class Looked(Message):
+    """Where attention went, in shares that add up to 1: `grid` [h][w] of each patch of the picture as the network sees
+    it, `prompts` of the learned prompts, `rest` of the class token and registers."""
+
+    grid: list[list[float]]
+    prompts: float
+    rest: float
+
+
+class Attention(Message):
+    """`last`: the class token's attention in the last block, its heads averaged. `rollout`: followed through all
+    blocks. `crop_mode` and `crop_pct` say which part of the picture the network saw."""
+
+    task: str
+    version: str
+    last: Looked
+    rollout: Looked
+    crop_mode: str
+    crop_pct: float
+
+
 class EmbedResponse(Message):
     """`embeddings[i]` are the backbone's features of image i, [D]; `fingerprint` names the backbone they belong to."""
 
@@ -163,15 +184,70 @@ class VersionList(Message):
 
 
 class Task(Message):
+    """`method`, `classes`, `dataset` and `val_accuracy` are the live version's; `requests` counts the predictions of
+    all versions since this server started."""
+
     task: str
     live: str | None = None
     aliases: list[Alias] = []
     versions: int = 0
     resident: bool = False
+    method: str | None = None
+    classes: int = 0
+    dataset: str | None = None
+    val_accuracy: float | None = None
+    requests: int = 0
 
 
 class TaskList(Message):
     tasks: list[Task]
+
+
+class Method(Message):
+    name: str
+    meaning: str
+
+
+class MethodList(Message):
+    """What `method` in a train request can be, besides `auto`."""
+
+    methods: list[Method]
+
+
+class RackSeat(Message):
+    """A version on the device. `in_use`: requests that hold it now; `requests`: predictions since the start."""
+
+    slot: int
+    task: str
+    version: str
+    bytes: int
+    in_use: int
+    pinned: bool
+    requests: int = 0
+
+
+class Rack(Message):
+    """The device at this moment; `seats` least recently used first. Counts are since the start.
+
+    `batch_rows` and `batch_tasks` count forwards by their number of rows and of different tasks; a key is the upper
+    end of a range that begins above the key before it, `+Inf` the last.
+    """
+
+    slots: int
+    used_slots: int
+    bytes: int
+    used_bytes: int
+    seats: list[RackSeat]
+    hits: int
+    loads: int
+    evictions: int
+    queued: int = 0
+    max_queue: int = 0
+    max_batch: int = 0
+    rows: dict[str, int] = {}
+    forwards: int = 0
+    batch_rows: dict[str, int] = {}
+    batch_tasks: dict[str, int] = {}
 
 
 class Residency(Message):
@@ -253,6 +329,21 @@ class Dataset(Message):
     report: DatasetReport | None = None
     created_at: float
     parent: str | None = None
+
+
+class Thumbnail(Message):
+    """One picture of a dataset: `GET /datasets/{id}/thumbnails/{number}` shows it small."""
+
+    number: int
+    split: str
+    label: str
+    name: str
+    width: int
+    height: int
+
+
+class ThumbnailList(Message):
+    thumbnails: list[Thumbnail]
 
 
 class DatasetList(Message):

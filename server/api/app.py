@@ -17,16 +17,20 @@ from lensrack import wire
 from server import __version__
 from server.api import (
     aliases,
+    attention,
     datasets,
     feedback,
     guard,
     health,
     predict,
     problems,
+    rack,
     residency,
     resumable,
     tasks,
+    thumbnails,
     train,
+    ui,
     uploads,
 )
 from server.api.services import Services
@@ -38,6 +42,12 @@ _PROBLEM: Final[dict[str, Any]] = {
     "description": "A problem (RFC 9457): see its `code`.",
     "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
+
+
+_ROOMS: Final = (
+    *(predict, attention, tasks, aliases, residency, rack),
+    *(datasets, thumbnails, resumable, feedback, train, health, ui),
+)
 
 
 def create_app(services: Services) -> FastAPI:
@@ -54,7 +64,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     problems.install(app)
-    for room in (predict, tasks, aliases, residency, datasets, resumable, feedback, train, health):
+    for room in _ROOMS:
         app.include_router(room.router)
     app.openapi = lambda: _documented(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app

@@ -26,7 +26,7 @@ ARCHIVE_TYPES: Final = (
     "application/vnd.apache.parquet",
     "application/octet-stream",
 )
-_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed|/tasks/[^/]+/feedback")
+_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed|/tasks/[^/]+/(feedback|attention)")
 _UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
 _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 

@@ -32,10 +32,14 @@ class Residency(Protocol):
     def lens_bytes(self, task: str, version: str) -> int: ...
 
 
+Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention.Attention`
+
+
 @dataclass(frozen=True)
 class Services:
     """`methods` maps a method's name to its meaning in a line. `check_bundle` raises ServiceError for a bundle that the
-    running backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread."""
+    running backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread.
+    `rack` tells who sits on the device; `look` belongs to the engine's thread."""
 
     settings: Settings
     predictor: Predictor
@@ -47,6 +51,8 @@ class Services:
     uploads: UploadStore
     feedback: FeedbackStore
     ready: Callable[[], wire.Ready]
+    rack: Callable[[], wire.Rack]
+    look: Look
     methods: Mapping[str, str]
     check_bundle: Callable[[Bundle], None]
 

@@ -128,8 +128,23 @@ def _summary(store: stored.Store, task: str) -> wire.Task:
     aliases, versions = store.aliases(task), store.versions(task)
     live = views.heaviest(aliases["live"]) if "live" in aliases else None
     return wire.Task(
-        task=task, live=live, aliases=[views.alias(alias) for alias in aliases.values()], versions=len(versions)
+        task=task,
+        live=live,
+        aliases=[views.alias(alias) for alias in aliases.values()],
+        versions=len(versions),
+        **next((_of_live(info) for info in versions if info.version == live), {}),
     )
+
+
+def _of_live(info: stored.VersionInfo) -> dict[str, Any]:
+    manifest = info.manifest
+    accuracy = manifest.metrics.get("val_accuracy")
+    return {
+        "method": manifest.method,
+        "classes": len(manifest.labels),
+        "dataset": manifest.dataset,
+        "val_accuracy": accuracy if isinstance(accuracy, int | float) else None,
+    }
 
 
 def _put(services: Services, task: str, data: bytes, alias: str | None) -> str:

@@ -17,8 +17,10 @@ def heaviest(state: stored.Alias) -> str:
 
 
 def resident_now(services: Services, task: wire.Task) -> wire.Task:
+    """A task as the store knows it, with what this process knows of it."""
     resident = task.live is not None and services.residency.resident(task.task, task.live)
-    return task.model_copy(update={"resident": resident})
+    requests = services.predictor.asked(task.task).total()
+    return task.model_copy(update={"resident": resident, "requests": requests})
 
 
 def residency(services: Services, task: str, version: str) -> wire.Residency:

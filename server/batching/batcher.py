@@ -17,8 +17,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, U
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Outcome = np.ndarray[Any, Any] | ServiceError
 
 
@@ -76,6 +77,7 @@ class Batcher:
         self._max_batch = max_batch
         self._scheduler = Scheduler(max_queue, weight=weight)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._one_aside = asyncio.Lock()
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -109,6 +111,21 @@ class Batcher:
         """Queue all of these rows or none. Raises what `promise` raises."""
         with self.promise(len(rows)) as room:
             room.submit(rows)
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Run something else in the engine's thread, between two batches; of several such works one at a time, so that
+        batches get their turn. The caller has been promised room.
+
+        It never returns while the work is under way, even when cancelled: what the work uses must stay where it is.
+        """
+        async with self._one_aside:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+            try:
+                return await asyncio.shield(running)
+            finally:
+                while not running.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([running])
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""

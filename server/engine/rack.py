@@ -167,6 +167,10 @@ class Rack:
     # --- facts -------------------------------------------------------------------------------------------------------
 
     @property
+    def slots(self) -> int:
+        return len(self._slots)
+
+    @property
     def used_slots(self) -> int:
         return len(self._slots) - len(self._free_slots)
 

@@ -76,6 +76,16 @@ class _Entry:
         return self.ready.result() if done else None
 
 
+@dataclass(frozen=True)
+class Occupant:
+    """A seat, how many requests are using it, whether it is pinned by hand, and its device memory."""
+
+    seat: Seat
+    in_use: int
+    pinned: bool
+    bytes: int
+
+
 @dataclass
 class Counts:
     """What an operator wants to know; the metrics read it."""
@@ -176,6 +186,14 @@ class Residency:
     def seats(self) -> list[Seat]:
         """Everybody on the rack, least recently used first."""
         return [entry.seat for entry in self._entries.values() if entry.seat is not None]
+
+    def occupants(self) -> list[Occupant]:
+        """Everybody on the rack with what keeps them there, least recently used first."""
+        return [
+            Occupant(entry.seat, entry.pins, entry.held, self._rack.size_bytes(entry.seat.place))
+            for entry in self._entries.values()
+            if entry.seat is not None
+        ]
 
     def check_integrity(self) -> None:
         self._rack.check_integrity()

@@ -34,6 +34,18 @@ def check_bundle(bundle: Bundle) -> None:
         raise Conflict(f"the bundle is for backbone {theirs}, this server runs {FINGERPRINT}", code="wrong_backbone")
 
 
+def occupied(floor: Floor) -> wire.Rack:
+    seats = [
+        wire.RackSeat(slot=seat.slot, task=seat.task, version=seat.version, bytes=1024, in_use=0, pinned=False)
+        for seat in floor.shelf.seats.values()
+    ]
+    loads = len(floor.shelf.loads)
+    return wire.Rack(
+        slots=8, used_slots=len(seats), bytes=8192, used_bytes=1024 * len(seats), seats=seats, hits=0, loads=loads,
+        evictions=0,
+    )  # fmt: skip
+
+
 @dataclass
 class Api:
     """The running server, what it stands on, and a client of it."""
@@ -91,6 +103,8 @@ def serving(
             options.datasets_dir / "feedback", max_images=options.max_feedback_images, max_image_pixels=1_000_000
         ),
         ready=lambda: wire.Ready(**ready),
+        rack=lambda: occupied(floor),
+        look=floor.engine.look,
         methods=METHODS,
         check_bundle=check_bundle,
     )

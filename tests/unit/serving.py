@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,14 @@ class PlainEngine:
         self.entered.set()
         assert self.gate.wait(20)
         return np.stack([np.array([mean(image), 1.0, 2.0], np.float32) for image in images])
+
+    def look(self, image: np.ndarray, seat: Seat) -> Any:
+        """As a real engine would tell where it looked: two by two patches, the first as bright as the image's mean."""
+        self.threads.add(threading.get_ident())
+        assert self.gate.wait(20)
+        grid = np.array([[mean(image) / 1000, 0.1], [0.1, 0.1]])
+        looked = SimpleNamespace(grid=grid, prompts=0.25, rest=0.45 - mean(image) / 1000)
+        return SimpleNamespace(last=looked, rollout=looked)
 
     @property
     def rows(self) -> list[tuple[str, int]]:

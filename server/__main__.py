@@ -1,4 +1,4 @@
-"""`python -m server serve | work | sample | bench`."""
+"""`python -m server serve | work | store | sample | bench`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin beside a worker's
 
 import asyncio
+import atexit
 import importlib
 import logging
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from prometheus_client import start_http_server
 from pydantic import ValidationError
 
-from prompts_store import StoreError
+from prompts_store import Store, StoreError, open_store
+from server import __version__, logs, metrics, tracing
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -41,12 +43,17 @@ def load_settings(**overrides: Any) -> Settings:
         raise typer.Exit(2) from None
 
 
-def start_logging(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
-    )
-    for chatty in ("watchfiles", "uvicorn.error", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def start_telling(settings: Settings, service: str) -> None:
+    """Logs, and traces where they are wanted; a trace names this `service`."""
+    logs.start(settings.log_level, settings.log_format)
+    if not settings.otlp_endpoint:
+        return
+    try:
+        tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
+    except tracing.NotInstalled as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    atexit.register(tracing.stop)  # whatever has not been sent
 
 
 @cli.command()
@@ -56,7 +63,7 @@ def serve(
 ) -> None:
     """Serve predictions and take training jobs."""
     settings = load_settings(host=host, port=port)
-    start_logging(settings)
+    start_telling(settings, "lensrack-server")
     from server.api.guard import require_safe_bind
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
@@ -115,7 +122,7 @@ def work(
 ) -> None:
     """Fit queued training jobs, one after the other."""
     settings = load_settings()
-    start_logging(settings)
+    start_telling(settings, "lensrack-worker")
     from server.bootstrap import build_worker
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
@@ -123,6 +130,8 @@ def work(
     os.nice(settings.worker_nice)
     try:
         trainer = build_worker(settings, name=f"{socket.gethostname()}-{os.getpid()}")
+        if settings.worker_metrics_port:
+            start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the worker cannot start: {error}", err=True)
         raise typer.Exit(1) from None
@@ -152,6 +161,51 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
 
     draw(folder)
     typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
+
+
+stores = typer.Typer(no_args_is_help=True, help="Back a store up, restore it, or move it to another kind of store.")
+cli.add_typer(stores, name="store")
+
+StoreUrl = Annotated[str | None, typer.Option("--store", help="Which store (LENSRACK_STORE, else HOME/store).")]
+
+
+@stores.command("export")
+def store_export(
+    path: Annotated[Path, typer.Argument(help="A folder, or a file when it ends in .tar.")], store: StoreUrl = None
+) -> None:
+    """Write a whole store into an archive: bundles, aliases and where these have pointed."""
+    from server.store_transfer import export_store
+
+    with _transfer("exported", store) as opened:
+        done = export_store(opened, path)
+        typer.echo(f"exported {done.versions} versions of {done.tasks} tasks, {done.written} of them new in the archive")
+
+
+@stores.command("import")
+def store_import(
+    path: Annotated[Path, typer.Argument(help="What `store export` wrote.")],
+    store: StoreUrl = None,
+    overwrite: Annotated[bool, typer.Option(help="Move aliases that point elsewhere in the store.")] = False,
+) -> None:
+    """Add all of an archive to a store. Nothing is written unless all of it is whole."""
+    from server.store_transfer import import_store
+
+    with _transfer("imported", store) as opened:
+        done = import_store(opened, path, overwrite=overwrite)
+        typer.echo(f"imported {done.versions} versions of {done.tasks} tasks, {done.written} of them new in the store")
+
+
+@contextmanager
+def _transfer(verb: str, url: str | None) -> Iterator[Store]:
+    """The store, closed afterwards; a failure is a sentence."""
+    settings = load_settings(store=url)
+    start_logging(settings)
+    try:
+        with closing(open_store(settings.store_url)) as store:
+            yield store
+    except (StoreError, ValueError, OSError) as error:
+        typer.echo(f"nothing was {verb} in full: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})

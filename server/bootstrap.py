@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
-from server import metrics
+from server import measured, metrics
 from server.api.app import Services, create_app
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
@@ -37,15 +37,15 @@ from server.engine.residency import Loaded, Residency
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
+from server.measured import CountedFeatures, CountedPixels
 from server.methods.registry import Registry
 from server.predictor import Limits, Predictor
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.trainer import Means, Trainer
-from server.training.feature_cache import FeatureCache
 from server.training.low_priority import cap_memory
-from server.training.pixel_cache import PixelCache
 from server.training.stored_images import Decoder
+from server.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class Server:
     store: Store
     jobs: JobStore
     workers: Supervisor
+    watch: Watch
     pools: tuple[ThreadPoolExecutor, ...]
 
     @asynccontextmanager
@@ -118,11 +119,13 @@ class Server:
         """Warm the engine, start the workers; afterwards drain the queue, stop the workers, close the stores."""
         await asyncio.to_thread(self._warm_up)
         self.workers.start()
+        self.watch.start()
         try:
             yield
         finally:
             await self.batcher.drain(self.settings.drain_timeout_s)
             await self.workers.stop()
+            await self.watch.stop()
             for pool in self.pools:
                 pool.shutdown(wait=False, cancel_futures=True)
             self.store.close()
@@ -138,7 +141,8 @@ def build_server(settings: Settings) -> Server:
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
     registry = Registry()
-    store = CachedStore(open_store(settings.store_url), max_bytes=settings.cache_bytes)
+    bundles = open_store(settings.store_url)
+    store = CachedStore(bundles, max_bytes=settings.cache_bytes)
     jobs, datasets = open_jobs(settings), open_datasets(settings)
     rack = Rack.sized(
         dim=backbone.spec.dim,
@@ -178,8 +182,10 @@ def build_server(settings: Settings) -> Server:
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
     )
-    app = create_app(services)
-    return Server(settings, app, engine, residency, batcher, store, jobs, workers, (loading, decoding))
+    measured.process(settings, backbone)
+    measured.server(settings, batcher, rack, workers)
+    app, watch = create_app(services), Watch(bundles, jobs, settings.watch_s)
+    return Server(settings, app, engine, residency, batcher, store, jobs, workers, watch, (loading, decoding))
 
 
 def build_residency(
@@ -188,16 +194,7 @@ def build_residency(
     def load(task: str, version: str) -> Loaded:
         return registry.load(store.get(task, version), backbone)
 
-    def on_load(seconds: float) -> None:
-        metrics.LOAD_S.observe(seconds)
-        metrics.RACK_LOADS.inc()
-        metrics.RACK_LENSES.set(rack.used_slots)
-
-    def on_evict() -> None:
-        metrics.RACK_EVICTIONS.inc()
-        metrics.RACK_LENSES.set(rack.used_slots)
-
-    return Residency(rack, load, pool, on_load=on_load, on_evict=on_evict)
+    return Residency(rack, load, pool, on_load=measured.loaded, on_hit=measured.hit, on_evict=measured.evicted)
 
 
 def occupied(rack: Rack, residency: Residency) -> wire.Rack:
@@ -251,7 +248,7 @@ def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings) -
 
 def supervise(settings: Settings) -> Supervisor:
     """Workers are this program again. They find the same packages and the same home, wherever they start."""
-    root = str(Path(__file__).resolve().parents[1])
+    root, port = str(Path(__file__).resolve().parents[1]), settings.worker_metrics_port
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, str(Path(root) / "client"), os.environ.get("PYTHONPATH")))),
@@ -263,6 +260,7 @@ def supervise(settings: Settings) -> Supervisor:
         env=env,
         grace_s=settings.drain_timeout_s,
         on_restart=metrics.WORKER_RESTARTS.inc,
+        own_env=lambda number: {"LENSRACK_WORKER_METRICS_PORT": str(port + number if port else 0)},
     )
 
 
@@ -270,6 +268,7 @@ def build_worker(settings: Settings, name: str) -> Trainer:
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.worker_threads or max(1, cores // 2))
     cap_memory(backbone.device, settings.worker_gpu_memory)
+    measured.process(settings, backbone)
     if not backbone.spec.trained:
         log.warning(UNTRAINED_NOTE)
     datasets = open_datasets(settings)
@@ -286,7 +285,7 @@ def build_worker(settings: Settings, name: str) -> Trainer:
 
 
 def open_means(settings: Settings, datasets: DatasetStore, backbone: eye.Backbone) -> Means:
-    pixels = PixelCache(
+    pixels = CountedPixels(
         settings.pixel_cache_dir, disk_bytes=settings.pixel_cache_bytes, memory_bytes=settings.pixel_memory_bytes
     )
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
@@ -294,6 +293,6 @@ def open_means(settings: Settings, datasets: DatasetStore, backbone: eye.Backbon
         backbone,
         Registry(),
         Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool),
-        FeatureCache(settings.feature_cache_dir, settings.feature_cache_bytes),
+        CountedFeatures(settings.feature_cache_dir, settings.feature_cache_bytes),
         settings.home.resolve() / "checkpoints",
     )

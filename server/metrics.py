@@ -1,41 +1,115 @@
-"""Every metric name once. Labels are few and bounded: no task name becomes a label."""
+"""Every metric name once. Labels are few and bounded: a task is a label only while it is among the busiest.
+
+A server and a worker are two processes with a registry each: what only the other one feeds stays at zero. Gauges that
+somebody has to look at (stores, jobs) are `server.watch`'s; those that can be read off at any moment are read when
+Prometheus asks, see `server.bootstrap`.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+
+from server.task_labels import TaskLabels
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every series, which no dashboard asks for
 
 REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)  # process_resident_memory_bytes, process_cpu_seconds_total, process_open_fds, …
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_FEW_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)  # for series that there are many of
+_JOB_SECONDS: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
+_COUNTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-REQUESTS = Counter(
-    "lensrack_requests_total",
-    "HTTP requests by route template, method and status.",
-    ["route", "method", "status"],
-    registry=REGISTRY,
-)
-REQUEST_S = Histogram(
-    "lensrack_request_seconds", "HTTP request time by route template.", ["route"], buckets=_SECONDS, registry=REGISTRY
-)
-ROWS = Counter("lensrack_rows_total", "Rows by how they ended.", ["outcome"], registry=REGISTRY)
-QUEUE_ROWS = Gauge("lensrack_queue_rows", "Rows waiting for the engine.", registry=REGISTRY)
-QUEUE_S = Histogram("lensrack_queue_seconds", "Time a row waited.", buckets=_SECONDS, registry=REGISTRY)
-BATCH_ROWS = Histogram(
-    "lensrack_batch_rows", "Rows in a forward.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=REGISTRY
-)
-BATCH_TASKS = Histogram(
-    "lensrack_batch_tasks",
-    "Distinct lenses in a forward.",
-    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    registry=REGISTRY,
-)
-FORWARD_S = Histogram("lensrack_forward_seconds", "Time of one forward.", buckets=_SECONDS, registry=REGISTRY)
-RACK_LENSES = Gauge("lensrack_rack_lenses", "Lenses resident on the device.", registry=REGISTRY)
-RACK_LOADS = Counter("lensrack_rack_loads_total", "Lenses made resident.", registry=REGISTRY)
-RACK_EVICTIONS = Counter("lensrack_rack_evictions_total", "Lenses evicted to make room.", registry=REGISTRY)
-LOAD_S = Histogram("lensrack_rack_load_seconds", "Store to resident lens.", buckets=_SECONDS, registry=REGISTRY)
-WORKER_RESTARTS = Counter(
-    "lensrack_worker_restarts_total", "Workers that died and were started again.", registry=REGISTRY
-)
+
+def _counter(name: str, meaning: str, *labels: str) -> Counter:
+    return Counter(f"lensrack_{name}", meaning, labels, registry=REGISTRY)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> Gauge:
+    return Gauge(f"lensrack_{name}", meaning, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, meaning: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+    return Histogram(f"lensrack_{name}", meaning, labels, buckets=buckets, registry=REGISTRY)
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+REQUESTS = _counter("requests_total", "HTTP requests by route template, method, status.", "route", "method", "status")
+REQUEST_S = _histogram("request_seconds", "HTTP request time by route template.", "route")
+REQUEST_BYTES = _counter("request_bytes_total", "Bytes of request bodies, uploads among them, by route.", "route")
+
+# --- a prediction, step by step ---------------------------------------------------------------------------------------
+ROWS = _counter("rows_total", "Rows by how they ended.", "outcome")
+DECODE_S = _histogram("decode_seconds", "Time in which a request's images became pixels.")
+QUEUE_S = _histogram("queue_seconds", "Time a row waited.")
+FORWARD_S = _histogram("forward_seconds", "Time of one forward.")
+BATCH_ROWS = _histogram("batch_rows", "Rows in a forward.", buckets=_COUNTS)
+BATCH_TASKS = _histogram("batch_tasks", "Distinct lenses in a forward.", buckets=_COUNTS)
+QUEUE_ROWS = _gauge("queue_rows", "Rows waiting for the engine.")
+QUEUE_PLACES = _gauge("queue_places", "Rows that may wait; beyond it the answer is 429.")
+QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "How long the oldest waiting row has waited; 0 when none waits.")
+TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "task", "outcome")
+TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
+
+# --- the rack ---------------------------------------------------------------------------------------------------------
+RACK_LENSES = _gauge("rack_lenses", "Lenses resident on the device.")
+RACK_SLOTS = _gauge("rack_slots", "Lenses that may be resident.")
+RACK_BYTES = _gauge("rack_bytes", "Device memory of the rack, by state: used, total.", "state")
+RACK_HITS = _counter("rack_hits_total", "Requests whose lens was resident or on its way.", "task")
+RACK_LOADS = _counter("rack_loads_total", "Lenses made resident.", "task")
+RACK_EVICTIONS = _counter("rack_evictions_total", "Lenses evicted to make room.", "task")
+LOAD_S = _histogram("rack_load_seconds", "Store to resident lens.", "task", buckets=_FEW_SECONDS)
+
+# --- what the server stands on ----------------------------------------------------------------------------------------
+BUILD = _gauge("build_info", "Always 1: what runs.", "version", "backbone", "device", "dtype")
+STORE_UP = _gauge("store_up", "1 while the store answers, by store: bundles, jobs.", "store")
+JOBS = _gauge("jobs", "Jobs in the job store by state.", "state")
+WORKERS = _gauge("workers", "Worker processes of this server, by state: running, wanted.", "state")
+WORKER_RESTARTS = _counter("worker_restarts_total", "Workers that died and were started again.")
+GPU_BYTES = _gauge("gpu_memory_bytes", "Memory of the CUDA device, by kind: allocated, reserved, free, total.", "kind")
+
+# --- training, fed by workers -----------------------------------------------------------------------------------------
+WORKER_BUSY = _gauge("worker_jobs", "Jobs that this worker is fitting.")
+ATTEMPTS = _counter("job_attempts_total", "Attempts at jobs by how they ended.", "outcome")
+ATTEMPT_S = _histogram("job_attempt_seconds", "Time of an attempt by how it ended.", "outcome", buckets=_JOB_SECONDS)
+LEASES_LOST = _counter("job_leases_lost_total", "Leases that ran out, by who saw it: holder, successor.", "seen_by")
+HEARTBEATS_FAILED = _counter("job_heartbeats_failed_total", "Heartbeats that the job store did not take.")
+EPOCHS = _counter("training_epochs_total", "Epochs ended, those of a search's trials included.")
+STEPS = _counter("training_steps_total", "Optimiser steps.")
+IMAGES = _counter("training_images_total", "Training images seen by optimiser steps, once for each epoch.")
+CACHE = _counter("cache_requests_total", "Looks into a cache: pixels, features.", "cache", "result")
+
+_BY_TASK: Final = (TASK_ROWS, TASK_S, RACK_HITS, RACK_LOADS, RACK_EVICTIONS, LOAD_S)
+
+
+def _forget(task: str) -> None:
+    for metric in _BY_TASK:
+        metric.remove_by_labels({"task": task})
+
+
+TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
+
+
+def read_when_asked(gauge: Gauge, read: Callable[[], float]) -> None:
+    """The gauge's value is whatever `read` says at the moment of a scrape."""
+    gauge.set_function(read)
+
+
+def build(**facts: Any) -> None:
+    BUILD.clear()
+    BUILD.labels(**facts).set(1)
+
+
+def _one(read: Callable[[], Mapping[str, int]], kind: str) -> float:
+    return read()[kind]
+
+
+def gpu_memory(read: Callable[[], Mapping[str, int]]) -> None:
+    """`read` says how many bytes are allocated, reserved, free and there in all."""
+    for kind in ("allocated", "reserved", "free", "total"):
+        read_when_asked(GPU_BYTES.labels(kind), partial(_one, read, kind))

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from prompts_store import Alias, AliasNotFound, VersionInfo, VersionNotFound
+from server import metrics, tracing
 from server.batching.batcher import Batcher, Room
 from server.batching.row import Row
 from server.engine.images import Geometry
@@ -225,11 +226,20 @@ class Predictor:
     # --- the steps --------------------------------------------------------------------------------------------------
 
     async def _ask(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
-        version, seat = await self._take_seat(ref, asking.key)
+        began = self._batcher.clock()
+        with tracing.span("predict", {"lensrack.task": ref.task}):
+            answer = await self._answer(ref, top_k, asking)
+        metrics.TASK_S.labels(metrics.TASKS.label(ref.task)).observe(self._batcher.clock() - began)
+        return answer
+
+    async def _answer(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
+        with tracing.span("seat"):
+            version, seat = await self._take_seat(ref, asking.key)
         self._asked.setdefault(ref.task, Counter())[version] += 1
         hold = _Hold(lambda: self._residency.release(seat))
         try:
-            pixels = await asking.pictures.fitted(seat.geometry)
+            with tracing.span("decode"):
+                pixels = await asking.pictures.fitted(seat.geometry)
             rows = [self._row(ref.task, seat, image, hold, asking) for image in pixels]
             asking.pictures.show(rows)
             logits = await _answers(rows, asking.room)
@@ -300,6 +310,8 @@ class Predictor:
                 yield _Asking(shown, room, key, tenant, self._batcher.clock() + timeout_s)
             finally:
                 shown.close()
+                if shown.decode_s:
+                    metrics.DECODE_S.observe(shown.decode_s)
 
 
 @dataclass(eq=False)

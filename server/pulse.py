@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
+from contextvars import copy_context
 from dataclasses import asdict
 from typing import Any
 
+from server import metrics, tracing
 from server.jobs.job import Job
 from server.jobs.store import JobStore, LeaseLost
 from server.training.progress import Progress
@@ -34,7 +37,11 @@ class Pulse:
         self._ended = threading.Event()
         self._cancelled = False
         self._lost: LeaseLost | None = None
-        self._thread = threading.Thread(target=self._beat, name=f"pulse-{job.id}", daemon=True)
+        self._epoch_began = time.monotonic()
+        # in the job's context, so that its log lines name the job
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._beat,), name=f"pulse-{job.id}", daemon=True
+        )
 
     def __enter__(self) -> Pulse:
         self._thread.start()
@@ -56,9 +63,12 @@ class Pulse:
     def watch(self, progress: Progress) -> None:
         """Take a step's progress along; record each epoch and each trial of a search as an event."""
         self._progress = progress
+        if progress.learned:
+            metrics.STEPS.inc()
+            metrics.IMAGES.inc(progress.learned)
         self.check()
         if progress.epoch_ended:
-            self.tell("epoch", _shown(progress))
+            self._end_epoch(progress)
         if progress.tried is not None:
             self.tell("trial", {"trial": progress.trial, "trials": progress.trials, **progress.tried})
 
@@ -69,6 +79,12 @@ class Pulse:
     def tell(self, type_: str, data: Mapping[str, Any]) -> None:
         """Add an event to the job. Raises LeaseLost."""
         self._jobs.append_event(self._job.id, self._job.attempt, type_, data)
+
+    def _end_epoch(self, progress: Progress) -> None:
+        began, self._epoch_began = self._epoch_began, time.monotonic()
+        metrics.EPOCHS.inc()
+        tracing.since("epoch", self._epoch_began - began, {"lensrack.epoch": progress.epoch})
+        self.tell("epoch", _shown(progress))
 
     def beat(self) -> None:
         """Renew the lease and tell the progress. Raises LeaseLost."""
@@ -83,11 +99,12 @@ class Pulse:
                 self._lost = lost
                 return
             except Exception:  # the store is away for a moment: the lease decides, not this thread
+                metrics.HEARTBEATS_FAILED.inc()
                 log.exception("job %s: heartbeat failed", self._job.id)
 
 
 def _shown(progress: Progress) -> dict[str, Any]:
     """A progress as the wire's JobProgress."""
     shown = asdict(progress)
-    del shown["epoch_ended"], shown["tried"]
+    del shown["epoch_ended"], shown["tried"], shown["learned"]
     return shown

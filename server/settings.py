@@ -6,7 +6,8 @@ Set any of them as `LENSRACK_<NAME>`. Sizes end in `_bytes`, times in `_s`, coun
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +24,9 @@ class Settings(BaseSettings):
         str, Field(description="Bundle store URL: file://DIR, redis://… or memory://. Empty: HOME/store.")
     ] = ""
     jobs: Annotated[str, Field(description="Job store URL: sqlite://FILE or redis://… Empty: HOME/jobs.sqlite.")] = ""
+    redis_password_file: Annotated[
+        Path | None, Field(description="File with the password of Redis, for URLs that do not hold one themselves.")
+    ] = None
 
     # --- the backbone -----------------------------------------------------------------------------------------------
     backbone: Annotated[
@@ -113,14 +117,59 @@ class Settings(BaseSettings):
 
     # --- logs -------------------------------------------------------------------------------------------------------
     log_level: Annotated[str, Field(description="`debug`, `info`, `warning` or `error`.")] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="`text` for people, `json` for machines: an object a line.")
+    ] = "text"
+
+    # --- metrics and traces -----------------------------------------------------------------------------------------
+    metrics_tasks: Annotated[
+        int,
+        Field(ge=0, le=1000, description="Tasks with a label of their own in metrics, the busiest; the rest: `other`."),
+    ] = 50
+    watch_s: Annotated[
+        float, Field(gt=0, description="How often the server looks whether its stores answer, for the metrics.")
+    ] = 5.0
+    worker_metrics_port: Annotated[
+        int,
+        Field(
+            ge=0, le=65535, description="Port of a worker's own /metrics, 0: none; `serve` gives each worker the next."
+        ),
+    ] = 0
+    worker_metrics_host: Annotated[str, Field(description="Address of a worker's own /metrics.")] = "127.0.0.1"
+    otlp_endpoint: Annotated[
+        str, Field(description="Where traces go, OTLP over HTTP, such as http://collector:4318. Empty: no traces.")
+    ] = ""
+    trace_ratio: Annotated[
+        float, Field(ge=0, le=1, description="Share of the traces that begin here and are kept.")
+    ] = 1.0
 
     @property
     def store_url(self) -> str:
-        return self.store or f"file://{self.home.resolve() / 'store'}"
+        return self._with_password(self.store) or f"file://{self.home.resolve() / 'store'}"
 
     @property
     def jobs_url(self) -> str:
-        return self.jobs or f"sqlite://{self.home.resolve() / 'jobs.sqlite'}"
+        return self._with_password(self.jobs) or f"sqlite://{self.home.resolve() / 'jobs.sqlite'}"
+
+    def _with_password(self, url: str) -> str:
+        """A redis URL with the password of the file. Raises ValueError when the file gives none."""
+        if self.redis_password_file is None or not url.startswith(("redis://", "rediss://")):
+            return url
+        parts = urlsplit(url)
+        if parts.password is not None:
+            return url
+        user, _, place = parts.netloc.rpartition("@")
+        return parts._replace(netloc=f"{user}:{quote(self._redis_password(), safe='')}@{place}").geturl()
+
+    def _redis_password(self) -> str:
+        try:
+            lines = self.redis_password_file.read_text().splitlines() if self.redis_password_file else []
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ValueError(f"LENSRACK_REDIS_PASSWORD_FILE: expected a file that can be read: {reason}") from None
+        if len(lines) != 1 or not lines[0]:
+            raise ValueError(f"LENSRACK_REDIS_PASSWORD_FILE: expected one line, got {len(lines)}")
+        return lines[0]
 
     @property
     def datasets_dir(self) -> Path:

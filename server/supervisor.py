@@ -18,7 +18,8 @@ LONGEST_PAUSE_S = 30.0
 
 
 class Supervisor:
-    """`count` processes of `command`. `on_restart` is called for each one that has to be started again."""
+    """`count` processes of `command`. `on_restart` is called for each one that has to be started again; `own_env` is
+    what the n-th one, from 0, has in its environment and the others have not."""
 
     def __init__(
         self,
@@ -28,15 +29,16 @@ class Supervisor:
         env: Mapping[str, str],
         grace_s: float,
         on_restart: Callable[[], None],
+        own_env: Callable[[int], Mapping[str, str]] = lambda number: {},
     ) -> None:
         self._command, self._count, self._env, self._grace_s = command, count, env, grace_s
-        self._on_restart = on_restart
+        self._on_restart, self._own_env = on_restart, own_env
         self._keepers: list[asyncio.Task[None]] = []
         self._alive: dict[int, asyncio.subprocess.Process] = {}
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._alive.values()]
+        return [process.pid for process in self._alive.values() if process.returncode is None]
 
     def start(self) -> None:
         self._keepers = [asyncio.create_task(self._keep(n), name=f"worker-{n}") for n in range(self._count)]
@@ -54,7 +56,7 @@ class Supervisor:
         while True:
             started = time.monotonic()
             process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, env=dict(self._env)
+                *self._command, stdin=asyncio.subprocess.PIPE, env={**self._env, **self._own_env(number)}
             )
             self._alive[number] = process
             code = await process.wait()

@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from prompts_store import Backbone, Bundle, Manifest, Store, StoreUnavailable
-from server import __version__
+from server import __version__, logs, metrics, tracing
 from server.checkpoints import Checkpoints
 from server.datasets.dataset import Dataset
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
 from server.errors import DiskFull, ServiceError, Unavailable
 from server.jobs.job import Job, State
+from server.jobs.lifecycle import SILENT
 from server.jobs.store import JobStore, LeaseLost
 from server.methods.method import Method
 from server.methods.registry import Registry
+from server.own_context import in_own_context
 from server.publishing import Judge, Outcome, Publisher
 from server.pulse import JobCancelled, Pulse, ShuttingDown
 from server.reading import Reader
@@ -57,6 +59,7 @@ JOIN_S = 0.5  # how often a batch of jobs looks for another one
 AUTO = "auto"  # the method of a job that leaves the choice to a search
 UNSEARCHED = "vpt_deep"  # what is fitted where neither the job nor a search has chosen
 PRELIMINARY = "linear"
+SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True)
@@ -149,35 +152,57 @@ class Trainer:
         job = self._jobs.claim(self._worker, self._lease_s)
         if job is not None:
             self._under_way += 1
+            if _taken_over(job):
+                metrics.LEASES_LOST.labels("successor").inc()
         return job
 
     def _worked(self, job: Job) -> Fitting[None]:
-        """One job to its end, whatever that is."""
+        """One job to its end, whatever that is, with log lines and a trace of its own."""
+        return in_own_context(self._attempt(job))
+
+    def _attempt(self, job: Job) -> Fitting[None]:
+        began = time.monotonic()
+        about = {"lensrack.job": job.id, "lensrack.task": job.task, "lensrack.method": job.method}
+        with (
+            logs.about(logs.JOB_ID, job.id),
+            tracing.span("job", {**about, "lensrack.attempt": job.attempt}),
+            metrics.WORKER_BUSY.track_inprogress(),
+        ):
+            outcome = yield from self._outcome(job)
+        metrics.ATTEMPTS.labels(outcome).inc()
+        metrics.ATTEMPT_S.labels(outcome).observe(time.monotonic() - began)
+
+    def _outcome(self, job: Job) -> Fitting[str]:
+        """How the attempt ended: a state of the job's, `retried`, `released` or `superseded`."""
         log.info("job %s (attempt %d): %s with %s on %s", job.id, job.attempt, job.task, job.method, job.dataset[:12])
         pulse = Pulse(self._jobs, job, self._lease_s, self.stop)
         try:
             with pulse:
                 yield from self._work(job, pulse)
+            outcome = "succeeded"
         except LeaseLost:
             log.warning("job %s: attempt %d was superseded; its work is dropped", job.id, job.attempt)
+            metrics.LEASES_LOST.labels("holder").inc()
+            outcome = SUPERSEDED
         except JobCancelled:
-            self._end(job, "cancelled")
+            outcome = self._end(job, "cancelled")
         except ShuttingDown:
-            self._give_back(job)
+            outcome = self._give_back(job)
         except ServiceError as error:
-            self._fail(job, error.code, error.detail, retry=error.status >= 500)
+            outcome = self._fail(job, error.code, error.detail, retry=error.status >= 500)
         except StoreUnavailable as error:
-            self._fail(job, error.code, error.detail, retry=True)
+            outcome = self._fail(job, error.code, error.detail, retry=True)
         except DivergedError as error:
-            self._fail(job, "diverged", str(error), retry=False)
+            outcome = self._fail(job, "diverged", str(error), retry=False)
         except Exception:
             log.exception("job %s: attempt %d failed", job.id, job.attempt)
             detail = "the attempt failed unexpectedly; the worker's log has the reason"
-            self._fail(job, "internal", detail, retry=True)
+            outcome = self._fail(job, "internal", detail, retry=True)
         finally:
             self._under_way -= 1
         if self._retention.over(job.id):  # a job that goes on elsewhere needs its checkpoint
             self._checkpoints.forget(job.id)
+        return outcome
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
@@ -277,18 +302,31 @@ class Trainer:
     # --- the other ends -----------------------------------------------------------------------------------------------
     # A worker that was superseded may say nothing more about the job: whatever it had to say is dropped.
 
-    def _end(self, job: Job, state: State) -> None:
+    def _end(self, job: Job, state: State) -> str:
         with suppress(LeaseLost):
             self._jobs.finish(job.id, job.attempt, state)
             log.info("job %s: %s", job.id, state)
+            return state
+        return SUPERSEDED
 
-    def _give_back(self, job: Job) -> None:
+    def _give_back(self, job: Job) -> str:
         with suppress(LeaseLost):
             self._jobs.release(job.id, job.attempt)
             log.info("job %s: back in the queue, this worker leaves", job.id)
+            return "released"
+        return SUPERSEDED
 
-    def _fail(self, job: Job, code: str, detail: str, *, retry: bool) -> None:
+    def _fail(self, job: Job, code: str, detail: str, *, retry: bool) -> str:
         """`retry`: what failed may be away for a moment only, a store or a disk; the job store counts the attempts."""
         with suppress(LeaseLost):
-            self._jobs.fail_attempt(job.id, job.attempt, {"code": code, "detail": detail}, retry=retry)
+            after = self._jobs.fail_attempt(job.id, job.attempt, {"code": code, "detail": detail}, retry=retry)
             log.info("job %s: attempt %d failed: %s: %s", job.id, job.attempt, code, detail)
+            return after.state if after.finished else "retried"
+        return SUPERSEDED
+
+
+def _taken_over(job: Job) -> bool:
+    """Whether this attempt is there because the one before fell silent. A job that had told of an error before keeps
+    that one, so of such a job it is not known."""
+    error = job.error or {"code": "", "detail": ""}
+    return error["code"] == SILENT and f"attempt {job.attempt - 1} " in error["detail"]

@@ -9,8 +9,10 @@ Nothing here opens a connection or sleeps; both clients are the few lines that d
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -99,6 +101,14 @@ class Config:
         return {**fixed, "Authorization": f"Bearer {self.api_key}"} if self.api_key else fixed
 
 
+def _trace() -> dict[str, str]:
+    """`traceparent` of the caller's OpenTelemetry context, if he has one; otherwise OpenTelemetry is not imported."""
+    headers: dict[str, str] = {}
+    if "opentelemetry.trace" in sys.modules:
+        importlib.import_module("opentelemetry.propagate").inject(headers)
+    return headers
+
+
 def _checked_url(text: str) -> str:
     try:
         url = httpx.URL(text)
@@ -124,7 +134,7 @@ class Exchange(Generic[T]):
             self._call.method,
             self._config.base_url + self._call.path,
             params=list(self._call.params) or None,
-            headers={**self._config.headers(), **self._call.headers},
+            headers={**self._config.headers(), **_trace(), **self._call.headers},
             extensions={"timeout": self._limits(self.check_time())},
             **self._call.payload,
         )

@@ -6,13 +6,15 @@ import logging
 import re
 import time
 import uuid
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import metrics
+from server import logs, metrics, tracing
 from server.api import problems
 
 log = logging.getLogger("server.access")
@@ -33,30 +35,49 @@ class Trace:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        traced = _Traced(scope, send)
+        traced = _Traced(scope, receive, send)
+        with logs.about(logs.REQUEST_ID, traced.id), traced.span():
+            await self._answer(traced)
+
+    async def _answer(self, traced: _Traced) -> None:
+        scope = traced.scope
         try:
-            await self.app(scope, receive, traced.send)
+            await self.app(scope, traced.receive, traced.send)
         except ClientDisconnect:
             traced.status = traced.status or CLIENT_GONE
         except Exception as error:
             log.exception("request %s failed", traced.id)
             if traced.status:
                 raise  # half an answer is out: the connection must break, so that nobody takes it for a whole one
-            await problems.answer(problems.service_error(error), traced.id)(scope, receive, traced.send)
+            await problems.answer(problems.service_error(error), traced.id)(scope, traced.receive, traced.send)
         finally:
             traced.record()
 
 
 class _Traced:
-    """One request: its id, when it came, how it was answered."""
+    """One request: its id, when it came, how much came with it, how it was answered."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get(HEADER, "")
         self.id = given if _SANE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
-        self._scope, self._send = scope, send
-        self._started = time.perf_counter()
+        self.scope, self._receive, self._send = scope, receive, send
+        self._started, self._got_bytes = time.perf_counter(), 0
+        self._span: Any = None
         self.status = 0
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        with tracing.request(
+            self.scope["method"], self.scope["headers"], {"lensrack.request_id": self.id}
+        ) as self._span:
+            yield
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._got_bytes += len(message.get("body", b""))
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -66,9 +87,21 @@ class _Traced:
 
     def record(self) -> None:
         took_s = time.perf_counter() - self._started
-        route = getattr(self._scope.get("route"), "path", "unmatched")
-        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"  # labels are few
-        metrics.REQUESTS.labels(route, method, str(self.status or 500)).inc()
+        route = getattr(self.scope.get("route"), "path", "unmatched")
+        method = self.scope["method"] if self.scope["method"] in _METHODS else "other"  # labels are few
+        status = self.status or 500
+        metrics.REQUESTS.labels(route, method, str(status)).inc()
         metrics.REQUEST_S.labels(route).observe(took_s)
-        path = self._scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-        log.info("%s %s %d %.1f ms %s", self._scope["method"], path, self.status, 1000 * took_s, self.id)
+        metrics.REQUEST_BYTES.labels(route).inc(self._got_bytes)
+        known: dict[str, str | int] = {"http.request.method": method, "http.route": route}
+        known["http.response.status_code"] = status
+        tracing.answered(self._span, f"{method} {route}", known, failed=status >= 500)
+        self._log(took_s, route)
+
+    def _log(self, took_s: float, route: str) -> None:
+        path = self.scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
+        told = logs.facts(
+            method=self.scope["method"], path=path, route=route, status=self.status, took_ms=round(1000 * took_s, 3)
+        )
+        line = "%s %s %d %.1f ms %s"
+        log.info(line, self.scope["method"], path, self.status, 1000 * took_s, self.id, extra=told)

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from server import metrics
+from server import metrics, tracing
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_weights
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
@@ -139,6 +140,11 @@ class Batcher:
             self._settle(row, Unavailable("the server is shutting down", code="shutting_down"), "refused")
         await self._stop()
 
+    def oldest_s(self) -> float:
+        """How long the oldest waiting row has waited; 0 when none waits. For the event loop's thread."""
+        arrived = self._scheduler.oldest()
+        return 0.0 if arrived is None else max(0.0, self.clock() - arrived)
+
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         assert all(room.places >= 0 for room in self._promised), "promised rows"
@@ -177,7 +183,9 @@ class Batcher:
         self._busy = True
         self._arrived.set()
         if self._serving is None or self._serving.done():
-            self._serving = asyncio.get_running_loop().create_task(self._serve(), name="batcher")
+            # in a context of its own: it serves everybody, not the request that happened to be the first
+            loop = asyncio.get_running_loop()
+            self._serving = loop.create_task(self._serve(), name="batcher", context=Context())
 
     async def _serve(self) -> None:
         while True:
@@ -201,18 +209,27 @@ class Batcher:
         metrics.BATCH_TASKS.observe(len({id(row.seat) for row in batch}))
         loop = asyncio.get_running_loop()
         try:
-            outcomes: Sequence[Outcome] = await loop.run_in_executor(self._thread, self._answer, batch)
+            outcomes, forward = await loop.run_in_executor(self._thread, self._timed, batch)
         except BaseException:  # cancelled by a drain that ran out of time: nobody may be left waiting
             for row in batch:
                 self._settle(row, Unavailable("the server is shutting down", code="shutting_down"), "refused")
             raise
-        compute_s = self.clock() - taken_at
-        metrics.FORWARD_S.observe(compute_s)
+        now = self.clock()
+        compute_s = now - taken_at
+        metrics.FORWARD_S.observe(forward[1] - forward[0])
         self._measure(len(batch), compute_s)
+        if tracing.on():
+            about = {"lensrack.batch.rows": len(batch), "lensrack.batch.tasks": len({id(row.seat) for row in batch})}
+            tracing.batch(((row.context, row.arrived) for row in batch), taken_at, forward, now, about)
         for row, outcome in zip(batch, outcomes, strict=True):
             row.watch.queue_s, row.watch.compute_s = taken_at - row.arrived, compute_s
             metrics.QUEUE_S.observe(row.watch.queue_s)
             self._settle(row, outcome, "failed" if isinstance(outcome, ServiceError) else "answered")
+
+    def _timed(self, rows: Sequence[Row]) -> tuple[list[Outcome], tuple[float, float]]:
+        """In the engine's thread: every row's outcome, and when the forward began and ended."""
+        began = self.clock()
+        return self._answer(rows), (began, self.clock())
 
     def _answer(self, rows: Sequence[Row]) -> list[Outcome]:
         """In the engine's thread: every row's outcome. A batch that fails is halved until the culprit stands alone."""
@@ -224,7 +241,7 @@ class Batcher:
                 return self._answer(rows[:middle]) + self._answer(rows[middle:])
             if isinstance(error, ServiceError):
                 return [error]
-            log.exception("the engine failed on a row of task %s", rows[0].task)
+            rows[0].context.run(log.exception, "the engine failed on a row of task %s", rows[0].task)
             return [Internal("the engine could not answer this image", code="engine_failed")]
 
     def _run(self, rows: Sequence[Row]) -> Iterable[np.ndarray[Any, Any]]:
@@ -253,6 +270,8 @@ class Batcher:
     def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
         """Answer a row that still has a listener, count it, and let go of it."""
         metrics.ROWS.labels(how).inc()
+        if row.task:  # features are nobody's
+            metrics.TASK_ROWS.labels(metrics.TASKS.count(row.task), how).inc()
         if not row.reply.done():
             if isinstance(outcome, ServiceError):
                 row.reply.set_exception(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Row:
     `companions` are rows of the same request that show other tasks the very same image: one trunk pass can serve all.
     `leave` is called once, when the batcher will not touch the row any more: only then may its seat be given back,
     because a row whose client has gone can still be inside a running forward.
+    `context` is the request's: what the log and the trace say about the row belongs there.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Row:
     companions: Sequence[Row] = ()
     leave: Callable[[], None] = stay
     watch: Stopwatch = field(default_factory=Stopwatch)
+    context: Context = field(default_factory=copy_context)
 
     @property
     def flow(self) -> tuple[str, str]:

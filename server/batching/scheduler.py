@@ -92,6 +92,10 @@ class Scheduler:
                 self._queue_head(key, flow)
         return before - self._rows
 
+    def oldest(self) -> float | None:
+        """When the row that has waited longest arrived; None when none waits."""
+        return min((flow.rows[0][1].arrived for flow in self._flows.values() if flow.rows), default=None)
+
     def pop_departed(self) -> list[Row]:
         """The rows that were dropped since the last call because nobody waited for them any more."""
         departed, self._departed = self._departed, []

@@ -98,7 +98,8 @@ class Counts:
 class Residency:
     """Seats by (task, version). All methods belong to the event loop's thread.
 
-    `on_load(seconds)` is called after each load: the hook for metrics.
+    The hooks for metrics: `on_load(task, seconds)` after each load, `on_hit(task)` when a load is not needed or under
+    way already, `on_evict(task)`.
     """
 
     def __init__(
@@ -107,11 +108,12 @@ class Residency:
         loader: Loader,
         executor: Executor,
         *,
-        on_load: Callable[[float], None] | None = None,
-        on_evict: Callable[[], None] | None = None,
+        on_load: Callable[[str, float], None] | None = None,
+        on_hit: Callable[[str], None] | None = None,
+        on_evict: Callable[[str], None] | None = None,
     ) -> None:
         self._rack, self._loader, self._executor = rack, loader, executor
-        self._on_load, self._on_evict = on_load, on_evict
+        self._on_load, self._on_hit, self._on_evict = on_load, on_hit, on_evict
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # least recently used first
         self._sitting: dict[Place, _Entry] = {}  # also those unloaded whose rows are not answered yet
         self._freed = asyncio.Event()
@@ -126,6 +128,8 @@ class Residency:
             entry.ready.add_done_callback(_retrieve)
         else:
             self.counts.hits += 1
+            if self._on_hit is not None:
+                self._on_hit(task)
             self._entries.move_to_end((task, version))
         entry.pins += 1
         try:
@@ -218,7 +222,7 @@ class Residency:
         self._sitting[place] = entry
         self.counts.loads += 1
         if self._on_load is not None:
-            self._on_load(time.perf_counter() - started)
+            self._on_load(task, time.perf_counter() - started)
         return Seat(task, version, place, loaded.labels, loaded.geometry, loaded.mean, loaded.std)
 
     async def _make_room(self, lens: Lens) -> Place:
@@ -242,7 +246,7 @@ class Residency:
                 self._free(entry)
                 self.counts.evictions += 1
                 if self._on_evict is not None:
-                    self._on_evict()
+                    self._on_evict(key[0])
         return self._rack.can_allocate(lens)
 
     def _unpin(self, entry: _Entry) -> None:

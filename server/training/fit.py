@@ -194,7 +194,8 @@ class _Fit:
                 set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
                 loss = yield from self._step(optimizer, train, index, read, generator)
                 total += loss * len(index)
-                self._show(Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now)))
+                at = Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now))
+                self._show(replace(at, learned=len(index)))
         return total / len(train.targets), len(batches)
 
     def _step(
@@ -239,7 +240,7 @@ class _Fit:
         return {**self.params, "prompts": prompts * keep.to(prompts.device) / (1 - rate)}
 
     def _show(self, progress: Progress) -> None:
-        self.shown = replace(progress, epoch_ended=False)
+        self.shown = replace(progress, epoch_ended=False, learned=0)
         self.watch(progress)
 
     def _tick(self) -> None:

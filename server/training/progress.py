@@ -13,7 +13,8 @@ class Progress:
     """After each step, and once more when an epoch has been judged.
 
     `loss` is the step's, at an epoch's end the epoch's mean; `eta_s` is None until an epoch has been timed. While a
-    search tries recipes, `trial` of `trials` is under way; `tried` is what a trial that has just ended gave.
+    search tries recipes, `trial` of `trials` is under way; `tried` is what a trial that has just ended gave. `learned`
+    images were in a step that has just been made.
     """
 
     epoch: int = 0
@@ -27,6 +28,7 @@ class Progress:
     trial: int = 0
     trials: int = 0
     tried: dict[str, Any] | None = None
+    learned: int = 0
 
 
 Watcher = Callable[[Progress], None]

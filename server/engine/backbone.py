@@ -57,6 +57,7 @@ class Spec:
     depth: int
     dim: int
     heads: int
+    hidden: int  # width of the MLP's hidden layer
     image_size: int
     patch_size: int
     tokens: int
@@ -211,6 +212,7 @@ def _spec(arch: str, model: VisionTransformer, trained: bool) -> Spec:
         depth=len(model.blocks),
         dim=model.embed_dim,
         heads=model.blocks[0].attn.num_heads,
+        hidden=model.blocks[0].mlp.fc1.out_features,
         image_size=height,
         patch_size=model.patch_embed.patch_size[0],
         tokens=grid_h * grid_w + model.num_prefix_tokens,

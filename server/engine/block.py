@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from .packed import Linear, PackedLinear, PlainLinear
 
@@ -30,9 +30,9 @@ class FrozenBlock:
         self._keys_values: Linear = kind(weight[dim:], None if bias is None else bias[dim:])
         self._qkv: Linear | None = None if packed else kind(weight, bias)
         self.project: Linear = kind(block.attn.proj.weight, block.attn.proj.bias)
-        self._fc1: Linear = kind(block.mlp.fc1.weight, block.mlp.fc1.bias)
+        self.hidden: Linear = kind(block.mlp.fc1.weight, block.mlp.fc1.bias)
         self._fc2: Linear = kind(block.mlp.fc2.weight, block.mlp.fc2.bias)
-        self._act, self._mlp_norm = block.mlp.act, block.mlp.norm
+        self.act, self._mlp_norm = block.mlp.act, block.mlp.norm
         self._by_products = packed and weight.dtype == torch.bfloat16
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +52,19 @@ class FrozenBlock:
         mixed = attention(self._heads(query), self._heads(keys), self._heads(values), mask)
         return mixed.transpose(1, 2).flatten(2)
 
-    def mlp(self, normed: Tensor) -> Tensor:
-        return self._fc2(self._mlp_norm(self._act(self._fc1(normed))))
+    def behind_hidden(self, hidden: Tensor) -> Tensor:
+        """The MLP's other half: what `hidden` gave [..., H] → [..., D]."""
+        return self._fc2(self._mlp_norm(self.act(hidden)))
+
+    def per_head(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """The query or key norm, which works on each head by itself (identity in most backbones)."""
+        if isinstance(norm, nn.Identity):
+            return x
+        return norm(x.unflatten(-1, (self.heads, -1))).flatten(-2)
+
+    def qkv_product(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., 3·D] without biases: what a difference behind `norm1` makes of queries, keys and values."""
+        return torch.cat((self.query.product(x), self._keys_values.product(x)), dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, d]

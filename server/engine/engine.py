@@ -59,17 +59,18 @@ class Engine:
         return -1 if self.rack.head_only(seat.place) else seat.slot
 
     def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> Tensor:
-        """Pooled features [rows, D]; rows that carry tokens go into a lane of their own."""
-        carrying = [self.rack.has_tokens(seat.place) for _, seat in rows]
-        order = sorted(range(len(rows)), key=lambda row: carrying[row])
-        lanes = []
-        for group in (False, True):
-            members = [rows[row] for row in order if carrying[row] is group]
-            if members:
-                condition = self.rack.gather([seat.place for _, seat in members])
-                lanes.append(vit.Lane.of(x[[picture for picture, _ in members]], condition))
+        """Pooled features [rows, D]; rows go into a lane with their like."""
+        groups: dict[Hashable, list[int]] = {}
+        for row, (_, seat) in enumerate(rows):
+            groups.setdefault(self.rack.lane(seat.place), []).append(row)
+        lanes = [self._lane(x, [rows[row] for row in members]) for members in groups.values()]
         features = torch.cat(vit.forward_lanes(self.backbone, lanes))
+        order = [row for members in groups.values() for row in members]
         return features[np.argsort(order)]
+
+    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> vit.Lane:
+        condition = self.rack.gather([seat.place for _, seat in rows])
+        return vit.Lane.of(x[[picture for picture, _ in rows]], condition)
 
     def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
         """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]

@@ -5,7 +5,9 @@ The forward knows primitives, not methods:
     keys, values   prompts as keys and values of each layer's attention (prefix); exact wherever a method throws its
                    prompts' outputs away, because then prompts act on the image tokens in no other way
     tokens         prompts carried through all layers as real tokens
-    head           the linear classifier on the pooled feature
+    additions      bias vectors, prompts under a softmax of their own, low-rank rows: see `additions.py`
+    entry          a vector added to each image token before the first block
+    head           the linear classifier on the pooled feature, with hidden layers before it if need be
 
 A `Condition` is what a batch of rows brings to the forward. Training expands one lens over its batch (`condition`),
 serving gathers many lenses by slot (`rack.Rack.gather`); the forward cannot tell which.
@@ -13,11 +15,25 @@ serving gathers many lenses by slot (`rack.Rack.gather`); the forward cannot tel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .additions import Additions, Part
+
+ENTRY = -1  # the layer that parts before the first block go under
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A hidden layer of a head, with a ReLU behind it. weight: [H, I], bias: [H]; H and I are D at the most."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,8 @@ class Lens:
     """Shapes, with an optional leading batch axis [B] where prompt dropout makes them differ from row to row:
 
     keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C].
+    What few methods have is empty unless given. additions[l]: of layer l · entry: [2, D], for the tokens that are no
+    patches and for the patches · hidden: layers between the feature and the head, which then reads the last one's H.
     """
 
     keys: tuple[Tensor, ...]
@@ -32,6 +50,9 @@ class Lens:
     tokens: Tensor
     head_weight: Tensor
     head_bias: Tensor
+    additions: tuple[Additions | None, ...] = ()
+    entry: Tensor | None = None
+    hidden: tuple[Dense, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -45,13 +66,24 @@ class Lens:
     @property
     def first_layer(self) -> int:
         """The first layer at which anything differs from the plain frozen ViT: the number of layers if none does."""
-        if self.tokens.shape[-2]:
+        if self.tokens.shape[-2] or self.entry is not None:
             return 0
-        return next((layer for layer, length in enumerate(self.prefix_lengths) if length), len(self.keys))
+        lengths = self.prefix_lengths
+        added = self.additions or (None,) * len(lengths)
+        return next((layer for layer, length in enumerate(lengths) if length or added[layer]), len(lengths))
 
     @property
     def prefix_lengths(self) -> tuple[int, ...]:
         return tuple(key.shape[-2] for key in self.keys)
+
+    @cached_property
+    def parts(self) -> Mapping[tuple[int, str], Part]:
+        """What the rack keeps besides prefixes, tokens and head: parts by layer and name."""
+        found = {} if self.entry is None else {(ENTRY, "entry"): Part(self.entry)}
+        for layer, own in enumerate(self.additions):
+            if own is not None:
+                found |= {(layer, name): part for name, part in own.parts.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,13 @@ class Condition(Protocol):
     """What rows bring besides their image. Every tensor's first axis is the rows' order."""
 
     def prefix(self, layer: int) -> Prefix | None: ...
+
+    def additions(self, layer: int) -> Additions | None: ...
+
+    @property
+    def entry(self) -> Tensor | None:
+        """[2, D] or [B, 2, D], or None."""
+        ...
 
     @property
     def tokens(self) -> Tensor | None:
@@ -84,8 +123,12 @@ class Plain:
 
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
+    entry: Tensor | None = None
 
     def prefix(self, layer: int) -> Prefix | None:
+        return None
+
+    def additions(self, layer: int) -> Additions | None:
         return None
 
 
@@ -97,12 +140,16 @@ class Expanded:
     def __init__(self, lens: Lens, rows: int) -> None:
         self._lens, self._rows = lens, rows
         self.tokens: Tensor | None = self._spread(lens.tokens) if lens.tokens.shape[-2] else None
+        self.entry = lens.entry
 
     def prefix(self, layer: int) -> Prefix | None:
         keys = self._lens.keys[layer]
         if keys.shape[-2] == 0:
             return None
         return Prefix(self._spread(keys), self._spread(self._lens.values[layer]), None)
+
+    def additions(self, layer: int) -> Additions | None:
+        return self._lens.additions[layer] if self._lens.additions else None
 
     def _spread(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.ndim == 3 else tensor.expand(self._rows, -1, -1)

@@ -22,6 +22,10 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias: what becomes of a difference. For a few vectors, when a lens is made."""
+        ...
+
 
 class PlainLinear:
     """As PyTorch multiplies, on any device in any dtype."""
@@ -31,6 +35,9 @@ class PlainLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
 
 
 class PackedLinear:
@@ -45,6 +52,9 @@ class PackedLinear:
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self)
         return self.forward(x)  # the same bits; serving small models, autograd's book-keeping would be felt
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return _multiply(x, self._packed, self._bias)

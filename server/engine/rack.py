@@ -1,9 +1,10 @@
 """The rack: fixed memory on the device that lenses sit in.
 
 One slab of D-wide vectors holds everything a lens consists of: the key and the value of each prompt of each layer, its
-carried tokens, the rows of its head. A lens takes any free vectors; its slot remembers their numbers. So ragged prompt
-lengths (1 … 200, or 0 in some layers) and class counts waste nothing, and the slab's address never moves: what a batch
-needs is a list of numbers. Vector 0 is zero for ever and stands in for padding, always behind a mask.
+carried tokens, its additions' parts, the rows of its head. A lens takes any free vectors; its slot remembers their
+numbers. So ragged prompt lengths (1 … 200, or 0 in some layers) and class counts waste nothing, and the slab's address
+never moves: what a batch needs is a list of numbers. Vector 0 is zero for ever and stands in for padding, behind a mask
+wherever zeros would count.
 
     allocate(lens) ─► seat ─► write(seat, lens) ─► … gather(seats) … ─► free(seat)
 
@@ -14,17 +15,16 @@ somebody else's. Writing touches vectors that no living seat names; hence it may
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
-from .lens import Lens, Prefix
-
-Indices = NDArray[np.int64]
+from .gathered import Gathered, Indices, Slot, Vectors, padded
+from .lens import Lens
 
 
 class RackFullError(RuntimeError):
@@ -43,28 +43,6 @@ class Place:
     generation: int
 
 
-@dataclass
-class _Slot:
-    """Numbers of the vectors of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]."""
-
-    generation: int = 0
-    used: bool = False
-    keys: Indices = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    values: Indices = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    lengths: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
-    tokens: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
-    head: Indices = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    @property
-    def head_only(self) -> bool:
-        return not len(self.tokens) and not self.lengths.any()
-
-    def vectors(self) -> Indices:
-        """Every vector this slot holds."""
-        prompts = [self.keys[self.keys > 0], self.values[self.values > 0]]
-        return np.concatenate([*prompts, self.tokens, self.head])
-
-
 class Rack:
     """`slots` lenses at the most, in `vectors` vectors of width `dim`."""
 
@@ -79,8 +57,8 @@ class Rack:
     ) -> None:
         self.dim, self.capacity = dim, vectors
         self._slab = torch.zeros(vectors + 1, dim, device=device, dtype=dtype)
-        self._bias = torch.zeros(vectors + 1, device=device, dtype=dtype)  # of a head's row, beside its vector
-        self._slots = [_Slot() for _ in range(slots)]
+        self._bias = torch.zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
+        self._slots = [Slot() for _ in range(slots)]
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free = np.arange(vectors, 0, -1, dtype=np.int64)  # a stack: the free numbers are _free[:_left]
         self._left = vectors
@@ -114,6 +92,8 @@ class Rack:
             slot.keys, slot.values = self._table(lengths), self._table(lengths)
             slot.lengths = lengths
             slot.tokens, slot.head = self._take(lens.tokens.shape[-2]), self._take(lens.classes)
+            slot.parts = {name: self._take(len(part.vectors)) for name, part in lens.parts.items()}
+            slot.hidden = [self._take(len(layer.weight)) for layer in lens.hidden]
             slot.generation += 1
             slot.used = True
             return Place(number, slot.generation)
@@ -126,8 +106,11 @@ class Rack:
                 self._put(slot.keys[layer, :length], lens.keys[layer])
                 self._put(slot.values[layer, :length], lens.values[layer])
             self._put(slot.tokens, lens.tokens)
-            self._put(slot.head, lens.head_weight)
-            self._bias[self._index(slot.head)] = lens.head_bias.to(self._bias)
+            self._put(slot.head, lens.head_weight, lens.head_bias)
+            for numbers, dense in zip(slot.hidden, lens.hidden, strict=True):
+                self._put(numbers, dense.weight, dense.bias)
+            for name, part in lens.parts.items():
+                self._put(slot.parts[name], part.vectors, part.scalars)
 
     def free(self, place: Place) -> None:
         """Take the lens out. The caller sees to it that no row needs it any more."""
@@ -136,33 +119,30 @@ class Rack:
             vectors = slot.vectors()
             self._free[self._left : self._left + len(vectors)] = vectors
             self._left += len(vectors)
-            self._slots[place.slot] = _Slot(generation=slot.generation)
+            self._slots[place.slot] = Slot(generation=slot.generation)
             self._free_slots.append(place.slot)
 
     # --- what a forward asks -----------------------------------------------------------------------------------------
 
     def gather(self, places: Sequence[Place]) -> Gathered:
         """The prompts of these seats, in their order."""
-        return Gathered(self._slab, [self._check(place) for place in places])
+        return Gathered(Vectors(self._slab, self._bias), [self._check(place) for place in places])
 
     def heads(self, features: Tensor, places: Sequence[Place]) -> list[Tensor]:
         """Features [R, D], one seat a row → logits [C_r] of each row."""
         slots = [self._check(place) for place in places]
-        counts = [len(slot.head) for slot in slots]
-        rows = np.zeros((len(slots), max(counts)), np.int64)
-        for row, slot in zip(rows, slots, strict=True):
-            row[: len(slot.head)] = slot.head
-        numbers = self._index(rows)  # [R, C]
-        weights = self._slab[numbers]  # [R, C, D]
-        logits = torch.baddbmm(self._bias[numbers].unsqueeze(-1), weights, features.to(weights.dtype).unsqueeze(-1))
-        return [row[:count] for row, count in zip(logits.squeeze(-1), counts, strict=True)]
+        logits = self._dense(self._hidden(features.to(self._slab.dtype), slots), [slot.head for slot in slots])
+        return [row[: len(slot.head)] for row, slot in zip(logits, slots, strict=True)]
 
     def head_only(self, place: Place) -> bool:
         """Whether the seat's lens leaves the trunk as it is."""
         return self._check(place).head_only
 
-    def has_tokens(self, place: Place) -> bool:
-        return len(self._check(place).tokens) > 0
+    def lane(self, place: Place) -> Hashable:
+        """Seats with equal ones may share a lane: carried tokens make it longer, and each kind of addition costs all of
+        its rows the same."""
+        slot = self._check(place)
+        return len(slot.tokens) > 0, slot.kinds
 
     # --- facts -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +179,7 @@ class Rack:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _check(self, place: Place) -> _Slot:
+    def _check(self, place: Place) -> Slot:
         slot = self._slots[place.slot]
         if not slot.used or slot.generation != place.generation:
             raise StaleSeatError(
@@ -217,56 +197,35 @@ class Rack:
             row[:length] = self._take(int(length))
         return table
 
-    def _put(self, numbers: Indices, vectors: Tensor) -> None:
-        self._slab[self._index(numbers)] = vectors.to(self._slab)
+    def _put(self, numbers: Indices, vectors: Tensor, scalars: Tensor | None = None) -> None:
+        """Vectors [n, D]; narrower ones are filled up with zeros, as is what lies before a narrower layer of a head."""
+        index = self._index(numbers)
+        self._slab[index] = F.pad(vectors, (0, self.dim - vectors.shape[-1])).to(self._slab)
+        if scalars is not None:
+            self._bias[index] = scalars.to(self._bias)
+
+    def _hidden(self, features: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """Features [R, D], behind the hidden layers of those rows' heads that have any."""
+        depth = 0
+        while rows := [row for row, slot in enumerate(slots) if len(slot.hidden) > depth]:
+            index = self._index(np.array(rows))
+            found = self._dense(features[index], [slots[row].hidden[depth] for row in rows]).relu()
+            features = features.index_copy(0, index, F.pad(found, (0, self.dim - found.shape[1])))
+            depth += 1
+        return features
+
+    def _dense(self, features: Tensor, numbers: Sequence[Indices]) -> Tensor:
+        """Features [R, D], a layer a row → [R, longest], 0 where a row's layer is shorter."""
+        index = self._index(padded(numbers))  # [R, C]
+        found = torch.baddbmm(self._bias[index].unsqueeze(-1), self._slab[index], features.unsqueeze(-1))
+        return found.squeeze(-1)
 
     def _index(self, numbers: Indices) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._slab.device, non_blocking=True)
 
 
-class Gathered:
-    """The prompts of a batch's seats (a `lens.Condition`): padded to the longest, with a mask where they differ."""
-
-    def __init__(self, slab: Tensor, slots: Sequence[_Slot]) -> None:
-        self._slab, self._slots = slab, slots
-        self._lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
-        self._longest = self._lengths.max(axis=0)  # [L]
-        self.tokens, self.token_mask = self._carried()
-
-    def prefix(self, layer: int) -> Prefix | None:
-        longest = int(self._longest[layer])
-        if longest == 0:
-            return None
-        lengths = self._lengths[:, layer]
-        keys = self._vectors(
-            [slot.keys[layer, :length] for slot, length in zip(self._slots, lengths, strict=True)], longest
-        )
-        values = self._vectors(
-            [slot.values[layer, :length] for slot, length in zip(self._slots, lengths, strict=True)], longest
-        )
-        return Prefix(keys, values, self._mask(lengths, longest))
-
-    def _carried(self) -> tuple[Tensor | None, Tensor | None]:
-        lengths = np.array([len(slot.tokens) for slot in self._slots])
-        longest = int(lengths.max())
-        if longest == 0:
-            return None, None
-        return self._vectors([slot.tokens for slot in self._slots], longest), self._mask(lengths, longest)
-
-    def _vectors(self, numbers: Sequence[Indices], longest: int) -> Tensor:
-        """[B, longest, D], zero where a row has fewer."""
-        table = np.zeros((len(numbers), longest), np.int64)
-        for row, own in zip(table, numbers, strict=True):
-            row[: len(own)] = own
-        return self._slab[torch.from_numpy(table).to(self._slab.device, non_blocking=True)]
-
-    def _mask(self, lengths: Indices, longest: int) -> Tensor | None:
-        if (lengths == longest).all():
-            return None
-        mask = np.arange(longest) < lengths[:, None]
-        return torch.from_numpy(mask).to(self._slab.device, non_blocking=True)
-
-
 def demand(lens: Lens) -> int:
-    """How many vectors a lens takes: two a prompt and layer, one a token, one a class."""
-    return 2 * sum(lens.prefix_lengths) + int(lens.tokens.shape[-2]) + lens.classes
+    """How many vectors a lens takes: two a prompt and layer, one a token, one a class, and those of its parts."""
+    prompts = 2 * sum(lens.prefix_lengths) + int(lens.tokens.shape[-2])
+    head = lens.classes + sum(len(layer.weight) for layer in lens.hidden)
+    return prompts + head + sum(len(part.vectors) for part in lens.parts.values())

@@ -1,50 +1,115 @@
 """The literal forward of every method: slow, one task at a time, obviously right.
 
-Prompts are inserted as tokens and the backbone's own blocks are called whole, exactly as the papers draw it. Every fast
-path is tested equal to this, and this is tested equal to the official implementations' numbers.
+Prompts are inserted as tokens and the backbone's own blocks are called whole, exactly as the papers draw it; where a
+method changes weights, the blocks of a copy hold the changed ones. Every fast path is tested equal to this, and this is
+tested equal to the official implementations' numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from .backbone import Backbone
 
+Params = Mapping[str, Tensor]
 
-def linear(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+
+def linear(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
     """Linear probe: the plain ViT and a head. pixels [B, 3, S, S] → logits [B, C]."""
-    x = _enter(backbone, pixels)
-    for block in backbone.model.blocks:
-        x = block(x)
-    return _leave(backbone, x, params)
+    return _leave(backbone.model, _blocks(backbone.model, _enter(backbone.model, pixels)), params)
 
 
-def vpt_shallow(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+def vpt_shallow(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
     """VPT-shallow (Jia et al., ECCV 2022, eq. 4–6): prompts [p, D] enter once and are carried through all blocks."""
-    x = _insert(_enter(backbone, pixels), params["prompts"])
-    for block in backbone.model.blocks:
-        x = block(x)
-    return _leave(backbone, x, params, prompts=len(params["prompts"]))
+    x = _blocks(backbone.model, _insert(_enter(backbone.model, pixels), params["prompts"]))
+    return _leave(backbone.model, x, params, prompts=len(params["prompts"]))
 
 
-def vpt_deep(backbone: Backbone, pixels: Tensor, params: Mapping[str, Tensor], prompt_lengths: Sequence[int]) -> Tensor:
+def vpt_deep(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
     """VPT-deep (eq. 7–8): each layer's prompts replace what the layer before made of its own.
 
     prompts: [Σ p_l, D], rows in layer order; `prompt_lengths` gives p_l.
     """
-    x, before = _enter(backbone, pixels), 0
-    for block, prompts in zip(backbone.model.blocks, params["prompts"].split(list(prompt_lengths)), strict=True):
+    return _vpt_deep(backbone.model, pixels, params, prompt_lengths)
+
+
+def bias(backbone: Backbone, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
+    """BitFit (Ben Zaken et al., ACL 2022): every bias of the backbone is the task's own."""
+    model = _changed(backbone.model, _biases(backbone.model, params))
+    return _leave(model, _blocks(model, _enter(model, pixels)), params)
+
+
+def prompt_bias(backbone: Backbone, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
+    """VPT-deep in a backbone whose biases are the task's own."""
+    return _vpt_deep(_changed(backbone.model, _biases(backbone.model, params)), pixels, params, lengths)
+
+
+def logits(method: str, backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """Pixels [B, 3, S, S] → logits [B, C] by any method of ours."""
+    return LITERAL[method](backbone, pixels, params, prompt_lengths)
+
+
+Literal = Callable[[Backbone, Tensor, Params, Sequence[int]], Tensor]
+LITERAL: Final[Mapping[str, Literal]] = {
+    "vpt_deep": vpt_deep,
+    "vpt_shallow": lambda backbone, pixels, params, _: vpt_shallow(backbone, pixels, params),
+    "linear": lambda backbone, pixels, params, _: linear(backbone, pixels, params),
+    "bias": bias,
+    "prompt_bias": prompt_bias,
+}
+
+
+def _vpt_deep(model: VisionTransformer, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
+    x, before = _enter(model, pixels), 0
+    for block, prompts in zip(model.blocks, params["prompts"].split(list(lengths)), strict=True):
         x = block(_insert(_remove(x, before), prompts))
         before = len(prompts)
-    return _leave(backbone, x, params, prompts=before)
+    return _leave(model, x, params, prompts=before)
 
 
-def _enter(backbone: Backbone, pixels: Tensor) -> Tensor:
-    model = backbone.model
+def _biases(model: VisionTransformer, params: Params) -> dict[str, Tensor]:
+    """The backbone's biases with a task's shifts added, by timm's names."""
+    found = {}
+    for layer in range(len(model.blocks)):
+        for site in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+            found[f"blocks.{layer}.{site}.bias"] = params[f"bias.{site.split('.')[-1]}"][layer]
+    entry = "norm_pre" if isinstance(model.norm_pre, nn.LayerNorm) else "patch_embed.proj"
+    leave = "norm" if isinstance(model.norm, nn.LayerNorm) else "fc_norm"
+    found |= {f"{entry}.bias": params["bias.entry"], f"{leave}.bias": params["bias.norm"]}
+    return {name: _bias_of(model, name) + shift for name, shift in found.items()}
+
+
+def _bias_of(model: nn.Module, name: str) -> Tensor | float:
+    """A backbone without this bias has it at zero."""
+    own = model.get_parameter(name) if name in dict(model.named_parameters()) else None
+    return 0.0 if own is None else own
+
+
+def _changed(model: VisionTransformer, tensors: Mapping[str, Tensor]) -> VisionTransformer:
+    """A copy with these parameters in the place of its own, which it shares otherwise. Gradients reach them."""
+    found = copy.deepcopy(model, {id(own): own for own in model.parameters()})
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = found.get_submodule(path)
+        delattr(module, leaf)
+        setattr(module, leaf, tensor)
+    return found
+
+
+def _enter(model: VisionTransformer, pixels: Tensor) -> Tensor:
     return model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+
+
+def _blocks(model: VisionTransformer, x: Tensor) -> Tensor:
+    for block in model.blocks:
+        x = block(x)
+    return x
 
 
 def _insert(x: Tensor, prompts: Tensor) -> Tensor:
@@ -56,6 +121,6 @@ def _remove(x: Tensor, prompts: int) -> Tensor:
     return torch.cat((x[:, :1], x[:, 1 + prompts :]), dim=1)
 
 
-def _leave(backbone: Backbone, x: Tensor, params: Mapping[str, Tensor], prompts: int = 0) -> Tensor:
-    features = backbone.model.forward_head(backbone.model.norm(_remove(x, prompts)), pre_logits=True)
+def _leave(model: VisionTransformer, x: Tensor, params: Params, prompts: int = 0) -> Tensor:
+    features = model.forward_head(model.norm(_remove(x, prompts)), pre_logits=True)
     return features @ params["head.weight"].T + params["head.bias"]

@@ -4,7 +4,8 @@
 
 Rows of one batch may belong to different tasks and methods. They are laid out in lanes: a lane is a group of rows with
 the same number of tokens. Everything that treats each token by itself (norms, projections, MLP) runs once over the
-tokens of all lanes; only the attention runs lane by lane.
+tokens of all lanes; only the attention runs lane by lane, and what rows bring besides a prefix (`additions.py`) is
+added to the lanes that bring it.
 
 Why a prefix is exact: where a method discards its prompts' outputs at every layer (VPT-deep, Jia et al., ECCV 2022,
 section 3.2), prompts reach the image tokens as keys and values only, K_l = W_k·LN_l(P_l) + b_k and likewise V_l. These
@@ -14,16 +15,21 @@ run for the image tokens alone. The last block's output is read at the class tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .backbone import Backbone
+from .additions import Additions
+from .backbone import Backbone, Spec
 from .block import FrozenBlock
-from .lens import Condition, Plain, Prefix
+from .lens import Condition, Lens, Plain, Prefix
+
+Shape = tuple[int, int]  # rows and tokens of a lane
+Brought = Sequence[Additions | None]  # by each lane
 
 
 @dataclass
@@ -67,6 +73,8 @@ def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
     """Pooled features [B_i, D] of each lane."""
     blocks, spec = backbone.blocks, backbone.spec
     by_class_token = spec.pool == "token"
+    for lane in lanes:
+        _enter(lane, spec)
     for index, block in enumerate(blocks):
         if by_class_token and index == len(blocks) - 1:
             return _pool_class_token(backbone, _last_block(block, lanes, index), lanes)
@@ -88,41 +96,97 @@ def head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(features, weight, bias)
 
 
-def project(block: FrozenBlock, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [..., p, D] of one layer to the keys and values [..., p, D] that the layer's attention sees of them."""
+def classify(features: Tensor, lens: Lens) -> Tensor:
+    """Features [B, D] → logits [B, C], through the lens's hidden layers if it has any."""
+    for layer in lens.hidden:
+        features = F.relu(F.linear(features, layer.weight, layer.bias))
+    return head(features, lens.head_weight, lens.head_bias)
+
+
+def project(block: FrozenBlock, prompts: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Prompts [..., p, D] of one layer to the keys and values [..., p, D] that the layer's attention sees of them.
+    `shift` [2·D]: what a task adds to the biases of both."""
     keys, values = block.keys_values(block.norm1(prompts))
-    return _per_head(block, keys, block.k_norm), values
+    if shift is not None:
+        to_keys, to_values = shift.chunk(2, dim=-1)
+        keys, values = keys + to_keys, values + to_values
+    return block.per_head(keys, block.k_norm), values
+
+
+def _enter(lane: Lane, spec: Spec) -> None:
+    """Add the vectors that rows bring to their image tokens: one for class token and registers, one for patches."""
+    entry = lane.condition.entry
+    if entry is not None:
+        counts = torch.tensor([spec.prefix_tokens, spec.tokens - spec.prefix_tokens], device=entry.device)
+        added = entry.repeat_interleave(counts, dim=-2, output_size=spec.tokens)  # [N, D] or [B, N, D]
+        lane.x = lane.x + F.pad(added, (0, 0, 0, lane.x.shape[1] - spec.tokens))
 
 
 def _block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> None:
     """One pre-norm block over all lanes, in place of their x."""
+    shapes, brought = [_shape(lane.x) for lane in lanes], [lane.condition.additions(index) for lane in lanes]
     flat = _flatten([lane.x for lane in lanes])  # [ΣB·N, D]
-    parts = (_split(part, lanes) for part in block.qkv(block.norm1(flat)))  # queries, keys, values: [B, N, D] a lane
-    mixed = _flatten([_attention(block, qkv, lane, index) for *qkv, lane in zip(*parts, lanes, strict=True)])
-    flat = flat + block.ls1(block.project(mixed))
-    flat = flat + block.ls2(block.mlp(block.norm2(flat)))
-    for lane, x in zip(lanes, _split(flat, lanes), strict=True):
+    normed = block.norm1(flat)
+    parts = (_split(part, shapes) for part in (normed, *block.qkv(normed)))  # each [B, N, D] a lane
+    mixed = [_attention(block, lane, own, part, index) for lane, own, *part in zip(lanes, brought, *parts, strict=True)]
+    flat = _behind_attention(block, flat, _flatten(mixed), shapes, brought)
+    for lane, x in zip(lanes, _split(flat, shapes), strict=True):
         lane.x = x
 
 
 def _last_block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> Tensor:
     """The last block for the class token only: keys and values of all tokens, one query. Returns [ΣB, D]."""
-    normed = block.norm1(_flatten([lane.x for lane in lanes]))
-    keys, values = (_split(part, lanes) for part in block.keys_values(normed))
-    firsts = [lane.x[:, 0] for lane in lanes]
-    queries = block.query(_flatten([part[:, 0] for part in _split(normed, lanes)]))
+    shapes, brought = [_shape(lane.x) for lane in lanes], [lane.condition.additions(index) for lane in lanes]
+    flat = block.norm1(_flatten([lane.x for lane in lanes]))
+    normed, keys, values = (_split(part, shapes) for part in (flat, *block.keys_values(flat)))
+    firsts = [(rows, 1) for rows, _ in shapes]
+    queries = _split(block.query(_flatten([part[:, :1] for part in normed])), firsts)
     mixed = [
-        _attention(block, (query.unsqueeze(1), *own), lane, index).squeeze(1)
-        for query, *own, lane in zip(queries.split([len(x) for x in firsts]), keys, values, lanes, strict=True)
+        _attention(block, lane, own, part, index)
+        for lane, own, *part in zip(lanes, brought, normed, queries, keys, values, strict=True)
     ]
-    flat = torch.cat(firsts) + block.ls1(block.project(torch.cat(mixed)))
-    return flat + block.ls2(block.mlp(block.norm2(flat)))
+    flat = _flatten([lane.x[:, :1] for lane in lanes])
+    return _behind_attention(block, flat, _flatten(mixed), firsts, brought)
 
 
-def _attention(block: FrozenBlock, qkv: Sequence[Tensor], lane: Lane, index: int) -> Tensor:
-    """Queries [B, Q, D] over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D]."""
-    query, keys, values = qkv
-    query, keys = _per_head(block, query, block.q_norm), _per_head(block, keys, block.k_norm)
+def _behind_attention(
+    block: FrozenBlock, flat: Tensor, mixed: Tensor, shapes: Sequence[Shape], brought: Brought
+) -> Tensor:
+    """The rest of a block, token by token: projection, MLP and what the lanes add. flat, mixed: [ΣB·N, D]."""
+    flat = flat + block.ls1(block.project(mixed))
+    for own, x in _of(brought, shapes, flat):
+        own.after_attention(block, x)
+    normed = block.norm2(flat)
+    hidden = block.hidden(normed)
+    for own, part in _of(brought, shapes, hidden):
+        own.to_hidden(part)
+    out = block.behind_hidden(hidden)
+    flat = flat + block.ls2(out)
+    for own, x, *read in _of(brought, shapes, flat, normed, out):
+        own.after_mlp(block, x, *read)
+    return flat
+
+
+def _of(brought: Brought, shapes: Sequence[Shape], *flat: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Of each lane that brings something: what it brings, and its part [B, N, ·] of each flat tensor, a view that may
+    be written to (`split` gives views that autograd will not have written to)."""
+    start = 0
+    for own, (rows, tokens) in zip(brought, shapes, strict=True):
+        stop = start + rows * tokens
+        if own is not None:
+            yield own, *(part[start:stop].view(rows, tokens, -1) for part in flat)
+        start = stop
+
+
+def _attention(
+    block: FrozenBlock, lane: Lane, brought: Additions | None, parts: Sequence[Tensor], index: int
+) -> Tensor:
+    """Queries [B, Q, D] over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D]. `parts`: what went
+    into the products [B, N, D], then queries, keys and values."""
+    normed, query, keys, values = parts
+    if brought is not None:
+        query, keys, values = brought.to_qkv(normed, query, keys, values)
+    query, keys = block.per_head(query, block.q_norm), block.per_head(keys, block.k_norm)
     prefix = lane.condition.prefix(index)
     mask = _mask(lane, prefix, keys)
     if prefix is not None:
@@ -159,21 +223,17 @@ def _pool_average(backbone: Backbone, x: Tensor) -> Tensor:
     return model.fc_norm(model.norm(x[:, spec.prefix_tokens : spec.tokens]).mean(dim=1))
 
 
-def _per_head(block: FrozenBlock, x: Tensor, norm: nn.Module) -> Tensor:
-    """The block's query or key norm, which works on each head by itself (identity in most backbones)."""
-    if isinstance(norm, nn.Identity):
-        return x
-    return norm(x.unflatten(-1, (block.heads, -1))).flatten(-2)
-
-
 def _flatten(parts: Sequence[Tensor]) -> Tensor:
     """[B_i, N_i, D] of each lane → [ΣB·N, D]; one lane costs no copy."""
     flat = [part.reshape(-1, part.shape[-1]) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _split(flat: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+def _split(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """The inverse of `_flatten`: views, no copies."""
-    shapes = [lane.x.shape[:2] for lane in lanes]
     parts = flat.split([rows * tokens for rows, tokens in shapes])
     return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _shape(x: Tensor) -> Shape:
+    return x.shape[0], x.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 
@@ -13,16 +14,20 @@ from server.engine.lens import Lens
 from server.engine.residency import Loaded
 from server.errors import BadRequest, Conflict, Unprocessable
 
+from .bias import Bias
 from .linear import Linear
 from .method import Method, Params
+from .prompt_bias import PromptBias
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
+
+METHODS: Final[tuple[Method, ...]] = (VptDeep(), VptShallow(), Linear(), Bias(), PromptBias())
 
 
 class Registry:
     """The methods this process knows. `register` adds one from outside."""
 
-    def __init__(self, methods: tuple[Method, ...] = (VptDeep(), VptShallow(), Linear())) -> None:
+    def __init__(self, methods: tuple[Method, ...] = METHODS) -> None:
         self._methods = {method.name: method for method in methods}
 
     def register(self, method: Method) -> None:

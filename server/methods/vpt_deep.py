@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from server.engine import vit
 from server.engine.backbone import Backbone, Spec
@@ -47,12 +48,16 @@ class VptDeep:
         return {"prompts": prompts, **head_init(spec, classes, generator)}
 
     def lower(self, backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
-        layers = params["prompts"].split(list(prompt_lengths), dim=-2)
-        pairs = [vit.project(block, prompts) for block, prompts in zip(backbone.blocks, layers, strict=True)]
-        return Lens(
-            keys=tuple(keys for keys, _ in pairs),
-            values=tuple(values for _, values in pairs),
-            tokens=layers[0].new_empty(0, layers[0].shape[-1]),
-            head_weight=params["head.weight"],
-            head_bias=params["head.bias"],
-        )
+        keys, values = projected(backbone, params["prompts"], prompt_lengths)
+        tokens = params["prompts"].new_empty(0, backbone.spec.dim)
+        return Lens(keys, values, tokens, params["head.weight"], params["head.bias"])
+
+
+def projected(
+    backbone: Backbone, prompts: Tensor, prompt_lengths: tuple[int, ...], shifts: Sequence[Tensor | None] = ()
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Prompts [..., Σp, D] to each layer's keys and values; shifts[l]: as `vit.project` takes them."""
+    layers = prompts.split(list(prompt_lengths), dim=-2)
+    moved = shifts or (None,) * len(layers)
+    pairs = [vit.project(*own) for own in zip(backbone.blocks, layers, moved, strict=True)]
+    return tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)

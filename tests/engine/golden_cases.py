@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,11 @@ class Task:
         return Registry().get(self.method).lower(eye, self.params, self.lengths)
 
 
+def drawing(case: Mapping[str, Any]) -> dict[str, int]:
+    """The options that the recipe draws a bundle with."""
+    return {name: value for name, value in case.get("options", {}).items() if name in ("project", "reduction")}
+
+
 def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
     raw = recipe.bundle(
         case["method"],
@@ -89,7 +94,7 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
         case["p"],
         case["classes"],
         case["bundle_seed"],
-        **({"project": case["options"]["project"]} if "project" in case.get("options", {}) else {}),
+        **drawing(case),
     )
     params = {key: torch.from_numpy(array).to(dtype) for key, array in raw.items()}
     scale = case.get("options", {})
@@ -97,8 +102,8 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
         params[key] = params[key] * scale.get("scale_head", 1)
     method = METHODS.get(case["method"], case["method"])
     depth = recipe.ARCHS[arch]["depth"]
-    if method == "linear":
-        return Task(method, params, (0,) * depth)
+    if method in REPLACED:
+        return Task(method, REPLACED[method](params, arch, dtype), (0,) * depth)
     prompts = params["prompts"] * scale.get("scale_prompts", 1)
     if "prompt_proj.weight" in params:  # folded once, as an importer would
         prompts = prompts @ params.pop("prompt_proj.weight").T + params.pop("prompt_proj.bias")
@@ -106,6 +111,23 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
     lengths = tuple(p) if isinstance(p, list) else (p, *(p if method == "vpt_deep" else 0 for _ in range(depth - 1)))
     params["prompts"] = prompts.reshape(-1, prompts.shape[-1])
     return Task(method, params, lengths)
+
+
+def _as_bias(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The official bundle replaces biases; ours says how far each moves."""
+    eye = backbone(arch, 101, dtype).model
+    moved = {name: value if "head" in name else value - eye.get_parameter(name) for name, value in params.items()}
+    found = {name: value for name, value in moved.items() if "head" in name}
+    for site in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        layers = [moved[f"blocks.{layer}.{site}.bias"] for layer in range(len(eye.blocks))]
+        found[f"bias.{site.split('.')[-1]}"] = torch.stack(layers)
+    return {**found, "bias.entry": moved["patch_embed.proj.bias"], "bias.norm": moved["norm.bias"]}
+
+
+REPLACED: dict[str, Callable[[dict[str, Tensor], str, torch.dtype], dict[str, Tensor]]] = {
+    "linear": lambda params, *_: params,
+    "bias": _as_bias,
+}
 
 
 def pixels(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Tensor:

@@ -16,11 +16,22 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.optimizer import make_optimizer
 from server.training.recipe import Recipe
-from tests.engine.golden_cases import Bench, Task, backbone, cases, name_of, numbers, pixels, recipe, task, tolerance
+from tests.engine.golden_cases import (
+    Bench,
+    Task,
+    backbone,
+    cases,
+    drawing,
+    name_of,
+    numbers,
+    pixels,
+    recipe,
+    task,
+    tolerance,
+)
 
 DTYPES = [torch.float32, torch.float64]
 SLOW_ARCHS = {"vit_base_patch16_224"}
-REFERENCES = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow}
 
 
 def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
@@ -32,15 +43,13 @@ def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
 
 
 def literal(eye: Backbone, images: Tensor, own: Task) -> Tensor:
-    if own.method == "vpt_deep":
-        return reference.vpt_deep(eye, images, own.params, own.lengths)
-    return REFERENCES[own.method](eye, images, own.params)
+    return reference.logits(own.method, eye, images, own.params, own.lengths)
 
 
 def fast(eye: Backbone, images: Tensor, own: Task) -> Tensor:
     lowered = own.lens(eye)
     features = vit.forward(eye, vit.embed(eye, images), lens.condition(lowered, len(images)))
-    return vit.head(features, lowered.head_weight, lowered.head_bias)
+    return vit.classify(features, lowered)
 
 
 def setting(case: Mapping[str, Any], dtype: torch.dtype) -> tuple[Backbone, Task, Tensor]:
@@ -50,7 +59,7 @@ def setting(case: Mapping[str, Any], dtype: torch.dtype) -> tuple[Backbone, Task
 
 @pytest.mark.parametrize("case", cases("forward"), ids=name_of)
 def test_the_inputs_are_those_of_the_official_runs(case: dict[str, Any]) -> None:
-    options = {"project": case["options"]["project"]} if "project" in case.get("options", {}) else {}
+    options = drawing(case)
     bundle = recipe.bundle(case["method"], case["arch"], case["p"], case["classes"], case["bundle_seed"], **options)
     images = recipe.images(case["n"], recipe.ARCHS[case["arch"]]["size"], case["image_seed"])
     assert recipe.digest(bundle) == case["sha256"]["bundle"]

@@ -41,10 +41,7 @@ def truth(eye: Backbone, own: Task, pixels: np.ndarray, mean: float = 0.5, std: 
     stack = torch.from_numpy(pixels[None])
     images = normalise(stack, torch.tensor([[mean] * 3]), torch.tensor([[std] * 3]), torch.float64)
     with torch.inference_mode():
-        if own.method == "vpt_deep":
-            return reference.vpt_deep(eye, images, own.params, own.lengths)[0].numpy()
-        literal = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow}[own.method]
-        return literal(eye, images, own.params)[0].numpy()
+        return reference.logits(own.method, eye, images, own.params, own.lengths)[0].numpy()
 
 
 TASKS = [
@@ -55,6 +52,9 @@ TASKS = [
     a_task("vpt_shallow", (1, 0, 0, 0), 30, 5),
     a_task("linear", (0, 0, 0, 0), 6, 6),
     a_task("linear", (0, 0, 0, 0), 2, 7),
+    a_task("bias", (0, 0, 0, 0), 5, 8),
+    a_task("bias", (0, 0, 0, 0), 2, 9),
+    a_task("prompt_bias", (3, 0, 5, 2), 4, 10),
 ]
 
 

@@ -49,7 +49,7 @@ def bundle(eye: Backbone, drawn_as: str, registry: Registry | None = None, **cha
     return Bundle.build(replace(manifest, **changes), tensors)
 
 
-@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "linear"])
+@pytest.mark.parametrize("method", Registry().meanings)
 def test_what_init_draws_is_what_shapes_promise(eye: Backbone, method: str) -> None:
     own = Registry().get(method)
     lengths = own.prompt_lengths(eye.spec, 5)
@@ -59,7 +59,7 @@ def test_what_init_draws_is_what_shapes_promise(eye: Backbone, method: str) -> N
     assert all(torch.equal(params[name], again[name]) for name in params)
 
 
-@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "linear"])
+@pytest.mark.parametrize("method", Registry().meanings)
 def test_a_bundle_becomes_a_lens_and_answers(eye: Backbone, method: str) -> None:
     registry, bench = Registry(), Bench(eye)
     loaded = registry.load(bundle(eye, method), eye)

@@ -64,7 +64,7 @@ def images(rows: int) -> Tensor:
 
 
 def kinds_of(block: FrozenBlock) -> set[type]:
-    products = (block.query, block._keys_values, block.project, block._fc1, block._fc2)
+    products = (block.query, block._keys_values, block.project, block.hidden, block._fc2)
     return {type(product) for product in products}
 
 

@@ -1,0 +1,221 @@
+"""What a row may bring to a block besides a prefix.
+
+    shift    bias vectors, added where the block adds its own
+    cross    prompts under a softmax of their own, behind the block's attention
+    qkv      low-rank rows: x · downᵀ · up, added to queries, keys and values
+    beside   low-rank rows with an activation that read what the MLP reads
+    behind   low-rank rows with an activation that read what the MLP gives
+
+Tensors have a leading batch axis [B] where rows differ; without it one lens stands for all rows. On the rack all of it
+is D-wide vectors: `parts` takes an addition apart, `gathered` puts those of a batch together. Zero vectors, the rack's
+padding, add nothing: a zero bias is none, and whatever a zero `down` row gives ends in a zero `up` row. Only a softmax
+needs a mask.
+
+What is added in place is added to sums that nothing else has read yet, so autograd has nothing to object to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .block import FrozenBlock
+
+
+@dataclass(frozen=True)
+class Part:
+    """Vectors [n, D] as they lie on the rack, and a scalar [n] beside each where something reads it."""
+
+    vectors: Tensor
+    scalars: Tensor | None = None
+
+
+class Found(Protocol):
+    """A part of each of a batch's rows, padded with zero vectors to the longest."""
+
+    @property
+    def vectors(self) -> Tensor:
+        """[B, n, D]"""
+        ...
+
+    @property
+    def scalars(self) -> Tensor:
+        """[B, n]"""
+        ...
+
+    def of_rows_with_any(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Vectors [b, n, D] of those rows that have any, their mask [b, n] (None where lengths are equal), and which
+        rows these are (None where all)."""
+        ...
+
+
+Parts = dict[str, Part]
+Find = Callable[[str], Found | None]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Bias vectors of one block. qkv: [3·D], attention: [D], hidden: [H], mlp: [D]."""
+
+    qkv: Tensor
+    attention: Tensor
+    hidden: Tensor
+    mlp: Tensor
+
+    @property
+    def parts(self) -> Parts:
+        width = self.mlp.shape[-1]
+        hidden = F.pad(self.hidden, (0, -self.hidden.shape[-1] % width))
+        return {"shift": Part(torch.cat((self.qkv, self.attention, self.mlp, hidden)).view(-1, width))}
+
+    @classmethod
+    def gathered(cls, find: Find) -> Shift | None:
+        found = find("shift")
+        if found is None:
+            return None
+        width, vectors = found.vectors.shape[-1], found.vectors.flatten(1)
+        qkv, attention, mlp, hidden = vectors.split([3 * width, width, width, vectors.shape[1] - 5 * width], dim=1)
+        return cls(qkv, attention, hidden, mlp)
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Keys and values [p, D] that only this softmax sees; `rows` [b]: which rows have any, None where all have."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None  # [b, p], True where a prompt is real
+    rows: Tensor | None = None
+
+    @property
+    def parts(self) -> Parts:
+        return {"cross.keys": Part(self.keys), "cross.values": Part(self.values)}
+
+    @classmethod
+    def gathered(cls, find: Find) -> Cross | None:
+        keys, values = find("cross.keys"), find("cross.values")
+        if keys is None or values is None:
+            return None
+        own, mask, rows = keys.of_rows_with_any()
+        return cls(own, values.of_rows_with_any()[0], mask, rows)
+
+    def add_to(self, block: FrozenBlock, x: Tensor) -> None:
+        """x [B, N, D] + what the block's own attention makes of these prompts, for each token by itself."""
+        reading = x if self.rows is None else x[self.rows]
+        keys, values = (part.expand(len(reading), -1, -1) for part in (self.keys, self.values))
+        mask = None if self.mask is None else self.mask[:, None, None]
+        query = block.per_head(block.query(reading), block.q_norm)
+        added = block.ls1(block.project(block.attend(query, keys, values, mask)))
+        if self.rows is None:
+            x += added
+        else:
+            x.index_add_(0, self.rows, added)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """x [B, N, D] → act(x · downᵀ + bias) · up + offset. down: [r, D], up: [r, O], bias: [r], offset: [O]."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None = None
+    offset: Tensor | None = None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """[B, N, D] → [B, N, r]"""
+        found = x @ self.down.mT
+        return found if self.bias is None else found + self.bias.unsqueeze(-2)
+
+    def outer(self, inner: Tensor) -> Tensor:
+        found = inner @ self.up
+        return found if self.offset is None else found + self.offset.unsqueeze(-2)
+
+    def parts(self, name: str) -> Parts:
+        none = self.down.new_zeros(len(self.down))
+        found = {
+            f"{name}.down": Part(self.down, none if self.bias is None else self.bias),
+            f"{name}.up": Part(self.up.reshape(-1, self.down.shape[-1])),
+        }
+        if self.offset is not None:
+            found[f"{name}.offset"] = Part(self.offset.view(1, -1))
+        return found
+
+    @classmethod
+    def gathered(cls, name: str, find: Find, *, biased: bool = True) -> LowRank | None:
+        down, up, offset = find(f"{name}.down"), find(f"{name}.up"), find(f"{name}.offset")
+        if down is None or up is None:
+            return None
+        return cls(
+            down.vectors,
+            up.vectors.view(*down.vectors.shape[:2], -1),
+            down.scalars if biased else None,
+            None if offset is None else offset.vectors[:, 0],
+        )
+
+
+@dataclass(frozen=True)
+class Additions:
+    """All that one block is brought. See the module's first lines."""
+
+    shift: Shift | None = None
+    cross: Cross | None = None
+    qkv: LowRank | None = None
+    beside: LowRank | None = None
+    behind: LowRank | None = None
+
+    @property
+    def parts(self) -> Parts:
+        found: Parts = {}
+        for whole in (self.shift, self.cross):
+            found |= {} if whole is None else whole.parts
+        for name, low in (("qkv", self.qkv), ("beside", self.beside), ("behind", self.behind)):
+            found |= {} if low is None else low.parts(name)
+        return found
+
+    @classmethod
+    def gathered(cls, find: Find) -> Additions:
+        return cls(
+            Shift.gathered(find),
+            Cross.gathered(find),
+            LowRank.gathered("qkv", find, biased=False),
+            LowRank.gathered("beside", find),
+            LowRank.gathered("behind", find),
+        )
+
+    def to_qkv(self, normed: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """normed, keys, values: [B, N, D]; query: [B, Q, D] of the first Q tokens."""
+        if self.shift is not None:
+            to_query, to_keys, to_values = self.shift.qkv.unsqueeze(-2).chunk(3, dim=-1)
+            query, keys, values = query + to_query, keys + to_keys, values + to_values
+        if self.qkv is not None:
+            inner = self.qkv.inner(normed)
+            to_query, to_keys, to_values = self.qkv.up.chunk(3, dim=-1)
+            query = query + inner[:, : query.shape[1]] @ to_query
+            keys, values = keys + inner @ to_keys, values + inner @ to_values
+        return query, keys, values
+
+    def after_attention(self, block: FrozenBlock, x: Tensor) -> None:
+        """Add to the tokens x [B, N, D] in place."""
+        if self.shift is not None:
+            x += block.ls1(self.shift.attention.unsqueeze(-2))
+        if self.cross is not None:
+            self.cross.add_to(block, x)
+
+    def to_hidden(self, hidden: Tensor) -> None:
+        """Add to what the activation reads, [B, N, H], in place."""
+        if self.shift is not None:
+            hidden += self.shift.hidden[..., : hidden.shape[-1]].unsqueeze(-2)
+
+    def after_mlp(self, block: FrozenBlock, x: Tensor, normed: Tensor, out: Tensor) -> None:
+        """Add to the tokens x [B, N, D] in place. `normed` went into the MLP, `out` came out."""
+        if self.shift is not None:
+            x += block.ls2(self.shift.mlp.unsqueeze(-2))
+        if self.beside is not None:
+            x += block.ls2(self.beside.outer(block.act(self.beside.inner(normed))))
+        if self.behind is not None:
+            x += block.ls2(self.behind.outer(F.gelu(self.behind.inner(out))))

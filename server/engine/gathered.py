@@ -1,0 +1,153 @@
+"""What a batch's seats bring, gathered from the rack by number: prefixes, carried tokens, additions.
+
+Rows bring different amounts: what is gathered is padded to the longest with vector 0, which is zero for ever, and comes
+with a mask where a softmax would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .additions import Additions
+from .lens import ENTRY, Prefix
+
+Indices = NDArray[np.int64]
+NOTHING: Indices = np.zeros(0, np.int64)
+
+
+@dataclass
+class Slot:
+    """Numbers of the vectors of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]; parts: by layer and
+    name, as `Lens.parts` has them; hidden: of each hidden layer of the head."""
+
+    generation: int = 0
+    used: bool = False
+    keys: Indices = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    values: Indices = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    lengths: Indices = field(default_factory=lambda: NOTHING)
+    tokens: Indices = field(default_factory=lambda: NOTHING)
+    head: Indices = field(default_factory=lambda: NOTHING)
+    parts: dict[tuple[int, str], Indices] = field(default_factory=dict)
+    hidden: list[Indices] = field(default_factory=list)
+
+    @property
+    def head_only(self) -> bool:
+        return not len(self.tokens) and not self.lengths.any() and not self.parts
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """Names of the parts, whatever their layer. Asked of a slot in use only; freeing makes a new one."""
+        return frozenset(name for _, name in self.parts)
+
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """Layers that have parts."""
+        return frozenset(layer for layer, _ in self.parts)
+
+    def vectors(self) -> Indices:
+        """Every vector this slot holds."""
+        prompts = [self.keys[self.keys > 0], self.values[self.values > 0]]
+        return np.concatenate([*prompts, self.tokens, self.head, *self.parts.values(), *self.hidden])
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The rack's memory: slab [V, D], and a scalar [V] beside each vector."""
+
+    slab: Tensor
+    scalars: Tensor
+
+    def index(self, numbers: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.slab.device, non_blocking=True)
+
+
+class Gathered:
+    """What a batch's seats bring (a `lens.Condition`)."""
+
+    def __init__(self, memory: Vectors, slots: Sequence[Slot]) -> None:
+        self._memory, self._slots = memory, slots
+        self._lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
+        self._longest = self._lengths.max(axis=0)  # [L]
+        self._layers = frozenset[int]().union(*(slot.layers for slot in slots))
+        self.tokens, self.token_mask = self._carried()
+        entry = self._part(ENTRY, "entry")
+        self.entry = None if entry is None else entry.vectors
+
+    def prefix(self, layer: int) -> Prefix | None:
+        longest = int(self._longest[layer])
+        if longest == 0:
+            return None
+        lengths = self._lengths[:, layer]
+        pairs = list(zip(self._slots, lengths, strict=True))
+        keys = self._vectors([slot.keys[layer, :length] for slot, length in pairs])
+        values = self._vectors([slot.values[layer, :length] for slot, length in pairs])
+        return Prefix(keys, values, _mask(self._memory, lengths))
+
+    def additions(self, layer: int) -> Additions | None:
+        if layer not in self._layers:
+            return None
+        return Additions.gathered(lambda name: self._part(layer, name))
+
+    def _carried(self) -> tuple[Tensor | None, Tensor | None]:
+        lengths = np.array([len(slot.tokens) for slot in self._slots])
+        if not lengths.any():
+            return None, None
+        return self._vectors([slot.tokens for slot in self._slots]), _mask(self._memory, lengths)
+
+    def _part(self, layer: int, name: str) -> FoundPart | None:
+        numbers = [slot.parts.get((layer, name), NOTHING) for slot in self._slots]
+        return FoundPart(self._memory, numbers) if any(map(len, numbers)) else None
+
+    def _vectors(self, numbers: Sequence[Indices]) -> Tensor:
+        """[B, longest, D], zero where a row has fewer."""
+        return self._memory.slab[self._memory.index(padded(numbers))]
+
+
+class FoundPart:
+    """A part of each row, an `additions.Found`. numbers: of each row's vectors; one of them at least has some."""
+
+    def __init__(self, memory: Vectors, numbers: Sequence[Indices]) -> None:
+        self._memory, self._numbers = memory, numbers
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return self._memory.index(padded(self._numbers))
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        return self._memory.slab[self._index]
+
+    @property
+    def scalars(self) -> Tensor:
+        return self._memory.scalars[self._index]
+
+    def of_rows_with_any(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        lengths = np.array([len(own) for own in self._numbers])
+        rows = np.flatnonzero(lengths)
+        if len(rows) == len(lengths):
+            return self.vectors, _mask(self._memory, lengths), None
+        index = self._memory.index(padded([self._numbers[row] for row in rows.tolist()]))
+        return self._memory.slab[index], _mask(self._memory, lengths[rows]), self._memory.index(rows)
+
+
+def padded(numbers: Sequence[Indices]) -> Indices:
+    """[B, longest], 0 where a row has fewer."""
+    table = np.zeros((len(numbers), max(map(len, numbers))), np.int64)
+    for row, own in zip(table, numbers, strict=True):
+        row[: len(own)] = own
+    return table
+
+
+def _mask(memory: Vectors, lengths: Indices) -> Tensor | None:
+    """[B, longest], True where a row has a vector; None where all have as many."""
+    longest = lengths.max()
+    if (lengths == longest).all():
+        return None
+    return memory.index(np.arange(longest) < lengths[:, None])

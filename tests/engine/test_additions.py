@@ -1,0 +1,151 @@
+"""What methods add to the blocks: equal to the literal forward with its gradients, on every kind of backbone; free of
+charge where nothing is added; and the rack's memory stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine import reference, vit
+from server.engine.additions import Additions
+from server.engine.backbone import Backbone
+from server.engine.lens import condition
+from server.methods.method import Params
+from server.methods.registry import Registry
+from tests.engine.golden_cases import Bench, backbone
+from tests.engine.test_isolation import TASKS, a_task, picture, truth
+from tests.engine.test_packed import KINDS, an_eye, images, needs_float32
+
+METHODS = {
+    "bias": (0, 0, 0),
+    "prompt_bias": (3, 0, 5),
+}
+ALL_KINDS = {
+    **KINDS,
+    "pre-norm": {"pre_norm": True},
+    "mean pooling behind the norm": {"global_pool": "avg", "fc_norm": False},
+}
+MANY = [own for own in TASKS if own.method in METHODS]
+
+
+def drawn(eye: Backbone, method: str, lengths: Sequence[int]) -> Params:
+    shapes = Registry().get(method).shapes(eye.spec, tuple(lengths), 5)
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.randn(shape, generator=generator).to(eye.dtype) * 0.3 for name, shape in shapes.items()}
+
+
+def by_lens(eye: Backbone, method: str, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
+    lens = Registry().get(method).lower(eye, params, tuple(lengths))
+    return vit.classify(vit.forward(eye, vit.embed(eye, pixels), condition(lens, len(pixels))), lens)
+
+
+def by_rack(eye: Backbone, method: str, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
+    bench = Bench(eye)
+    with torch.inference_mode():
+        seat = bench.seat(Registry().get(method).lower(eye, params, tuple(lengths)))
+        return torch.stack(bench.engine.logits(vit.embed(eye, pixels), [(row, seat) for row in range(len(pixels))]))
+
+
+@pytest.mark.parametrize("path", [by_lens, by_rack])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_answers_are_the_literal_ones(method: str, kind: str, path: object) -> None:
+    eye, lengths = an_eye(torch.float64, False, **ALL_KINDS[kind]), METHODS[method]
+    params, pixels = drawn(eye, method, lengths), images(3).double()
+    with torch.inference_mode():
+        expected = reference.logits(method, eye, pixels, params, lengths)
+        found = path(eye, method, pixels, params, lengths)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradients_are_the_literal_ones(method: str, kind: str) -> None:
+    eye, lengths = an_eye(torch.float64, False, **ALL_KINDS[kind]), METHODS[method]
+    found, expected = ({k: v.requires_grad_() for k, v in drawn(eye, method, lengths).items()} for _ in range(2))
+    (by_lens(eye, method, images(2).double(), found, lengths) ** 2).sum().backward()
+    (reference.logits(method, eye, images(2).double(), expected, lengths) ** 2).sum().backward()
+    for name, own in expected.items():
+        assert own.grad is not None
+        torch.testing.assert_close(found[name].grad, own.grad, atol=1e-9 * float(own.grad.abs().max()), rtol=1e-7)
+    assert sum(own.grad.abs().max() > 0 for own in expected.values()) >= len(expected) - 1
+    assert all(parameter.grad is None for parameter in eye.model.parameters())
+
+
+@needs_float32
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_answers_and_gradients_are_the_plain_ones(method: str) -> None:
+    lengths = METHODS[method]
+    plain, packed = (an_eye(torch.float32, own) for own in (False, True))
+    answers, gradients = [], []
+    for eye in (plain, packed):
+        params = {name: value.requires_grad_() for name, value in drawn(eye, method, lengths).items()}
+        answers.append(by_lens(eye, method, images(3), params, lengths))
+        (answers[-1] ** 2).sum().backward()
+        gradients.append({name: value.grad for name, value in params.items()})
+    torch.testing.assert_close(answers[1], answers[0], atol=2e-5 * float(answers[0].detach().abs().max()), rtol=0)
+    for name, own in gradients[0].items():
+        assert own is not None
+        torch.testing.assert_close(gradients[1][name], own, atol=2e-5 * float(own.abs().max()), rtol=0)
+
+
+def test_huge_additions_of_a_neighbour_change_nothing() -> None:
+    """Loud rows of every method around quiet ones, of the same method (one lane, padded) and of others."""
+    eye = an_isolated_eye()
+    bench = Bench(eye)
+    quiet = [bench.seat(own.lens(eye)) for own in TASKS]
+    loud = [bench.seat(a_task(own.method, own.lengths, 3, 50 + n, 1e4).lens(eye)) for n, own in enumerate(MANY)]
+    work = [(picture(n), seat) for n in range(2) for seat in (*loud, *quiet, *loud)]
+    for (pixels, seat), row in zip(work, bench.engine.run(work), strict=True):
+        if seat in quiet:
+            np.testing.assert_allclose(row, truth(eye, TASKS[quiet.index(seat)], pixels), atol=1e-9, rtol=0)
+
+
+def test_lenses_come_and_go_and_the_racks_memory_stays() -> None:
+    """Whatever sat in a vector or beside it before: freed huge, written anew, answered as if it were alone."""
+    eye = an_isolated_eye()
+    bench = Bench(eye, slots=6, vectors=1200)
+    rack, pixels = bench.rack, picture(3)
+    where = (rack._slab.data_ptr(), rack._bias.data_ptr())
+    for round_, own in enumerate(MANY * 2):
+        loud = [bench.seat(a_task(other.method, other.lengths, 3, round_, 1e4).lens(eye)) for other in MANY[:3]]
+        for seat in loud:
+            rack.free(seat.place)
+        seats = [bench.seat(own.lens(eye)), bench.seat(TASKS[0].lens(eye))]
+        first, second = bench.engine.run([(pixels, seat) for seat in seats])
+        np.testing.assert_allclose(first, truth(eye, own, pixels), atol=1e-9, rtol=0)
+        np.testing.assert_allclose(second, truth(eye, TASKS[0], pixels), atol=1e-9, rtol=0)
+        rack.check_integrity()
+        for seat in seats:
+            rack.free(seat.place)
+    assert rack.used_vectors == 0
+    assert where == (rack._slab.data_ptr(), rack._bias.data_ptr())
+
+
+def test_rows_that_add_nothing_are_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of addition has a lane of its own: rows of other methods never see its work."""
+    eye = an_isolated_eye()
+    bench = Bench(eye)
+    seats = [bench.seat(own.lens(eye)) for own in TASKS]
+    rows: list[int] = []
+    gathered = Additions.to_qkv
+
+    def note(self: Additions, normed: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows.append(len(normed))
+        return gathered(self, normed, *parts)
+
+    monkeypatch.setattr(Additions, "to_qkv", note)
+    plain = [seat for seat, own in zip(seats, TASKS, strict=True) if own.method not in METHODS]
+    bench.engine.run([(picture(0), seat) for seat in plain])
+    assert rows == []
+    bench.engine.run([(picture(0), seat) for seat in seats])
+    assert sum(rows) <= len(MANY) * eye.spec.depth
+
+
+def an_isolated_eye() -> Backbone:
+    """The one that `a_task` draws for."""
+    return backbone("vit_nano", 101, torch.float64)

@@ -43,9 +43,13 @@ def load_settings(**overrides: Any) -> Settings:
         raise typer.Exit(2) from None
 
 
+def start_logging(settings: Settings) -> None:
+    logs.start(settings.log_level, settings.log_format)
+
+
 def start_telling(settings: Settings, service: str) -> None:
     """Logs, and traces where they are wanted; a trace names this `service`."""
-    logs.start(settings.log_level, settings.log_format)
+    start_logging(settings)
     if not settings.otlp_endpoint:
         return
     try:

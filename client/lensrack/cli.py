@@ -346,6 +346,7 @@ def train(
     method: Annotated[str, typer.Option(help="auto, vpt_deep, vpt_shallow, linear, ...")] = "auto",
     search: Annotated[str | None, typer.Option(help="auto, quick (a first answer in seconds) or none.")] = None,
     budget: Annotated[int | None, typer.Option(help="Images through the backbone for a search.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published recipe: vpt or cvpt.")] = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,

@@ -401,6 +401,7 @@ class Recipe(Request):
     `search`: `auto` finds what is left out on the validation images and takes at most about `budget` images through the
     backbone for it; `quick` publishes a head on the frozen features within seconds and fits in full afterwards; `none`
     just fits. Left out, it is `auto` for the method `auto` and `none` for any other.
+    `preset`: a published recipe, and for a search its grid; fields that are given replace the preset's.
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
     `prompt_layers`: the first and the last layer that get prompts, from 0.
     `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
@@ -408,6 +409,7 @@ class Recipe(Request):
 
     search: Literal["auto", "quick", "none"] | None = None
     budget: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    preset: Literal["vpt", "cvpt"] | None = None
 
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None

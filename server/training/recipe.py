@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args
 from server.errors import Unprocessable
 
 from .augment import Augment
+from .presets import beneath, published
 
 _CHOICES: Final = {
     "optimizer": ("sgd", "adamw"),
@@ -82,14 +83,18 @@ class Wanted:
 
 
 def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe:
-    """General defaults, then a method's, then the job's. Raises Unprocessable (invalid_request)."""
+    """General defaults, then a method's, a preset's, and the job's. Raises Unprocessable (invalid_request)."""
     asked = {key: value for key, value in wanted.items() if value is not None}
+    if (preset := asked.pop("preset", None)) is not None:
+        asked = beneath(asked, published(preset).fields)
     base_lr = asked.pop("base_lr", None)
     if base_lr is not None and "lr" in asked:
         raise Unprocessable("give lr or base_lr, not both: lr = base_lr · batch_size / 256")
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(asked.keys() - known):
-        raise Unprocessable(f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr'})}")
+        raise Unprocessable(
+            f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr', 'preset'})}"
+        )
     recipe = Recipe(**{**defaults, **asked})
     if base_lr is not None:
         recipe = replace(recipe, lr=base_lr * recipe.batch_size / 256)

@@ -30,6 +30,7 @@ from .checkpoint import Checkpoint
 from .data import Pictures, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
+from .presets import beneath, published
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe, resolve
 from .together import Fitting
@@ -94,7 +95,9 @@ class _Plan:
         heads: list[list[Candidate | None]] = []
         prompted: list[list[Candidate | None]] = []
         for method in methods:
-            own = [_candidate(method, changes, fixed, images) for changes in method.candidates]
+            own = [_candidate(method, changes, fixed, images) for changes in _suggested(method, fixed)]
+            if not any(own):  # nothing that is suggested goes with what is fixed
+                own = [Candidate(method, resolve(method.defaults, fixed))]
             (heads if _head_only(method, backbone) else prompted).append(own)
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
         left = budget - (min(budget // 3, images) + judged if heads else 0)
@@ -242,15 +245,20 @@ def _head_only(method: Method, backbone: Backbone) -> bool:
         return method.lower(backbone, own, lengths).head_only
 
 
+def _suggested(method: Method, fixed: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """A preset's own grid, or what the method suggests."""
+    preset = fixed.get("preset")
+    return method.candidates if preset is None else published(preset).grid
+
+
 def _candidate(method: Method, changes: Mapping[str, Any], fixed: Mapping[str, Any], images: int) -> Candidate | None:
     """A method's suggestion with what the job has fixed. None where the two do not go together: a learning rate is
     suggested for its optimiser."""
     held = {name: value for name, value in fixed.items() if value is not None}
     if held.get("optimizer", changes.get("optimizer", "adamw")) != changes.get("optimizer", "adamw"):
         return None
-    suggested = {name: value for name, value in changes.items() if not (name == "lr" and "base_lr" in held)}
-    recipe = resolve(method.defaults, {**suggested, **held})
-    if "epochs" not in held:
+    recipe = resolve(method.defaults, beneath(held, changes))
+    if not held.keys() & {"epochs", "preset"}:
         recipe = replace(recipe, epochs=max(recipe.epochs, min(MOST_EPOCHS, math.ceil(FULL / images))))
     return Candidate(method, recipe)
 

@@ -22,7 +22,7 @@ from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
 from tests.engine.golden_cases import Bench, backbone
 
-METHODS = ["vpt_deep", "vpt_shallow", "linear", "bias", "prompt_bias"]
+METHODS = ["vpt_deep", "vpt_shallow", "linear", "bias", "prompt_bias", "cvpt"]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,11 @@ def test_a_recipe_is_defaults_then_the_methods_then_the_jobs() -> None:
     assert resolve({"lr": 0.5}, {"epochs": 7, "lr": None}) == Recipe(lr=0.5, epochs=7)
     assert resolve({}, {"base_lr": 2.5, "batch_size": 64}).lr == pytest.approx(2.5 * 64 / 256)
     assert resolve({}, {"epochs": 1}).warmup_epochs == 0
+    assert resolve({"prompt_dropout": 0.1}, {"preset": "vpt", "weight_decay": 0.0}) == Recipe(
+        epochs=100, batch_size=64, optimizer="sgd", lr=0.25, weight_decay=0.0, warmup_epochs=10, prompt_dropout=0.1
+    )
+    assert resolve({}, {"preset": "vpt", "lr": 0.7}).lr == 0.7
+    assert resolve({}, {"preset": "cvpt", "base_lr": 0.8}).lr == pytest.approx(0.1)
     for wrong in ({"lr": 1, "base_lr": 1}, {"sped": 3}, {"optimizer": "adagrad"}):
         with pytest.raises(ServiceError):
             resolve({}, wrong)

@@ -168,3 +168,19 @@ def test_large_data_are_tried_in_part(eye: Backbone) -> None:
     found = alone(eye, searching(eye, own, splits, 3, SHORT, budget=600))
     assert all(trial["images"] < 300 for trial in found.metrics["search"]["trials"] if trial["rung"] == 1)
     assert found.metrics["train_images"] == 300
+
+
+def test_a_preset_is_searched_on_its_own_grid(eye: Backbone) -> None:
+    fixed = {"preset": "vpt", "epochs": 4, "batch_size": 16, "warmup_epochs": 1, "prompts": 2}
+    found = searched(eye, ("vpt_deep",), fixed=fixed, budget=1500)
+    trials = found.metrics["search"]["trials"]
+    assert {trial["optimizer"] for trial in trials} == {"sgd"}
+    first = [trial["lr"] for trial in trials if trial["rung"] == 1][:3]
+    assert first == pytest.approx([base * 16 / 256 for base in (1.0, 2.5, 0.5)])
+    assert found.recipe.optimizer == "sgd"
+
+
+def test_what_nobody_suggested_is_tried_as_it_is_asked_for(eye: Backbone) -> None:
+    found = searched(eye, ("linear", "vpt_deep"), fixed={**SHORT, "preset": "vpt", "optimizer": "adamw", "lr": 0.01})
+    assert {trial["optimizer"] for trial in found.metrics["search"]["trials"]} == {"adamw"}
+    assert found.recipe.weight_decay == 1e-3, "the preset's"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -55,6 +56,18 @@ def logits(method: str, backbone: Backbone, pixels: Tensor, params: Params, prom
     return LITERAL[method](backbone, pixels, params, prompt_lengths)
 
 
+def cvpt(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """CVPT (Huang et al., ICCV 2025): behind each block's attention, its own frozen weights once more, queries from the
+    tokens, keys and values from the layer's prompts, and no norm before any of them."""
+    x = _enter(backbone.model, pixels)
+    for block, prompts in zip(backbone.model.blocks, params["prompts"].split(list(prompt_lengths)), strict=True):
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        if len(prompts):
+            x = x + block.ls1(_cross_attention(block.attn, x, prompts))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return _leave(backbone.model, x, params)
+
+
 Literal = Callable[[Backbone, Tensor, Params, Sequence[int]], Tensor]
 LITERAL: Final[Mapping[str, Literal]] = {
     "vpt_deep": vpt_deep,
@@ -62,6 +75,7 @@ LITERAL: Final[Mapping[str, Literal]] = {
     "linear": lambda backbone, pixels, params, _: linear(backbone, pixels, params),
     "bias": bias,
     "prompt_bias": prompt_bias,
+    "cvpt": cvpt,
 }
 
 
@@ -71,6 +85,19 @@ def _vpt_deep(model: VisionTransformer, pixels: Tensor, params: Params, lengths:
         x = block(_insert(_remove(x, before), prompts))
         before = len(prompts)
     return _leave(model, x, params, prompts=before)
+
+
+def _cross_attention(attention: Attention, x: Tensor, prompts: Tensor) -> Tensor:
+    """Queries from x [B, N, D], keys and values from prompts [p, D] → [B, N, D]."""
+    width, heads = x.shape[-1], attention.num_heads
+    weights = attention.qkv.weight.split(width)
+    biases = (0.0, 0.0, 0.0) if attention.qkv.bias is None else attention.qkv.bias.split(width)
+    query, keys, values = (
+        (source @ weight.T + own).unflatten(-1, (heads, -1)).transpose(-3, -2)  # [..., H, tokens, d]
+        for source, weight, own in zip((x, prompts, prompts), weights, biases, strict=True)
+    )
+    scores = attention.q_norm(query) @ attention.k_norm(keys).mT * attention.scale
+    return attention.proj((scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))
 
 
 def _biases(model: VisionTransformer, params: Params) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ from server.engine.residency import Loaded
 from server.errors import BadRequest, Conflict, Unprocessable
 
 from .bias import Bias
+from .cvpt import Cvpt
 from .linear import Linear
 from .method import Method, Params
 from .prompt_bias import PromptBias
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
 
-METHODS: Final[tuple[Method, ...]] = (VptDeep(), VptShallow(), Linear(), Bias(), PromptBias())
+METHODS: Final[tuple[Method, ...]] = (VptDeep(), VptShallow(), Linear(), Bias(), PromptBias(), Cvpt())
 
 
 class Registry:

@@ -108,7 +108,7 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
     if "prompt_proj.weight" in params:  # folded once, as an importer would
         prompts = prompts @ params.pop("prompt_proj.weight").T + params.pop("prompt_proj.bias")
     p = case["p"]
-    lengths = tuple(p) if isinstance(p, list) else (p, *(p if method == "vpt_deep" else 0 for _ in range(depth - 1)))
+    lengths = tuple(p) if isinstance(p, list) else (p, *(0 if method == "vpt_shallow" else p for _ in range(depth - 1)))
     params["prompts"] = prompts.reshape(-1, prompts.shape[-1])
     return Task(method, params, lengths)
 

@@ -23,6 +23,7 @@ from tests.engine.test_packed import KINDS, an_eye, images, needs_float32
 METHODS = {
     "bias": (0, 0, 0),
     "prompt_bias": (3, 0, 5),
+    "cvpt": (4, 0, 2),
 }
 ALL_KINDS = {
     **KINDS,

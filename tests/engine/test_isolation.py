@@ -55,6 +55,8 @@ TASKS = [
     a_task("bias", (0, 0, 0, 0), 5, 8),
     a_task("bias", (0, 0, 0, 0), 2, 9),
     a_task("prompt_bias", (3, 0, 5, 2), 4, 10),
+    a_task("cvpt", (2, 0, 3, 1), 5, 11),
+    a_task("cvpt", (0, 4, 20, 1), 2, 12),
 ]
 
 

@@ -137,7 +137,8 @@ class Trainer:
             nonlocal looked
             if 0 < self._under_way < self._at_once and time.monotonic() - looked >= JOIN_S and not self.stop.is_set():
                 looked = time.monotonic()
-                with suppress(Unavailable):  # whoever is under way finds out for himself
+                with suppress(Unavailable, DiskFull):  # whoever is under way finds out for himself
+                    self._retention.when_due()
                     while self._under_way < self._at_once and (job := self._claim()):
                         yield self._worked(job)
 

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers.attention import Attention
 
-from server.engine import attention, lens, vit
+from server.engine import attention, lens, reference, vit
 from server.engine.backbone import Backbone
-from server.engine.lens import Prefix
+from server.methods.registry import Registry
 from tests.engine.golden_cases import Bench, Task, backbone, recipe
 from tests.engine.test_isolation import TASKS, a_task, picture
 
 EXACT = 1e-12
+LITERAL = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow, "vpt_deep": reference.vpt_deep}
+OWN = [own for own in TASKS if own.method in LITERAL]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def eye() -> Backbone:
     return backbone("vit_nano", 101, torch.float64)
 
 
-@pytest.mark.parametrize("own", TASKS, ids=lambda own: f"{own.method}-{own.lengths}")
+@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
 def test_its_features_are_the_fast_forwards(eye: Backbone, own: Task) -> None:
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
     x = vit.embed(eye, images)
@@ -30,7 +33,77 @@ def test_its_features_are_the_fast_forwards(eye: Backbone, own: Task) -> None:
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("own", TASKS, ids=lambda own: f"{own.method}-{own.lengths}")
+@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
+def test_its_shares_are_the_literal_forwards(eye: Backbone, own: Task) -> None:
+    """Every block's softmax over [class token | prompts | patches], as the papers draw it, taken from timm's modules;
+    and rolled out from the tokens that were there at the start."""
+    images = torch.from_numpy(recipe.images(1, 64, 5)).double()
+    blocks = literal_shares(eye, own, images)
+    lengths = own.lengths if own.method == "vpt_deep" else (own.lengths[0],) * len(blocks)
+    image, prompts = rolled_out(blocks, lengths, carried=own.method == "vpt_shallow")
+    last = blocks[-1][0]
+    p = lengths[-1]
+    seen = attention.trace(eye, vit.embed(eye, images), lens.condition(own.lens(eye), 1))
+    np.testing.assert_allclose(seen.last.grid.ravel(), last[1 + p :], atol=EXACT, rtol=0)
+    np.testing.assert_allclose(
+        [seen.last.rest, seen.last.prompts], [last[0], last[1 : 1 + p].sum()], atol=EXACT, rtol=0
+    )
+    np.testing.assert_allclose(seen.rollout.grid.ravel(), image[1:], atol=EXACT, rtol=0)
+    np.testing.assert_allclose([seen.rollout.rest, seen.rollout.prompts], [image[0], prompts], atol=EXACT, rtol=0)
+
+
+def literal_shares(eye: Backbone, own: Task, images: torch.Tensor) -> list[np.ndarray]:
+    """Of each block [1 + p + n, 1 + p + n], the mean over the heads, while `reference.py` runs."""
+    found: list[np.ndarray] = []
+
+    def keep(module: Attention, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
+        query, keys, _ = module.qkv(inputs[0]).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        found.append((query @ keys.mT * module.scale).softmax(-1)[0].mean(0).numpy())
+
+    hooks = [block.attn.register_forward_hook(keep) for block in eye.model.blocks]
+    try:
+        with torch.inference_mode():
+            if own.method == "vpt_deep":
+                reference.vpt_deep(eye, images, own.params, own.lengths)
+            else:
+                LITERAL[own.method](eye, images, own.params)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def rolled_out(blocks: list[np.ndarray], lengths: tuple[int, ...], *, carried: bool) -> tuple[np.ndarray, float]:
+    """How much of the class token comes from each image token, and from all prompts: followed from source to source."""
+    tokens = len(blocks[0]) - lengths[0]
+    content = np.eye(tokens, tokens + 1)  # of each image token: what comes from the image tokens, and from prompts
+    prompt = np.eye(tokens + 1)[-1:]
+    before = prompt.repeat(lengths[0], axis=0)
+    for shares, length in zip(blocks, lengths, strict=True):
+        if not carried:
+            before = prompt.repeat(length, axis=0)  # fresh ones
+        everything = np.concatenate((content[:1], before, content[1:]))
+        everything = 0.5 * everything + 0.5 * shares @ everything
+        content, before = np.delete(everything, slice(1, 1 + length), axis=0), everything[1 : 1 + length]
+    return content[0, :-1], float(content[0, -1])
+
+
+@pytest.mark.parametrize("method", [method.name for method in Registry().all])
+def test_every_method_can_be_watched(eye: Backbone, method: str) -> None:
+    own = Registry().get(method)
+    lengths = own.prompt_lengths(eye.spec, 3)
+    generator = torch.Generator().manual_seed(1)
+    params = {name: value.double() for name, value in own.init(eye.spec, lengths, 4, generator).items()}
+    params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
+    condition = lens.condition(own.lower(eye, params, lengths), 1)
+    x = vit.embed(eye, torch.from_numpy(recipe.images(1, 64, 5)).double())
+    seen = attention.trace(eye, x.clone(), condition)
+    np.testing.assert_allclose(seen.features, vit.forward(eye, x, condition)[0].numpy(), atol=EXACT, rtol=0)
+    for looked in (seen.last, seen.rollout):
+        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
+
+
+@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
 def test_shares_add_up_and_prompts_have_theirs(eye: Backbone, own: Task) -> None:
     bench = Bench(eye)
     seen = attention.look(bench.engine, picture(3), bench.seat(own.lens(eye)))
@@ -51,37 +124,10 @@ def test_it_is_the_seat_that_looks(eye: Backbone) -> None:
     np.testing.assert_allclose(logits, bench.engine.run([(picture(3), seat)])[0], atol=1e-9, rtol=0)
 
 
-def test_all_attention_on_one_prompt(eye: Backbone) -> None:
-    """A prompt whose key outshouts every other gets the whole last block, and what rollout gives it by hand."""
-
-    class Loud(lens.Plain):
-        def prefix(self, layer: int) -> Prefix | None:
-            return Prefix(self.keys[layer], torch.zeros(1, 2, 64, dtype=torch.float64), None)
-
-    images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    loud = Loud()
-    x = vit.embed(eye, images)
-    block = eye.blocks[-1]
-    # the class token's own query, head by head, as a key: its score is a square, and so above all others when scaled
-    plain = attention.trace(eye, x.clone(), lens.Plain())
-    assert plain.last.prompts == plain.rollout.prompts == 0
-    keys = torch.zeros(len(eye.blocks), 1, 2, 64, dtype=torch.float64)
-    loud.keys = keys
-    even = attention.trace(eye, x.clone(), loud)
-    for index in range(len(eye.blocks) - 1):
-        x, _ = attention._block(eye.model.blocks[index], x, loud.prefix(index))
-    keys[-1, 0, 0] = 1e4 * block.query(block.norm1(x))[0, 0]
-    seen = attention.trace(eye, vit.embed(eye, images), loud)
-    assert seen.last.prompts == pytest.approx(1)
-    assert seen.last.grid.sum() == pytest.approx(0, abs=1e-6)
-    assert 0 < even.last.prompts < 1
-    assert seen.rollout.prompts > even.rollout.prompts
-
-
 def test_rollout_is_abnar_and_zuidemas_product() -> None:
     """Two blocks by hand: two tokens, a prompt in the second block."""
-    first = attention.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64))
-    second = attention.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64))
+    first = attention.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64), 2)
+    second = attention.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64), 2)
     flow = attention.Flow.at_start(2).through(first).through(second)
     one = np.array([[0.75, 0.25], [0.0, 1.0]])
     two = np.array([[0.1 + 0.5, 0.2], [0.0, 0.5 + 0.5]])

@@ -70,6 +70,7 @@ class PlainEngine:
     def look(self, image: np.ndarray, seat: Seat) -> Any:
         """As a real engine would tell where it looked: two by two patches, the first as bright as the image's mean."""
         self.threads.add(threading.get_ident())
+        self.entered.set()
         assert self.gate.wait(20)
         grid = np.array([[mean(image) / 1000, 0.1], [0.1, 0.1]])
         looked = SimpleNamespace(grid=grid, prompts=0.25, rest=0.45 - mean(image) / 1000)

@@ -26,7 +26,7 @@ JOB_ID: Final[ContextVar[str]] = ContextVar("job_id", default="")
 
 MOST_CHARACTERS: Final = 16_384
 _PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
-_CHATTY: Final = ("watchfiles", "uvicorn.error", "httpx", "opentelemetry")
+_CHATTY: Final = ("watchfiles", "uvicorn.error", "uvicorn.access", "httpx", "opentelemetry")
 
 
 def start(level: str, format_: Format, stream: TextIO | None = None) -> None:

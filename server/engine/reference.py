@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -68,6 +69,44 @@ def cvpt(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Seq
     return _leave(backbone.model, x, params)
 
 
+def lora(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """LoRA (Hu et al., ICLR 2022, section 4.1), merged into the weights: W + (down · up)ᵀ."""
+    layers = [params[name].split(list(prompt_lengths)) for name in ("lora.down", "lora.up")]
+    merged = {}
+    for layer, (down, up) in enumerate(zip(*layers, strict=True)):
+        name = f"blocks.{layer}.attn.qkv.weight"
+        merged[name] = backbone.model.get_parameter(name) + up.T @ down
+    model = _changed(backbone.model, merged)
+    return _leave(model, _blocks(model, _enter(model, pixels)), params)
+
+
+def adapter(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """Adapters (Pfeiffer et al., EACL 2021): a bottleneck reads what the MLP gives and is added to it."""
+    names = ("down.weight", "down.bias", "up.weight")
+    layers = [params[f"adapter.{name}"].split(list(prompt_lengths)) for name in names]
+    x, biases = _enter(backbone.model, pixels), iter(params["adapter.up.bias"])
+    for block, down, down_bias, up in zip(backbone.model.blocks, *layers, strict=True):
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        out = block.mlp(block.norm2(x))
+        if len(down):
+            out = out + F.linear(F.gelu(F.linear(out, down, down_bias)), up.T, next(biases))
+        x = x + block.ls2(out)
+    return _leave(backbone.model, x, params)
+
+
+def memory(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """Keys and values as rows of each MLP, which is wider by that much."""
+    layers = [params[name].split(list(prompt_lengths)) for name in ("memory.keys", "memory.values")]
+    wider = {}
+    for layer, (keys, values) in enumerate(zip(*layers, strict=True)):
+        mlp, name = backbone.model.blocks[layer].mlp, f"blocks.{layer}.mlp"
+        wider[f"{name}.fc1.weight"] = torch.cat((mlp.fc1.weight, keys))
+        wider[f"{name}.fc1.bias"] = torch.cat((mlp.fc1.bias, mlp.fc1.bias.new_zeros(len(keys))))
+        wider[f"{name}.fc2.weight"] = torch.cat((mlp.fc2.weight, values.T), dim=1)
+    model = _changed(backbone.model, wider)
+    return _leave(model, _blocks(model, _enter(model, pixels)), params)
+
+
 Literal = Callable[[Backbone, Tensor, Params, Sequence[int]], Tensor]
 LITERAL: Final[Mapping[str, Literal]] = {
     "vpt_deep": vpt_deep,
@@ -76,6 +115,9 @@ LITERAL: Final[Mapping[str, Literal]] = {
     "bias": bias,
     "prompt_bias": prompt_bias,
     "cvpt": cvpt,
+    "lora": lora,
+    "adapter": adapter,
+    "memory": memory,
 }
 
 

@@ -58,6 +58,12 @@ def head_init(spec: Spec, classes: int, generator: torch.Generator) -> Params:
     return {"head.weight": weight, "head.bias": torch.zeros(classes)}
 
 
+def rows_init(spec: Spec, rows: int, generator: torch.Generator) -> Tensor:
+    """Uniform in ±1/sqrt(D), as PyTorch draws the rows of a linear layer. Returns [rows, D]."""
+    bound = spec.dim**-0.5
+    return torch.empty(rows, spec.dim).uniform_(-bound, bound, generator=generator)
+
+
 def prompt_init(spec: Spec, rows: int, generator: torch.Generator) -> Tensor:
     """Uniform in ±sqrt(6 / (3·patch² + D)), as the official VPT code draws prompts. Returns [rows, D]."""
     bound = (6 / (3 * spec.patch_size**2 + spec.dim)) ** 0.5

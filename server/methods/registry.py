@@ -14,15 +14,28 @@ from server.engine.lens import Lens
 from server.engine.residency import Loaded
 from server.errors import BadRequest, Conflict, Unprocessable
 
+from .adapter import Adapter
 from .bias import Bias
 from .cvpt import Cvpt
 from .linear import Linear
+from .lora import Lora
+from .memory import Memory
 from .method import Method, Params
 from .prompt_bias import PromptBias
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
 
-METHODS: Final[tuple[Method, ...]] = (VptDeep(), VptShallow(), Linear(), Bias(), PromptBias(), Cvpt())
+METHODS: Final[tuple[Method, ...]] = (
+    VptDeep(),
+    VptShallow(),
+    Linear(),
+    Bias(),
+    PromptBias(),
+    Cvpt(),
+    Lora(),
+    Adapter(),
+    Memory(),
+)
 
 
 class Registry:
@@ -79,12 +92,16 @@ class Registry:
 
     def _check_shapes(self, bundle: Bundle, spec: Spec) -> None:
         manifest = bundle.manifest
-        expected = self._methods[manifest.method].shapes(spec, manifest.prompt_lengths, len(manifest.labels))
-        if "prompts" not in expected and any(manifest.prompt_lengths):
+        method, lengths = self._methods[manifest.method], manifest.prompt_lengths
+        possible = method.prompt_lengths(spec, 1)
+        if any(length and not some for length, some in zip(lengths, possible, strict=True)):
+            where = [layer for layer, some in enumerate(possible) if some]
             raise BadRequest(
-                f"method {manifest.method} has no prompts, the bundle gives lengths {list(manifest.prompt_lengths)}",
+                f"method {method.name} has {f'prompts in layers {where} only' if where else 'no prompts'}, "
+                f"the bundle gives lengths {list(lengths)}",
                 code="bad_bundle",
             )
+        expected = method.shapes(spec, lengths, len(manifest.labels))
         found = {name: tuple(array.shape) for name, array in bundle.tensors.items()}
         if found != expected:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -103,7 +103,8 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
     method = METHODS.get(case["method"], case["method"])
     depth = recipe.ARCHS[arch]["depth"]
     if method in REPLACED:
-        return Task(method, REPLACED[method](params, arch, dtype), (0,) * depth)
+        width = recipe.ARCHS[arch]["embed"] // case["options"]["reduction"] if method == "adapter" else 0
+        return Task(method, REPLACED[method](params, arch, dtype), (width,) * depth)
     prompts = params["prompts"] * scale.get("scale_prompts", 1)
     if "prompt_proj.weight" in params:  # folded once, as an importer would
         prompts = prompts @ params.pop("prompt_proj.weight").T + params.pop("prompt_proj.bias")
@@ -124,9 +125,21 @@ def _as_bias(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[s
     return {**found, "bias.entry": moved["patch_embed.proj.bias"], "bias.norm": moved["norm.bias"]}
 
 
+def _as_adapter(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Layer by layer to all layers' rows in order; an official `up` has a column where ours has a row."""
+    layers = range(recipe.ARCHS[arch]["depth"])
+    found = {name: value for name, value in params.items() if "head" in name}
+    for name in ("down.weight", "down.bias"):
+        found[f"adapter.{name}"] = torch.cat([params[f"adapter.{layer}.{name}"] for layer in layers])
+    found["adapter.up.weight"] = torch.cat([params[f"adapter.{layer}.up.weight"].T for layer in layers])
+    found["adapter.up.bias"] = torch.stack([params[f"adapter.{layer}.up.bias"] for layer in layers])
+    return found
+
+
 REPLACED: dict[str, Callable[[dict[str, Tensor], str, torch.dtype], dict[str, Tensor]]] = {
     "linear": lambda params, *_: params,
     "bias": _as_bias,
+    "adapter": _as_adapter,
 }
 
 

@@ -24,6 +24,9 @@ METHODS = {
     "bias": (0, 0, 0),
     "prompt_bias": (3, 0, 5),
     "cvpt": (4, 0, 2),
+    "lora": (2, 0, 3),
+    "adapter": (4, 0, 1),
+    "memory": (0, 5, 2),
 }
 ALL_KINDS = {
     **KINDS,

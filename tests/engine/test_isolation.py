@@ -57,6 +57,13 @@ TASKS = [
     a_task("prompt_bias", (3, 0, 5, 2), 4, 10),
     a_task("cvpt", (2, 0, 3, 1), 5, 11),
     a_task("cvpt", (0, 4, 20, 1), 2, 12),
+    a_task("cvpt", (5, 1, 0, 2), 3, 19),
+    a_task("lora", (2, 0, 3, 1), 5, 13),
+    a_task("lora", (1, 9, 0, 0), 2, 14),
+    a_task("adapter", (4, 0, 2, 1), 5, 15),
+    a_task("adapter", (0, 1, 12, 0), 2, 16),
+    a_task("memory", (3, 0, 6, 1), 5, 17),
+    a_task("memory", (0, 8, 1, 0), 2, 18),
 ]
 
 

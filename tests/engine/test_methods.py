@@ -90,6 +90,7 @@ def test_a_bundle_for_another_backbone_names_both(eye: Backbone) -> None:
         ({"prompt_lengths": (4, 4, 4)}, "3 layers, the backbone has 4"),
         ({"prompt_lengths": (12, 0, 0, 0), "method": "vpt_shallow", "tensors": {"extra": np.zeros(3, "f4")}}, "extra"),
         ({"method": "linear"}, "no prompts"),
+        ({"method": "vpt_shallow"}, "prompts in layers [0] only"),
         ({"tensors": {"prompts": np.zeros((12, 5), "f4")}}, r"prompts is (12, 5), expected (12, 64)"),
         ({"tensors": {"head.weight": np.zeros((4, 65), "f4")}}, "head.weight"),
     ],

@@ -245,7 +245,7 @@ class Trainer:
         if case.wanted.search == "auto" or case.method is None:  # the second says the same to the type checker
             return searching(
                 self._backbone,
-                self._registry.all if case.method is None else [case.method],
+                self._registry.searched if case.method is None else [case.method],
                 splits,
                 classes,
                 case.wanted.fields,

@@ -21,14 +21,14 @@ import torch
 
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
-from server.methods.registry import Registry
+from server.methods.registry import SEARCHED, Registry
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import Fitted, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
 from server.training.together import alone
 
-METHODS = ("linear", "vpt_shallow", "vpt_deep")
+METHODS = SEARCHED
 AUTO = "auto"
 MAX_PIXELS = 50_000_000
 Cell = dict[str, Any]

@@ -36,6 +36,8 @@ METHODS: Final[tuple[Method, ...]] = (
     Adapter(),
     Memory(),
 )
+# More of them would leave a search's budget too few trials of each; docs/results/accuracy.md tells what these reach.
+SEARCHED: Final = ("linear", "vpt_shallow", "vpt_deep")
 
 
 class Registry:
@@ -56,8 +58,9 @@ class Registry:
         return self._methods[name]
 
     @property
-    def all(self) -> tuple[Method, ...]:
-        return tuple(self._methods.values())
+    def searched(self) -> tuple[Method, ...]:
+        """What a search chooses among where no method is named."""
+        return tuple(self._methods[name] for name in SEARCHED if name in self._methods)
 
     @property
     def meanings(self) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test redis check format clean help
+.PHONY: serve test redis chromium screenshots check format clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,13 +19,21 @@ $(STAMP): pyproject.toml
 serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
-test: $(STAMP) redis  ## all tests
+test: $(STAMP) redis chromium  ## all tests
 	$(BIN)/python -m pytest
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
 	@command -v redis-server >/dev/null || { \
 	  echo "installing redis-server"; export DEBIAN_FRONTEND=noninteractive; \
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends redis-server >/dev/null; }
+
+chromium:        ## the browser that the tests drive through the dashboard, where it is missing
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  echo "installing chromium"; export DEBIAN_FRONTEND=noninteractive; \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
+
+screenshots: $(STAMP) chromium  ## the pictures of the dashboard under docs/screenshots, taken anew
+	$(BIN)/python -m tests.e2e.screenshots docs/screenshots
 
 check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/ruff check .

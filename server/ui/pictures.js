@@ -1,0 +1,66 @@
+// A picture on its way in: dropped, pasted, chosen or photographed.
+import { fill, h, newId } from './dom.js';
+
+const TAKEN = ['image/jpeg', 'image/png', 'image/webp', 'image/bmp'];
+
+// `onPicture(blob)` gets a picture that the server takes; other formats the browser knows are converted here.
+export function intake(onPicture, signal) {
+  const choose = chooser('Choose a picture', {});
+  const photograph = chooser('Take a photo', { capture: 'environment' });
+  const zone = h('div', { class: 'drop', ondragover: over, ondragleave: out, ondrop: dropped },
+    h('p', {}, 'Drop or paste a picture here'), h('div', { class: 'actions' }, choose, photograph));
+  document.addEventListener('paste', pasted, { signal });
+  return zone;
+
+  function chooser(label, attributes) {
+    const id = newId('picture');
+    const input = h('input', { id, type: 'file', accept: 'image/*', class: 'hidden-input', ...attributes, onchange() { if (input.files[0]) take(input.files[0]); input.value = ''; } });
+    return h('span', {}, input, h('label', { for: id, class: 'button' }, label));
+  }
+
+  function over(event) { event.preventDefault(); zone.classList.add('over'); }
+  function out() { zone.classList.remove('over'); }
+  function dropped(event) {
+    event.preventDefault();
+    out();
+    const file = [...event.dataTransfer.files].find(one => one.type.startsWith('image/'));
+    if (file) take(file);
+  }
+  function pasted(event) {
+    const file = [...(event.clipboardData?.files ?? [])].find(one => one.type.startsWith('image/'));
+    if (file) { event.preventDefault(); take(file); }
+  }
+  async function take(file) { onPicture(TAKEN.includes(file.type) ? file : await converted(file)); }
+}
+
+// HEIC, AVIF, GIF and what else this browser can show.
+async function converted(file) {
+  try {
+    const bitmap = await createImageBitmap(file);
+    const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+    canvas.getContext('2d').drawImage(bitmap, 0, 0);
+    return await canvas.convertToBlob({ type: 'image/png' });
+  } catch {
+    return file; // the server says what it expects
+  }
+}
+
+// The picture with room for a heat-map over it.
+export function framed() {
+  const image = h('img', { alt: 'Your picture', class: 'shown' });
+  const over = h('div', { class: 'over' });
+  const frame = h('div', { class: 'frame', hidden: true }, image, over);
+  let address = null;
+  return {
+    frame, image,
+    show(blob) {
+      if (address) URL.revokeObjectURL(address);
+      address = URL.createObjectURL(blob);
+      image.src = address;
+      fill(over);
+      frame.hidden = false;
+    },
+    lay(canvas) { fill(over, canvas); },
+    clear() { fill(over); },
+  };
+}

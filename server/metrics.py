@@ -84,6 +84,14 @@ STEPS = _counter("training_steps_total", "Optimiser steps.")
 IMAGES = _counter("training_images_total", "Training images seen by optimiser steps, once for each epoch.")
 CACHE = _counter("cache_requests_total", "Looks into a cache: pixels, features.", "cache", "result")
 
+# a series that is there from the start: the first failure of a process is a step from 0 to 1, which `increase` can see
+_KNOWN: Final[tuple[tuple[Counter, tuple[tuple[str, ...], ...]], ...]] = (
+    (ROWS, (("answered",), ("refused",), ("failed",), ("expired",), ("departed",))),
+    (ATTEMPTS, (("succeeded",), ("failed",), ("retried",), ("cancelled",), ("released",), ("superseded",))),
+    (LEASES_LOST, (("holder",), ("successor",))),
+    (CACHE, (("pixels", "hit"), ("pixels", "miss"), ("features", "hit"), ("features", "miss"))),
+)
+
 _BY_TASK: Final = (TASK_ROWS, TASK_S, RACK_HITS, RACK_LOADS, RACK_EVICTIONS, LOAD_S)
 
 
@@ -92,6 +100,13 @@ def _forget(task: str) -> None:
         metric.remove_by_labels({"task": task})
 
 
+def _begin_at_zero() -> None:
+    for counter, known in _KNOWN:
+        for labels in known:
+            counter.labels(*labels)
+
+
+_begin_at_zero()
 TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
 
 

@@ -88,7 +88,7 @@ def _url(process: subprocess.Popen[bytes], log_file: Path, said_before: int) -> 
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         text = log_file.read_bytes()[said_before:].decode(errors="replace")
-        if found := re.search(r"serving on (http://\S+)", text):
+        if found := re.search(r"serving on (http://[\w.:\[\]]+)", text):
             return found[1]
         if process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}:\n{text[-3000:]}")

@@ -100,7 +100,7 @@ class Browser:
         )
         assert "violations" in found, found
         return [
-            f"{one['id']} ({one['impact']}): {[node['target'] for node in one['nodes'][:3]]} {one['nodes'][0]['failureSummary']}"
+            f"{one['id']}: {[node['target'] for node in one['nodes'][:3]]} {one['nodes'][0]['failureSummary']}"
             for one in found["violations"]
         ]
 

@@ -158,8 +158,8 @@ def test_a_picture_may_be_dropped_or_pasted(page: Browser, server: ServerProcess
         canvas.convertToBlob({type: 'image/png'}).then(blob => {
           const carried = new DataTransfer();
           carried.items.add(new File([blob], 'black.gif', {type: 'image/gif'}));
-          const event = arguments[0] === 'drop' ? new DragEvent('drop', {dataTransfer: carried, bubbles: true, cancelable: true})
-            : new ClipboardEvent('paste', {clipboardData: carried, bubbles: true, cancelable: true});
+          const known = {dataTransfer: carried, clipboardData: carried, bubbles: true, cancelable: true};
+          const event = arguments[0] === 'drop' ? new DragEvent('drop', known) : new ClipboardEvent('paste', known);
           document.querySelector('.drop').dispatchEvent(event);
         });""",
         way,
@@ -269,8 +269,8 @@ def test_a_zip_made_in_the_browser_is_one_everywhere(page: Browser) -> None:
     encoded = page.chrome.execute_async_script(
         """const done = arguments[0];
         import('/ui/zip.js').then(async ({ zipOf }) => {
-          const files = Array.from({length: 66000}, (_, n) => ({path: `класс/${n}.png`, file: new File(n ? [] : ['first'], 'x')}));
-          const blob = await zipOf(files);
+          const file = n => new File(n ? [] : ['first'], 'x');
+          const blob = await zipOf(Array.from({length: 66000}, (_, n) => ({path: `класс/${n}.png`, file: file(n)})));
           const reader = new FileReader();
           reader.onload = () => done(reader.result.split(',')[1]);
           reader.readAsDataURL(blob);

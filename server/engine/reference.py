@@ -27,6 +27,13 @@ def linear(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
     return _leave(backbone.model, _blocks(backbone.model, _enter(backbone.model, pixels)), params)
 
 
+def mlp(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """The plain ViT and a head with a hidden layer."""
+    features = _features(backbone.model, _blocks(backbone.model, _enter(backbone.model, pixels)))
+    hidden = (features @ params["hidden.weight"].T + params["hidden.bias"]).relu()
+    return hidden @ params["head.weight"].T + params["head.bias"]
+
+
 def vpt_shallow(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
     """VPT-shallow (Jia et al., ECCV 2022, eq. 4–6): prompts [p, D] enter once and are carried through all blocks."""
     x = _blocks(backbone.model, _insert(_enter(backbone.model, pixels), params["prompts"]))
@@ -112,6 +119,7 @@ LITERAL: Final[Mapping[str, Literal]] = {
     "vpt_deep": vpt_deep,
     "vpt_shallow": lambda backbone, pixels, params, _: vpt_shallow(backbone, pixels, params),
     "linear": lambda backbone, pixels, params, _: linear(backbone, pixels, params),
+    "mlp": mlp,
     "bias": bias,
     "prompt_bias": prompt_bias,
     "cvpt": cvpt,
@@ -191,5 +199,8 @@ def _remove(x: Tensor, prompts: int) -> Tensor:
 
 
 def _leave(model: VisionTransformer, x: Tensor, params: Params, prompts: int = 0) -> Tensor:
-    features = model.forward_head(model.norm(_remove(x, prompts)), pre_logits=True)
-    return features @ params["head.weight"].T + params["head.bias"]
+    return _features(model, _remove(x, prompts)) @ params["head.weight"].T + params["head.bias"]
+
+
+def _features(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.forward_head(model.norm(x), pre_logits=True)

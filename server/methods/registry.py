@@ -21,6 +21,7 @@ from .linear import Linear
 from .lora import Lora
 from .memory import Memory
 from .method import Method, Params
+from .mlp import Mlp
 from .prompt_bias import PromptBias
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
@@ -29,6 +30,7 @@ METHODS: Final[tuple[Method, ...]] = (
     VptDeep(),
     VptShallow(),
     Linear(),
+    Mlp(),
     Bias(),
     PromptBias(),
     Cvpt(),

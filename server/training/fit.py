@@ -227,7 +227,7 @@ class _Fit:
         return value
 
     def _loss(self, features: Tensor, lens: Lens, targets: Tensor) -> Tensor:
-        logits = vit.head(features, lens.head_weight, lens.head_bias).float()
+        logits = vit.classify(features, lens).float()
         return F.cross_entropy(logits, targets, self.weights, label_smoothing=self.recipe.label_smoothing)
 
     def _drop_prompts(self, rows: int, generator: torch.Generator) -> Params:
@@ -262,7 +262,7 @@ class _Fit:
                     self.passes += len(index)
                     features = yield Ask(features, condition(lens, len(index)), start=inputs.layer)
                 with torch.inference_mode():
-                    found.append(vit.head(features, lens.head_weight, lens.head_bias).double().cpu().numpy())
+                    found.append(vit.classify(features, lens).double().cpu().numpy())
                 self._tick()
         return np.concatenate(found)
 

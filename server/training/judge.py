@@ -84,4 +84,4 @@ def _logits(backbone: Backbone, loaded: Loaded, pictures: NDArray[np.uint8]) -> 
     mean, std = torch.tensor([loaded.mean], device=device), torch.tensor([loaded.std], device=device)
     x = vit.embed(backbone, normalise(torch.from_numpy(pictures).to(device), mean, std, backbone.dtype))
     features = vit.forward(backbone, x, condition(lens, len(pictures)))
-    return vit.head(features, lens.head_weight, lens.head_bias).double().cpu()
+    return vit.classify(features, lens).double().cpu()

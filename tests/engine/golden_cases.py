@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.numpy import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from server.engine import reference
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
 from server.engine.images import Geometry
-from server.engine.lens import Lens
+from server.engine.lens import Dense, Lens, no_prefix
 from server.engine.rack import Rack
 from server.engine.residency import Seat
 from server.methods.registry import Registry
@@ -78,8 +80,40 @@ class Task:
     params: dict[str, Tensor]
     lengths: tuple[int, ...]
 
+    def literal(self, eye: Backbone, images: Tensor) -> Tensor:
+        return reference.logits(self.method, eye, images, self.params, self.lengths)
+
     def lens(self, eye: Backbone) -> Lens:
         return Registry().get(self.method).lower(eye, self.params, self.lengths)
+
+
+class Mlp3(Task):
+    """VPT's MLP-3: two hidden layers, a ReLU and a batch norm behind each. No method of ours, but a head like ours."""
+
+    def literal(self, eye: Backbone, images: Tensor) -> Tensor:
+        plain = {"head.weight": torch.eye(eye.spec.dim, dtype=eye.dtype), "head.bias": torch.zeros(1, dtype=eye.dtype)}
+        x = reference.linear(eye, images, plain)
+        for name in ("mlp.0", "mlp.1"):
+            x = F.linear(x, self.params[f"{name}.fc.weight"], self.params[f"{name}.fc.bias"]).relu()
+            own = (self.params[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+            x = F.batch_norm(x, *own, eps=1e-5)
+        return F.linear(x, self.params["head.weight"], self.params["head.bias"])
+
+    def lens(self, eye: Backbone) -> Lens:
+        """Each batch norm becomes a part of the layer that follows."""
+        nothing = no_prefix(eye.spec.depth, self.params["head.weight"])
+        second = self._behind("mlp.0", "mlp.1.fc")
+        head = self._behind("mlp.1", "head")
+        hidden = (Dense(self.params["mlp.0.fc.weight"], self.params["mlp.0.fc.bias"]), second)
+        return Lens(nothing, nothing, nothing[0], head.weight, head.bias, hidden=hidden)
+
+    def _behind(self, norm: str, layer: str) -> Dense:
+        mean, variance, weight, bias = (
+            self.params[f"{norm}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        scale = weight / (variance + 1e-5).sqrt()
+        own = self.params[f"{layer}.weight"]
+        return Dense(own * scale, self.params[f"{layer}.bias"] + own @ (bias - mean * scale))
 
 
 def drawing(case: Mapping[str, Any]) -> dict[str, int]:
@@ -102,6 +136,8 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
         params[key] = params[key] * scale.get("scale_head", 1)
     method = METHODS.get(case["method"], case["method"])
     depth = recipe.ARCHS[arch]["depth"]
+    if method == "mlp3":
+        return Mlp3(method, params, (0,) * depth)
     if method in REPLACED:
         width = recipe.ARCHS[arch]["embed"] // case["options"]["reduction"] if method == "adapter" else 0
         return Task(method, REPLACED[method](params, arch, dtype), (width,) * depth)

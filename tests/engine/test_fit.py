@@ -22,7 +22,7 @@ from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
 from tests.engine.golden_cases import Bench, backbone
 
-METHODS = ["vpt_deep", "vpt_shallow", "linear", "bias", "prompt_bias", "cvpt", "lora", "adapter", "memory"]
+METHODS = ["vpt_deep", "vpt_shallow", "linear", "mlp", "bias", "prompt_bias", "cvpt", "lora", "adapter", "memory"]
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,8 @@ TASKS = [
     a_task("adapter", (0, 1, 12, 0), 2, 16),
     a_task("memory", (3, 0, 6, 1), 5, 17),
     a_task("memory", (0, 8, 1, 0), 2, 18),
+    a_task("mlp", (0, 0, 0, 0), 4, 20),
+    a_task("mlp", (0, 0, 0, 0), 11, 21),
 ]
 
 
@@ -124,7 +126,7 @@ def test_each_row_is_normalised_with_its_own_mean_and_std(eye: Backbone) -> None
 
 def test_head_only_tasks_on_one_picture_share_one_trunk_row(eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(eye)
-    heads = [bench.seat(a_task("linear", (0,) * 4, 3 + n, n).lens(eye)) for n in range(10)]
+    heads = [bench.seat(a_task(("linear", "mlp")[n % 2], (0,) * 4, 3 + n, n).lens(eye)) for n in range(10)]
     deep = bench.seat(TASKS[0].lens(eye))
     rows: list[int] = []
     features = bench.engine._features

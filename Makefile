@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test redis chromium screenshots check format clean help
+.PHONY: serve test redis chromium screenshots check format clean help verify-deploy
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+verify-deploy: $(STAMP)  ## the production shape in containers: up, broken in every part, down (needs a Docker engine)
+	deploy/verify.sh
 
 format: $(STAMP) ## what the linters can mend by themselves
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,88 @@
+# The service in one image: `serve` by default, `work` for a worker.
+#
+#     docker build -t lensrack:cpu .
+#     docker build -t lensrack:cuda --build-arg VARIANT=cuda .
+#     docker run --rm --read-only --tmpfs /tmp -v lensrack:/data -p 127.0.0.1:8000:8000 -e LENSRACK_ALLOW_OPEN=true lensrack:cpu
+#
+# Nothing of it is written to but /data (one volume) and /tmp. Packages come from TORCH_INDEX and PIP_INDEX_URL, or from
+# a folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); these are known to the first stages only.
+
+FROM python:3.11-slim-bookworm AS packages
+ARG VARIANT=cpu
+ARG TORCH_INDEX
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv --without-pip /opt/venv && python -m venv /opt/pip
+WORKDIR /build
+
+# torch first: it is by far the largest, and changes with neither our code nor our other packages. PyPI's own build
+# carries CUDA; the one without it has an index of its own.
+RUN case "$VARIANT" in \
+      cpu) index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ;; \
+      cuda) index="${TORCH_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}}" ;; \
+      *) echo "VARIANT: expected cpu or cuda, got $VARIANT" >&2; exit 2 ;; \
+    esac \
+ && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.8' torchvision
+
+COPY pyproject.toml ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+ && /opt/pip/bin/pip --python /opt/venv/bin/python install -r requirements.txt
+
+# What only compiling against them or testing them needs, about 150 MB of the CPU variant.
+RUN cd /opt/venv/lib/python3*/site-packages \
+ && rm -rf torch/include torch/share/cmake torch/test torch/bin/*test* torchvision/include pyarrow/include pyarrow/tests \
+ && find . -name '*.a' -delete
+
+
+# Our own few files in a layer of their own: a new version moves these and not the packages.
+FROM packages AS program
+COPY README.md ./
+COPY client client
+RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --target /app .
+COPY server /app/server
+COPY prompts_store /app/prompts_store
+RUN python -m compileall -q /app
+
+
+FROM python:3.11-slim-bookworm
+ARG VARIANT=cpu
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="lensrack" \
+      org.opencontainers.image.description="Train, publish and serve many vision tasks from one frozen backbone" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      lensrack.variant="$VARIANT"
+
+# A new volume takes over owner and mode of the folder it is mounted on.
+RUN groupadd --gid 10001 lensrack \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin lensrack \
+ && install -d -o 10001 -g 10001 -m 750 /data \
+ && install -d -o 10001 -g 10001 -m 755 /run/lensrack
+
+COPY --from=packages /opt/venv /opt/venv
+COPY --from=program /app /app
+WORKDIR /app
+# The address is the container's own: who reaches it is decided by what is published. Without API keys the server still
+# refuses to start unless LENSRACK_ALLOW_OPEN says that this has been thought of.
+ENV PATH=/opt/venv/bin:/app/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/data/cache/hub \
+    LENSRACK_HOME=/data \
+    LENSRACK_HOST=0.0.0.0 \
+    LENSRACK_PORT=8000
+USER 10001:10001
+VOLUME /data
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+  CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['LENSRACK_PORT'] + '/healthz', timeout=4)"]
+ENTRYPOINT ["python", "-m", "server"]
+CMD ["serve"]

@@ -1,0 +1,388 @@
+"""The story that `verify.sh` tells: up, train, ask, break each part in turn, compare, down.
+
+Every step prints one line. The first that does not hold ends it with an AssertionError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from lensrack import Client, JobHandle, wire
+from server.samples import draw
+
+COMPOSE: Final = sys.argv[1:]
+PROJECT: Final = os.environ["COMPOSE_PROJECT_NAME"]
+URL: Final = f"http://127.0.0.1:{os.environ['PUBLISH_PORT']}"
+PROMETHEUS: Final = f"http://127.0.0.1:{os.environ['PROMETHEUS_PORT']}"
+LEFT_OUT: Final = os.environ.get("WITHOUT", "").split()
+SERVICES: Final = [
+    each for each in ("secrets", "redis", "server", "worker", "proxy", "prometheus", "grafana") if each not in LEFT_OUT
+]
+SOON_S: Final = 240.0
+RECIPE: Final = {"epochs": 10, "prompts": 4, "batch_size": 4, "seed": 5}
+STARTED: Final = time.monotonic()
+
+Answers = dict[str, list[tuple[str, float]]]
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+def docker(*arguments: str) -> str:
+    return run("docker", *arguments)
+
+
+def compose(*arguments: str) -> str:
+    return run(*COMPOSE, *arguments)
+
+
+def containers(service: str) -> list[str]:
+    """Ids of a service's containers, running or not, in the order of their numbers."""
+    label = f"label=com.docker.compose.service={service}"
+    ids = docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}", "--filter", label).split()
+    return sorted(ids, key=lambda each: str(inspect(each)["Name"]))
+
+
+def inspect(container: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = json.loads(docker("inspect", container))
+    return found[0]
+
+
+def name(container: str) -> str:
+    return str(inspect(container)["Name"]).strip("/").removeprefix(f"{PROJECT}_").removeprefix(f"{PROJECT}-")
+
+
+def until(what: str, holds: Callable[[], bool], seconds: float = SOON_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for this: {what}"
+        time.sleep(0.2)
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def healthy(container: str) -> bool:
+    state = inspect(container)["State"]
+    return bool(state["Running"]) and state.get("Health", {}).get("Status", "healthy") == "healthy"
+
+
+def all_up() -> bool:
+    running = [each for service in SERVICES if service != "secrets" for each in containers(service)]
+    return all(map(healthy, running)) and answers_http(f"{URL}/readyz")
+
+
+def answers_http(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ask(client: Client, pictures: list[Path]) -> Answers:
+    """What the two tasks say about every picture."""
+    found: Answers = {}
+    for path in pictures:
+        many = client.predict_many(["calm", "shaken"], path, top_k=8)
+        for task in ("calm", "shaken"):
+            found[f"{task} {path.name} of {path.parent.name}"] = [(p.label, p.score) for p in many[task].predictions]
+    return found
+
+
+def require_same(before: Answers, after: Answers) -> None:
+    """The same labels in the same order; scores equal but for the order in which a batch adds up."""
+    assert before.keys() == after.keys()
+    for key, expected in before.items():
+        assert [label for label, _ in expected] == [label for label, _ in after[key]], key
+        worst = max(abs(a - b) for (_, a), (_, b) in zip(expected, after[key], strict=True))
+        assert worst < 1e-5, f"{key}: scores moved by {worst}"
+
+
+def kept(client: Client) -> dict[str, object]:
+    """Everything that must outlive any container."""
+    tasks = sorted(task.task for task in client.tasks.list())
+    return {
+        "datasets": sorted(dataset.id for dataset in client.datasets.list()),
+        "versions": {task: [each.version for each in client.tasks.versions(task)] for task in tasks},
+        "live": {task: [t.version for t in client.tasks.alias(task).targets] for task in tasks},
+        "jobs": sorted((job.id, job.state) for job in client.jobs.iterate() if job.finished),
+    }
+
+
+def require_kept(before: dict[str, object], after: dict[str, object]) -> None:
+    for what, expected in before.items():
+        assert expected == after[what], f"{what}: {expected} became {after[what]}"
+
+
+# --- how a part breaks ------------------------------------------------------------------------------------------------
+
+
+def crash(container: str) -> None:
+    """End the program inside, as a crash would; the engine must start it again by itself."""
+    before = inspect(container)["RestartCount"]
+    killer = (
+        "import os\nfor p in os.listdir('/proc'):\n if p.isdigit() and 1 < int(p) != os.getpid(): os.kill(int(p), 9)"
+    )
+    subprocess.run(["docker", "exec", container, "python", "-c", killer], capture_output=True, check=False)
+    until(f"{name(container)} is started again", lambda: inspect(container)["RestartCount"] > before)
+
+
+def kill(container: str) -> None:
+    docker("kill", "--signal", "KILL", container)
+    assert not inspect(container)["State"]["Running"]
+
+
+def start(container: str) -> None:
+    docker("start", container)
+    until(f"{name(container)} is healthy", lambda: healthy(container))
+
+
+@contextmanager
+def asking(client: Client, picture: Path) -> Iterator[list[str]]:
+    """Somebody who asks all the time, and gives the versions that answered; a failure is one of the story."""
+    stop, answered, failed = threading.Event(), list[str](), list[BaseException]()
+
+    def ask_on() -> None:
+        while not stop.wait(0.05):
+            try:
+                answered.append(client.predict("calm", picture).version)
+            except Exception as error:
+                failed.append(error)
+
+    asker = threading.Thread(target=ask_on)
+    asker.start()
+    try:
+        yield answered
+    finally:
+        stop.set()
+        asker.join()
+    assert not failed, f"{len(failed)} of {len(failed) + len(answered)} questions failed, the first: {failed[0]!r}"
+
+
+def owner(job: str, workers: list[str]) -> str:
+    """The worker that took a job up last, as its log says."""
+    found = [each for each in workers if job in run("sh", "-c", f"docker logs {each} 2>&1") and healthy(each)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def epochs(client: Client, job: JobHandle) -> list[int]:
+    return [event.data["epoch"] for event in client.jobs.events(job.id).events if event.type == "epoch"]
+
+
+# --- the story --------------------------------------------------------------------------------------------------------
+
+
+def bring_up() -> None:
+    compose("up", "-d", "--scale", "server=2", "--scale", "worker=2", *SERVICES)
+    until("everything is up", all_up)
+    until("both servers are ready behind the proxy", lambda: all(map(healthy, containers("server"))))
+
+
+def look_at_containers() -> None:
+    published = []
+    for service in SERVICES:
+        for each in containers(service):
+            about = inspect(each)
+            user = about["Config"]["User"].split(":")[0]
+            assert about["HostConfig"]["ReadonlyRootfs"], f"{service}: its root file system can be written to"
+            assert user not in ("", "0", "root") or service in ("grafana",), f"{service} runs as {user or 'root'}"
+            assert about["HostConfig"]["CapDrop"] == ["ALL"], service
+            for port, places in (about["NetworkSettings"]["Ports"] or {}).items():
+                published += [(service, port, place["HostIp"]) for place in places or []]
+    assert {address for _, _, address in published} == {"127.0.0.1"}, published
+    assert "redis" not in {service for service, _, _ in published}
+    said = docker("exec", containers("redis")[0], "redis-cli", "ping")
+    assert "NOAUTH" in said, said
+    commands = docker("top", containers("redis")[0], "-eo", "pid,args")
+    secret = docker("exec", containers("redis")[0], "cat", "/run/lensrack/redis_password")
+    assert len(secret) == 64, "the password is 32 random bytes"
+    assert secret not in commands
+    assert not any(secret in run("sh", "-c", f"docker inspect {each}; docker logs {each} 2>&1") for each in every())
+    say(
+        "no container runs as root or can write to its root file system; published on 127.0.0.1 only: "
+        + ", ".join(f"{service} {port}" for service, port, _ in published)
+    )
+    say("redis is not published, wants its password, and the password is in no environment, argument or log")
+
+
+def every() -> list[str]:
+    return docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}").split()
+
+
+def train(client: Client, task: str, dataset: str, **recipe: Any) -> JobHandle:
+    return client.train(task, dataset, "vpt_deep", {**RECIPE, **recipe})
+
+
+def break_servers(client: Client, picture: Path) -> None:
+    first, second = containers("server")
+    with asking(client, picture) as answered:
+        crash(first)
+        until(f"{name(first)} is healthy", lambda: healthy(first))
+        kill(second)
+        time.sleep(3)
+        start(second)
+        time.sleep(2)
+    say(f"each server was killed and came back; {len(answered)} questions meanwhile, all answered")
+    until("both servers answer", lambda: both_answer(client, picture, (first, second)))
+
+
+ROWS: Final = (
+    "import urllib.request as r; print(sum(float(l.split()[-1]) for l in "
+    "r.urlopen('http://127.0.0.1:8000/metrics').read().decode().splitlines() if l.startswith('lensrack_rows_total')))"
+)
+
+
+def both_answer(client: Client, picture: Path, servers: tuple[str, str]) -> bool:
+    before = [float(docker("exec", each, "python", "-c", ROWS)) for each in servers]
+    for _ in range(20):
+        client.predict("calm", picture)
+    after = [float(docker("exec", each, "python", "-c", ROWS)) for each in servers]
+    return all(now > then for now, then in zip(after, before, strict=True))
+
+
+def break_a_worker(client: Client, dataset: str) -> None:
+    """In the middle of a job: another one goes on from the last checkpoint."""
+    job = train(client, "shaken", dataset)
+    until("three epochs are done", lambda: len(epochs(client, job)) >= 3)
+    workers = containers("worker")
+    victim = owner(job.id, workers)
+    kill(victim)
+    assert not job.refresh().finished, "it was killed too late to show anything"
+    done = job.wait(SOON_S)
+    assert done.attempt == 2, done.attempt
+    seen = epochs(client, job)
+    assert sorted(set(seen)) == list(range(1, RECIPE["epochs"] + 1)), seen
+    say(f"{name(victim)} was killed in mid-job; the other went on with it: epochs {seen}, {ending(done)}")
+    start(victim)
+
+
+def ending(job: wire.Job) -> str:
+    return f"{job.state} at attempt {job.attempt}"
+
+
+def break_redis(client: Client, dataset: str, picture: Path) -> None:
+    """With one job running and one waiting behind it in each worker's place."""
+    before = kept(client)
+    jobs = [train(client, f"through-{number}", dataset, seed=number) for number in range(3)]
+    until("a job is under way", lambda: any(epochs(client, job) for job in jobs))
+    redis = containers("redis")[0]
+    with asking(client, picture) as answered:
+        kill(redis)
+        time.sleep(8)
+        start(redis)
+    say(f"redis was killed for 8 s; {len(answered)} questions meanwhile, all answered from what the servers hold")
+    ended = [job.wait(SOON_S) for job in jobs]
+    say(
+        "the jobs that were under way and waiting: "
+        + ", ".join(f"{job.state} at attempt {job.attempt}" for job in ended)
+    )
+    after = kept(client)
+    for task, versions in before["versions"].items():  # type: ignore[attr-defined]
+        assert versions == after["versions"][task]  # type: ignore[index]
+    assert set(before["jobs"]) <= set(after["jobs"])  # type: ignore[call-overload]
+
+
+def watch_stream(client: Client, dataset: str) -> None:
+    """Events come as they happen, not when the job ends and the buffer is emptied."""
+    job = train(client, "watched", dataset)
+    seen: list[float] = []
+    headers = {"Accept": "text/event-stream"}
+    with httpx.stream("GET", f"{URL}/train/{job.id}/events", headers=headers, timeout=SOON_S) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: epoch"):
+                seen.append(time.time())
+    ended = job.refresh().finished_at or 0.0
+    assert len(seen) == RECIPE["epochs"], seen
+    assert seen[0] < ended - 0.5, "the first epoch was heard of only at the end"
+
+    say(f"events through the proxy: {len(seen)} epochs, the first of them {ended - seen[0]:.1f} s before the end")
+
+
+def break_the_watchers(client: Client) -> None:
+    proxy = containers("proxy")[0]
+    kill(proxy)
+    start(proxy)
+    until("the proxy answers", lambda: answers_http(f"{URL}/readyz"))
+    say("the proxy was killed and came back")
+    if "prometheus" in SERVICES:
+        until("prometheus sees both servers", lambda: scraped() == 2)
+        kill(containers("prometheus")[0])
+        start(containers("prometheus")[0])
+        until("prometheus sees both servers", lambda: scraped() == 2)
+        say("prometheus was killed and came back; it scrapes both servers")
+
+
+def scraped() -> int:
+    try:
+        found = httpx.get(f"{PROMETHEUS}/api/v1/query", params={"query": "lensrack_build_info"}, timeout=5).json()
+    except (httpx.HTTPError, ValueError):
+        return 0
+    return len({each["metric"]["instance"] for each in found["data"]["result"] if "8000" in each["metric"]["instance"]})
+
+
+def main() -> None:
+    size = int(docker("image", "inspect", "-f", "{{.Size}}", f"{os.environ['IMAGE_NAME']}:cpu"))
+    say(
+        f"the image has {size / 1e6:.0f} MB; services: {', '.join(SERVICES)}; left out: {', '.join(LEFT_OUT) or 'none'}"
+    )
+    bring_up()
+    say("2 servers and 2 workers are up behind the proxy")
+    look_at_containers()
+    with tempfile.TemporaryDirectory() as scratch, Client(URL, timeout=60, max_retries=8) as client:
+        draw(Path(scratch), per_class=12)
+        pictures = sorted((Path(scratch) / "fruit" / "test").rglob("*.png"))[::3]
+        dataset = client.datasets.upload(Path(scratch) / "fruit" / "train").id
+        calm = train(client, "calm", dataset).wait(SOON_S)
+        say(f"trained calm: {calm.state}, {calm.metrics}")
+        break_a_worker(client, dataset)
+        answers = ask(client, pictures)
+        require_same(
+            {key.removeprefix("calm "): each for key, each in answers.items() if key.startswith("calm ")},
+            {key.removeprefix("shaken "): each for key, each in answers.items() if key.startswith("shaken ")},
+        )
+        say(f"{len(pictures)} pictures: the job that was broken off answers exactly as the same job undisturbed")
+        watch_stream(client, dataset)
+        before = kept(client)
+        break_servers(client, pictures[0])
+        require_kept(before, kept(client))
+        require_same(answers, ask(client, pictures))
+        break_redis(client, dataset, pictures[0])
+        require_same(answers, ask(client, pictures))
+        break_the_watchers(client)
+        before = kept(client)
+        compose("down", "--timeout", "50")
+        assert not every()
+        bring_up()
+        require_kept(before, kept(client))
+        require_same(answers, ask(client, pictures))
+        say("everything was taken down and up again")
+        lost = [key for key in ("datasets", "versions", "live", "jobs") if before[key] != kept(client)[key]]
+        assert not lost
+        counts = {key: len(each) for key, each in before.items()}  # type: ignore[arg-type]
+        say(f"nothing was lost: {counts}; every answer is the same")
+    compose("down", "--volumes", "--timeout", "50")
+    say("taken down, volumes and all: verified")
+
+
+if __name__ == "__main__":
+    main()

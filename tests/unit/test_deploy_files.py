@@ -1,0 +1,252 @@
+"""What is deployed, read as files: what they name exists, nothing is open, nothing runs as root, nothing is secret.
+
+Where a Docker engine answers, `deploy/verify.sh` is run as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lensrack import wire
+from server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+TEXTS = [ROOT / "Dockerfile", ROOT / "compose.yaml", *sorted(path for path in DEPLOY.rglob("*") if path.is_file())]
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+OURS = [name for name, service in SERVICES.items() if "IMAGE_NAME" in service["image"]]
+
+
+def without_values(text: str) -> str:
+    """As Compose reads it where neither `.env` nor the environment says anything: defaults only."""
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda found: found[2] or "", text)
+
+
+# --- the compose file -------------------------------------------------------------------------------------------------
+
+
+def test_compose_takes_it() -> None:
+    """By Compose itself, where it is installed; with the names that `.env` may change left as they are."""
+    version = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False) if docker() else None
+    tool = ["docker", "compose"] if version and version.returncode == 0 else ["docker-compose"]
+    if shutil.which(tool[0]) is None:
+        pytest.skip("Docker Compose is not installed")
+    own = {key: value for key, value in os.environ.items() if not key.startswith("LENSRACK_")}
+    for profile in ([], ["--profile", "gpu"]):
+        command = [*tool, "-f", str(DEPLOY / "compose.yaml"), *profile, "config", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def docker() -> str | None:
+    return shutil.which("docker")
+
+
+def test_the_production_shape_is_there() -> None:
+    always = {name for name, service in SERVICES.items() if "profiles" not in service}
+    assert always == {"secrets", "redis", "server", "worker", "proxy", "prometheus", "grafana"}
+    assert {name for name in SERVICES if name not in always} == {"server-gpu", "worker-gpu"}
+    for name in ("server-gpu", "worker-gpu"):
+        (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert yaml.safe_load((ROOT / "compose.yaml").read_text())["include"] == [{"path": "deploy/compose.yaml"}]
+
+
+def ports() -> Iterator[tuple[str, str]]:
+    return ((name, port) for name, service in SERVICES.items() for port in service.get("ports", []))
+
+
+def test_nothing_is_published_beyond_loopback() -> None:
+    assert {name for name, _ in ports()} == {"proxy", "prometheus", "grafana"}
+    for name, port in ports():
+        assert re.fullmatch(r"127\.0\.0\.1:\d+:\d+", without_values(port)), f"{name}: {port}"
+    assert not any(service.get("network_mode") == "host" for service in SERVICES.values())
+
+
+def test_redis_is_reached_by_those_who_need_it_only() -> None:
+    assert COMPOSE["networks"]["stores"] == {"internal": True}
+    inside = {name for name, service in SERVICES.items() if "stores" in service.get("networks", [])}
+    assert inside == {"redis", "server", "worker", "server-gpu", "worker-gpu"}
+    assert SERVICES["redis"]["networks"] == ["stores"]
+
+
+def test_redis_keeps_what_it_accepted_and_wants_a_password() -> None:
+    told = " ".join(SERVICES["redis"]["command"][0].split())
+    for part in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction", "requirepass $$(cat "):
+        assert part in told
+    assert any(volume.startswith("redis:/data") for volume in SERVICES["redis"]["volumes"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_hardened(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.get("privileged")
+    assert service["restart"] == ("no" if name == "secrets" else "unless-stopped")
+    assert service.get("user", "") not in ("root", "0", "0:0")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_everything_mounted_exists(name: str) -> None:
+    """Files and folders of the checkout are there, and read-only; named volumes are declared."""
+    for volume in SERVICES[name].get("volumes", []):
+        source, _, *mode = volume.split(":")
+        if source.startswith("."):
+            assert (DEPLOY / source).exists(), f"{name} mounts {source}"
+            assert mode == ["ro"], volume
+        else:
+            assert source in COMPOSE["volumes"], f"{name} mounts {source}"
+
+
+def test_images_are_pinned() -> None:
+    """By a tag that names a version; never `latest`."""
+    images = [service["image"] for service in SERVICES.values() if "IMAGE_NAME" not in service["image"]]
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    bases = [name for name in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if name not in stages]
+    for image in images + bases:
+        assert re.fullmatch(r"[a-z0-9./-]+:v?\d+\.\d+[a-z0-9.-]*", image), image
+
+
+def test_the_services_that_share_share_all_of_it() -> None:
+    """Datasets, checkpoints and caches in one volume; bundles and jobs in one Redis."""
+    for name in OURS:
+        if name == "secrets":
+            continue
+        settings = SERVICES[name]["environment"]
+        assert settings["LENSRACK_STORE"] == settings["LENSRACK_JOBS"] == "redis://redis:6379/0"
+        assert settings["LENSRACK_WORKERS"] == "0"
+        assert "data:/data" in SERVICES[name]["volumes"]
+        assert SERVICES[name].get("command", ["serve"]) == (["work"] if "worker" in name else ["serve"])
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_setting_named_exists(path: Path) -> None:
+    """The names of metrics are written in another way, and the SDK has two variables of its own."""
+    known = {f"LENSRACK_{name.upper()}" for name in Settings.model_fields} | {"LENSRACK_URL", "LENSRACK_API_KEY"}
+    named = set(re.findall(r"\bLENSRACK_[A-Z_]*[A-Z]\b", path.read_text()))
+    assert named <= known, named - known
+
+
+def test_settings_take_what_the_files_give() -> None:
+    """Every value that is written down is one that the setting allows."""
+    given = dict(re.findall(r"^# (LENSRACK_\w+)=(.*)$", (DEPLOY / ".env.example").read_text(), re.MULTILINE))
+    assert len(given) > 5
+    for name in OURS:
+        own = {key: value for key, value in SERVICES[name].get("environment", {}).items() if value is not None}
+        values = {key.removeprefix("LENSRACK_").lower(): value for key, value in (given | own).items()}
+        settings = Settings(**values)
+        assert settings.workers in (0, 1)
+    passed_on = set(SERVICES["server"]["environment"])
+    assert set(given) <= passed_on, "what .env may set is passed on"
+
+
+def test_variables_of_the_compose_file_are_told_of() -> None:
+    told = (DEPLOY / ".env.example").read_text()
+    for variable in set(re.findall(r"(?<!\$)\$\{(\w+)", (DEPLOY / "compose.yaml").read_text())):
+        assert f"# {variable}=" in told, variable
+
+
+# --- the image --------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_is_not_roots() -> None:
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    (user,) = re.findall(r"^USER (\S+)$", last, re.MULTILINE)
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user), "by number, so that who checks for root can tell"
+    assert last.index("\nUSER ") > last.rindex("\nRUN "), "nothing is done as root after it"
+    assert "HEALTHCHECK" in last
+    assert "/healthz" in last
+    assert 'ENTRYPOINT ["python", "-m", "server"]' in last
+    assert 'CMD ["serve"]' in last
+
+
+def test_the_image_is_open_to_nobody_by_itself() -> None:
+    """The address is the container's; that it may be open is said by whoever publishes it."""
+    assert "LENSRACK_HOST=0.0.0.0" in DOCKERFILE
+    assert not re.search(r"^(ENV|ARG)?\s*LENSRACK_ALLOW_OPEN", DOCKERFILE, re.MULTILINE)
+    assert SERVICES["server"]["environment"]["LENSRACK_ALLOW_OPEN"] == "true"
+
+
+def test_everything_copied_into_the_image_is_sent_to_the_engine() -> None:
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = set(re.findall(r"^COPY (?!--from)(\S+)", DOCKERFILE, re.MULTILINE))
+    assert copied == sent
+    assert all((ROOT / source).exists() for source in copied)
+
+
+# --- secrets and strangers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_secret_is_in_a_file(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"rediss?://[^/\s]*:[^/\s]*@", text), "a URL with a password"
+    words = r"(password|secret|token|api_key)\S*\s*[:=]\s*"
+    assert not re.search(rf"(?im){words}['\"]?[A-Za-z0-9+_-][A-Za-z0-9+/_-]{{11,}}['\"]?\s*$", text), "a word for one"
+    assert not re.search(r"-----BEGIN [A-Z ]*PRIVATE KEY", text)
+    assert not re.search(r"\b[0-9a-f]{40,}\b", text)
+
+
+# --- the proxy --------------------------------------------------------------------------------------------------------
+
+ERRORS = sorted((DEPLOY / "proxy" / "errors").glob("*.http"))
+
+
+@pytest.mark.parametrize("path", ERRORS, ids=lambda path: path.stem)
+def test_what_the_proxy_answers_by_itself_is_a_problem_document(path: Path) -> None:
+    """As the server's own errors are, so that the SDK can read them."""
+    head, _, body = path.read_bytes().partition(b"\r\n\r\n")
+    assert head.split(b"\r\n")[0].startswith(f"HTTP/1.1 {path.stem} ".encode())
+    assert b"\r\nContent-Type: application/problem+json\r\n" in head
+    problem = wire.Problem.model_validate_json(body)
+    assert problem.status == int(path.stem)
+    assert f"/usr/local/etc/haproxy/errors/{path.name}" in (DEPLOY / "proxy" / "haproxy.cfg").read_text()
+
+
+def test_the_proxy_knows_its_way() -> None:
+    config = (DEPLOY / "proxy" / "haproxy.cfg").read_text()
+    assert set(re.findall(r"server-template \S+ \d+ (\S+):8000", config)) == {"server", "server-gpu"}
+    assert re.search(r"^\s+http-check send meth GET uri /readyz$", config, re.MULTILINE)
+    assert "option http-buffer-request" not in config, "uploads pass through, they are not gathered"
+    if (haproxy := shutil.which("haproxy")) is None:
+        pytest.skip("haproxy is not installed: its own check of the file is left out")
+    local = config.replace("/usr/local/etc/haproxy", str(DEPLOY / "proxy"))
+    done = subprocess.run([haproxy, "-c", "-f", "/dev/stdin"], input=local, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- for real ---------------------------------------------------------------------------------------------------------
+
+
+def test_scripts_can_be_run() -> None:
+    for name in ("verify.sh", "own_engine.sh"):
+        assert os.access(DEPLOY / name, os.X_OK)
+        done = subprocess.run(["bash", "-n", str(DEPLOY / name)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_production_shape_outlives_the_death_of_every_part() -> None:
+    if os.environ.get("VERIFY_DEPLOY") != "1":
+        pytest.skip("half an hour of containers: `make verify-deploy` runs it")
+    if not docker() or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no Docker engine answers")
+    done = subprocess.run([str(DEPLOY / "verify.sh")], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -32,8 +32,8 @@ chromium:        ## the browser that the tests drive through the dashboard, wher
 	  echo "installing chromium"; export DEBIAN_FRONTEND=noninteractive; \
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
-screenshots: $(STAMP) chromium  ## the pictures of the dashboard under docs/screenshots, taken anew
-	$(BIN)/python -m tests.e2e.screenshots docs/screenshots
+screenshots: $(STAMP) chromium  ## the dashboard's pictures under docs/screenshots, taken anew; BACKBONE= WEIGHTS= of a trained one
+	$(BIN)/python -m tests.e2e.screenshots docs/screenshots $(BACKBONE) $(WEIGHTS)
 
 check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/ruff check .

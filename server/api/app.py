@@ -63,6 +63,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
+    app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
     problems.install(app)
     for room in _ROOMS:
         app.include_router(room.router)

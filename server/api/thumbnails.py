@@ -6,9 +6,10 @@ import asyncio
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Final
 
+import anyio.to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
@@ -25,6 +26,7 @@ MEDIA_TYPE: Final = "image/jpeg"
 QUALITY: Final = 82
 REMEMBERED: Final = 4  # datasets whose pictures' digests are kept: one page of thumbnails asks for one dataset only
 MOST: Final = 200
+AT_ONCE: Final = 2  # pictures decoded: each may have as many pixels as any other, and a page asks for dozens
 _DIGEST_BYTES: Final = 32
 _JPEG: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
@@ -58,7 +60,8 @@ async def thumbnail(
     headers = {"ETag": f'"{sha256[:32]}-{side}"', "Cache-Control": "private, max-age=86400, immutable"}
     if request.headers.get("If-None-Match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    body = await asyncio.to_thread(_small, services.datasets, sha256, side, services.settings.max_image_pixels)
+    small = partial(_small, services.datasets, sha256, side, services.settings.max_image_pixels)
+    body = await anyio.to_thread.run_sync(small, limiter=request.app.state.thumbnails)
     return Response(body, media_type=MEDIA_TYPE, headers={**headers, "X-Content-Type-Options": "nosniff"})
 
 

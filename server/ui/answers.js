@@ -44,9 +44,9 @@ export function panel(chosen, signal) {
   return { element, again };
 }
 
-const MEANING = { decode: 'decoded in', queue: 'waited', compute: 'computed in' };
+const MEANING = { decode: 'decoded', queue: 'waited', compute: 'computed' };
 const timings = header => header.split(',').map(each => each.trim().split(';dur=')).filter(([name]) => name in MEANING)
-  .map(([name, ms]) => `${MEANING[name]} ${Number(ms).toFixed(1)} ms`).join(' · ');
+  .map(([name, ms]) => `${MEANING[name]} ${Number(ms).toFixed(1)}\u00a0ms`).join(' · ');
 
 // `asked` is a task, or a task and a version.
 function card(asked, result, blob, picture) {
@@ -76,13 +76,14 @@ async function looked(button, name, blob, picture, below) {
   if (!found) return;
   const group = newId('view');
   const told = h('p', { class: 'small muted', role: 'status' });
+  picture.hold(below);
   const pick = view => {
     picture.lay(heatmap(found[view].grid, found, picture.image.naturalWidth, picture.image.naturalHeight));
     told.textContent = shares(found[view]);
   };
   fill(below, h('fieldset', { class: 'choice' }, h('legend', {}, 'Attention of the class token'),
     Object.entries(VIEWS).map(([view, label], index) => h('label', {}, h('input', { type: 'radio', name: group, checked: index === 0, onchange: () => pick(view) }), label))), told,
-  h('button', { type: 'button', class: 'quiet', onclick() { picture.clear(); fill(below); button.focus(); } }, 'Hide it'));
+  h('button', { type: 'button', class: 'quiet', onclick() { picture.clear(); button.focus(); } }, 'Hide it'));
   pick('rollout');
 }
 

@@ -58,7 +58,7 @@ export function lines(describe, x, series, { height = 220, percent = false, from
       interaction: { mode: 'index', intersect: false },
       plugins: { legend: { display: series.lines.length > 1, labels: { color: colour('text'), boxWidth: 12, boxHeight: 2 } } },
       scales: {
-        x: { ...axis(x), grid: { display: false } },
+        x: { ...axis(x), grid: { display: false }, ticks: { ...axis('').ticks, maxTicksLimit: 13 } },
         y: { ...axis(series.lines[0].label), min: from, max: to, ticks: { ...axis('').ticks, ...(percent && { callback: value => `${Math.round(100 * value)} %` }) } },
         ...(series.lines.some(line => line.axis === 'y1') && { y1: { ...axis(series.lines.find(line => line.axis === 'y1').label), position: 'right', min: 0, max: 1, grid: { display: false }, ticks: { ...axis('').ticks, callback: value => `${Math.round(100 * value)} %` } } }),
       },
@@ -66,17 +66,17 @@ export function lines(describe, x, series, { height = 220, percent = false, from
   }));
 }
 
-export function bars(describe, labels, values, { height, percent = false, across = false, title = '', tint = 'accent' } = {}) {
+export function bars(describe, labels, values, { height, percent = false, across = false, category = '' } = {}) {
   const format = value => percent ? `${(100 * value).toFixed(1)} %` : String(value);
   return chart(describe, height ?? (across ? 44 + 28 * labels.length : 200), () => ({
     type: 'bar',
-    data: { labels, datasets: [{ data: values, backgroundColor: Array.isArray(tint) ? tint.map(name => colour(name)) : colour(tint), borderRadius: 4, maxBarThickness: across ? 16 : 36 }] },
+    data: { labels, datasets: [{ data: values, backgroundColor: colour('accent'), borderRadius: 4, maxBarThickness: across ? 16 : 36 }] },
     options: {
       indexAxis: across ? 'y' : 'x',
       plugins: { legend: { display: false }, tooltip: { callbacks: { label: item => format(item.raw) } } },
       scales: {
-        [across ? 'x' : 'y']: { ...axis(title), min: 0, max: percent ? 1 : undefined, ticks: { ...axis('').ticks, precision: percent ? undefined : 0, ...(percent && { callback: value => `${Math.round(100 * value)} %` }) } },
-        [across ? 'y' : 'x']: { ...axis(across ? '' : ''), grid: { display: false }, ticks: { color: colour('text'), autoSkip: labels.length > 60 } },
+        [across ? 'x' : 'y']: { ...axis(''), min: 0, max: percent ? 1 : undefined, ticks: { ...axis('').ticks, precision: percent ? undefined : 0, ...(percent && { callback: value => `${Math.round(100 * value)} %` }) } },
+        [across ? 'y' : 'x']: { ...axis(category), grid: { display: false }, ticks: { color: colour('text'), autoSkip: labels.length > 60 } },
       },
     },
   }));

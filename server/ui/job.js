@@ -31,7 +31,7 @@ export async function show(page, id, signal) {
       state.dataset.last = JSON.stringify(now.progress) + now.state;
     }
     if (signal.aborted) return;
-    await ended;
+    await Promise.race([ended, new Promise(resolve => setTimeout(resolve, 3000 * LOOK_S))]);
     update(now);
     fill(result, outcome(now, signal));
   }

@@ -51,16 +51,18 @@ export function framed() {
   const over = h('div', { class: 'over' });
   const frame = h('div', { class: 'frame', hidden: true }, image, over);
   let address = null;
+  let holder = null; // whose heat-map it is: the controls go with it
   return {
     frame, image,
     show(blob) {
       if (address) URL.revokeObjectURL(address);
       address = URL.createObjectURL(blob);
       image.src = address;
-      fill(over);
+      this.clear();
       frame.hidden = false;
     },
     lay(canvas) { fill(over, canvas); },
-    clear() { fill(over); },
+    hold(controls) { if (holder !== controls) this.clear(); holder = controls; },
+    clear() { fill(over); if (holder) fill(holder); holder = null; },
   };
 }

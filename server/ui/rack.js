@@ -12,13 +12,13 @@ export async function show(page, _, signal) {
   let now = await get('/rack', signal);
   const ready = await get('/readyz', signal).catch(() => ({}));
   const figures = h('dl', { class: 'figures many' }), slots = h('div', { class: 'slots' }), seats = h('div', {});
-  const rate = { labels: Array.from({ length: KEPT }, (_, index) => index - KEPT + 1), lines: [{ label: 'rows a second', data: Array(KEPT).fill(null), colour: 'accent', fill: true }] };
+  const rate = { labels: Array.from({ length: KEPT }, (_, index) => KEPT - 1 - index), lines: [{ label: 'rows a second', data: Array(KEPT).fill(null), colour: 'accent', fill: true }] };
   const curve = lines('Rows answered in each of the last 60 seconds', 'seconds ago', rate, { height: 180, from: 0 });
-  const rows = mix('Forwards by number of rows', now.batch_rows), tasks = mix('Forwards by number of tasks', now.batch_tasks);
+  const rows = mix('rows in a forward', now.batch_rows), tasks = mix('tasks in a forward', now.batch_tasks);
   const live = h('p', { class: 'muted small' });
   fill(page, h('div', { class: 'head' }, h('h1', {}, 'Rack'), device(ready)), figures, live,
     section('Slots', slots, seats),
-    h('div', { class: 'two' }, section('Answered', curve.box), section('Batch mix', h('p', { class: 'muted small' }, 'Forwards by how many rows, and how many different tasks, they carried.'), rows.box, tasks.box)));
+    h('div', { class: 'two' }, section('Answered', curve.box), section('Batch mix', rows.box, tasks.box)));
   const draw = before => {
     fill(figures, facts(now));
     fillSlots(slots, now);
@@ -92,7 +92,7 @@ const ranges = buckets => {
   const ends = Object.keys(buckets).sort((a, b) => (a === '+Inf') - (b === '+Inf') || a - b);
   return ends.map(end => [end === '+Inf' ? 'more' : Number(end) > 2 ? `≤ ${end}` : end, buckets[end]]);
 };
-const mix = (title, buckets) => bars(title, ranges(buckets).map(([name]) => name), ranges(buckets).map(([, n]) => n), { height: 130, title: '', tint: 'accent' });
+const mix = (what, buckets) => bars(`Forwards by the number of ${what}`, ranges(buckets).map(([name]) => name), ranges(buckets).map(([, n]) => n), { height: 150, category: what });
 
 function fit(chart, buckets) {
   chart.data.labels = ranges(buckets).map(([name]) => name);

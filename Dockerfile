@@ -27,9 +27,10 @@ RUN case "$VARIANT" in \
     esac \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.8' torchvision
 
+# With what sends traces, since nothing can be installed into the running image.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; \
+print(*p['dependencies'], *o['server'], *o['otel'], sep='\n')" > requirements.txt \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install -r requirements.txt
 
 # What only compiling against them or testing them needs, about 150 MB of the CPU variant.
@@ -40,6 +41,10 @@ RUN cd /opt/venv/lib/python3*/site-packages \
 
 # Our own few files in a layer of their own: a new version moves these and not the packages.
 FROM packages AS program
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
 COPY README.md ./
 COPY client client
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --target /app .

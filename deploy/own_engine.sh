@@ -10,6 +10,7 @@
 #
 # Needs: apt-get install docker.io docker-compose debootstrap iproute2 iptables
 # WHEELS: folder of wheels that the build takes instead of a package index (optional; required without a network).
+# KEEP_LOG: file that takes the log of the engine.
 # BASES: folder that keeps the debootstrapped file systems for the next run (default: they are made anew).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,11 +24,12 @@ WORK=$(mktemp -d)
 BASES=${BASES:-$WORK/bases}
 SUITE=bookworm
 NETWORK=lensrack-$$
-ENGINE='' INDEX=''
+ENGINE='' INDEX='' COMMAND=''
 
 finish() {
   local status=$?
   trap - EXIT INT TERM
+  [ -z "$COMMAND" ] || { kill "$COMMAND" 2>/dev/null && wait "$COMMAND" 2>/dev/null; } || true
   [ -z "$INDEX" ] || kill "$INDEX" 2>/dev/null || true
   if [ -n "$ENGINE" ]; then
     kill "$ENGINE" 2>/dev/null || true
@@ -35,7 +37,7 @@ finish() {
   fi
   ip netns delete "$NETWORK" 2>/dev/null || true
   grep " $WORK/" /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l
-  if [ -z "${KEEP_LOG:-}" ] || [ "$status" = 0 ]; then :; else cp "$WORK/dockerd.log" "$KEEP_LOG"; fi
+  [ -z "${KEEP_LOG:-}" ] || cp "$WORK/dockerd.log" "$KEEP_LOG"
   rm -rf --one-file-system "$WORK"
   exit "$status"
 }
@@ -112,4 +114,6 @@ if [ -n "${WHEELS:-}" ]; then  # the build runs in the engine's network, where t
   INDEX=$!
   export BUILD_ARGS="--network=host --build-arg PIP_FIND_LINKS=http://127.0.0.1:8099/ --build-arg PIP_NO_INDEX=1 ${BUILD_ARGS:-}"
 fi
-inside "$@"
+inside "$@" &  # in the background, so that a signal is heard while it runs
+COMMAND=$!
+wait "$COMMAND"

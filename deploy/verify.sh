@@ -5,6 +5,7 @@
 #     deploy/own_engine.sh deploy/verify.sh         where there is none, as root on Debian
 #
 # WITHOUT: services to leave out, where their image cannot be had. BUILD_ARGS: more arguments of `docker build`.
+# BUILD_LOG: file that takes what the build says. SOON_S: the longest to wait for anything (600; more on a busy machine).
 # It has a project, volumes and ports of its own, and never touches those of a real deployment.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -21,7 +21,11 @@ from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-TEXTS = [ROOT / "Dockerfile", ROOT / "compose.yaml", *sorted(path for path in DEPLOY.rglob("*") if path.is_file())]
+TEXTS = [
+    ROOT / "Dockerfile",
+    ROOT / "compose.yaml",
+    *sorted(path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+]
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -174,6 +178,14 @@ def test_the_image_is_not_roots() -> None:
     assert "/healthz" in last
     assert 'ENTRYPOINT ["python", "-m", "server"]' in last
     assert 'CMD ["serve"]' in last
+
+
+def test_every_stage_that_installs_knows_where_packages_come_from() -> None:
+    """An ARG ends with its stage, and a stage that has none of them would ask the public index."""
+    for stage in DOCKERFILE.split("\nFROM ")[1:]:
+        if "pip --python" in stage:
+            named = set(re.findall(r"^ARG (PIP_\w+)$", stage, re.MULTILINE))
+            assert named == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"}
 
 
 def test_the_image_is_open_to_nobody_by_itself() -> None:

@@ -155,11 +155,18 @@ class prometheus:  # noqa: N801  # used like the function that it stands for
     def __enter__(self) -> str:
         with (self._folder / "prometheus.log").open("wb") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self.url
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + 60
         while not self._has_seen_enough():
             assert time.monotonic() < deadline, (self._folder / "prometheus.log").read_text()[-2000:]
             time.sleep(0.2)
-        return self.url
 
     def _has_seen_enough(self) -> bool:
         """Both targets are up, with at least three scrapes each: a rate needs two."""

@@ -182,7 +182,8 @@ def store_export(
 
     with _transfer("exported", store) as opened:
         done = export_store(opened, path)
-        typer.echo(f"exported {done.versions} versions of {done.tasks} tasks, {done.written} of them new in the archive")
+        what = f"exported {done.versions} versions of {done.tasks} tasks"
+        typer.echo(f"{what}, {done.written} of them new in the archive")
 
 
 @stores.command("import")

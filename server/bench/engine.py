@@ -1,4 +1,4 @@
-"""`python -m server bench engine`: what packed weights and bfloat16 are worth on this machine's CPU, one thread.
+"""`python -m server bench engine`: what packed weights and bfloat16 are worth on one CPU thread, and what methods cost.
 
 CPU time, not wall time, so that neighbours on a busy machine count as little as possible; the variants take turns,
 round after round, and the medians are reported with their ratio to the plain timm model. Weights are random: times do
@@ -26,11 +26,12 @@ from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
 from server.engine.images import Geometry
-from server.engine.lens import condition
+from server.engine.lens import Lens, Plain, condition
 from server.engine.packed import PackedLinear, can_pack
 from server.engine.rack import Rack
 from server.engine.residency import Seat
-from server.methods.method import Params
+from server.methods.method import Method, Params
+from server.methods.registry import METHODS
 from server.methods.vpt_deep import VptDeep
 
 ARCHS = ("deit_tiny_patch16_224", "vit_base_patch16_224")
@@ -92,12 +93,14 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
     forward = _timm_variants(model, serving) | {
         f"lensrack {name}, {options.tasks} tasks": _served(eye, serving, options) for name, eye in eyes.items()
     }
+    by_method = _by_method(eyes.get("packed float32", eyes["plain float32"]), serving, options)
     step = {f"lensrack {name}": _fitted(eye, training, options) for name, eye in eyes.items()}
     return {
         "arch": arch,
         "torch": torch.__version__,
         "block_weight_bytes": sum(p.numel() * p.element_size() for p in model.blocks.parameters()),
         f"forward of {options.tasks} pictures": in_turns(forward, options.rounds),
+        f"forward of {options.tasks} pictures, a task each, by method": in_turns(by_method, options.rounds),
         f"training step of {options.train_batch} pictures": in_turns(step, options.rounds),
     }
 
@@ -153,36 +156,60 @@ def _inferred(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object
 def _served(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """One forward whose rows are all of different tasks."""
     rack = Rack(dim=eye.spec.dim, slots=options.tasks, vectors=100_000, dtype=eye.dtype)
+    return _answered(eye, rack, pixels, [METHOD] * options.tasks, options)
+
+
+def _by_method(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+    """The plain forward; all rows of one method; and a row of each method that changes the trunk, then of the first
+    again. In float32, packed where the machine can."""
+    methods, tasks = METHODS, options.tasks
+    rack = Rack(dim=eye.spec.dim, slots=tasks * (len(methods) + 1), vectors=60_000, dtype=eye.dtype)
+    found = {"plain": _inferred(lambda x: vit.forward(eye, vit.embed(eye, x), Plain()), pixels)}
+    for method in methods:
+        found[method.name] = _answered(eye, rack, pixels, [method] * tasks, options)
+    changing = [method for method in methods if not _lens(eye, method, 0, options.prompts).head_only]
+    mixed = [changing[task % len(changing)] for task in range(tasks)]
+    return {**found, "mixed": _answered(eye, rack, pixels, mixed, options)}
+
+
+def _answered(
+    eye: Backbone, rack: Rack, pixels: Tensor, methods: Sequence[Method], options: argparse.Namespace
+) -> Callable[[], object]:
+    """A forward of a picture a task; methods: each task's."""
     engine = Engine(eye, rack)
-    rows = [(task, _seat(eye, rack, task, options.prompts)) for task in range(options.tasks)]
+    rows = [(task, _seat(eye, rack, method, task, options.prompts)) for task, method in enumerate(methods)]
     return _inferred(lambda x: engine.logits(vit.embed(eye, x), rows), pixels.to(eye.dtype))
 
 
-def _seat(eye: Backbone, rack: Rack, task: int, prompts: int) -> Seat:
-    params, lengths = _drawn(eye, task, prompts)
+def _lens(eye: Backbone, method: Method, task: int, prompts: int) -> Lens:
+    params, lengths = _drawn(eye, method, task, prompts)
     with torch.inference_mode():
-        lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+        return method.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+
+
+def _seat(eye: Backbone, rack: Rack, method: Method, task: int, prompts: int) -> Seat:
+    lens = _lens(eye, method, task, prompts)
     place = rack.allocate(lens)
     rack.write(place, lens)
     geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
     return Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
 
 
-def _drawn(eye: Backbone, seed: int, prompts: int) -> tuple[Params, tuple[int, ...]]:
-    lengths = METHOD.prompt_lengths(eye.spec, prompts)
-    return METHOD.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(seed)), lengths
+def _drawn(eye: Backbone, method: Method, seed: int, prompts: int) -> tuple[Params, tuple[int, ...]]:
+    lengths = method.prompt_lengths(eye.spec, prompts)
+    return method.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(seed)), lengths
 
 
 def _fitted(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """Forward and backward of a training step, without the optimiser: parameters are float32, the lens is cast."""
-    params, lengths = _drawn(eye, 0, options.prompts)
+    params, lengths = _drawn(eye, METHOD, 0, options.prompts)
     params = {name: value.requires_grad_(True) for name, value in params.items()}
     x, targets = pixels.to(eye.dtype), torch.arange(len(pixels)) % CLASSES
 
     def once() -> None:
         lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
         features = vit.forward(eye, vit.embed(eye, x), condition(lens, len(x)))
-        logits = vit.head(features, lens.head_weight, lens.head_bias).float()
+        logits = vit.classify(features, lens).float()
         F.cross_entropy(logits, targets).backward()
 
     return once

@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test redis chromium screenshots check format clean help verify-deploy
+.PHONY: serve test redis chromium prometheus screenshots check format clean help verify-deploy
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -16,10 +17,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
 	@touch $@
 
+$(EXTRAS): $(STAMP)  # tracing and the chart's renderer: where they cannot be installed, their tests skip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[otel,deploy]' || echo "without the extras"
+	@touch $@
+
 serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
-test: $(STAMP) redis chromium  ## all tests
+test: $(EXTRAS) redis chromium prometheus  ## all tests
 	$(BIN)/python -m pytest
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
@@ -31,6 +36,11 @@ chromium:        ## the browser that the tests drive through the dashboard, wher
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 	  echo "installing chromium"; export DEBIAN_FRONTEND=noninteractive; \
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
+
+prometheus:      ## what the tests ask alerts and dashboards with, where it is missing; without it they skip
+	@command -v promtool >/dev/null || { \
+	  echo "installing prometheus"; export DEBIAN_FRONTEND=noninteractive; \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
 
 screenshots: $(STAMP) chromium  ## the dashboard's pictures under docs/screenshots, taken anew; BACKBONE= WEIGHTS= of a trained one
 	$(BIN)/python -m tests.e2e.screenshots docs/screenshots $(BACKBONE) $(WEIGHTS)

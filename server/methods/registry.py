@@ -60,6 +60,10 @@ class Registry:
         return self._methods[name]
 
     @property
+    def all(self) -> tuple[Method, ...]:
+        return tuple(self._methods.values())
+
+    @property
     def searched(self) -> tuple[Method, ...]:
         """What a search chooses among where no method is named."""
         return tuple(self._methods[name] for name in SEARCHED if name in self._methods)

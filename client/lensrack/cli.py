@@ -354,7 +354,7 @@ def train(
     base_lr: Annotated[float | None, typer.Option(help="lr = base_lr * batch_size / 256.")] = None,
     momentum: float | None = None,
     weight_decay: float | None = None,
-    warmup_epochs: int | None = None,
+    warmup_epochs: float | None = None,
     prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
     prompt_layers: Annotated[
         tuple[int, int] | None, typer.Option(help="First and last layer with prompts, from 0.")

@@ -418,8 +418,8 @@ class Recipe(Request):
     base_lr: Annotated[float, Field(gt=0, le=1e5)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
-    warmup_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
-    prompts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prompts: Annotated[int, Field(ge=0, le=1000)] | None = None
     prompt_layers: Annotated[list[Annotated[int, Field(ge=0, le=999)]], Field(min_length=2, max_length=2)] | None = None
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import get_args
 
@@ -39,3 +40,12 @@ def test_every_word_of_the_wire_is_taken(field: str) -> None:
 def test_the_command_line_has_an_option_for_each() -> None:
     command = typer.main.get_command(cli.app).commands["train"]  # type: ignore[attr-defined]
     assert set(wire.Recipe.model_fields) <= {option.name for option in command.params}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"preset": "vpt"}, {"prompts": 0}, {"warmup_epochs": 0.5, "prompt_layers": [2, 3]}]
+)
+def test_the_recipe_that_a_manifest_tells_can_be_asked_for_again(changes: dict[str, object]) -> None:
+    told = json.loads(json.dumps(resolve({}, changes).to_json()))
+    asked = wire.Recipe.model_validate(told).model_dump(exclude_none=True)
+    assert resolve({"epochs": 7, "lr": 9.0}, asked) == resolve({}, changes)

@@ -18,7 +18,7 @@ from server.methods.method import Params
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Bench, backbone
 from tests.engine.test_isolation import TASKS, a_task, picture, truth
-from tests.engine.test_packed import KINDS, an_eye, images, needs_float32
+from tests.engine.test_packed import KINDS, an_eye, images, needs_bfloat16, needs_float32, similarity
 
 METHODS = {
     "mlp": (0, 0, 0),
@@ -97,6 +97,19 @@ def test_packed_answers_and_gradients_are_the_plain_ones(method: str) -> None:
     for name, own in gradients[0].items():
         assert own is not None
         torch.testing.assert_close(gradients[1][name], own, atol=2e-5 * float(own.abs().max()), rtol=0)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_answers_are_close(method: str) -> None:
+    wide, narrow = an_eye(torch.float32, False), an_eye(torch.bfloat16, True)
+    lengths = METHODS[method]
+    with torch.inference_mode():
+        found, expected = (
+            by_rack(eye, method, images(8).to(eye.dtype), drawn(eye, method, lengths), lengths).float()
+            for eye in (narrow, wide)
+        )
+    assert similarity(found, expected) > 0.99
 
 
 def test_huge_additions_of_a_neighbour_change_nothing() -> None:

@@ -8,20 +8,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from server.engine.additions import Additions, LowRank
 from server.engine.lens import Lens
 from server.engine.rack import Place, Rack, RackFullError, StaleSeatError, demand
 
 DIM, DEPTH = 8, 3
 
 
-def lens(lengths: tuple[int, ...] = (2, 0, 3), tokens: int = 0, classes: int = 4, fill: float = 1.0) -> Lens:
+def lens(
+    lengths: tuple[int, ...] = (2, 0, 3), tokens: int = 0, classes: int = 4, fill: float = 1.0, ranks: int = 0
+) -> Lens:
     keys = tuple(torch.full((length, DIM), fill) for length in lengths)
+    rows = LowRank(torch.full((ranks, DIM), fill), torch.full((ranks, DIM), -fill), torch.full((ranks,), 2 * fill))
     return Lens(
         keys,
         tuple(-key for key in keys),
         torch.full((tokens, DIM), fill),
         torch.full((classes, DIM), fill),
         torch.full((classes,), fill),
+        (None, Additions(behind=rows), None) if ranks else (),
     )
 
 
@@ -103,10 +108,11 @@ class RackMachine(RuleBasedStateMachine):
         lengths=st.tuples(*[st.integers(0, 4)] * DEPTH),
         tokens=st.integers(0, 3),
         classes=st.integers(1, 9),
+        ranks=st.integers(0, 3),
     )
-    def come(self, lengths: tuple[int, ...], tokens: int, classes: int) -> Place | None:
+    def come(self, lengths: tuple[int, ...], tokens: int, classes: int, ranks: int) -> Place | None:
         self.fill += 1
-        new = lens(lengths, tokens, classes, self.fill)
+        new = lens(lengths, tokens, classes, self.fill, ranks)
         if not self.rack.can_allocate(new):
             with pytest.raises(RackFullError):
                 self.rack.allocate(new)
@@ -133,6 +139,12 @@ class RackMachine(RuleBasedStateMachine):
                     assert torch.equal(prefix.keys[0], own.keys[layer])
                     assert torch.equal(prefix.values[0], own.values[layer])
             assert (gathered.tokens is None) == (own.tokens.shape[0] == 0)
+            added = gathered.additions(1)
+            assert (added is None) == (not own.additions)
+            if added is not None:
+                expected = own.additions[1]
+                for part in ("down", "up", "bias"):
+                    assert torch.equal(getattr(added.behind, part)[0], getattr(expected.behind, part))
             (logits,) = self.rack.heads(torch.ones(1, DIM), [place])
             assert logits.tolist() == [fill * DIM + fill] * own.classes
 

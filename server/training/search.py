@@ -1,7 +1,8 @@
 """`auto`: the recipe and the method are found on the validation pictures, within a budget, and then fitted in full.
 
     heads on frozen features          every candidate to its end: they cost nothing but the features
-    prompts, first rung               every candidate for a short schedule; of each three the best goes on
+    prompts, first rung               every candidate for a short schedule; of each three the best goes on, and of
+                                      each method
     prompts, second rung              three times as long
     the full fit                      the best of the second rung; a head that was better on validation is kept instead
 
@@ -90,7 +91,7 @@ class _Plan:
         cls, backbone: Backbone, methods: Sequence[Method], splits: Splits, fixed: Mapping[str, Any], budget: int
     ) -> _Plan:
         """As many candidates as the budget has room for, each looked at for `short` pictures and judged on the
-        validation pictures, and a third of them for three times as many; two of them however small it is."""
+        validation pictures, and the survivors for three times as many; two of them however small it is."""
         images, judged = len(splits.train), min(len(splits.val), MOST_VAL)
         heads: list[list[Candidate | None]] = []
         prompted: list[list[Candidate | None]] = []
@@ -102,13 +103,19 @@ class _Plan:
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
         left = budget - (min(budget // 3, images) + judged if heads else 0)
         full = ranked[0].recipe.epochs * images if ranked else 0
-        short = max(1, min(SHORT, full // KEEP_ONE_OF, (left - 3 * judged) // 5))
-        count = max(2, 3 * left // (6 * short + 4 * judged))
+        kinds = max(1, len({candidate.method.name for candidate in ranked}))
+        fewest = max(2, kinds)
+        short = (left - (fewest + kinds) * judged) // (fewest + KEEP_ONE_OF * kinds)
+        short = max(1, min(SHORT, full // KEEP_ONE_OF, short))
+        count = KEEP_ONE_OF * left // (2 * KEEP_ONE_OF * short + (KEEP_ONE_OF + 1) * judged)
+        if count < KEEP_ONE_OF * kinds:
+            count = (left - kinds * (KEEP_ONE_OF * short + judged)) // (short + judged)
+        count = max(fewest, count)
         return cls(tuple(_distinct(chain.from_iterable(heads))), tuple(ranked[:count]), short, budget)
 
     @property
     def survivors(self) -> int:
-        return max(1, len(self.prompted) // KEEP_ONE_OF)
+        return max(len(self.prompted) // KEEP_ONE_OF, len({candidate.method.name for candidate in self.prompted}))
 
     @property
     def trials(self) -> int:
@@ -141,7 +148,7 @@ class _Search:
         are any, with what they gave."""
         heads = yield from self._rung(self.plan.heads, 0, self._for_heads, None)
         first = yield from self._rung(self.plan.prompted, 1, self._short, self.plan.short)
-        going_on = [candidate for candidate, _ in first[: self.plan.survivors]]
+        going_on = _survivors([candidate for candidate, _ in first], self.plan.survivors)
         last = yield from self._rung(going_on, 2, self._long, KEEP_ONE_OF * self.plan.short)
         return heads[:1] + last[:1]
 
@@ -220,6 +227,17 @@ class _Search:
         """The features that all heads share, and what every other trial took."""
         shared = len(self._for_heads) + len(self._val) if self.plan.heads else 0
         return shared + sum(trial["forward_passes"] for trial in self.trials)
+
+
+def _survivors(ranked: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The best of each method, whatever its rank, and the next best of all: deep prompts learn slowly at first, and a
+    short schedule alone would drop them for what merely starts faster."""
+    methods: dict[str, Candidate] = {}
+    for candidate in ranked:
+        methods.setdefault(candidate.method.name, candidate)
+    leading = list(methods.values())
+    kept = [*leading, *(one for one in ranked if one not in leading)][: max(count, len(leading))]
+    return [one for one in ranked if one in kept]
 
 
 def _score(found: Fitted) -> float:

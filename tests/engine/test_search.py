@@ -18,6 +18,7 @@ from server.training.checkpoint import Checkpoint
 from server.training.data import Splits, sample
 from server.training.fit import Fitted
 from server.training.progress import Progress
+from server.training.recipe import Recipe
 from server.training.search import searching
 from server.training.together import alone
 from tests.engine.golden_cases import backbone
@@ -53,7 +54,8 @@ def test_what_was_tried_is_told(found: Fitted) -> None:
     rungs = [trial["rung"] for trial in told["trials"]]
     assert rungs == sorted(rungs)
     assert {trial["method"] for trial in told["trials"]} == set(ALL)
-    assert rungs.count(1) >= 3 * rungs.count(2) > 0
+    going_on = {trial["method"] for trial in told["trials"] if trial["rung"] == 2}
+    assert going_on == {"vpt_deep", "vpt_shallow"}, "what starts slowly is not dropped for what starts fast"
     assert all(trial["val_nll"] > 0 for trial in told["trials"])
     best = min((trial for trial in told["trials"] if trial["rung"] == 2), key=lambda trial: trial["val_nll"])
     if found.method.name != "linear":
@@ -72,6 +74,15 @@ def test_the_same_seed_finds_the_same(eye: Backbone, found: Fitted) -> None:
     assert again.metrics == found.metrics
     for name, value in found.params.items():
         np.testing.assert_array_equal(value, again.params[name])
+
+
+def test_the_best_of_each_method_goes_on_and_then_the_next_best() -> None:
+    deep, shallow = (Registry().get(name) for name in ("vpt_deep", "vpt_shallow"))
+    ranked = [search.Candidate(shallow, Recipe(lr=lr)) for lr in (0.1, 0.2, 0.3)]
+    ranked += [search.Candidate(deep, Recipe(lr=lr)) for lr in (0.4, 0.5)]
+    assert search._survivors(ranked, 3) == [ranked[0], ranked[1], ranked[3]]
+    assert search._survivors(ranked, 1) == [ranked[0], ranked[3]]
+    assert search._survivors(ranked, 9) == ranked
 
 
 def test_fixed_fields_are_not_searched(eye: Backbone) -> None:

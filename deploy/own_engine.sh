@@ -14,6 +14,7 @@
 # BASES: folder that keeps the debootstrapped file systems for the next run (default: they are made anew).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+{ # read to its end before anything is done: it may be edited while it runs
 
 [ "$(id -u)" = 0 ] || { echo "expected to run as root, for debootstrap and dockerd" >&2; exit 2; }
 for tool in dockerd debootstrap ip nsenter iptables; do
@@ -26,15 +27,19 @@ SUITE=bookworm
 NETWORK=lensrack-$$
 ENGINE='' INDEX='' COMMAND=''
 
+ended() { # ended PID : a process of ours, ended and waited for
+  [ -n "$1" ] || return 0
+  kill "$1" 2>/dev/null || true
+  while kill -0 "$1" 2>/dev/null; do wait "$1" 2>/dev/null || true; done
+}
+
 finish() {
   local status=$?
+  set +e
   trap - EXIT INT TERM
-  [ -z "$COMMAND" ] || { kill "$COMMAND" 2>/dev/null && wait "$COMMAND" 2>/dev/null; } || true
-  [ -z "$INDEX" ] || kill "$INDEX" 2>/dev/null || true
-  if [ -n "$ENGINE" ]; then
-    kill "$ENGINE" 2>/dev/null || true
-    wait "$ENGINE" 2>/dev/null || true
-  fi
+  ended "$COMMAND"
+  ended "$INDEX"
+  ended "$ENGINE"  # with all its containers; it must be gone before its folders are
   ip netns delete "$NETWORK" 2>/dev/null || true
   grep " $WORK/" /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l
   [ -z "${KEEP_LOG:-}" ] || cp "$WORK/dockerd.log" "$KEEP_LOG"
@@ -90,11 +95,11 @@ chown 65534:65534 "$BASES/services/prometheus"
 
 ip netns add "$NETWORK"
 ip -n "$NETWORK" link set lo up
-inside() { nsenter --net="/run/netns/$NETWORK" "$@"; }
-inside sysctl -qw net.ipv4.ip_forward=1 || true
+inside=(nsenter --net="/run/netns/$NETWORK")  # becomes the program, so that its number is the program's
+"${inside[@]}" sysctl -qw net.ipv4.ip_forward=1 || true
 echo "{}" >"$WORK/daemon.json"
 export DOCKER_HOST="unix://$WORK/docker.sock"
-inside dockerd --data-root "$WORK/data" --exec-root "$WORK/exec" --pidfile "$WORK/dockerd.pid" --host "$DOCKER_HOST" \
+"${inside[@]}" dockerd --data-root "$WORK/data" --exec-root "$WORK/exec" --pidfile "$WORK/dockerd.pid" --host "$DOCKER_HOST" \
   --config-file "$WORK/daemon.json" --userland-proxy=true >"$WORK/dockerd.log" 2>&1 &
 ENGINE=$!
 for _ in $(seq 120); do
@@ -110,10 +115,12 @@ tag services "$(named haproxy)" 'USER 99'
 tag services "$(named prometheus)" 'USER 65534' 'ENTRYPOINT ["/usr/bin/prometheus"]'
 
 if [ -n "${WHEELS:-}" ]; then  # the build runs in the engine's network, where this is all there is
-  inside python3 -m http.server 8099 --bind 127.0.0.1 --directory "$WHEELS" >/dev/null 2>&1 &
+  "${inside[@]}" python3 -m http.server 8099 --bind 127.0.0.1 --directory "$WHEELS" >/dev/null 2>&1 &
   INDEX=$!
   export BUILD_ARGS="--network=host --build-arg PIP_FIND_LINKS=http://127.0.0.1:8099/ --build-arg PIP_NO_INDEX=1 ${BUILD_ARGS:-}"
 fi
-inside "$@" &  # in the background, so that a signal is heard while it runs
+"${inside[@]}" "$@" &  # in the background, so that a signal is heard while it runs
 COMMAND=$!
 wait "$COMMAND"
+exit
+}

@@ -181,7 +181,7 @@ def test_refusals_name_what_was_expected(api: Api) -> None:
     for length in ("", "-1", "1.5", "x", "9" * 19):
         assert_problem(api.http.post("/uploads", headers={"Upload-Length": length}), 422, "invalid_request")
     assert_problem(api.http.post("/uploads", headers={"Upload-Length": "40000001"}), 413, "body_too_large")
-    for name in (NOBODY, "..", "x", "%2e%2e%2fdatasets"):
+    for name in (NOBODY, "x", "%2e%2e%2fdatasets"):
         assert api.http.head(f"/uploads/{name}").status_code == 404
     assert_problem(api.http.delete(f"/uploads/{NOBODY}"), 404, "upload_not_found")
     assert_problem(patch(api, f"/uploads/{NOBODY}", 0, b"x"), 404, "upload_not_found")

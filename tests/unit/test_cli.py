@@ -270,7 +270,7 @@ class TestTraining:
         assert watching.stderr is not None
         assert "queued" in watching.stderr.readline()
         watching.send_signal(signal.SIGINT)
-        _, told_last = watching.communicate(timeout=30)
+        _, told_last = watching.communicate(timeout=120)
         assert watching.returncode == 130
         assert "job j1 goes on: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
         assert "Traceback" not in told_last

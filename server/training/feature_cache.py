@@ -19,8 +19,8 @@ from .array_file import Array
 @dataclass(frozen=True)
 class FeatureKey:
     """Everything that features depend on: `images` is `Images.digest`, `backbone` its fingerprint, `device` (`cpu`,
-    `cuda`) and `dtype` what computes them and in what, `mean` and `std` the normalisation; `what` names the place in
-    the network that they are taken from."""
+    `cuda`) and `dtype` what computes them and in what, packed weights told from plain ones, which round otherwise;
+    `mean` and `std` the normalisation; `what` names the place in the network that they are taken from."""
 
     images: str
     backbone: str

@@ -73,7 +73,7 @@ class FrozenFeatures:
         if images.digest is None:
             return None
         own = spec.preprocess
-        dtype = str(backbone.dtype).removeprefix("torch.")
+        dtype = str(backbone.dtype).removeprefix("torch.") + (" packed" if backbone.packed else "")
         what = "pooled" if layer == spec.depth else f"tokens {layer}"
         return FeatureKey(images.digest, spec.fingerprint, backbone.device.type, dtype, own.mean, own.std, what)
 

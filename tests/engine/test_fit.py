@@ -248,3 +248,15 @@ def test_balanced_weights_make_a_rare_class_count(eye: Backbone) -> None:
         recipe = resolve(own.defaults, {"epochs": 15, "class_weights": weights, "lr": 1e-3})
         macro[weights] = fit(eye, own, splits, 3, recipe).metrics["val"]["per_class"][2]
     assert macro["balanced"] > macro["none"]
+
+
+def test_features_of_packed_and_plain_weights_are_kept_apart() -> None:
+    """They agree to rounding, not to the bit, and a resumed fit promises bits."""
+    images = InMemory(np.zeros((4, 64, 64, 3), np.uint8), digest="pictures")
+    model = backbone("vit_nano", 101, torch.float32).model
+    eyes = [Backbone.of("vit_nano", model, packed=packed) for packed in (True, False)]
+    if not eyes[0].packed:
+        pytest.skip("this build of torch packs no weights")
+    packed, plain = (frozen.FrozenFeatures(eye)._key(images, eye.spec.depth) for eye in eyes)
+    assert packed is not None
+    assert packed != plain

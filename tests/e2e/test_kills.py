@@ -70,9 +70,17 @@ class Site:
         try:
             yield worker
         finally:
+            self.wait_until_ready(worker)  # before that nobody listens to SIGTERM, and the job may be finished already
             worker.terminate()
             worker.join(40)
         assert worker.exitcode == 0, self.log
+
+    def wait_until_ready(self, worker: BaseProcess) -> None:
+        deadline = time.monotonic() + WAIT_S
+        log = self.settings.home / "workers.log"
+        while f"worker ready, pid {worker.pid}\n" not in log.read_text(errors="replace") and worker.is_alive():
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.02)
 
     def finished(self, worker: BaseProcess) -> Job:
         deadline = time.monotonic() + WAIT_S

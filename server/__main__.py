@@ -1,4 +1,4 @@
-"""`python -m server serve | work | store | sample | bench`."""
+"""`python -m server serve | work | keys | store | sample | bench`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 
 from prompts_store import Store, StoreError, open_store
-from server import __version__, logs, metrics, tracing
+from server import __version__, key_commands, logs, metrics, tracing
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -68,12 +68,10 @@ def serve(
     """Serve predictions and take training jobs."""
     settings = load_settings(host=host, port=port)
     start_telling(settings, "lensrack-server")
-    from server.api.guard import require_safe_bind
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
 
     try:
-        require_safe_bind(settings)
         asyncio.run(_serve(settings))
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
@@ -166,6 +164,8 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
     draw(folder)
     typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
 
+
+cli.add_typer(key_commands.cli, name="keys")
 
 stores = typer.Typer(no_args_is_help=True, help="Back a store up, restore it, or move it to another kind of store.")
 cli.add_typer(stores, name="store")

@@ -25,6 +25,7 @@ from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
 from server import measured, metrics
 from server.api.app import Services, create_app
+from server.api.guard import require_safe_bind
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
@@ -37,6 +38,10 @@ from server.engine.residency import Loaded, Residency
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
+from server.keys.keys_file import KeysFile
+from server.keys.meter import Meter
+from server.keys.ring import KeyRing
+from server.keys.url import open_keys
 from server.measured import CountedFeatures, CountedPixels
 from server.methods.registry import Registry
 from server.predictor import Limits, Predictor
@@ -76,6 +81,20 @@ def open_jobs(settings: Settings) -> JobStore:
     raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE or redis://…, got {got}")
 
 
+def open_ring(settings: Settings) -> KeyRing:
+    """The keys that this server asks for, read once. Raises ValueError and ServiceError."""
+    file = KeysFile(settings.keys_file) if settings.keys_file is not None else None
+    ring = KeyRing(open_keys(settings.keys_url), file)
+    ring.load()
+    return ring
+
+
+def open_meter(settings: Settings) -> Meter:
+    """Limits are counted where the keys are."""
+    url = settings.keys_url
+    return Meter(url if url.startswith(("redis://", "rediss://")) else None)
+
+
 def open_datasets(settings: Settings) -> DatasetStore:
     return DatasetStore(
         settings.datasets_dir,
@@ -110,6 +129,7 @@ class Server:
     batcher: Batcher
     store: Store
     jobs: JobStore
+    ring: KeyRing
     workers: Supervisor
     watch: Watch
     pools: tuple[ThreadPoolExecutor, ...]
@@ -130,6 +150,7 @@ class Server:
                 pool.shutdown(wait=False, cancel_futures=True)
             self.store.close()
             self.jobs.close()
+            self.ring.close()
 
     def _warm_up(self) -> None:
         """One forward before the first request pays for lazy set-up."""
@@ -138,6 +159,9 @@ class Server:
 
 
 def build_server(settings: Settings) -> Server:
+    """Raises UnsafeBind before anything that takes time."""
+    ring = open_ring(settings)
+    require_safe_bind(settings, locked=ring.locked)
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
     registry = Registry()
@@ -181,11 +205,12 @@ def build_server(settings: Settings) -> Server:
         look=partial(look, engine),
         methods=registry.meanings,
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
+        meter=open_meter(settings),
     )
     measured.process(settings, backbone)
     measured.server(settings, batcher, rack, workers)
-    app, watch = create_app(services), Watch(bundles, jobs, settings.watch_s)
-    return Server(settings, app, engine, residency, batcher, store, jobs, workers, watch, (loading, decoding))
+    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s)
+    return Server(settings, app, engine, residency, batcher, store, jobs, ring, workers, watch, (loading, decoding))
 
 
 def build_residency(

@@ -3,17 +3,20 @@
     ServiceError
     ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle,
     │                         ambiguous_version
+    ├── Unauthenticated 401   unauthenticated                       + WWW-Authenticate
+    ├── Forbidden 403         forbidden, foreign_origin
     ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found,
-    │                         upload_not_found, feedback_not_found, picture_not_found
+    │                         upload_not_found, feedback_not_found, picture_not_found, key_not_found
     ├── Silent 408            upload_silent
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
     │                         no_history, upload_busy, upload_offset_conflict, upload_incomplete, upload_finished,
-    │                         no_feedback, feedback_full, no_parent_dataset
+    │                         no_feedback, feedback_full, no_parent_dataset, key_exists
     ├── PreconditionFailed 412  precondition_failed
     ├── TooLarge 413          body_too_large, image_too_large
     ├── UnsupportedMedia 415  unsupported_media_type, unsupported_image
+    ├── Misdirected 421       unknown_host
     ├── Unprocessable 422     invalid_request, unknown_method, bad_alias, unknown_label
-    ├── QueueFull 429         queue_full, too_many_uploads          + Retry-After
+    ├── QueueFull 429         queue_full, too_many_uploads, rate_limited, quota_exceeded   + Retry-After
     ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
     ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready   + Retry-After
     ├── DeadlineExceeded 504  deadline_exceeded
@@ -50,6 +53,14 @@ class BadRequest(ServiceError):
     status, code = 400, "bad_request"
 
 
+class Unauthenticated(ServiceError):
+    status, code = 401, "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    status, code = 403, "forbidden"
+
+
 class NotFound(ServiceError):
     status, code = 404, "not_found"
 
@@ -76,6 +87,10 @@ class TooLarge(ServiceError):
 
 class UnsupportedMedia(ServiceError):
     status, code = 415, "unsupported_media_type"
+
+
+class Misdirected(ServiceError):
+    status, code = 421, "unknown_host"
 
 
 class Unprocessable(ServiceError):

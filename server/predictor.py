@@ -12,6 +12,7 @@ Whatever happens on the way, the seat is given back: when the last row has left 
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -155,6 +156,12 @@ class Predictor:
         self._store, self._residency, self._batcher, self._pool = store, residency, batcher, pool
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
         self._asked: dict[str, Counter[str]] = {}
+
+    def within(self, store: Catalogue, residency: Rack) -> Predictor:
+        """The same predictor as who may see only a part of store and rack is to have it."""
+        narrowed = copy.copy(self)
+        narrowed._store, narrowed._residency = store, residency
+        return narrowed
 
     async def predict(
         self, task_ref: str, images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float

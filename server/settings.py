@@ -24,6 +24,10 @@ class Settings(BaseSettings):
         str, Field(description="Bundle store URL: file://DIR, redis://… or memory://. Empty: HOME/store.")
     ] = ""
     jobs: Annotated[str, Field(description="Job store URL: sqlite://FILE or redis://… Empty: HOME/jobs.sqlite.")] = ""
+    keys: Annotated[
+        str,
+        Field(description="Key store URL: sqlite://FILE or redis://… Empty: the jobs' Redis, else HOME/keys.sqlite."),
+    ] = ""
     redis_password_file: Annotated[
         Path | None, Field(description="File with the password of Redis, for URLs that do not hold one themselves.")
     ] = None
@@ -53,6 +57,19 @@ class Settings(BaseSettings):
     allow_open: Annotated[
         bool, Field(description="Allow an address other than loopback although the server has no API keys.")
     ] = False
+    keys_file: Annotated[
+        Path | None, Field(description="File of API keys that a secret manager mounts; read again when it changes.")
+    ] = None
+    open_metrics: Annotated[bool, Field(description="Show /metrics without a key to whoever reaches the server.")] = (
+        False
+    )
+    allowed_hosts: Annotated[
+        str,
+        Field(
+            description="Names by which clients may call the server, with commas. Empty: on a loopback address only "
+            "local names, elsewhere any."
+        ),
+    ] = ""
     max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 32 * MIB
     max_bundle_bytes: Annotated[int, Field(gt=0, description="Largest bundle that can be uploaded.")] = 64 * MIB
     max_dataset_bytes: Annotated[int, Field(gt=0, description="Largest archive that can be uploaded.")] = (
@@ -150,6 +167,11 @@ class Settings(BaseSettings):
     @property
     def jobs_url(self) -> str:
         return self._with_password(self.jobs) or f"sqlite://{self.home.resolve() / 'jobs.sqlite'}"
+
+    @property
+    def keys_url(self) -> str:
+        shared = self.jobs_url if self.jobs_url.startswith(("redis://", "rediss://")) else ""
+        return self._with_password(self.keys) or shared or f"sqlite://{self.home.resolve() / 'keys.sqlite'}"
 
     def _with_password(self, url: str) -> str:
         """A redis URL with the password of the file. Raises ValueError when the file gives none."""

@@ -553,3 +553,23 @@ class Ready(Message):
 class Health(Message):
     status: Literal["ok"]
     version: str
+
+
+# --- sessions -------------------------------------------------------------------------------------------------------
+
+
+class SignIn(Request):
+    """A key, to be exchanged for a session cookie. `repr` does not show it."""
+
+    key: str = Field(min_length=1, max_length=300, repr=False)
+
+
+class Session(Message):
+    """`keys`: the server asks for keys. `key` is the id of the one that came, if any; `scopes` is what may be done, and
+    `tasks` how the names of its tasks begin."""
+
+    keys: bool
+    key: str | None = None
+    name: str = ""
+    scopes: list[Literal["predict", "train", "admin"]] = []
+    tasks: str = ""

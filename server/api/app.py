@@ -1,7 +1,7 @@
 """The HTTP application: every route, inside what is true of all of them.
 
-Trace (id, log, metrics, the unforeseen) ─▶ BodyLimit ─▶ routes ─▶ predictor, batcher, residency, stores
-                                    every failure ─▶ problems
+Trace (id, log, metrics, the unforeseen) ─▶ Door (host, key, scope) ─▶ BodyLimit ─▶ routes ─▶ what the key covers of
+                                                         every failure ─▶ problems      predictor, residency, stores
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import anyio
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.middleware import Middleware
 
@@ -27,14 +27,19 @@ from server.api import (
     rack,
     residency,
     resumable,
+    scopes,
+    session,
     tasks,
     thumbnails,
     train,
     ui,
     uploads,
 )
+from server.api.door import Door
 from server.api.services import Services
+from server.api.tenancy import narrowing
 from server.api.trace import Trace
+from server.keys.ring import KeyRing
 
 __all__ = ["Services", "create_app"]
 
@@ -46,22 +51,27 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 _ROOMS: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
-    *(datasets, thumbnails, resumable, feedback, train, health, ui),
+    *(datasets, thumbnails, resumable, feedback, train, health, session, ui),
 )
 
 
-def create_app(services: Services) -> FastAPI:
-    """The application over these services. It starts and closes none of them: who made them does."""
+def create_app(services: Services, ring: KeyRing) -> FastAPI:
+    """The application over these services and keys. It starts and closes none of them: who made them does."""
     uploads.sweep(services.settings.datasets_dir)
     app = FastAPI(
         title="lensrack",
         version=__version__,
         description="Many vision tasks from one frozen backbone, answered in one forward.",
         redirect_slashes=False,
-        middleware=[Middleware(Trace), Middleware(guard.BodyLimit, cap=guard.caps(services.settings))],
+        middleware=[
+            Middleware(Trace),
+            Middleware(Door, ring=ring, settings=services.settings),
+            Middleware(guard.BodyLimit, cap=guard.caps(services.settings)),
+        ],
+        dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},
     )
-    app.state.services = services
+    app.state.services, app.state.ring = narrowing(services), ring
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
     problems.install(app)
@@ -80,5 +90,7 @@ def _documented(app: FastAPI) -> dict[str, Any]:
             found = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(found.pop("$defs", {}))
             schemas[model.__name__] = found
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{}, {"key": []}]  # {}: a server that has no keys asks for none
         app.openapi_schema = schema
     return app.openapi_schema

@@ -28,7 +28,7 @@ async def attention(request: Request, services: ServicesOf, task: str) -> wire.A
         images[0],
         services.look,
         key=request.headers.get("Lensrack-Key") or request_id(request),
-        tenant=predict.TENANT,
+        tenant=services.tenant,
         timeout_s=services.settings.request_timeout_s,
     )
     version, seat, seen = await predict.unless_gone(request, work)

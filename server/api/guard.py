@@ -37,12 +37,16 @@ class UnsafeBind(ValueError):
     """The server would be open to everybody who reaches the machine."""
 
 
-def require_safe_bind(settings: Settings) -> None:
-    """Refuse any address but loopback, as long as there are no API keys and LENSRACK_ALLOW_OPEN is not given."""
-    if not settings.allow_open and not is_loopback(settings.host):
+def require_safe_bind(settings: Settings, *, locked: bool = False) -> None:
+    """Refuse any address but loopback, as long as there are no API keys and LENSRACK_ALLOW_OPEN is not given.
+
+    `locked`: there are or have been keys, and requests need one.
+    """
+    if not locked and not settings.allow_open and not is_loopback(settings.host):
         raise UnsafeBind(
             f"listening on {settings.host} would serve everybody who can reach this machine, without API keys: "
-            "expected a loopback address such as 127.0.0.1, or LENSRACK_ALLOW_OPEN=true"
+            "expected a key (`python -m server keys create`), a loopback address such as 127.0.0.1, "
+            "or LENSRACK_ALLOW_OPEN=true"
         )
 
 

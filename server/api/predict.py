@@ -29,7 +29,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["predictions"])
 
-TENANT: Final = ""  # everybody is one tenant as long as there are no keys
 TopK = Annotated[int, Query(ge=1, le=1000, description="How many labels to give for each image, best first.")]
 Tasks = Annotated[
     list[str], Query(alias="task", min_length=1, description="A task, optionally `@alias` or `@version`; repeatable.")
@@ -84,7 +83,9 @@ async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK
     """Ask one task, `task`, `task@alias` or `task@version`, about one or more images."""
     timeout_s = _timeout_s(request, services)
     images = await read_images(request, services)
-    work = services.predictor.predict(task, images, top_k, key=_key(request), tenant=TENANT, timeout_s=timeout_s)
+    work = services.predictor.predict(
+        task, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+    )
     answer = await unless_gone(request, work)
     body = wire.PredictResponse(task=answer.task, version=answer.version, predictions=_listed(answer.predictions))
     return _response(body, answer.timings, {"Lensrack-Version": answer.version})
@@ -97,8 +98,10 @@ async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top
     """Ask many tasks about the same images. A task that fails has its problem in its place; only when none could answer
     is the whole request a problem, the first task's."""
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services)
-    work = services.predictor.predict_many(tasks, images, top_k, key=_key(request), tenant=TENANT, timeout_s=timeout_s)
+    images = await read_images(request, services, len(set(tasks)))
+    work = services.predictor.predict_many(
+        tasks, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+    )
     results = await unless_gone(request, work)
     answered = [result for result in results.values() if isinstance(result, Answer)]
     for result in results.values():
@@ -115,7 +118,7 @@ async def embed(request: Request, services: ServicesOf) -> Response:
     """The frozen backbone's features of images."""
     timeout_s = _timeout_s(request, services)
     images = await read_images(request, services)
-    features = await unless_gone(request, services.predictor.embed(images, tenant=TENANT, timeout_s=timeout_s))
+    features = await unless_gone(request, services.predictor.embed(images, tenant=services.tenant, timeout_s=timeout_s))
     body = wire.EmbedResponse(fingerprint=features.fingerprint, embeddings=features.vectors.tolist())
     return _response(body, features.timings)
 
@@ -123,8 +126,17 @@ async def embed(request: Request, services: ServicesOf) -> Response:
 # --- images in ------------------------------------------------------------------------------------------------------
 
 
-async def read_images(request: Request, services: Services) -> list[bytes]:
-    """The images of a body, in order, still encoded. Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge."""
+async def read_images(request: Request, services: Services, tasks: int = 1) -> list[bytes]:
+    """The images of a body, in order, still encoded, counted for the key as often as there are tasks to ask.
+
+    Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge, QueueFull rate_limited.
+    """
+    images = await _read(request, services)
+    await services.meter.images(services.key, len(images) * tasks)
+    return images
+
+
+async def _read(request: Request, services: Services) -> list[bytes]:
     kinds = (*guard.IMAGE_TYPES, "multipart/form-data", "application/json")
     kind = guard.require_type(request.headers, kinds)
     if kind == "multipart/form-data":

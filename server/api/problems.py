@@ -73,6 +73,8 @@ def problem(error: ServiceError, request_id: str) -> wire.Problem:
 
 def answer(error: ServiceError, request_id: str) -> Answered:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="lensrack"'
     return Answered(problem(error, request_id), headers)
 
 

@@ -83,6 +83,7 @@ async def create(request: Request, services: ServicesOf) -> Response:
     length, metadata = _number(request, "Upload-Length"), request.headers.get("Upload-Metadata", "")
     if metadata and not _METADATA.fullmatch(metadata):
         raise Unprocessable(f"Upload-Metadata: expected up to 4096 ASCII characters, got {metadata[:40]!r}")
+    await asyncio.to_thread(services.datasets.require_room, length)
     upload = await asyncio.to_thread(services.uploads.create, length, metadata)
     headers = {"Location": f"/uploads/{upload.id}", **_expiry(upload.expires_at)}
     return _answer(201, headers, wire.Upload.model_validate(upload, from_attributes=True))

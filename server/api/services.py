@@ -1,9 +1,13 @@
-"""What the HTTP layer stands on: everything it calls, handed over once by `server.bootstrap`."""
+"""What the HTTP layer stands on: everything it calls, handed over once by `server.bootstrap`.
+
+A route gets its `ServicesOf` narrowed to what the key of the request covers, and has no other way to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -11,10 +15,14 @@ from fastapi import Depends, Request
 from lensrack import wire
 from prompts_store import Bundle, Store
 from server.batching.batcher import Batcher
+from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.feedback_store import FeedbackStore
+from server.datasets.feedback_store import Added, Page
 from server.datasets.upload_store import UploadStore
-from server.jobs.store import JobStore
+from server.jobs.job import Job, Publish, State
+from server.jobs.store import Events, Jobs
+from server.keys.key import NOBODY, Key
+from server.keys.meter import Meter
 from server.predictor import Predictor
 from server.settings import Settings
 
@@ -35,31 +43,77 @@ class Residency(Protocol):
 Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention.Attention`
 
 
+class AskedJobs(Protocol):
+    """What clients may ask of the job store; the rest of it is the workers'."""
+
+    def submit(
+        self,
+        task: str,
+        dataset: str,
+        method: str,
+        recipe: Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        publish: Publish = "always",
+        max_attempts: int,
+    ) -> Job: ...
+    def get(self, job_id: str) -> Job: ...
+    def list(
+        self,
+        *,
+        task: str | None = None,
+        state: State | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+        task_prefix: str = "",
+    ) -> tuple[Jobs, str | None]: ...
+    def cancel(self, job_id: str) -> Job: ...
+    def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events: ...
+
+
+class AskedFeedback(Protocol):
+    """What clients may ask of feedback; see `server.datasets.feedback_store`."""
+
+    def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]: ...
+    def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page: ...
+    def examples(self, task: str) -> list[tuple[Example, Path]]: ...
+    def delete(self, task: str, sha256: str) -> None: ...
+    def delete_task(self, task: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Services:
-    """`methods` maps a method's name to its meaning in a line. `check_bundle` raises ServiceError for a bundle that the
-    running backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread.
-    `rack` tells who sits on the device; `look` belongs to the engine's thread."""
+    """Everything that routes call, as far as the key of the request covers it: see `server.api.tenancy`.
+
+    `tenant` is how the names of its tasks begin, "" for all. `methods` maps a method's name to its meaning in a line.
+    `check_bundle` raises ServiceError for a bundle that the running backbone, or the bundle's own method, cannot serve;
+    it may take its time and is called in a thread. `rack` tells who sits on the device; `look` belongs to the engine's
+    thread."""
 
     settings: Settings
     predictor: Predictor
     batcher: Batcher
     residency: Residency
     store: Store
-    jobs: JobStore
+    jobs: AskedJobs
     datasets: DatasetStore
     uploads: UploadStore
-    feedback: FeedbackStore
+    feedback: AskedFeedback
     ready: Callable[[], wire.Ready]
     rack: Callable[[], wire.Rack]
     look: Look
     methods: Mapping[str, str]
     check_bundle: Callable[[Bundle], None]
+    tenant: str = ""
+    key: Key = NOBODY
+    meter: Meter = field(default_factory=Meter)
 
 
 def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
-    return services
+    narrowed: Callable[[Key | None], Services] = request.app.state.services
+    return narrowed(request.state.key)
 
 
 ServicesOf = Annotated[Services, Depends(_services)]

@@ -42,6 +42,7 @@ async def train(
     if asked.method != AUTO and asked.method not in services.methods:
         known = ", ".join(sorted({AUTO, *services.methods}))
         raise Unprocessable(f"method: expected one of {known}, got {asked.method[:100]!r}", code="unknown_method")
+    await services.meter.job(services.key)
     job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
     return told(job)
@@ -116,7 +117,7 @@ def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Jo
         asked.method,
         _recipe(asked),
         idempotency_key=key,
-        tenant=predict.TENANT,
+        tenant=services.tenant,
         priority=asked.priority,
         publish=asked.publish,
         max_attempts=services.settings.max_attempts,

@@ -1,6 +1,6 @@
 """Datasets as files, for the server and its workers on one disk:
 
-    datasets/<id>.json         the manifest: present means that the dataset is whole
+    datasets/<id>….json        the manifest, one of each owner: present means that the dataset is whole
     blobs/<ab>/<sha256>        the pictures as they were uploaded, each once, whoever uses it
     staging/<random>/          an ingest or a deletion under way; what a dead process left is swept at the next start
     lock                       held while manifests and blobs change
@@ -11,6 +11,7 @@ is written last. Deleting takes the manifest away first. So a reader, who needs 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import logging
@@ -25,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from server.datasets import manifests
 from server.datasets.archive import Limits
 from server.datasets.contents import contents
 from server.datasets.dataset import Dataset, Example
@@ -32,6 +34,7 @@ from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
 from server.datasets.gathering import Decode, Gathered
 from server.datasets.image_kind import kind
 from server.datasets.lineage import joined, without_lone
+from server.datasets.manifests import Manifests, id_of, no_dataset
 from server.datasets.member_names import shown
 from server.engine import images
 from server.errors import NotFound, Unavailable
@@ -43,7 +46,6 @@ MAX_FILE_BYTES: Final = 64 * 2**20
 OTHER_FILES: Final = 1000  # members that are no pictures, beside as many as there may be pictures
 
 _NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)  # some network and memory-card systems
-_ID: Final = re.compile("[0-9a-f]{8,64}")
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 
 Datasets = list[Dataset]  # inside the store `list` is a verb
@@ -63,15 +65,23 @@ class DatasetStore:
         max_file_bytes: int = MAX_FILE_BYTES,
         decode: Decode = images.decode,
     ) -> None:
-        self._manifests, self._blobs, self._staging = root / "datasets", root / "blobs", root / "staging"
+        self._manifests = Manifests(root / "datasets")
+        self._blobs, self._staging = root / "blobs", root / "staging"
         self._lock = root / "lock"
         self._max_images, self._max_pixels, self._max_file_bytes = max_images, max_image_pixels, max_file_bytes
         self._limits = Limits(max_members=2 * max_images + OTHER_FILES, max_unpacked_bytes=max_unpacked_bytes)
         self._decode = decode
         with disk():
-            for folder in (self._manifests, self._blobs, self._staging):
+            for folder in (self._manifests.folder, self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
+
+    def of(self, owner: str, quota: int | None = None) -> DatasetStore:
+        """The same store as who stores under this prefix is to have it: only the data sets of owners that begin with
+        it, as these call them. `quota` is the most bytes that they may have in all."""
+        own = copy.copy(self)
+        own._manifests = self._manifests.of(owner, quota)
+        return own
 
     def ingest(
         self, archive_path: Path, *, name: str = "", parent: str | None = None, progress: Progress | None = None
@@ -79,7 +89,7 @@ class DatasetStore:
         """Store an archive of class folders, with `parent` together with that dataset's pictures.
 
         Content that is here already is the dataset that is here. Raises `BadRequest` bad_archive or bad_dataset,
-        `NotFound` for the parent, `DiskFull`; then nothing is left of it.
+        `NotFound` for the parent, `DiskFull`, `QueueFull` quota_exceeded; then nothing is left of it.
         """
         base = None if parent is None else self.get(parent)
         with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
@@ -111,33 +121,44 @@ class DatasetStore:
     def get(self, dataset_id: str) -> Dataset:
         """By its id, or by its first digits, eight or more, when these are only its own."""
         with disk():
-            dataset = _read_manifest(self._manifests / f"{self._whole_id(dataset_id)}.json")
+            dataset = manifests.read(self._manifests.found(dataset_id)[0])
         if dataset is None:
-            raise _no_dataset(dataset_id)
+            raise no_dataset(dataset_id)
         return dataset
+
+    def whole_id(self, dataset_id: str) -> str:
+        """What `get` would find, without reading it."""
+        with disk():
+            return id_of(self._manifests.found(dataset_id)[0])
 
     def list(self) -> Datasets:
         """Newest first. One with a damaged manifest is told to the log and not listed."""
-        found: Datasets = []
-        for path in self._manifests.glob("*.json"):
+        found: dict[str, Dataset] = {}
+        for path in self._manifests.all():
             try:
-                dataset = _read_manifest(path)
+                dataset = manifests.read(path) if id_of(path) not in found else None
             except Unavailable as error:
                 log.error("a dataset is not listed: %s", error.detail)
             else:
-                found += [dataset] if dataset else []
-        return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
+                found |= {dataset.id: dataset} if dataset else {}
+        return sorted(found.values(), key=lambda each: (each.created_at, each.id), reverse=True)
 
     def delete(self, dataset_id: str) -> None:
-        """With the pictures that no other dataset uses."""
+        """With the pictures that no other dataset uses, and no other owner of this one."""
         with disk(), self._staged() as staging, self._locked():
-            path = self._manifests / f"{self._whole_id(dataset_id)}.json"
-            dataset = _read_manifest(path)
+            paths = self._manifests.found(dataset_id)
+            dataset = manifests.read(paths[0])
             if dataset is None:
-                raise _no_dataset(dataset_id)
-            os.replace(path, staging / path.name)
-            sync(self._manifests)
+                raise no_dataset(dataset_id)
+            for path in paths:
+                os.replace(path, staging / path.name)
+            sync(self._manifests.folder)
             self._remove({example.sha256 for example in dataset.examples} - self._used())
+
+    def require_room(self, count: int) -> None:
+        """For `count` bytes more. Raises `QueueFull` quota_exceeded."""
+        with disk():
+            self._manifests.require_room(count)
 
     def read(self, sha256: str) -> bytes:
         """A picture as it was uploaded, verified. `NotFound` when its dataset has been deleted."""
@@ -157,39 +178,29 @@ class DatasetStore:
     def _blob(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256
 
-    def _whole_id(self, dataset_id: str) -> str:
-        if not _ID.fullmatch(dataset_id):
-            raise _no_dataset(dataset_id)
-        found = [path.stem for path in self._manifests.glob(f"{dataset_id}*.json")]
-        if len(found) > 1:
-            detail = f"{len(found)} datasets begin with {dataset_id}: give more digits"
-            raise NotFound(detail, code="dataset_not_found")
-        if not found:
-            raise _no_dataset(dataset_id)
-        return found[0]
-
     def _used(self) -> set[str]:
         """The blobs of all datasets; refuses to guess when a manifest cannot be read."""
-        found = [_read_manifest(path) for path in self._manifests.glob("*.json")]
+        found = [manifests.read(path) for path in Manifests(self._manifests.folder).all()]
         return {example.sha256 for dataset in found if dataset for example in dataset.examples}
 
     # --- changing -----------------------------------------------------------------------------------------------------
 
     def _keep(self, dataset: Dataset, staging: Path) -> Dataset:
-        manifest = staging / "manifest"
+        manifest, place = staging / "manifest", self._manifests.place(dataset.id)
         write(manifest, dataset.to_json().encode())
         with self._locked():
-            known = _read_manifest(self._manifests / f"{dataset.id}.json")
+            known = manifests.read(place)
             if known is not None:
                 return known
+            self._manifests.require_room(dataset.bytes)
             moved: set[str] = set()
             try:
                 self._move_in(staging, dataset, moved)
-                os.replace(manifest, self._manifests / f"{dataset.id}.json")
+                os.replace(manifest, place)
             except BaseException:
                 self._remove(moved)
                 raise
-            sync(self._manifests)
+            sync(self._manifests.folder)
         return dataset
 
     def _move_in(self, staging: Path, dataset: Dataset, moved: set[str]) -> None:
@@ -272,20 +283,6 @@ def _linked(source: Path, target: Path) -> bool:
 def _with_kind(example: Example, path: Path) -> Example:
     format_, mode = kind(path.read_bytes())
     return replace(example, format=format_, mode=mode)
-
-
-def _read_manifest(path: Path) -> Dataset | None:
-    try:
-        return Dataset.from_json(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        detail = f"the manifest of dataset {path.stem[:12]} is damaged on the server's disk"
-        raise Unavailable(detail, code="store_unavailable") from error
-
-
-def _no_dataset(dataset_id: str) -> NotFound:
-    return NotFound(f"there is no dataset {shown(dataset_id, 64)!r}", code="dataset_not_found")
 
 
 def _no_picture(sha256: str) -> NotFound:

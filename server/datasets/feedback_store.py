@@ -95,7 +95,7 @@ class FeedbackStore:
         with disk(), flocked(self._lock):
             words = self._file(task).read()
             if sha256 not in words.last:
-                raise NotFound(f"task {task!r} has no feedback {shown(sha256, 64)!r}", code="feedback_not_found")
+                raise no_feedback(task, sha256)
             self._file(task).append(Word(words.next_seq, sha256, ""))
             self._picture(task, sha256).unlink(missing_ok=True)
 
@@ -187,3 +187,7 @@ class FeedbackStore:
 def _example(word: Word) -> Example:
     name = f"feedback/{word.sha256[:12]}"
     return Example("train", word.label, name, word.sha256, word.bytes, word.width, word.height)
+
+
+def no_feedback(task: str, sha256: str) -> NotFound:
+    return NotFound(f"task {task!r} has no feedback {shown(sha256, 64)!r}", code="feedback_not_found")

@@ -10,6 +10,7 @@ acknowledged is lost, whatever ends the process. What nobody has touched for `ex
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import logging
@@ -110,9 +111,16 @@ class UploadStore:
 
     def __init__(self, root: Path, *, max_bytes: int, expiry_s: float) -> None:
         self._root, self._max_bytes, self._expiry_s = root, max_bytes, expiry_s
+        self._owner = ""
         with disk():
             root.mkdir(parents=True, exist_ok=True)
         self.sweep()
+
+    def of(self, owner: str) -> UploadStore:
+        """The same uploads as who stores under this prefix is to have them: only those of owners that begin with it."""
+        own = copy.copy(self)
+        own._owner = owner
+        return own
 
     def create(self, length: int, metadata: str = "") -> Upload:
         """Raises TooLarge, DiskFull, QueueFull too_many_uploads."""
@@ -124,7 +132,7 @@ class UploadStore:
             folder = self._root / secrets.token_hex(16)
             folder.mkdir()
             write(folder / "data", b"")
-            write(folder / "about.new", json.dumps({"length": length, "metadata": metadata}).encode())
+            write(folder / "about.new", self._about(length, metadata))
             os.replace(folder / "about.new", folder / "about")
             sync(folder)
             sync(self._root)
@@ -193,14 +201,24 @@ class UploadStore:
     # --- one upload -------------------------------------------------------------------------------------------------
 
     def _folder(self, upload_id: str) -> Path:
+        """Somebody else's upload is not told of, not even that it is busy."""
         if not _ID.fullmatch(upload_id):
             raise _no_upload(upload_id)
-        return self._root / upload_id
+        folder = self._root / upload_id
+        if self._owner:
+            with disk():
+                self._read(folder)
+        return folder
+
+    def _about(self, length: int, metadata: str) -> bytes:
+        return json.dumps({"length": length, "metadata": metadata, "owner": self._owner}).encode()
 
     def _read(self, folder: Path) -> Upload:
         """What is told of an upload is on the disk, also while somebody writes."""
         try:
             told: dict[str, Any] = json.loads((folder / "about").read_text())
+            if not told.get("owner", "").startswith(self._owner):
+                raise _no_upload(folder.name)
             expires_at = self._expires_at(folder)
             offset = told["length"] if _is_stored(folder) else _flushed_size(folder / "data")
         except FileNotFoundError:

@@ -96,13 +96,15 @@ class RedisJobStore(StepwiseJobStore):
         cursor: str | None = None,
         limit: int = 50,
         tenant: str | None = None,
+        task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
         if cursor is not None and not is_id(cursor):
             raise BadRequest("expected the cursor of an earlier page, got something else")
         asked = {"task": task, "state": state, "tenant": tenant}
         wanted = {name: value for name, value in asked.items() if value is not None}
         found = self._newest_first(self._narrowest(wanted), cursor)
-        matching = (job for job in found if all(getattr(job, name) == value for name, value in wanted.items()))
+        covered = (job for job in found if job.task.startswith(task_prefix))
+        matching = (job for job in covered if all(getattr(job, name) == value for name, value in wanted.items()))
         jobs = [*islice(matching, limit + 1)]
         page = jobs[:limit]
         return page, page[-1].id if page and len(jobs) > limit else None

@@ -76,10 +76,13 @@ class SqliteJobStore(StepwiseJobStore):
         cursor: str | None = None,
         limit: int = 50,
         tenant: str | None = None,
+        task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
         if cursor is not None and not is_id(cursor):
             raise BadRequest("expected the cursor of an earlier page, got something else")
         wanted = {"task =": task, "state =": state, "tenant =": tenant, "id <": cursor}
+        if task_prefix:
+            wanted |= {"task >=": task_prefix, "task <": f"{task_prefix}\x7f"}  # beyond every letter of a name
         given = {condition: value for condition, value in wanted.items() if value is not None}
         where = " AND ".join(f"{condition} ?" for condition in given) or "TRUE"
         with backend():

@@ -60,8 +60,12 @@ class JobStore(Protocol):
         cursor: str | None = None,
         limit: int = 50,
         tenant: str | None = None,
+        task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
-        """Newest first, at most `limit`, and the cursor of the next page or None. `BadRequest` for a foreign cursor."""
+        """Newest first, at most `limit`, and the cursor of the next page or None. `BadRequest` for a foreign cursor.
+
+        `task_prefix` is how the tasks' names begin; a backend may have to look at every job for it.
+        """
 
     def claim(self, worker: str, lease_s: float) -> Job | None:
         """The waiting job of highest priority, the oldest of these, now running with one attempt more; or None.

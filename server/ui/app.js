@@ -5,6 +5,7 @@ import { fill, h } from './dom.js';
 import * as askPage from './ask.js';
 import * as jobPage from './job.js';
 import * as rackPage from './rack.js';
+import * as signIn from './session.js';
 import * as taskPage from './task.js';
 import * as tasksPage from './tasks.js';
 import * as trainPage from './train.js';
@@ -25,9 +26,11 @@ async function show(first = false) {
   mark(SECTION[known] ?? known);
   const page = h('div', { class: `page of-${known}` });
   try {
-    await PAGES[known].show(page, argument, signal);
+    if (signIn.stranger(await signIn.who())) signIn.show(page);
+    else await PAGES[known].show(page, argument, signal);
   } catch (error) {
     if (signal.aborted) return;
+    if (error.status === 401) { show(); return; } // the key has ended meanwhile
     fill(page, h('h1', {}, 'That did not work'), h('p', { class: 'problem' }, error.message));
   }
   if (signal.aborted) return;

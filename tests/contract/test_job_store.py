@@ -222,6 +222,23 @@ def test_a_last_page_that_is_full_has_no_next(store: JobStore) -> None:
     assert store.list(limit=3)[1] is not None
 
 
+def test_lists_are_narrowed_by_how_the_tasks_begin(store: JobStore) -> None:
+    names = ("acme-a", "acme", "acme-", "acme-zz", "acmf", "b")
+    ids = {name: submit(store, name).id for name in names}
+
+    def listed(prefix: str, **narrowed: Any) -> list[str]:
+        return [job.task for job in store.list(task_prefix=prefix, **narrowed)[0]]
+
+    assert listed("acme-") == ["acme-zz", "acme-", "acme-a"]
+    assert listed("") == [*names[::-1]]
+    assert listed("acme-", task="acme-a") == ["acme-a"]
+    assert listed("acme-", task="b") == listed("acme-", state="running") == listed("c") == []
+    page, following = store.list(task_prefix="acme-", limit=2)
+    assert [job.task for job in page] == ["acme-zz", "acme-"]
+    assert following == ids["acme-"]
+    assert [job.task for job in store.list(task_prefix="acme-", limit=2, cursor=following)[0]] == ["acme-a"]
+
+
 def test_lists_are_narrowed_by_task_state_and_tenant(store: JobStore) -> None:
     a, b = submit(store, "a", tenant="x"), submit(store, "b", tenant="x")
     c = submit(store, "a", tenant="y")

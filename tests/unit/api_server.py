@@ -22,6 +22,9 @@ from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict
 from server.jobs.sqlite_store import SqliteJobStore
+from server.keys.keys_file import KeysFile
+from server.keys.ring import KeyRing
+from server.keys.url import open_keys
 from server.settings import Settings
 from tests.unit.serving import FINGERPRINT, Floor
 
@@ -108,11 +111,13 @@ def serving(
         methods=METHODS,
         check_bundle=check_bundle,
     )
+    ring = KeyRing(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)
+    ring.load()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that name TCP
     port = listener.getsockname()[1]
     server = uvicorn.Server(
-        uvicorn.Config(create_app(services), log_config=None, lifespan="off", timeout_graceful_shutdown=2)
+        uvicorn.Config(create_app(services, ring), log_config=None, lifespan="off", timeout_graceful_shutdown=2)
     )
 
     async def run() -> None:

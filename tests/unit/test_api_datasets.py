@@ -122,7 +122,7 @@ def test_too_large_leaves_nothing(api: Api):
 
 
 def test_a_client_gone_midway_leaves_nothing(api: Api):
-    head = b"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Type: application/zip\r\nContent-Length: 5000000\r\n\r\n"
+    head = b"POST /datasets HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/zip\r\nContent-Length: 5000000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", api.port)) as sock:
         sock.sendall(head + b"x" * 2_500_000)
         deadline = time.monotonic() + 10

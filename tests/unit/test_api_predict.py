@@ -321,9 +321,8 @@ def test_a_client_that_leaves_is_dropped_before_the_forward(narrow: Api):
     before = departed()
     body = png(77)
     with socket.create_connection(("127.0.0.1", narrow.port)) as sock:
-        head = (
-            f"POST /predict/fish HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
+        head = "POST /predict/fish HTTP/1.1\r\nHost: [::1]\r\nContent-Type: image/png\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         sock.sendall(head.encode() + body)
         until(lambda: len(narrow.floor.batcher) == 1)
     time.sleep(0.1)  # the server hears of it while the engine is still busy

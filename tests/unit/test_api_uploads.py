@@ -61,7 +61,7 @@ def until(condition: Callable[[], Any], what: str) -> None:
 def hanging(api: Api, where: str, at: int, announced: int, data: bytes) -> socket.socket:
     """A PATCH that announces more than it sends, and stays connected."""
     sock = socket.create_connection(("127.0.0.1", api.port), timeout=20)
-    head = f"PATCH {where} HTTP/1.1\r\nHost: x\r\nContent-Type: {PIECE['Content-Type']}\r\n"
+    head = f"PATCH {where} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {PIECE['Content-Type']}\r\n"
     sock.sendall(f"{head}Upload-Offset: {at}\r\nContent-Length: {announced}\r\n\r\n".encode() + data)
     return sock
 

@@ -1,0 +1,148 @@
+"""Who comes in. One place for all routes, before any of them reads a byte of the body.
+
+    Host known? ─► Origin ours? ─► whose key? ─► does it have the scope that the route asks for? ─► route
+        421            403             401              403
+
+`request.state.key` is then the key; None on a route that is open to nobody in particular. As long as there are no keys
+everybody is `NOBODY`, who may do everything; Host and Origin then keep out the web pages that visitors of this machine
+happen to look at, which could otherwise send requests (CSRF) or pretend to be this server (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api import guard, problems, scopes
+from server.errors import Forbidden, Misdirected, ServiceError
+from server.keys.key import NOBODY, Key
+from server.keys.ring import KeyRing
+from server.settings import Settings
+
+COOKIE: Final = "lensrack_session"
+SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """The route that would have answered, for who counts."""
+
+    path: str
+
+
+class Door:
+    """Middleware in front of the application's routes, which ask once more for what they need: `scopes.require`."""
+
+    def __init__(self, app: ASGIApp, ring: KeyRing, settings: Settings) -> None:
+        self.app, self._ring = app, ring
+        self._named = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip())
+        self._local = guard.is_loopback(settings.host)  # who binds such an address wants local callers only
+        self._open_metrics = settings.open_metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self._admit(scope)
+        except ServiceError as error:
+            scope["route"] = _Refused(scopes.template(scope["method"], scope["path"]) or "unmatched")
+            await problems.answer(error, scope["state"]["request_id"])(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> None:
+        headers, method = Headers(scope=scope), scope["method"]
+        self._require_host(headers)
+        bearer, cookie = _bearer(headers), None
+        if bearer is None:
+            cookie = _cookie(headers)
+            if method not in SAFE:
+                require_origin(headers, self._named, required=cookie is not None)
+        scope["state"]["open_metrics"] = self._open_metrics
+        key = await self._whose(bearer or cookie)
+        scope["state"]["key"] = key
+        scopes.check(scope, scopes.template(method, scope["path"]), given=bool(bearer or cookie))
+
+    async def _whose(self, token: str | None) -> Key | None:
+        await self._ring.refresh()
+        if not self._ring.locked:
+            return NOBODY
+        return await self._ring.owner(token) if token else None
+
+    def _require_host(self, headers: Headers) -> None:
+        if "host" not in headers or "*" in self._named or not (self._named or self._local):
+            return
+        host = _name(headers["host"])
+        if host not in self._named and not guard.is_loopback(host):  # no foreign name can be one of those
+            known = " or ".join(sorted(self._named) or ["localhost"])
+            raise Misdirected(f"Host: expected {known} (LENSRACK_ALLOWED_HOSTS can name others), got {host[:100]!r}")
+
+
+# --- Host and Origin --------------------------------------------------------------------------------------------------
+
+
+def require_origin(headers: Headers, named: frozenset[str], *, required: bool) -> None:
+    """What changes something must not come from another site's page. Programs send no Origin, browsers always do.
+
+    Raises Forbidden foreign_origin.
+    """
+    origin = headers.get("origin")
+    if origin is None:
+        if not required or headers.get("sec-fetch-site") == "same-origin":
+            return
+        raise Forbidden("Origin: expected this server's, as the session is a cookie, got none", code="foreign_origin")
+    place = origin.partition("://")[2].lower()
+    if place and place in {headers.get("host", "").lower(), *named}:
+        return
+    raise Forbidden(f"Origin: expected this server's own pages, got {origin[:100]!r}", code="foreign_origin")
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    bare = host.strip().lower()
+    if bare.startswith("["):
+        return bare[1:].partition("]")[0]
+    try:
+        ipaddress.ip_address(bare)
+    except ValueError:
+        return bare.partition(":")[0].rstrip(".")
+    return bare
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _bearer(headers: Headers) -> str | None:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return (token.strip() or None) if scheme.lower() == "bearer" else None
+
+
+def _cookie(headers: Headers) -> str | None:
+    """The token of a session. A page of another site does not get to use it, whatever its browser thinks."""
+    if headers.get("sec-fetch-site") == "cross-site":
+        return None
+    try:
+        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return None
+    return unpacked(morsel.value) if morsel else None
+
+
+def packed(token: str) -> str:
+    """A token as a cookie's value, where not every character is allowed."""
+    return base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
+
+
+def unpacked(value: str) -> str | None:
+    try:
+        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode() or None
+    except (binascii.Error, ValueError):
+        return None

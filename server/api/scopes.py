@@ -1,0 +1,139 @@
+"""Which key each route asks for. A route that is not listed asks for `admin`: what is forgotten is closed.
+
+open      nobody is asked          whole     any key for all tasks: what is told is of everybody
+any       a key of any scope       predict, train, admin: a key with that scope
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from fastapi import Request
+from starlette.routing import compile_path
+from starlette.types import Scope
+
+from server.errors import Forbidden, Unauthenticated
+from server.keys.key import SCOPES, Key
+
+Need = Literal["open", "any", "whole", "predict", "train", "admin"]
+
+_LISTED: Final[Mapping[Need, str]] = {
+    "open": """
+        GET /healthz
+        GET /readyz
+        GET /
+        GET /ui/{path:path}
+        GET /session
+        POST /session
+        DELETE /session
+    """,
+    "whole": """
+        GET /metrics
+    """,
+    "any": """
+        GET /openapi.json
+        GET /docs
+        GET /docs/oauth2-redirect
+        GET /redoc
+        GET /methods
+        GET /rack
+        GET /tasks
+        GET /tasks/{task}
+        GET /tasks/{task}/versions
+        GET /tasks/{task}/versions/{version}
+        GET /tasks/{task}/aliases/{alias}
+        GET /tasks/{task}/aliases/{alias}/history
+    """,
+    "predict": """
+        POST /predict
+        POST /predict/{task}
+        POST /embed
+        POST /tasks/{task}/attention
+        POST /tasks/{task}/feedback
+    """,
+    "train": """
+        GET /tasks/{task}/versions/{version}/bundle
+        GET /tasks/{task}/feedback
+        DELETE /tasks/{task}/feedback/{sha256}
+        POST /tasks/{task}/feedback/dataset
+        POST /datasets
+        GET /datasets
+        GET /datasets/{dataset_id}
+        DELETE /datasets/{dataset_id}
+        GET /datasets/{dataset_id}/thumbnails
+        GET /datasets/{dataset_id}/thumbnails/{number}
+        OPTIONS /uploads
+        POST /uploads
+        HEAD /uploads/{upload_id}
+        PATCH /uploads/{upload_id}
+        DELETE /uploads/{upload_id}
+        POST /train
+        GET /train
+        GET /train/{job_id}
+        POST /train/{job_id}/cancel
+        GET /train/{job_id}/events
+    """,
+    "admin": """
+        DELETE /tasks/{task}
+        PUT /tasks/{task}/versions
+        DELETE /tasks/{task}/versions/{version}
+        PUT /tasks/{task}/aliases/{alias}
+        DELETE /tasks/{task}/aliases/{alias}
+        POST /tasks/{task}/rollback
+        POST /tasks/{task}/load
+        POST /tasks/{task}/unload
+        POST /tasks/{task}/pin
+    """,
+}
+NEEDS: Final[Mapping[tuple[str, str], Need]] = {
+    (line.split()[0], line.split()[1]): need for need, lines in _LISTED.items() for line in lines.strip().splitlines()
+}
+
+
+_TEMPLATES: Final = tuple((method, compile_path(route)[0], route) for method, route in NEEDS)
+
+
+def template(method: str, path: str) -> str | None:
+    """The listed route that will probably answer; None for none."""
+    asked = (method, "GET") if method == "HEAD" else (method,)
+    for known, pattern, route in _TEMPLATES:
+        if known in asked and pattern.match(path):
+            return route
+    return None
+
+
+def need_of(method: str, route: str) -> Need:
+    asked = (method, route)
+    if method == "HEAD" and asked not in NEEDS:
+        asked = ("GET", route)
+    return NEEDS.get(asked, "admin")
+
+
+def check(scope: Scope, route: str | None, *, given: bool) -> None:
+    """Whether the request's key may use a route; `given`: there was something that might have been a key.
+
+    For a path that no listed route takes any key will do: either nothing is there, or a route that asks for itself.
+    Raises Unauthenticated, Forbidden.
+    """
+    key: Key | None = scope["state"]["key"]
+    need = "any" if route is None else need_of(scope["method"], route)
+    if need == "open" or (need == "whole" and scope["state"]["open_metrics"]):
+        return
+    if key is None:
+        got = "one that is wrong, revoked or unknown" if given else "none"
+        raise Unauthenticated(f"expected an API key (Authorization: Bearer …), got {got}")
+    if need == "whole" and key.tasks:
+        raise Forbidden("this tells of all tasks: expected a key for all of them, got one for some")
+    if (lacking := _missing(key, need)) is not None:
+        detail = f"{scope['method']} {scope['path'][:200]!r} needs the scope {lacking!r}, which this key does not have"
+        raise Forbidden(detail, scope=lacking)
+
+
+async def require(request: Request) -> None:
+    """Every route's first dependency: the route itself asks for what it needs, whatever the door took it for."""
+    check(request.scope, request.scope["route"].path, given=False)
+
+
+def _missing(key: Key, need: Need) -> str | None:
+    return need if need in SCOPES and not key.may(need) else None

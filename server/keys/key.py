@@ -1,0 +1,129 @@
+"""An API key: who may do what, to which tasks, and how much of it. Its token is told once and kept as a hash.
+
+    lr_<id>_<secret>        what a client sends; the id is public and finds the record, the secret proves it
+
+A key sees what its `tasks` prefix covers: tasks by their names, jobs by their tasks, and data sets and uploads by the
+prefix of the key that stored them. Keys with the same prefix therefore share all of it, and the empty
+prefix covers everything.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+from typing import Annotated, Final, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Scope = Literal["predict", "train", "admin"]
+
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
+SECRET_BYTES: Final = 32
+ID_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,31}$"
+_ID: Final = re.compile(ID_PATTERN)
+_TOKEN: Final = re.compile(r"lr_([a-z0-9][a-z0-9-]{0,31})_([A-Za-z0-9_-]{20,200})")
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+# scrypt (RFC 7914): 16 MiB and some 50 ms for each guess
+LOG_N: Final = 14
+_R: Final = 8
+_P: Final = 1
+_HASH: Final = re.compile(r"scrypt:([0-9]{1,2}):([0-9]{1,2}):([0-9]{1,2}):([A-Za-z0-9_=-]+):([A-Za-z0-9_=-]+)")
+_MAX_MEMORY: Final = 64 * 2**20
+
+KeyId = Annotated[str, Field(pattern=ID_PATTERN)]
+TaskPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
+
+
+class Allowance(BaseModel):
+    """How much a key may take; None sets no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images_per_s: Annotated[float | None, Field(gt=0, le=1e6)] = None
+    jobs_per_day: Annotated[int | None, Field(ge=0, le=10**6)] = None
+    bytes_stored: Annotated[int | None, Field(ge=0)] = None
+
+
+class Key(BaseModel):
+    """One key as it is kept. Times are seconds since the epoch; the old hash holds until `old_until`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: KeyId
+    name: Annotated[str, Field(max_length=200)] = ""
+    scopes: Annotated[frozenset[Scope], Field(min_length=1)]
+    tasks: TaskPrefix = ""
+    allowance: Allowance = Allowance()
+    hash: str = ""
+    created_at: float = 0.0
+    old_hash: str = ""
+    old_until: float = 0.0
+    revoked_at: float | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+    def covers(self, name: str) -> bool:
+        """Whether a task, or what was stored under a prefix, is this key's."""
+        return name.startswith(self.tasks)
+
+    def hashes(self, now: float) -> tuple[str, ...]:
+        """What a token may match at this moment."""
+        if self.revoked_at is not None:
+            return ()
+        return (self.hash, self.old_hash) if self.old_hash and now < self.old_until else (self.hash,)
+
+
+# Everybody, as long as there are no keys.
+NOBODY: Final = Key(id="nobody", scopes=frozenset(SCOPES))
+
+
+def new_id() -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+def new_token(key_id: str) -> str:
+    return f"lr_{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+
+
+def id_of(token: str) -> str | None:
+    """The public half of a token that was made here; None for anything else."""
+    found = _TOKEN.fullmatch(token)
+    return found[1] if found else None
+
+
+def hashed(token: str) -> str:
+    """`scrypt:log2 n:r:p:salt:hash`, with a salt of its own. Takes its time, and should: call it in a thread."""
+    salt = secrets.token_bytes(16)
+    digest = _scrypt(token, salt, LOG_N, _R, _P)
+    return f"scrypt:{LOG_N}:{_R}:{_P}:{_text(salt)}:{_text(digest)}"
+
+
+def matches(token: str, kept: str) -> bool:
+    """Whether a token gives this hash, compared in constant time. Takes its time: call it in a thread."""
+    found = _HASH.fullmatch(kept)
+    if found is None:
+        return False
+    try:
+        salt, expected = (base64.urlsafe_b64decode(found[place]) for place in (4, 5))
+        got = _scrypt(token, salt, *(int(found[place]) for place in (1, 2, 3)))
+    except (binascii.Error, ValueError, TypeError, OverflowError):  # parameters beyond what is allowed
+        return False
+    return hmac.compare_digest(got, expected)
+
+
+def is_hash(text: str) -> bool:
+    return _HASH.fullmatch(text) is not None
+
+
+def _scrypt(token: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:
+    return hashlib.scrypt(token.encode(), salt=salt, n=2**log_n, r=r, p=p, dklen=32, maxmem=_MAX_MEMORY)
+
+
+def _text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode()

@@ -1,0 +1,79 @@
+"""How much a key has taken: images a second and jobs a day, by the `limits` library, in memory or in Redis.
+
+Images are counted over a minute, so a key may take a minute's worth at once. Several servers on one Redis count
+together. While Redis is away nobody is refused: predictions outlive it, and a limit is no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Final
+
+from limits import RateLimitItem, RateLimitItemPerDay, RateLimitItemPerMinute
+from limits.errors import StorageError
+from limits.storage import MemoryStorage, RedisStorage, Storage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from server.errors import QueueFull
+from server.keys.key import Key
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 1.0
+WINDOW_S: Final = 60
+
+
+class Meter:
+    """Counts by key. Without a Redis URL each process counts for itself."""
+
+    def __init__(self, redis_url: str | None = None) -> None:
+        self._shared = redis_url is not None
+        self._limiter = SlidingWindowCounterRateLimiter(_storage(redis_url))
+
+    async def images(self, key: Key, count: int) -> None:
+        """Raises QueueFull rate_limited."""
+        rate = key.allowance.images_per_s
+        if rate is None or count == 0:
+            return
+        most = max(1, round(rate * WINDOW_S))
+        if not await self._taken(RateLimitItemPerMinute(most), "images", key.id, count):
+            detail = f"this key may send {rate:g} images a second, {most} in a minute; {count} more are too many now"
+            wait_s = await self._wait_s(RateLimitItemPerMinute(most), "images", key.id)
+            raise QueueFull(detail, code="rate_limited", retry_after_s=wait_s)
+
+    async def job(self, key: Key) -> None:
+        """Raises QueueFull quota_exceeded."""
+        most = key.allowance.jobs_per_day
+        if most is None:
+            return
+        if most == 0 or not await self._taken(RateLimitItemPerDay(most), "jobs", key.id, 1):
+            wait_s = await self._wait_s(RateLimitItemPerDay(max(1, most)), "jobs", key.id)
+            detail = f"this key may start {most} jobs in 24 hours and has"
+            raise QueueFull(detail, code="quota_exceeded", retry_after_s=wait_s)
+
+    async def _taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
+        try:
+            if self._shared:
+                return await asyncio.to_thread(self._limiter.hit, item, what, key_id, cost=cost)
+            return self._limiter.hit(item, what, key_id, cost=cost)
+        except StorageError as error:
+            log.warning("limits are not counted: %s", type(error.storage_error).__name__)
+            return True
+
+    async def _wait_s(self, item: RateLimitItem, what: str, key_id: str) -> float:
+        try:
+            stats = await asyncio.to_thread(self._limiter.get_window_stats, item, what, key_id)
+        except StorageError:
+            return 1.0
+        return max(1.0, stats.reset_time - time.time())
+
+
+def _storage(url: str | None) -> Storage:
+    if url is None:
+        return MemoryStorage()
+    return RedisStorage(
+        url, key_prefix="lensrack:limits", wrap_exceptions=True,
+        socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S,
+    )  # fmt: skip

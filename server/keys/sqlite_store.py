@@ -1,0 +1,104 @@
+"""Keys in one SQLite file that only its owner may read, for one machine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from server.errors import DiskFull, Unavailable
+from server.keys import store
+from server.keys.key import Key
+from server.keys.store import Keys
+
+BUSY_S: Final = 20.0
+MODE: Final = 0o600
+SCHEMA: Final = "CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
+
+
+class SqliteKeyStore:
+    """The key store over the file `path`, which is made with the first key. Each call opens it anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, key: Key) -> None:
+        with self._writing() as db:
+            if db.execute("SELECT 1 FROM keys WHERE id = ?", (key.id,)).fetchone():
+                raise store.exists(key.id)
+            db.execute("INSERT INTO keys VALUES (?, ?)", (key.id, key.model_dump_json()))
+
+    def change(self, key_id: str, become: Callable[[Key], Key]) -> Key:
+        with self._writing() as db:
+            row = db.execute("SELECT record FROM keys WHERE id = ?", (key_id,)).fetchone()
+            if row is None:
+                raise store.unknown(key_id)
+            changed = become(_key(row[0]))
+            db.execute("UPDATE keys SET record = ? WHERE id = ?", (changed.model_dump_json(), key_id))
+        return changed
+
+    def list(self) -> Keys:
+        with _backend():
+            if not self._path.exists():
+                return []
+            with closing(self._connected()) as db:
+                rows = db.execute("SELECT record FROM keys").fetchall()
+        return store.in_order([_key(row[0]) for row in rows])
+
+    def close(self) -> None:
+        """Nothing is open between two calls."""
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with _backend():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT, MODE))
+            with closing(self._connected()) as db:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+
+    def _connected(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
+        try:
+            db.execute("PRAGMA synchronous = FULL")
+            with suppress(sqlite3.OperationalError):  # a read-only file has its table, or nothing is in it
+                db.execute(SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+
+def _key(text: str) -> Key:
+    try:
+        return Key.model_validate_json(text)
+    except ValidationError:
+        raise Unavailable("the key store holds a key that cannot be read", code="store_unavailable") from None
+
+
+@contextmanager
+def _backend() -> Iterator[None]:
+    """A failing file as a ServiceError that names no path."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        if name == "SQLITE_FULL":
+            raise DiskFull("the disk with the key store is full") from error
+        raise Unavailable(f"the key store failed: {name}", code="store_unavailable") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the disk with the key store is full") from error
+        raise Unavailable(f"the key store failed: {error.strerror}", code="store_unavailable") from error

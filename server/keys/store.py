@@ -1,0 +1,39 @@
+"""The key store: what every backend promises. `tests/contract/test_key_store.py` holds each of them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from server.errors import Conflict, NotFound
+from server.keys.key import Key
+
+Keys = list[Key]  # inside the store `list` is a verb
+
+
+class KeyStore(Protocol):
+    """Safe for threads and processes; a change is whole and durable on return. Revoked keys stay: that there was one is
+    what keeps a server from being open again. Raises `Unavailable` store_unavailable or `DiskFull` when it fails."""
+
+    def add(self, key: Key) -> None:
+        """Raises `Conflict` key_exists."""
+
+    def change(self, key_id: str, become: Callable[[Key], Key]) -> Key:
+        """What `become`, which may be called several times, makes of the key, atomically. `NotFound` key_not_found."""
+
+    def list(self) -> Keys:
+        """All of them, oldest first."""
+
+    def close(self) -> None: ...
+
+
+def in_order(keys: Keys) -> Keys:
+    return sorted(keys, key=lambda key: (key.created_at, key.id))
+
+
+def exists(key_id: str) -> Conflict:
+    return Conflict(f"there is a key {key_id!r} already", code="key_exists")
+
+
+def unknown(key_id: str) -> NotFound:
+    return NotFound(f"there is no key {key_id[:64]!r}", code="key_not_found")

@@ -1,0 +1,333 @@
+"""Keys: tokens and their hashes, the file of a secret manager, whose a token is, and how much a key may take."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from server.errors import QueueFull
+from server.keys import key as keys
+from server.keys import ring as ring_module
+from server.keys.key import Allowance, Key
+from server.keys.keys_file import BadKeysFile, KeysFile
+from server.keys.meter import Meter
+from server.keys.ring import KeyRing
+from server.keys.sqlite_store import SqliteKeyStore
+
+pytestmark = pytest.mark.anyio
+
+REAL_LOG_N = keys.LOG_N
+TOKEN = "a-token-of-a-secret-manager"
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash says itself what it costs; here it need not cost much."""
+    monkeypatch.setattr(keys, "LOG_N", 4)
+
+
+# --- tokens and hashes ------------------------------------------------------------------------------------------------
+
+
+def test_a_hash_is_of_one_token_and_holds_nothing_of_it() -> None:
+    token = keys.new_token("abc")
+    kept = keys.hashed(token)
+    assert keys.matches(token, kept)
+    assert not keys.matches(token + "x", kept)
+    assert keys.hashed(token) != kept, "salted"
+    assert kept.startswith("scrypt:4:8:1:")
+    assert token.split("_", 2)[2] not in kept
+
+
+@pytest.mark.parametrize(
+    "kept", ["", "x", "scrypt:14:8:1:AAAA", "scrypt:99:8:1:AAAA:AAAA", "scrypt:14:0:1:AAAA:AAAA", "scrypt:14:8:1:A:A"]
+)
+def test_a_damaged_hash_matches_nothing(kept: str) -> None:
+    assert not keys.matches(keys.new_token("abc"), kept)
+
+
+def test_a_guess_costs_sixteen_mebibytes() -> None:
+    assert REAL_LOG_N == 14
+
+
+def test_the_id_of_a_token_is_read_from_it_and_from_nothing_else() -> None:
+    for id_ in (keys.new_id(), "ci", "a-b-3"):
+        assert keys.id_of(keys.new_token(id_)) == id_
+    for other in ("", "lr__x", "lr_abc", TOKEN, keys.new_token("abc") + "\n", keys.new_token("abc").upper()):
+        assert keys.id_of(other) is None
+
+
+def test_admin_includes_the_other_scopes_and_no_other_includes_any() -> None:
+    def may(*scopes: str) -> list[str]:
+        return [scope for scope in keys.SCOPES if Key.model_validate({"id": "a", "scopes": scopes}).may(scope)]
+
+    assert may("admin") == ["predict", "train", "admin"]
+    assert may("train") == ["train"]
+    assert may("predict", "train") == ["predict", "train"]
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def line(**changes: object) -> str:
+    return json.dumps({"id": "ci", "scopes": ["predict"], "token": TOKEN} | changes)
+
+
+def test_a_file_of_tokens_and_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    kept = keys.hashed(keys.new_token("ops"))
+    ops = json.dumps({"id": "ops", "scopes": ["admin"], "hash": kept})
+    path.write_text(f"# of the operator\n\n{line(tasks='acme-', images_per_s=2)}\n{ops}\n")
+    (ci, token), (admin, none) = KeysFile(path).read()
+    assert (ci.tasks, ci.allowance.images_per_s, ci.hash, token) == ("acme-", 2, "", TOKEN)
+    assert (admin.hash, none, admin.scopes) == (kept, None, {"admin"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "line 1"),
+        (line(id="A b"), "id"),
+        (line(scopes=[]), "scopes"),
+        (line(scopes=["root"]), "scopes"),
+        (line(token="short"), "token"),
+        (line(token=None), "either a token or a hash"),
+        (line(hash="scrypt:…"), "either a token or a hash"),
+        (line(token=None, hash=TOKEN), "hash: expected scrypt"),
+        (line(tasks="Acme"), "tasks"),
+        (line(quota=3), "quota"),
+        (f"{line()}\n{line()}", "each id once"),
+        ("x" * (2**20 + 1), "at most"),
+    ],
+)
+def test_a_bad_file_is_told_by_its_line_and_never_quoted(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(BadKeysFile, match=said) as caught:
+        KeysFile(path).read()
+    assert TOKEN not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BadKeysFile, match="can be read"):
+        KeysFile(tmp_path / "keys").read()
+
+
+# --- the ring ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Counted:
+    """How often a token was really hashed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, real = 0, keys.matches
+
+        def counting(token: str, kept: str) -> bool:
+            self.count += 1
+            return real(token, kept)
+
+        monkeypatch.setattr(ring_module, "matches", counting)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SqliteKeyStore:
+    return SqliteKeyStore(tmp_path / "keys.sqlite")
+
+
+def made(store: SqliteKeyStore, id_: str = "abc", **changes: object) -> str:
+    token = keys.new_token(id_)
+    store.add(Key.model_validate({"id": id_, "scopes": ["predict"], "hash": keys.hashed(token), **changes}))
+    return token
+
+
+def opened(store: SqliteKeyStore, file: Path | None = None, clock: Clock | None = None) -> KeyRing:
+    ring = KeyRing(store, KeysFile(file) if file else None, now=clock or time.time)
+    ring.load()
+    return ring
+
+
+async def owner(ring: KeyRing, token: str) -> str | None:
+    """As after the time that an answer is taken for fresh."""
+    await ring.refresh(-1)
+    found = await ring.owner(token)
+    return found.id if found else None
+
+
+async def test_a_token_is_its_keys_and_hashed_once(store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = made(store)
+    ring, counted = opened(store), Counted(monkeypatch)
+    assert await asyncio.gather(*(owner(ring, token) for _ in range(5))) == ["abc"] * 5
+    assert counted.count == 1
+    wrong = keys.new_token("abc")
+    assert [await owner(ring, wrong) for _ in range(3)] == [None] * 3
+    assert counted.count == 2, "a wrong one costs its hash once, too"
+    for strange in ("", "x", keys.new_token("nobody"), token[:-1] + "é", "\ud800", token + " "):
+        assert await owner(ring, strange) is None
+    assert counted.count == 2, "and what names no key costs none"
+
+
+async def test_too_many_strange_tokens_are_sent_away(store: SqliteKeyStore) -> None:
+    made(store)
+    ring = opened(store)
+    wrong = [ring.owner(keys.new_token("abc")) for _ in range(ring_module.WAITING + 3)]
+    found = await asyncio.gather(*wrong, return_exceptions=True)
+    assert [one for one in found if one is not None], "all were checked"
+    assert all(one is None or (isinstance(one, QueueFull) and one.code == "rate_limited") for one in found)
+
+
+async def test_revocation_holds_at_once_and_never_opens_the_server(store: SqliteKeyStore) -> None:
+    token = made(store)
+    ring = opened(store)
+    assert await owner(ring, token) == "abc"
+    store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
+    assert await owner(ring, token) is None
+    assert ring.locked
+    assert opened(store).locked, "also after a restart"
+
+
+async def test_the_first_key_locks_a_server_that_runs(store: SqliteKeyStore) -> None:
+    ring = opened(store)
+    assert not ring.locked
+    token = made(store)
+    assert await owner(ring, token) == "abc"
+    assert ring.locked
+
+
+async def test_a_key_made_a_moment_ago_is_known(store: SqliteKeyStore) -> None:
+    made(store, "old")
+    ring = opened(store)
+    await ring.refresh()
+    token = made(store)
+    await asyncio.sleep(ring_module.MISS_S + 0.01)
+    found = await ring.owner(token)
+    assert found is not None
+
+
+async def test_an_old_token_holds_as_long_as_it_was_told_to(store: SqliteKeyStore) -> None:
+    clock = Clock()
+    old, new = made(store), keys.new_token("abc")
+    ring = opened(store, clock=clock)
+    assert await owner(ring, old) == "abc"
+    store.change(
+        "abc", lambda k: k.model_copy(update={"hash": keys.hashed(new), "old_hash": k.hash, "old_until": 1010.0})
+    )
+    assert [await owner(ring, old), await owner(ring, new)] == ["abc", "abc"]
+    clock.now = 1010.0
+    assert [await owner(ring, old), await owner(ring, new)] == [None, "abc"]
+
+
+async def test_the_file_is_read_again_when_it_changes(store: SqliteKeyStore, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line())
+    ring = opened(store, path)
+    assert ring.locked
+    assert await owner(ring, TOKEN) == "ci"
+    path.write_text(line(token="another-token-of-the-same"))
+    assert [await owner(ring, TOKEN), await owner(ring, "another-token-of-the-same")] == [None, "ci"]
+    path.write_text("half a li")
+    assert await owner(ring, "another-token-of-the-same") == "ci", "what cannot be used changes nothing"
+    new = tmp_path / "new"
+    new.write_text(line(id="ops"))
+    os.replace(new, path)
+    assert await owner(ring, TOKEN) == "ops"
+    path.unlink()
+    assert await owner(ring, TOKEN) == "ops"
+    path.write_text("")
+    assert await owner(ring, TOKEN) is None
+    assert ring.locked, "an empty file opens nothing"
+
+
+async def test_the_word_of_the_file_counts(store: SqliteKeyStore, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line())
+    token = made(store, "ci")
+    ring = opened(store, path)
+    assert [await owner(ring, token), await owner(ring, TOKEN)] == [None, "ci"]
+
+
+async def test_keys_outlive_their_store(store: SqliteKeyStore, tmp_path: Path) -> None:
+    token = made(store)
+    ring = opened(store)
+    assert await owner(ring, token) == "abc"
+    whole = (tmp_path / "keys.sqlite").read_bytes()
+    (tmp_path / "keys.sqlite").write_bytes(b"no database at all" * 100)
+    assert await owner(ring, token) == "abc"
+    (tmp_path / "keys.sqlite").write_bytes(whole)
+    store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
+    for _ in range(100):
+        if await owner(ring, token) is None:
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("the revocation was never seen")
+
+
+def test_a_server_does_not_start_without_the_keys_it_was_given(store: SqliteKeyStore, tmp_path: Path) -> None:
+    with pytest.raises(BadKeysFile):
+        opened(store, tmp_path / "absent")
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "redis"])
+def meters(request: pytest.FixtureRequest) -> tuple[Meter, Meter]:
+    """Two servers' meters; those without Redis are one."""
+    if request.param == "memory":
+        return (meter := Meter()), meter
+    url = str(request.getfixturevalue("redis_url"))
+    return Meter(url), Meter(url)
+
+
+def allowed(id_: str = "abc", **allowance: float) -> Key:
+    return Key(id=id_, scopes=frozenset({"predict"}), allowance=Allowance.model_validate(allowance))
+
+
+async def test_images_are_counted_over_all_servers(meters: tuple[Meter, Meter]) -> None:
+    one, two = meters
+    key = allowed(images_per_s=0.5)
+    await one.images(key, 20)
+    await two.images(key, 10)
+    with pytest.raises(QueueFull, match="30 in a minute") as caught:
+        await one.images(key, 1)
+    assert caught.value.code == "rate_limited"
+    assert 1 <= (caught.value.retry_after_s or 0) <= 61
+    await one.images(allowed("other", images_per_s=0.5), 30)
+    await one.images(allowed(), 10**6)
+
+
+async def test_more_than_a_minutes_worth_never_passes_and_takes_nothing(meters: tuple[Meter, Meter]) -> None:
+    key = allowed(images_per_s=1)
+    with pytest.raises(QueueFull):
+        await meters[0].images(key, 61)
+    await meters[1].images(key, 60)
+
+
+async def test_jobs_are_counted_over_a_day(meters: tuple[Meter, Meter]) -> None:
+    key = allowed(jobs_per_day=2)
+    await meters[0].job(key)
+    await meters[1].job(key)
+    with pytest.raises(QueueFull) as caught:
+        await meters[0].job(key)
+    assert caught.value.code == "quota_exceeded"
+    with pytest.raises(QueueFull):
+        await meters[0].job(allowed("none", jobs_per_day=0))
+
+
+async def test_nobody_is_refused_while_the_counts_are_away() -> None:
+    meter = Meter("redis://127.0.0.1:1/0")
+    for _ in range(3):
+        await meter.images(allowed(images_per_s=0.001), 1)

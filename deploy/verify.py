@@ -25,6 +25,7 @@ from server.samples import draw
 COMPOSE: Final = sys.argv[1:]
 PROJECT: Final = os.environ["COMPOSE_PROJECT_NAME"]
 URL: Final = f"http://127.0.0.1:{os.environ['PUBLISH_PORT']}"
+KEYS: Final = "/run/lensrack-keys"  # in the servers
 PROMETHEUS: Final = f"http://127.0.0.1:{os.environ['PROMETHEUS_PORT']}"
 LEFT_OUT: Final = os.environ.get("WITHOUT", "").split()
 SERVICES: Final = [
@@ -217,12 +218,32 @@ def look_at_containers() -> None:
     secret = docker("exec", containers("redis")[0], "cat", "/run/lensrack/redis_password")
     assert len(secret) == 64, "the password is 32 random bytes"
     assert secret not in commands
-    assert not any(secret in run("sh", "-c", f"docker inspect {each}; docker logs {each} 2>&1") for each in every())
+    token = api_key()
+    assert len(token) == 64, "the key is 32 random bytes"
+    for hidden in (secret, token):
+        assert not any(hidden in run("sh", "-c", f"docker inspect {each}; docker logs {each} 2>&1") for each in every())
+    for service in ("redis", "worker"):
+        mounted = {mount["Destination"] for mount in inspect(containers(service)[0])["Mounts"]}
+        assert KEYS not in mounted, f"{service} has no business with keys"
     say(
         "no container runs as root or can write to its root file system; published on 127.0.0.1 only: "
         + ", ".join(f"{service} {port}" for service, port, _ in published)
     )
-    say("redis is not published, wants its password, and the password is in no environment, argument or log")
+    say("redis is not published, wants its password, and password and API key are in no environment, argument or log")
+    for path, headers, status in (
+        ("/tasks", {}, 401),
+        ("/tasks", {"Authorization": "Bearer wrong"}, 401),
+        ("/tasks", {"Authorization": f"Bearer {token}"}, 200),
+        ("/metrics", {"Authorization": f"Bearer {token}"}, 404),
+        ("/%6detrics", {}, 404),
+    ):
+        got = httpx.get(f"{URL}{path}", headers=headers, timeout=30).status_code
+        assert got == status, f"{path}: expected {status}, got {got}"
+    say("who has no key is told nothing; metrics do not leave the network of the servers")
+
+
+def api_key() -> str:
+    return docker("exec", containers("server")[0], "cat", f"{KEYS}/api_key")
 
 
 def every() -> list[str]:
@@ -306,7 +327,7 @@ def watch_stream(client: Client, dataset: str) -> None:
     """Events come as they happen, not when the job ends and the buffer is emptied."""
     job = train(client, "watched", dataset)
     seen: list[float] = []
-    headers = {"Accept": "text/event-stream"}
+    headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {api_key()}"}
     with httpx.stream("GET", f"{URL}/train/{job.id}/events", headers=headers, timeout=SOON_S) as answer:
         for line in answer.iter_lines():
             if line.startswith("event: epoch"):
@@ -351,7 +372,7 @@ def main() -> None:
     bring_up()
     say("2 servers and 2 workers are up behind the proxy")
     look_at_containers()
-    with tempfile.TemporaryDirectory() as scratch, Client(URL, timeout=60, max_retries=8) as client:
+    with tempfile.TemporaryDirectory() as scratch, Client(URL, api_key(), timeout=60, max_retries=8) as client:
         draw(Path(scratch), per_class=12)
         pictures = sorted((Path(scratch) / "fruit" / "test").rglob("*.png"))[::3]
         dataset = client.datasets.upload(Path(scratch) / "fruit" / "train").id

@@ -32,6 +32,7 @@ M = TypeVar("M", bound=BaseModel)
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
+QUOTA_EXCEEDED = "quota_exceeded"  # a day's jobs, or a full store: no pause between two attempts helps
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 # A proxy from the environment is for the network; what runs on this machine is reached directly.
 DIRECT: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
@@ -153,7 +154,8 @@ class Exchange(Generic[T]):
         if reply.status < 400 or self._gone_already(reply):
             return None
         error = error_of(reply)
-        if reply.status in RETRIED_STATUSES and self._call.repeatable:
+        retried = reply.status in RETRIED_STATUSES and error.code != QUOTA_EXCEEDED
+        if retried and self._call.repeatable:
             pause_s = self._attempts.next_pause_s(error.retry_after_s)
             if pause_s is not None:
                 return pause_s

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from lensrack import wire
+from server.keys.keys_file import KeysFile
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +195,48 @@ def test_the_image_is_open_to_nobody_by_itself() -> None:
     """The address is the container's; that it may be open is said by whoever publishes it."""
     assert "LENSRACK_HOST=0.0.0.0" in DOCKERFILE
     assert not re.search(r"^(ENV|ARG)?\s*LENSRACK_ALLOW_OPEN", DOCKERFILE, re.MULTILINE)
-    assert SERVICES["server"]["environment"]["LENSRACK_ALLOW_OPEN"] == "true"
+    assert not any("LENSRACK_ALLOW_OPEN" in service.get("environment", {}) for service in SERVICES.values())
+
+
+@pytest.mark.parametrize("name", ["server", "server-gpu"])
+def test_a_server_takes_its_keys_from_a_file_that_only_servers_mount(name: str) -> None:
+    assert SERVICES[name]["environment"]["LENSRACK_KEYS_FILE"] == "/run/lensrack-keys/keys"
+    assert "keys:/run/lensrack-keys:ro" in SERVICES[name]["volumes"]
+    mounting = {
+        each for each, service in SERVICES.items() if any("keys:/" in one for one in service.get("volumes", []))
+    }
+    assert mounting == {"secrets", "server", "server-gpu"}
+    assert "/run/lensrack-keys" in DOCKERFILE, "a new volume takes its owner from the image's folder"
+
+
+def test_what_draws_the_secrets_draws_them_once_and_the_server_can_read_them(tmp_path: Path) -> None:
+    """The service's own script, here with folders of ours."""
+    (script,) = SERVICES["secrets"]["command"]
+    for folder in ("lensrack-keys", "lensrack"):
+        (tmp_path / folder).mkdir()
+        script = re.sub(rf"/run/{folder}(?![\w-])", str(tmp_path / folder), script)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    seen = []
+    for _ in range(2):
+        command = ["sh", "-euc", script.replace("$$", "$")]
+        done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "", "nothing of it goes into a log"
+        seen.append({path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()})
+    assert seen[0] == seen[1]
+    assert seen[0].keys() == {"redis_password", "grafana_password", "api_key", "keys"}
+    ((key, token),) = KeysFile(tmp_path / "lensrack-keys" / "keys").read()
+    assert (key.scopes, key.tasks, token) == ({"admin"}, "", seen[0]["api_key"].strip())
+    assert stat.S_IMODE((tmp_path / "lensrack-keys" / "keys").stat().st_mode) == 0o440
+
+
+def test_metrics_do_not_leave_through_the_proxy() -> None:
+    assert SERVICES["server"]["environment"]["LENSRACK_OPEN_METRICS"] == "true"
+    config = (DEPLOY / "proxy" / "haproxy.cfg").read_text()
+    assert re.search(
+        r"^\s+http-request return status 404 .* if \{ path,url_dec -m str /metrics \}$", config, re.MULTILINE
+    )
+    assert wire.Problem.model_validate_json((DEPLOY / "proxy" / "metrics.json").read_text()).status == 404
 
 
 def test_everything_copied_into_the_image_is_sent_to_the_engine() -> None:

@@ -51,6 +51,13 @@ BARE: dict[str, Any] = {
 }
 
 
+KEYED: dict[str, Any] = {
+    **PLAIN,
+    "keys": {"secret": {"name": "lensrack-keys"}, "metrics": {"name": "scraper"}},
+    "monitoring": {"enabled": True},
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def each_schema_is_read_once() -> Iterator[None]:
     """The package reads a file of a megabyte for every document."""
@@ -95,7 +102,7 @@ def environment(template: dict[str, Any]) -> dict[str, str]:
     return {entry["name"]: entry["value"] for entry in container["env"]}
 
 
-EVERY = pytest.mark.parametrize("values", [PLAIN, FULL, BARE], ids=["plain", "full", "bare"])
+EVERY = pytest.mark.parametrize("values", [PLAIN, FULL, BARE, KEYED], ids=["plain", "full", "bare", "keyed"])
 
 
 # --- what Helm and Kubernetes say -------------------------------------------------------------------------------------
@@ -110,8 +117,8 @@ def test_helm_lint_finds_nothing(values: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("values", "version"),
-    [(PLAIN, NEWEST), (FULL, OLDEST), (FULL, NEWEST), (BARE, NEWEST)],
-    ids=["plain", "full, oldest", "full", "bare"],
+    [(PLAIN, NEWEST), (FULL, OLDEST), (FULL, NEWEST), (BARE, NEWEST), (KEYED, NEWEST)],
+    ids=["plain", "full, oldest", "full", "bare", "keyed"],
 )
 def test_every_document_is_what_kubernetes_takes(chart: Any, values: dict[str, Any], version: str):
     documents = rendered(chart, values)
@@ -237,6 +244,24 @@ def test_the_password_is_a_file_from_a_secret_and_nowhere_else(chart: Any):
         (mount,) = [m for m in template["spec"]["containers"][0]["volumeMounts"] if m["name"] == "redis-password"]
         assert environment(template)["LENSRACK_REDIS_PASSWORD_FILE"] == f"{mount['mountPath']}/{item['path']}"
         assert "LENSRACK_REDIS_PASSWORD_FILE" not in environment(pod(rendered(chart, PLAIN), part))
+
+
+def test_api_keys_are_a_file_from_a_secret_that_servers_alone_mount(chart: Any):
+    documents = rendered(chart, KEYED)
+    server, worker = pod(documents, "server"), pod(documents, "worker")
+    (secret,) = [volume["secret"] for volume in server["spec"]["volumes"] if volume["name"] == "keys"]
+    assert (secret["secretName"], secret["defaultMode"], secret["items"][0]["key"]) == ("lensrack-keys", 0o440, "keys")
+    (mount,) = [m for m in server["spec"]["containers"][0]["volumeMounts"] if m["name"] == "keys"]
+    assert environment(server)["LENSRACK_KEYS_FILE"] == f"{mount['mountPath']}/{secret['items'][0]['path']}"
+    assert mount["readOnly"] is True
+    assert "subPath" not in mount, "what is mounted like that never changes"
+    assert "LENSRACK_ALLOW_OPEN" not in environment(server)
+    assert not [volume for volume in worker["spec"]["volumes"] if volume["name"] == "keys"]
+    (endpoint,) = one(documents, "ServiceMonitor", "demo-lensrack-server")["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "scraper", "key": "token"}}
+    plain = pod(rendered(chart, PLAIN), "server")
+    assert environment(plain)["LENSRACK_ALLOW_OPEN"] == "true"
+    assert "LENSRACK_KEYS_FILE" not in environment(plain)
 
 
 # --- that the documents fit together ----------------------------------------------------------------------------------

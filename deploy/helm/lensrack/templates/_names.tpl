@@ -35,6 +35,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- define "lensrack.pod" -}}
 {{- $values := .root.Values -}}
 {{- $password := $values.redis.passwordSecret.name -}}
+{{- $keys := ternary $values.keys.secret.name "" (eq .part "server") -}}
 {{- $fixed := dict
   "home" "/data"
   "store" (required "redis.url: expected the URL of a Redis, such as redis://redis:6379/0" $values.redis.url)
@@ -98,6 +99,9 @@ spec:
         {{- if $password }}
         - {name: redis-password, mountPath: /run/lensrack, readOnly: true}
         {{- end }}
+        {{- if $keys }}
+        - {name: keys, mountPath: /run/lensrack-keys, readOnly: true}
+        {{- end }}
   volumes:
     - name: data
       persistentVolumeClaim: {claimName: {{ include "lensrack.claim" .root }}}
@@ -109,5 +113,12 @@ spec:
         secretName: {{ $password }}
         defaultMode: 0440
         items: [{key: {{ $values.redis.passwordSecret.key }}, path: redis_password}]
+    {{- end }}
+    {{- if $keys }}
+    - name: keys
+      secret:
+        secretName: {{ $keys }}
+        defaultMode: 0440
+        items: [{key: {{ $values.keys.secret.key }}, path: keys}]
     {{- end }}
 {{- end -}}

@@ -164,7 +164,7 @@ def build_server(settings: Settings) -> Server:
     require_safe_bind(settings, locked=ring.locked)
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
-    registry = Registry()
+    registry = Registry.installed()
     bundles = open_store(settings.store_url)
     store = CachedStore(bundles, max_bytes=settings.cache_bytes)
     jobs, datasets = open_jobs(settings), open_datasets(settings)
@@ -204,6 +204,7 @@ def build_server(settings: Settings) -> Server:
         rack=lambda: occupied(rack, residency),
         look=partial(look, engine),
         methods=registry.meanings,
+        baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
         meter=open_meter(settings),
     )
@@ -316,7 +317,7 @@ def open_means(settings: Settings, datasets: DatasetStore, backbone: eye.Backbon
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     return Means(
         backbone,
-        Registry(),
+        Registry.installed(),
         Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool),
         CountedFeatures(settings.feature_cache_dir, settings.feature_cache_bytes),
         settings.home.resolve() / "checkpoints",

@@ -16,6 +16,7 @@ from server.training import checkpoint
 from server.training.checkpoint import Checkpoint
 
 EVERY_S: Final = 1.0
+REST: Final = 20  # times as long as the last one took to write: one of a whole backbone is a gigabyte
 
 
 class Checkpoints:
@@ -28,14 +29,17 @@ class Checkpoints:
         return checkpoint.read(self._path(job_id))
 
     def keeper(self, job_id: str) -> Callable[[Checkpoint], None]:
-        """Writes a fit's state down, but not more often than every `EVERY_S`: some epochs take milliseconds."""
-        written = time.monotonic()
+        """Writes a fit's state down, but not more often than every `EVERY_S`: some epochs take milliseconds. What
+        brings the outcome of another trial is written in any case."""
+        written, rest_s, trials = time.monotonic(), EVERY_S, 0
 
         def keep(state: Checkpoint) -> None:
-            nonlocal written
-            if time.monotonic() - written >= EVERY_S:
+            nonlocal written, rest_s, trials
+            began = time.monotonic()
+            if began - written >= rest_s or len(state.trials) > trials:
                 checkpoint.write(self._path(job_id), state)
-                written = time.monotonic()
+                written, trials = time.monotonic(), len(state.trials)
+                rest_s = max(EVERY_S, REST * (written - began))
 
         return keep
 

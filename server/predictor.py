@@ -6,6 +6,10 @@
          pixels ─▶ rows ─▶ logits      queued among the rows of all tasks, answered by one forward
          logits ─▶ labels              softmax and the best k, in float64
 
+An ensemble, "cats@live+candidate", is several versions of one task: their rows go together and their probabilities are
+averaged. It costs a row for each version and image, as the authors of VPT advise: one picture in several rows, each
+with prompts of its own.
+
 Whatever happens on the way, the seat is given back: when the last row has left the engine, not before.
 """
 
@@ -17,8 +21,9 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,14 +33,16 @@ from server import metrics, tracing
 from server.batching.batcher import Batcher, Room
 from server.batching.row import Row
 from server.engine.images import Geometry
-from server.errors import BadRequest, DeadlineExceeded, Internal, Unprocessable
+from server.errors import BadRequest, Conflict, DeadlineExceeded, Internal, Unprocessable
 from server.pictures import Pictures, Pixels
 
 TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TOGETHER = "+"  # between the versions of an ensemble
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{8,63}")
 
 T = TypeVar("T")
+Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C], adding up to 1
 
 
 class SeatLike(Protocol):
@@ -86,12 +93,18 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """`predictions[i]` are the best labels of image i, best first. `version` is the one that gave them."""
+    """`predictions[i]` are the best labels of image i, best first. `versions` gave them, in the order of the request:
+    one, or those of an ensemble."""
 
     task: str
-    version: str
+    versions: tuple[str, ...]
     predictions: list[list[Scored]]
     timings: Timings
+
+    @property
+    def version(self) -> str:
+        """All of them in a word."""
+        return TOGETHER.join(self.versions)
 
 
 @dataclass(frozen=True)
@@ -112,19 +125,34 @@ class Ref:
 
     @classmethod
     def parse(cls, text: str) -> Ref:
-        """`task` or `task@name`. Raises BadRequest (bad_task_name)."""
-        task, at, name = text.partition("@")
-        if not TASK.fullmatch(task) or (at and not name):
+        """`task` or `task@name`. Raises BadRequest (bad_task_name), also for an ensemble."""
+        refs = cls.parse_all(text)
+        if len(refs) > 1:
+            raise BadRequest(f"expected one version of a task, got {text[:100]!r}", code="bad_task_name")
+        return refs[0]
+
+    @classmethod
+    def parse_all(cls, text: str) -> tuple[Ref, ...]:
+        """`task`, `task@name` or `task@name+name`. A plus sign that a query has turned into a blank is one, too: no
+        name holds either. Raises BadRequest (bad_task_name)."""
+        task, at, names = text.partition("@")
+        each = re.split("[+ ]", names) if at else ["live"]
+        if not TASK.fullmatch(task) or not all(each):
             raise BadRequest(
-                f"expected a task name like {TASK.pattern}, optionally followed by @alias or @version, "
-                f"got {text[:100]!r}",
+                f"expected a task name like {TASK.pattern}, optionally followed by @alias or @version, several of them "
+                f"with + between, got {text[:100]!r}",
                 code="bad_task_name",
             )
-        return cls(task, name or "live")
+        return tuple(cls(task, name) for name in each)
 
     @property
     def is_version(self) -> bool:
         return _DIGEST.fullmatch(self.name) is not None
+
+
+def versions_in(text: str) -> int:
+    """How many versions a reference asks, and so how many rows a picture costs; of a wrong one anything."""
+    return len(re.split("[+ ]", text.partition("@")[2]))
 
 
 @dataclass(frozen=True)
@@ -166,18 +194,21 @@ class Predictor:
     async def predict(
         self, task_ref: str, images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> Answer:
-        """Ask one task about images. Raises ServiceError kinds and the store's errors."""
-        ref = Ref.parse(task_ref)
-        with self._asking(images, 1, key, tenant, timeout_s) as asking:
-            return await in_time(timeout_s, self._ask(ref, top_k, asking))
+        """Ask one task, or an ensemble of its versions, about images.
+
+        Raises ServiceError kinds and the store's errors.
+        """
+        refs = Ref.parse_all(task_ref)
+        with self._asking(images, len(refs), key, tenant, timeout_s) as asking:
+            return await in_time(timeout_s, self._ask(refs, top_k, asking))
 
     async def predict_many(
         self, task_refs: Sequence[str], images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> dict[str, Answer | Exception]:
         """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
-        refs = {text: Ref.parse(text) for text in task_refs}
-        with self._asking(images, len(refs), key, tenant, timeout_s) as asking:
-            asked = [in_time(timeout_s, self._ask(ref, top_k, asking)) for ref in refs.values()]
+        refs = {text.replace(" ", TOGETHER): Ref.parse_all(text) for text in task_refs}
+        with self._asking(images, sum(map(len, refs.values())), key, tenant, timeout_s) as asking:
+            asked = [in_time(timeout_s, self._ask(together, top_k, asking)) for together in refs.values()]
             results = await asyncio.gather(*asked, return_exceptions=True)
         return {text: _result(result) for text, result in zip(refs, results, strict=True)}
 
@@ -232,28 +263,40 @@ class Predictor:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    async def _ask(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
-        began = self._batcher.clock()
-        with tracing.span("predict", {"lensrack.task": ref.task}):
-            answer = await self._answer(ref, top_k, asking)
-        metrics.TASK_S.labels(metrics.TASKS.label(ref.task)).observe(self._batcher.clock() - began)
+    async def _ask(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+        """`refs` are of one task."""
+        began, task = self._batcher.clock(), refs[0].task
+        with tracing.span("predict", {"lensrack.task": task}):
+            answer = await self._answer(refs, top_k, asking)
+        metrics.TASK_S.labels(metrics.TASKS.label(task)).observe(self._batcher.clock() - began)
         return answer
 
-    async def _answer(self, ref: Ref, top_k: int, asking: _Asking) -> Answer:
-        with tracing.span("seat"):
-            version, seat = await self._take_seat(ref, asking.key)
-        self._asked.setdefault(ref.task, Counter())[version] += 1
-        hold = _Hold(lambda: self._residency.release(seat))
-        try:
-            with tracing.span("decode"):
-                pixels = await asking.pictures.fitted(seat.geometry)
-            rows = [self._row(ref.task, seat, image, hold, asking) for image in pixels]
-            asking.pictures.show(rows)
+    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+        with ExitStack() as seats:
+            versions, members = [], []
+            for ref in refs:
+                with tracing.span("seat"):
+                    version, seat = await self._take_seat(ref, asking.key)
+                hold = _Hold(partial(self._residency.release, seat))
+                seats.callback(hold.drop)
+                self._asked.setdefault(ref.task, Counter())[version] += 1
+                versions.append(version)
+                members.append((seat, hold))
+            require_same_labels([seat for seat, _ in members], versions)
+            rows = [row for seat, hold in members for row in await self._rows(refs[0].task, seat, hold, asking)]
             logits = await _answers(rows, asking.room)
-        finally:
-            hold.drop()
-        predictions = [best(row, seat.labels, top_k) for row in logits]
-        return Answer(ref.task, version, predictions, _timings(asking, rows))
+        labels = members[0][0].labels
+        scores = mean_scores([probabilities(row) for row in logits], [seat.labels for seat, _ in members])
+        predictions = [best(of_image, labels, top_k) for of_image in scores]
+        return Answer(refs[0].task, tuple(versions), predictions, _timings(asking, rows))
+
+    async def _rows(self, task: str, seat: Any, hold: _Hold, asking: _Asking) -> list[Row]:
+        """A row an image, cut as this version asks."""
+        with tracing.span("decode"):
+            pixels = await asking.pictures.fitted(seat.geometry)
+        rows = [self._row(task, seat, image, hold, asking) for image in pixels]
+        asking.pictures.show(rows)
+        return rows
 
     async def _aside(self, ref: Ref, work: Callable[[Pixels, Any], T], asking: _Asking) -> tuple[str, Any, T]:
         version, seat = await self._take_seat(ref, asking.key)
@@ -299,7 +342,7 @@ class Predictor:
         if not 1 <= images <= self._limits.max_images:
             raise Unprocessable(f"images: expected 1 to {self._limits.max_images}, got {images}")
         if not 1 <= tasks <= self._limits.max_tasks:
-            raise Unprocessable(f"task: expected 1 to {self._limits.max_tasks} tasks, got {tasks}")
+            raise Unprocessable(f"task: expected 1 to {self._limits.max_tasks} tasks and versions, got {tasks}")
         if images * tasks > self._batcher.max_queue:
             raise Unprocessable(
                 f"expected at most {self._batcher.max_queue} images x tasks in one request, got {images * tasks}"
@@ -361,15 +404,44 @@ async def in_time(timeout_s: float, work: Awaitable[T]) -> T:
         raise DeadlineExceeded(f"the answer was not ready within {timeout_s:g} s") from error
 
 
-def best(logits: np.ndarray[Any, Any], labels: Sequence[str], top_k: int) -> list[Scored]:
-    """The `top_k` most likely labels (all, where there are fewer); ties by index. logits: [C].
-
-    Raises Internal (engine_failed) for logits that are not finite.
-    """
+def probabilities(logits: np.ndarray[Any, Any]) -> Scores:
+    """Softmax in float64. logits: [C]. Raises Internal (engine_failed) for logits that are not finite."""
     wide = np.asarray(logits, np.float64)
     _check_finite(wide)
-    scores = np.exp(wide - wide.max())
+    scores: Scores = np.exp(wide - wide.max())
     scores /= scores.sum()
+    return scores
+
+
+def mean_scores(rows: Sequence[Scores], labels: Sequence[Sequence[str]]) -> list[Scores]:
+    """The mean over the members of an ensemble, in the first one's order of labels: [C] of each image.
+
+    `rows` are the first member's for each image, then the second's, …; labels[m] names member m's classes.
+    """
+    images = len(rows) // len(labels)
+    total = [np.zeros(len(labels[0])) for _ in range(images)]
+    for member, own in enumerate(labels):
+        place = {label: index for index, label in enumerate(own)}
+        order = [place[label] for label in labels[0]]
+        for image in range(images):
+            total[image] += rows[member * images + image][order]
+    return [scores / len(labels) for scores in total]
+
+
+def require_same_labels(seats: Sequence[SeatLike], versions: Sequence[str]) -> None:
+    """Raises Conflict (labels_differ): probabilities of different classes have no mean."""
+    first = set(seats[0].labels)
+    for seat, version in zip(seats, versions, strict=True):
+        if odd := sorted(first.symmetric_difference(seat.labels)):
+            raise Conflict(
+                f"an ensemble's versions must have the same labels: {versions[0][:12]} and {version[:12]} differ in "
+                f"{', '.join(repr(label[:40]) for label in odd[:5])}{' …' if len(odd) > 5 else ''}",
+                code="labels_differ",
+            )
+
+
+def best(scores: Scores, labels: Sequence[str], top_k: int) -> list[Scored]:
+    """The `top_k` most likely labels (all, where there are fewer); ties by index. scores: [C]."""
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [Scored(labels[i], int(i), float(scores[i])) for i in order]
 

@@ -1,6 +1,7 @@
 """STORY 2: one job, from claim to stored bundle.
 
     claim ─► read the dataset ─► search, fit ─► judge ─► put the bundle, move `live` ─► finish
+                        │ a comparison, a baseline ─► only the figures ──────────────────▲
       │           each picture and each step asks the pulse: cancelled? superseded? shutting down?
       └─ a pulse thread renews the lease and carries the progress, however long a step takes
 
@@ -32,14 +33,17 @@ from server.errors import DiskFull, ServiceError, Unavailable
 from server.jobs.job import Job, State
 from server.jobs.lifecycle import SILENT
 from server.jobs.store import JobStore, LeaseLost
+from server.methods.baseline import Baseline
 from server.methods.method import Method
-from server.methods.registry import Registry
+from server.methods.registry import COMPARE, Registry
 from server.own_context import in_own_context
 from server.publishing import Judge, Outcome, Publisher
 from server.pulse import JobCancelled, Pulse, ShuttingDown
 from server.reading import Reader
 from server.retention import Retention
 from server.training import together
+from server.training.baseline_fit import reporting
+from server.training.compare import Material, Wish, comparing
 from server.training.data import Splits
 from server.training.feature_cache import Features
 from server.training.fit import DivergedError, Fitted, fitting
@@ -209,6 +213,15 @@ class Trainer:
 
     def _work(self, job: Job, pulse: Pulse) -> Fitting[None]:
         started = time.perf_counter()
+        if job.method == COMPARE:
+            found = yield from self._compared(job, pulse)
+            self._tell(job, found, started)
+            return
+        baseline = self._registry.baseline(job.method)
+        if baseline is not None:
+            found = yield from self._reported(job, baseline, pulse)
+            self._tell(job, found, started)
+            return
         case = self._case(job)
         splits = self._reader.splits(case.dataset, case.recipe)
         frozen = FrozenFeatures(self._backbone, self._features)
@@ -219,6 +232,51 @@ class Trainer:
         version, outcome = self._publish(case, fitted, pulse)
         seconds = round(time.perf_counter() - started, 1)
         self._finish(job, version, {**fitted.metrics, **outcome, "seconds": seconds})
+
+    def _compared(self, job: Job, pulse: Pulse) -> Fitting[dict[str, Any]]:
+        """The table of a comparison; nothing is stored. A finished fit is not fitted again by the next attempt."""
+        dataset = self._datasets.get(job.dataset)
+        asked = job.recipe[COMPARE]
+        wish = Wish(tuple(asked["methods"]), tuple(asked["seeds"]), asked["recipe"])
+        material = Material(
+            splits=lambda recipe: self._reader.splits(dataset, recipe),
+            labels=tuple(dataset.labels),
+            bundle=lambda fitted: self._bundle(Case(job, dataset, None, Wanted.of({}), fitted.recipe), fitted),
+            features=lambda: FrozenFeatures(self._backbone, self._features),
+        )
+        keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
+        return {
+            COMPARE: (
+                yield from comparing(
+                    self._backbone, self._registry, wish, material, watch=pulse.watch, keep=keep, resume=resume
+                )
+            )
+        }
+
+    def _reported(self, job: Job, baseline: Baseline, pulse: Pulse) -> Fitting[dict[str, Any]]:
+        """The figures of a baseline, which is not stored."""
+        if job.publish != "never":
+            self._registry.get(baseline.name)  # says why that cannot be
+        dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
+        recipe = resolve(baseline.defaults, wanted.fields)
+        found = yield from reporting(
+            self._backbone,
+            baseline,
+            self._reader.splits(dataset, recipe),
+            len(dataset.labels),
+            recipe,
+            watch=pulse.watch,
+            keep=self._checkpoints.keeper(job.id),
+            resume=self._checkpoints.read(job.id),
+            frozen=FrozenFeatures(self._backbone, self._features),
+        )
+        return {**found.metrics, "parameters": found.parameters, "recipe": recipe.to_json()}
+
+    def _tell(self, job: Job, found: dict[str, Any], started: float) -> None:
+        """The end of a job that leaves no version."""
+        seconds = round(time.perf_counter() - started, 1)
+        self._jobs.finish(job.id, job.attempt, "succeeded", metrics={**found, "published": False, "seconds": seconds})
+        log.info("job %s: %s with %s is told", job.id, job.task, job.method)
 
     def _case(self, job: Job) -> Case:
         """Raises ServiceError for what the job names and is not there."""

@@ -34,7 +34,7 @@ def predict(task: str, images: Images, *, top_k: int, key: str | None) -> Call[l
     def read(reply: Reply) -> list[Answer]:
         told = wire.PredictResponse.model_validate_json(reply.content)
         _require_count(len(told.predictions), len(images))
-        return [_answer(told.task, told.version, of_image) for of_image in told.predictions]
+        return [_answer(told.task, told.version, told.versions, of_image) for of_image in told.predictions]
 
     path, params = f"/predict/{segment(task, 'task')}", [("top_k", str(top_k))]
     return Call("POST", path, read, params, **_asking(images, key))
@@ -76,16 +76,17 @@ def _read_many(reply: Reply) -> ManyAnswers:
         if result.error is not None:
             errors[task] = ApiError.of(result.error)
         elif result.version is not None and result.predictions:
-            answers[task] = _answer(task.partition("@")[0], result.version, result.predictions[0])
+            name = task.partition("@")[0]
+            answers[task] = _answer(name, result.version, result.versions, result.predictions[0])
         else:
             raise ProtocolError(f"the answer for task {task!r} holds neither predictions nor an error")
     return ManyAnswers(answers, errors)
 
 
-def _answer(task: str, version: str, predictions: Sequence[wire.Prediction]) -> Answer:
+def _answer(task: str, version: str, versions: Sequence[str] | None, predictions: Sequence[wire.Prediction]) -> Answer:
     if not predictions:
         raise ProtocolError(f"the answer for task {task!r} holds no label")
-    return Answer(task, version, tuple(predictions))
+    return Answer(task, version, tuple(predictions), tuple(versions or (version,)))
 
 
 def _require_count(got: int, expected: int) -> None:
@@ -274,6 +275,32 @@ def train(
     body = _json(_checked(wire.TrainRequest, **asked, publish=publish, priority=priority))
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     return Call("POST", "/train", read_as(wire.Job), headers=headers, payload=body)
+
+
+def compare(
+    task: str,
+    dataset: str,
+    *,
+    methods: Sequence[str] | None,
+    seeds: Sequence[int],
+    recipe: Mapping[str, Any] | wire.ComparedRecipe | None,
+    priority: int,
+    key: str | None,
+) -> Call[wire.Job]:
+    """As `train`, the key is made here, once."""
+    if isinstance(methods, str):
+        raise InvalidInput(f"methods: expected a list of method names, got {methods!r}")
+    given = _checked(wire.ComparedRecipe, **(recipe or {})) if not isinstance(recipe, wire.ComparedRecipe) else recipe
+    asked: dict[str, Any] = {"task": task, "dataset": dataset, "seeds": list(seeds), "recipe": given}
+    if methods is not None:
+        asked["methods"] = list(methods)
+    body = _json(_checked(wire.CompareRequest, **asked, priority=priority))
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    return Call("POST", "/compare", read_as(wire.Job), headers=headers, payload=body)
+
+
+def comparison(job: str) -> Call[wire.Comparison]:
+    return Call("GET", f"/compare/{segment(job, 'job')}", read_as(wire.Comparison))
 
 
 def list_jobs(*, cursor: str | None, limit: int, task: str | None, state: wire.JobState | None) -> Call[wire.JobList]:

@@ -11,11 +11,16 @@ from .wire import Prediction
 
 @dataclass(frozen=True)
 class Answer:
-    """One image's best labels, best first, and the version of the task's bundle that gave them."""
+    """One image's best labels, best first, and the version of the task's bundle that gave them.
+
+    `versions` are all that did, in the order in which they were asked for; several are an ensemble, and `version` then
+    names them all, joined by `+`.
+    """
 
     task: str
     version: str
     predictions: tuple[Prediction, ...]
+    versions: tuple[str, ...] = ()
 
     @property
     def best(self) -> Prediction:

@@ -70,6 +70,7 @@ class AsyncClient:
     ) -> Answer | list[Answer]:
         """Ask a task (`task`, `task@alias` or `task@version`) about an image, or about a list of them at once.
 
+        `task@live+candidate` asks several versions in one batch and averages their probabilities.
         Requests with the same `key` see the same side of a canary. Raises ApiError and the other LensrackErrors.
         """
         if isinstance(images, list | tuple):
@@ -130,6 +131,31 @@ class AsyncClient:
             key=idempotency_key,
         )
         return AsyncJobHandle(self, await self._send(call))
+
+    async def compare(
+        self,
+        task: str,
+        dataset: str,
+        methods: Sequence[str] | None = None,
+        *,
+        seeds: Sequence[int] = (0, 1, 2),
+        recipe: Mapping[str, Any] | wire.ComparedRecipe | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
+    ) -> AsyncJobHandle:
+        """Queue a comparison: every method, all that can be served by default, fitted with every seed.
+
+        Nothing is stored or published; `task` is only what the job goes under. `recipe` fields hold for all methods.
+        When the job has succeeded, `comparison` gives its table; `lensrack.picture` prints and draws it.
+        """
+        call = _calls.compare(
+            task, dataset, methods=methods, seeds=seeds, recipe=recipe, priority=priority, key=idempotency_key
+        )
+        return AsyncJobHandle(self, await self._send(call))
+
+    async def comparison(self, job: str) -> wire.Comparison:
+        """What a comparison has found; its rows come with its end."""
+        return await self._send(_calls.comparison(job))
 
     async def health(self) -> wire.Health:
         return await self._send(_calls.health())

@@ -21,6 +21,7 @@ from . import _terminal as term
 from ._watch import upload_bar, watch
 from .answers import Answer
 from .errors import ApiError, ConnectError, InvalidInput, RequestTimeout, ServerError
+from .picture import HEAD, cells, draw, ranked
 
 ASK_AT_ONCE = 8  # the server makes one batch of what comes together
 
@@ -390,15 +391,80 @@ def train(
         term.print_json(handle.job)
 
 
-def _follow(handle: JobHandle) -> None:
+def _watch(handle: JobHandle) -> wire.Job:
     try:
-        job = watch(handle)
+        return watch(handle)
     except KeyboardInterrupt:
         term.say(f"job {handle.id} goes on: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
         raise typer.Exit(130) from None
+
+
+def _follow(handle: JobHandle) -> None:
+    job = _watch(handle)
+    if job.version is None:
+        term.say(f"job {job.id} {job.state}: {job.method} leaves no version; `lensrack jobs show {job.id}`")
+        return
     term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
     if job.metrics.get("published") is False:
         term.say(f"it is not live: the job's --publish was {job.publish}")
+
+
+@app.command()
+def compare(
+    context: Context,
+    *,
+    task: TaskName,
+    dataset: Annotated[str, typer.Option(help="The dataset's id.")],
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="A method or a baseline; repeatable. Default: all methods.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1 and 2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of every fit but heads alone.")] = None,
+    batch_size: int | None = None,
+    prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit several methods on a dataset and show what each reaches and costs. Nothing is stored.
+
+    `lensrack comparison JOB` shows the table again, or of a job that was started with --detach.
+    """
+    given = {"epochs": epochs, "batch_size": batch_size, "prompts": prompts, "validation": validation}
+    recipe = {name: value for name, value in given.items() if value is not None}
+    handle = _client(context).compare(
+        task, dataset, methods, seeds=seeds or (0, 1, 2), recipe=recipe, priority=priority
+    )
+    if detach:
+        print(handle.id)
+        return
+    term.say(f"job {handle.id}")
+    _watch(handle)
+    _show_comparison(context, handle.id, picture, as_json=as_json)
+
+
+@app.command()
+def comparison(
+    context: Context,
+    job: JobId,
+    picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
+    as_json: Json = False,
+) -> None:
+    """The table of a comparison that has ended."""
+    _show_comparison(context, job, picture, as_json=as_json)
+
+
+def _show_comparison(context: Context, job: str, picture: Path | None, *, as_json: bool) -> None:
+    found = _client(context).comparison(job)
+    if picture is not None:
+        picture.write_text(draw([found]))
+    if _wants_json(context, as_json):
+        term.print_json(found)
+    else:
+        rows = [cells(found, row) for row in ranked(found)]
+        term.print_table(HEAD, rows, f"job {job} is {found.state}: there is no table yet")
 
 
 @jobs.callback(invoke_without_command=True)
@@ -448,7 +514,9 @@ def cancel_job(context: Context, job: JobId) -> None:
 @app.command()
 def predict(
     context: Context,
-    task: Annotated[str, typer.Argument(metavar="TASK", help="A task, optionally @alias or @version.")],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="A task, optionally @alias, @version or @several+together.")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False)],
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each image, best first.")] = 5,
     as_json: Json = False,
@@ -498,7 +566,8 @@ def _say_failures(told: list[tuple[Path, Answer | LensrackError]]) -> None:
 def _as_dict(image: Path, answer: Answer | LensrackError) -> dict[str, Any]:
     if isinstance(answer, Answer):
         best = [prediction.model_dump() for prediction in answer]
-        return {"image": str(image), "task": answer.task, "version": answer.version, "predictions": best}
+        told = {"image": str(image), "task": answer.task, "version": answer.version, "predictions": best}
+        return {**told, "versions": list(answer.versions)} if len(answer.versions) > 1 else told
     code = answer.code if isinstance(answer, ApiError) else type(answer).__name__
     return {"image": str(image), "error": {"code": code, "detail": str(answer)}}
 

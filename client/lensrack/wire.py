@@ -66,10 +66,14 @@ class Prediction(Message):
 
 
 class PredictResponse(Message):
-    """`predictions[i]` are the `top_k` best labels of image i, best first."""
+    """`predictions[i]` are the `top_k` best labels of image i, best first.
+
+    `versions` is there where several answered together, in the order of the request; `version` then joins them by `+`.
+    """
 
     task: str
     version: str
+    versions: list[str] | None = None
     predictions: list[list[Prediction]]
 
 
@@ -77,6 +81,7 @@ class TaskResult(Message):
     """One task's share of a many-task answer: either the predictions or the problem."""
 
     version: str | None = None
+    versions: list[str] | None = None
     predictions: list[list[Prediction]] | None = None
     error: Problem | None = None
 
@@ -209,9 +214,11 @@ class Method(Message):
 
 
 class MethodList(Message):
-    """What `method` in a train request can be, besides `auto`."""
+    """What `method` in a train request can be, besides `auto`. `baselines` can be fitted and reported, not served: they
+    are asked for with the policy `never`, or in a comparison."""
 
     methods: list[Method]
+    baselines: list[Method] = []
 
 
 class RackSeat(Message):
@@ -400,7 +407,7 @@ class Recipe(Request):
 
     `search`: `auto` finds what is left out on the validation images and takes at most about `budget` images through the
     backbone for it; `quick` publishes a head on the frozen features within seconds and fits in full afterwards; `none`
-    just fits. Left out, it is `auto` for the method `auto` and `none` for any other.
+    just fits. Left out, it is `auto` for the method `auto` and `none` for any other; a baseline is never searched.
     `preset`: a published recipe, and for a search its grid; fields that are given replace the preset's.
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
     `prompt_layers`: the first and the last layer that get prompts, from 0.
@@ -527,6 +534,98 @@ class JobEvents(Message):
     events: list[JobEvent]
     next: int
     finished: bool
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+class ComparedRecipe(Request):
+    """What holds for every fit of a comparison; the rest is each method's own default. `epochs` does not hold for heads
+    alone, whose epochs cost next to nothing."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] | None = None
+    prompts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    class_weights: Literal["none", "balanced"] | None = None
+    augment: Literal["none", "flip", "crop"] | None = None
+    patience: Annotated[int, Field(ge=0, le=1000)] | None = None
+    validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
+
+
+class CompareRequest(Request):
+    """Fit several methods on one dataset, each with every seed, and tell what they reach and cost.
+
+    Nothing is stored or published: `task` is only what the job goes under. `methods`: all that can be served, where
+    none are named; baselines can be named as well.
+    """
+
+    task: TaskName
+    dataset: str
+    methods: Annotated[list[str], Field(min_length=1, max_length=50)] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=20)] = [0, 1, 2]
+    recipe: ComparedRecipe = ComparedRecipe()
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+
+    @model_validator(mode="after")
+    def _once_each(self) -> CompareRequest:
+        for name, values in (("methods", self.methods or []), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected each once, got {values}")
+        return self
+
+
+class ComparedFit(Message):
+    """One fit. Without accuracies it diverged. `fit_s`: seconds, reading the pictures included."""
+
+    method: str
+    seed: int
+    lr: float
+    epochs: int
+    val_accuracy: float | None = None
+    test_accuracy: float | None = None
+    parameters: int | None = None
+    bundle_bytes: int | None = None
+    forward_passes: int | None = None
+    fit_s: float
+
+
+class ComparedMethod(Message):
+    """A method over its seeds: means, and standard deviations where there are several.
+
+    `parameters` were fitted; `bundle_bytes` is what a version takes in the store, `lens_bytes` on the device;
+    `forward_cost` is the measured time of its rows as a multiple of the plain ViT's. A baseline, which cannot be
+    served, has none of the last three.
+    """
+
+    method: str
+    servable: bool = True
+    fits: int
+    diverged: int = 0
+    val_accuracy: float | None = None
+    val_accuracy_std: float | None = None
+    test_accuracy: float | None = None
+    test_accuracy_std: float | None = None
+    parameters: int | None = None
+    bundle_bytes: int | None = None
+    lens_bytes: int | None = None
+    forward_cost: float | None = None
+    fit_s: float = 0.0
+
+
+class Comparison(Message):
+    """What a comparison has found; `rows` come with its end. `dataset_split`: whose accuracy counts, `test` where the
+    dataset has test pictures."""
+
+    id: str = ""
+    task: str
+    title: str = ""
+    dataset: str = ""
+    state: JobState = "succeeded"
+    dataset_split: Literal["val", "test"] = "val"
+    rows: list[ComparedMethod] = []
+    fits: list[ComparedFit] = []
 
 
 # --- health -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from server import __version__
 from server.api import (
     aliases,
     attention,
+    compare,
     datasets,
     feedback,
     guard,
@@ -51,7 +52,7 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 _ROOMS: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
-    *(datasets, thumbnails, resumable, feedback, train, health, session, ui),
+    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui),
 )
 
 

@@ -23,7 +23,7 @@ from prompts_store import StoreError
 from server.api import guard, problems
 from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest, ServiceError, Unprocessable
-from server.predictor import Answer, Scored, Timings
+from server.predictor import Answer, Scored, Timings, versions_in
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -31,7 +31,12 @@ router = APIRouter(tags=["predictions"])
 
 TopK = Annotated[int, Query(ge=1, le=1000, description="How many labels to give for each image, best first.")]
 Tasks = Annotated[
-    list[str], Query(alias="task", min_length=1, description="A task, optionally `@alias` or `@version`; repeatable.")
+    list[str],
+    Query(
+        alias="task",
+        min_length=1,
+        description="`task`, `task@alias`, `task@version`; `@one+other` for both; repeatable.",
+    ),
 ]
 
 IMAGES: Final[dict[str, Any]] = {
@@ -69,7 +74,10 @@ _HEADERS: Final[dict[str, Any]] = {
     "Server-Timing": {"description": "decode, queue and compute in milliseconds.", "schema": {"type": "string"}}
 }
 _VERSION: Final[dict[str, Any]] = {
-    "Lensrack-Version": {"description": "The version that answered.", "schema": {"type": "string"}}
+    "Lensrack-Version": {
+        "description": "The version that answered; an ensemble's joined by `+`.",
+        "schema": {"type": "string"},
+    }
 }
 
 
@@ -80,14 +88,23 @@ _VERSION: Final[dict[str, Any]] = {
     openapi_extra=_BODY,
 )
 async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK = 5) -> Response:
-    """Ask one task, `task`, `task@alias` or `task@version`, about one or more images."""
+    """Ask one task, `task`, `task@alias` or `task@version`, about one or more images.
+
+    `task@live+candidate` is an ensemble: several versions answer in one batch, a row each, and their probabilities are
+    averaged.
+    """
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services)
+    images = await read_images(request, services, versions_in(task))
     work = services.predictor.predict(
         task, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
     answer = await unless_gone(request, work)
-    body = wire.PredictResponse(task=answer.task, version=answer.version, predictions=_listed(answer.predictions))
+    body = wire.PredictResponse(
+        task=answer.task,
+        version=answer.version,
+        versions=_several(answer),
+        predictions=_listed(answer.predictions),
+    )
     return _response(body, answer.timings, {"Lensrack-Version": answer.version})
 
 
@@ -98,7 +115,7 @@ async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top
     """Ask many tasks about the same images. A task that fails has its problem in its place; only when none could answer
     is the whole request a problem, the first task's."""
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services, len(set(tasks)))
+    images = await read_images(request, services, sum(map(versions_in, set(tasks))))
     work = services.predictor.predict_many(
         tasks, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
@@ -238,10 +255,16 @@ async def _gone(request: Request) -> None:
 
 def _task_result(result: Answer | Exception, id_: str) -> wire.TaskResult:
     if isinstance(result, Answer):
-        return wire.TaskResult(version=result.version, predictions=_listed(result.predictions))
+        return wire.TaskResult(
+            version=result.version, versions=_several(result), predictions=_listed(result.predictions)
+        )
     if not isinstance(result, ServiceError | StoreError):
         log.error("request %s: a task failed unexpectedly", id_, exc_info=result)
     return wire.TaskResult(error=problems.problem(problems.service_error(result), id_))
+
+
+def _several(answer: Answer) -> list[str] | None:
+    return list(answer.versions) if len(answer.versions) > 1 else None
 
 
 def _listed(predictions: Sequence[Sequence[Scored]]) -> list[list[wire.Prediction]]:

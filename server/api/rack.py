@@ -40,7 +40,10 @@ async def rack(services: ServicesOf) -> wire.Rack:
 async def methods(services: ServicesOf) -> wire.MethodList:
     """How a task can be fitted."""
     known = sorted(services.methods.items())
-    return wire.MethodList(methods=[wire.Method(name=name, meaning=meaning) for name, meaning in known])
+    return wire.MethodList(
+        methods=[wire.Method(name=name, meaning=meaning) for name, meaning in known],
+        baselines=[wire.Method(name=name, meaning=meaning) for name, (meaning, _) in services.baselines.items()],
+    )
 
 
 def counts(histogram: Histogram) -> dict[str, int]:

@@ -73,6 +73,8 @@ _LISTED: Final[Mapping[Need, str]] = {
         GET /train/{job_id}
         POST /train/{job_id}/cancel
         GET /train/{job_id}/events
+        POST /compare
+        GET /compare/{job_id}
     """,
     "admin": """
         DELETE /tasks/{task}

@@ -87,10 +87,10 @@ class AskedFeedback(Protocol):
 class Services:
     """Everything that routes call, as far as the key of the request covers it: see `server.api.tenancy`.
 
-    `tenant` is how the names of its tasks begin, "" for all. `methods` maps a method's name to its meaning in a line.
-    `check_bundle` raises ServiceError for a bundle that the running backbone, or the bundle's own method, cannot serve;
-    it may take its time and is called in a thread. `rack` tells who sits on the device; `look` belongs to the engine's
-    thread."""
+    `tenant` is how the names of its tasks begin, "" for all. `methods` maps a method's name to its meaning in a line,
+    `baselines` to that and to why it cannot be served. `check_bundle` raises ServiceError for a bundle that the running
+    backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread. `rack` tells who
+    sits on the device; `look` belongs to the engine's thread."""
 
     settings: Settings
     predictor: Predictor
@@ -105,6 +105,7 @@ class Services:
     rack: Callable[[], wire.Rack]
     look: Look
     methods: Mapping[str, str]
+    baselines: Mapping[str, tuple[str, str]]
     check_bundle: Callable[[Bundle], None]
     tenant: str = ""
     key: Key = NOBODY

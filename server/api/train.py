@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Query, Request
@@ -39,9 +39,10 @@ async def train(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
-    if asked.method != AUTO and asked.method not in services.methods:
-        known = ", ".join(sorted({AUTO, *services.methods}))
-        raise Unprocessable(f"method: expected one of {known}, got {asked.method[:100]!r}", code="unknown_method")
+    if asked.method in services.baselines:
+        _check_baseline(services, asked)
+    elif asked.method != AUTO:
+        require_method(asked.method, {AUTO, *services.methods})
     await services.meter.job(services.key)
     job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
@@ -109,13 +110,33 @@ async def _events(services: Services, job_id: str, after: int, wait_s: float) ->
     )
 
 
+def require_method(name: str, known: Collection[str]) -> None:
+    """Raises Unprocessable (unknown_method)."""
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise Unprocessable(f"method: expected one of {names}, got {name[:100]!r}", code="unknown_method")
+
+
+def _check_baseline(services: Services, asked: wire.TrainRequest) -> None:
+    """A baseline is fitted and reported, as it is asked for. Raises Unprocessable."""
+    if asked.publish != "never":
+        why = services.baselines[asked.method][1]
+        raise Unprocessable(
+            f"method {asked.method!r} {why}, so no version of it can be stored or served: "
+            f"expected publish 'never', which fits it for its figures, got {asked.publish!r}",
+            code="method_not_servable",
+        )
+    if asked.recipe.search == "quick":
+        raise Unprocessable("recipe.search: 'quick' publishes a first version, which a baseline cannot have")
+
+
 def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Job:
     dataset = services.datasets.get(asked.dataset)
     return services.jobs.submit(
         asked.task,
         dataset.id,
         asked.method,
-        _recipe(asked),
+        _recipe(services, asked),
         idempotency_key=key,
         tenant=services.tenant,
         priority=asked.priority,
@@ -124,9 +145,11 @@ def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Jo
     )
 
 
-def _recipe(asked: wire.TrainRequest) -> dict[str, Any]:
+def _recipe(services: Services, asked: wire.TrainRequest) -> dict[str, Any]:
     """The recipe as a job keeps it: it says itself how what it leaves open is found."""
     told = asked.recipe.model_dump(exclude_none=True)
+    if asked.method in services.baselines:  # what is left out takes its default
+        return {**told, "search": "none"}
     return {"search": "auto", **told} if asked.method == AUTO else told
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Final
 
 import torch
@@ -15,14 +17,18 @@ from server.engine.residency import Loaded
 from server.errors import BadRequest, Conflict, Unprocessable
 
 from .adapter import Adapter
+from .baseline import Baseline
 from .bias import Bias
 from .cvpt import Cvpt
+from .full import Full
 from .linear import Linear
 from .lora import Lora
 from .memory import Memory
 from .method import Method, Params
 from .mlp import Mlp
+from .partial import Partial
 from .prompt_bias import PromptBias
+from .side import Side
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
 
@@ -38,26 +44,76 @@ METHODS: Final[tuple[Method, ...]] = (
     Adapter(),
     Memory(),
 )
+BASELINES: Final[tuple[Baseline, ...]] = (Full(), Partial(1), Partial(2), Partial(4), Side())
 # More of them would leave a search's budget too few trials of each; docs/results/accuracy.md tells what these reach.
 SEARCHED: Final = ("linear", "vpt_shallow", "vpt_deep")
 
 
-class Registry:
-    """The methods this process knows. `register` adds one from outside."""
+COMPARE: Final = "compare"  # the method of a job that compares others
+ENTRY_POINT: Final = "lensrack.methods"
+NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_WORDS: Final = ("auto", COMPARE)  # what a job's method can be besides a method's name
+_METHOD_HAS: Final = ("name", "meaning", "defaults", "candidates", "prompt_lengths", "shapes", "init", "lower")
 
-    def __init__(self, methods: tuple[Method, ...] = METHODS) -> None:
+
+def not_servable(name: str, why: str) -> Unprocessable:
+    """For whoever asks to serve or to publish a baseline."""
+    return Unprocessable(
+        f"method {name!r} {why}: it can be fitted and reported (publish 'never', or a comparison), not served",
+        code="method_not_servable",
+    )
+
+
+class Registry:
+    """The methods this process knows, and the baselines they are compared with. `register` adds one from outside."""
+
+    def __init__(self, methods: tuple[Method, ...] = METHODS, baselines: tuple[Baseline, ...] = BASELINES) -> None:
         self._methods = {method.name: method for method in methods}
+        self._baselines = {baseline.name: baseline for baseline in baselines}
+
+    @classmethod
+    def installed(cls) -> Registry:
+        """With the methods of every installed package that names one under the entry point `lensrack.methods`.
+
+        Raises ValueError for one that is no method, or takes a name that is taken.
+        """
+        registry = cls()
+        for point in sorted(entry_points(group=ENTRY_POINT), key=lambda one: one.name):
+            try:
+                found = point.load()
+                method = found() if isinstance(found, type) else found
+            except Exception as error:  # somebody else's code, that may fail in any way
+                raise ValueError(f"the method {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+            registry.register(method)
+        return registry
 
     def register(self, method: Method) -> None:
+        """Raises ValueError for what is no method, and for a name that is no method's or is taken."""
+        if missing := [name for name in _METHOD_HAS if not hasattr(method, name)]:
+            raise ValueError(f"{method!r} is no method: it has no {', '.join(missing)}")
+        if not NAME.fullmatch(method.name):
+            raise ValueError(f"a method's name looks like {NAME.pattern}, not {method.name!r}")
+        if method.name in {*self._methods, *self._baselines, *_WORDS}:
+            raise ValueError(f"there is a method {method.name!r} already")
         self._methods[method.name] = method
 
     def get(self, name: str) -> Method:
-        """Raises Unprocessable (unknown_method) naming what there is."""
+        """Raises Unprocessable (unknown_method) naming what there is; (method_not_servable) for a baseline."""
+        if name in self._baselines:
+            raise not_servable(name, self._baselines[name].why)
         if name not in self._methods:
             raise Unprocessable(
                 f"unknown method {name!r}: expected one of {sorted(self._methods)}", code="unknown_method"
             )
         return self._methods[name]
+
+    def baseline(self, name: str) -> Baseline | None:
+        """None where the name is no baseline's."""
+        return self._baselines.get(name)
+
+    def fittable(self, name: str) -> Method | Baseline:
+        """A method or a baseline. Raises Unprocessable (unknown_method) naming what there is."""
+        return self._baselines.get(name) or self.get(name)
 
     @property
     def all(self) -> tuple[Method, ...]:
@@ -72,6 +128,10 @@ class Registry:
     def meanings(self) -> Mapping[str, str]:
         return {name: method.meaning for name, method in self._methods.items()}
 
+    @property
+    def baselines(self) -> Mapping[str, Baseline]:
+        return dict(self._baselines)
+
     def check(self, bundle: Bundle, spec: Spec) -> None:
         """Refuse a bundle that this backbone and its own method cannot serve: wrong_backbone, bad_bundle."""
         manifest = bundle.manifest
@@ -81,6 +141,8 @@ class Registry:
                 f"this server runs {spec.arch} ({spec.fingerprint})",
                 code="wrong_backbone",
             )
+        if manifest.method in self._baselines:
+            raise not_servable(manifest.method, self._baselines[manifest.method].why)
         if manifest.method not in self._methods:
             raise BadRequest(
                 f"the bundle's method is {manifest.method!r}: expected one of {sorted(self._methods)}",

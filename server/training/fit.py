@@ -100,7 +100,7 @@ def fitting(
     weights = None
     if recipe.class_weights == "balanced":
         weights = class_weights(splits.train.targets, labels).to(backbone.device)
-    run = _Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
+    run = Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
     run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
@@ -132,7 +132,7 @@ class Inputs:
 
 
 @dataclass
-class _Fit:
+class Fit:
     """One fit under way."""
 
     backbone: Backbone
@@ -291,8 +291,15 @@ class _Fit:
 
     def finished(self, train: Inputs, val: Inputs, test: Pictures | None) -> Fitting[Fitted]:
         """The parameters that count, calibrated on the validation pictures, and what they achieve."""
+        found, heat = yield from self.judged(train, val, test)
+        params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, heat)
+        arrays = {name: value.numpy() for name, value in params.items()}
+        return Fitted(self.method, self.recipe, arrays, self.prompt_lengths, found)
+
+    def judged(self, train: Inputs, val: Inputs, test: Pictures | None) -> Fitting[tuple[dict[str, Any], float]]:
+        """What the parameters that count achieve, and the temperature that calibrates them."""
         if self.best:
-            self.params = self.best
+            self.take_best()
         logits = yield from self.logits(val)
         heat = metrics.temperature(logits, val.pictures.targets)
         found: dict[str, Any] = {
@@ -310,9 +317,10 @@ class _Fit:
             judged = metrics.judged((yield from self.logits(seen)) / heat, test.targets)
             found |= _named("test", judged)
         found["forward_passes"] = self.passes
-        params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, heat)
-        arrays = {name: value.numpy() for name, value in params.items()}
-        return Fitted(self.method, self.recipe, arrays, self.prompt_lengths, found)
+        return found, heat
+
+    def take_best(self) -> None:
+        self.params = self.best
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 

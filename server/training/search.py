@@ -99,7 +99,7 @@ class _Plan:
             own = [_candidate(method, changes, fixed, images) for changes in _suggested(method, fixed)]
             if not any(own):  # nothing that is suggested goes with what is fixed
                 own = [Candidate(method, resolve(method.defaults, fixed))]
-            (heads if _head_only(method, backbone) else prompted).append(own)
+            (heads if head_only(method, backbone) else prompted).append(own)
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
         left = budget - (min(budget // 3, images) + judged if heads else 0)
         full = ranked[0].recipe.epochs * images if ranked else 0
@@ -254,7 +254,7 @@ def _searched(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.to_json().items() if name in wanted}
 
 
-def _head_only(method: Method, backbone: Backbone) -> bool:
+def head_only(method: Method, backbone: Backbone) -> bool:
     """Whether it trains nothing before the head: its candidates share the frozen features."""
     lengths = method.prompt_lengths(backbone.spec, 1)
     with torch.inference_mode():

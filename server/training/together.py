@@ -37,7 +37,15 @@ class Ask:
     until: int | None = None
 
 
-Fitting = Generator[Ask, Tensor, Outcome]
+@dataclass(frozen=True)
+class Own:
+    """A turn for work that is not the shared backbone's: a fit whose weights are its own lets the others have theirs
+    between two of its steps. It is sent what `work` returns."""
+
+    work: Callable[[], Tensor]
+
+
+Fitting = Generator[Ask | Own, Tensor, Outcome]
 More = Callable[[], Iterable[Fitting[Outcome]]]
 
 
@@ -60,8 +68,11 @@ def run(
         asking = [member for member in group if member.ask is not None]
         if not asking:
             return [member.outcome for member in group]  # type: ignore[misc]  # all have ended
+        for member in asking:
+            if isinstance(member.ask, Own):
+                member.take_turn(member.ask)
         for learns in (False, True):
-            if members := [member for member in asking if member.learns is learns]:
+            if members := [member for member in asking if member.asks and member.learns is learns]:
                 _answer(backbone, members, learns)
         joining = list(more())
 
@@ -79,13 +90,26 @@ class _Member(Generic[Outcome]):
 
     def __init__(self, fit: Fitting[Outcome]) -> None:
         self._fit = fit
-        self.ask: Ask | None = None
+        self.ask: Ask | Own | None = None
         self.outcome: Outcome | Exception | None = None
         self._advance(lambda: next(fit))
 
     @property
+    def asks(self) -> bool:
+        """Whether it wants something of the shared backbone."""
+        return isinstance(self.ask, Ask)
+
+    @property
     def learns(self) -> bool:
-        return self.ask is not None and self.ask.loss is not None
+        return isinstance(self.ask, Ask) and self.ask.loss is not None
+
+    def take_turn(self, turn: Own) -> None:
+        try:
+            answer = turn.work()
+        except Exception as error:  # what breaks one fit is its own affair
+            self.throw(error)
+        else:
+            self.send(answer)
 
     def send(self, answer: Tensor) -> None:
         self._advance(lambda: self._fit.send(answer))
@@ -93,7 +117,7 @@ class _Member(Generic[Outcome]):
     def throw(self, error: Exception) -> None:
         self._advance(lambda: self._fit.throw(error))
 
-    def _advance(self, step: Callable[[], Ask]) -> None:
+    def _advance(self, step: Callable[[], Ask | Own]) -> None:
         self.ask = None
         try:
             self.ask = step()
@@ -121,13 +145,13 @@ def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: boo
 
 @torch.inference_mode()
 def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    asks = [member.ask for member in members if member.ask is not None]
+    asks = [member.ask for member in members if isinstance(member.ask, Ask)]
     through = iter(_features(backbone, [ask for ask in asks if ask.until is None]))
     return [next(through) if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until) for ask in asks]
 
 
 def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    asks = [member.ask for member in members if member.ask is not None]
+    asks = [member.ask for member in members if isinstance(member.ask, Ask)]
     losses = [ask.loss(found) for ask, found in zip(asks, _features(backbone, asks), strict=True) if ask.loss]
     torch.autograd.backward(losses)
     return [loss.detach() for loss in losses]

@@ -113,6 +113,7 @@ function searching() {
 function outcome(job, signal) {
   if (job.state !== 'succeeded') return null;
   const judged = job.metrics.test ?? job.metrics.val;
+  if (!job.version) return section('Result', h('p', {}, 'Figures only: no version was stored.'), judged && figures(judged, count(judged.images, job.metrics.test ? 'test picture' : 'validation picture')));
   const asking = panel(() => [`${job.task}@${job.version}`], signal);
   return [
     section('Result', h('p', {}, job.metrics.published === false ? 'Kept, but not live: ' : 'Live: ', h('a', { href: `#/tasks/${part(job.task)}` }, `${job.task} ${short(job.version)}`),

@@ -276,6 +276,21 @@ class Rack:
             job |= {"state": "cancelled", "cancel_requested": True}
         return told(job)
 
+    def _compare(self, asked: Asked, rest: list[str]) -> Told:
+        if asked.method == "POST":
+            body = {"task": asked.json()["task"], "dataset": asked.json()["dataset"], "method": "compare"}
+            return told(self.start(body, asked.headers["idempotency-key"]), 202)
+        rows = [
+            {"method": "linear", "fits": 2, "val_accuracy": 0.8, "val_accuracy_std": 0.01, "parameters": 1930,
+             "bundle_bytes": 10_000, "lens_bytes": 3_000, "forward_cost": 1.0, "fit_s": 2.5},
+            {"method": "vpt_deep", "fits": 2, "diverged": 1, "val_accuracy": 0.9, "parameters": 24_970,
+             "bundle_bytes": 102_000, "lens_bytes": 90_000, "forward_cost": 1.1, "fit_s": 60.0},
+            {"method": "full", "servable": False, "fits": 2, "diverged": 2, "fit_s": 200.0},
+        ]  # fmt: skip
+        done = self.jobs[rest[0]]["state"] == "succeeded"
+        found = {"rows": rows, "dataset_split": "val"} if done else {}
+        return told({"id": rest[0], "task": "trash", "dataset": "d1", "state": self.jobs[rest[0]]["state"], **found})
+
     def start(self, body: dict[str, Any], key: str) -> dict[str, Any]:
         """Queue a job that ends as `job_plan` says as soon as its events have been read."""
         if key not in self.job_of_key:

@@ -634,6 +634,33 @@ class TestJobs:
         job = handle.wait(timeout=10)
         assert (job.state, job.version, handle.state) == ("succeeded", VERSION, "succeeded")
 
+    def test_comparing_to_the_table(self, make: Make, rack: Rack) -> None:
+        client = make()
+        rack.misbehave("/compare", problem(503, "busy", **{"Retry-After": "0"}))
+        handle = client.compare("trash", "d1", ["linear", "vpt_deep", "full"], seeds=[4, 5], recipe={"epochs": 2})
+        assert rack.asked[-1].json() == {
+            "task": "trash",
+            "dataset": "d1",
+            "methods": ["linear", "vpt_deep", "full"],
+            "seeds": [4, 5],
+            "recipe": {"epochs": 2},
+            "priority": 0,
+        }
+        assert len({asked.headers["idempotency-key"] for asked in rack.to("/compare")}) == 1
+        assert client.comparison(handle.id).rows == []
+        handle.wait(timeout=10)
+        found = client.comparison(handle.id)
+        assert [row.method for row in found.rows] == ["linear", "vpt_deep", "full"]
+        assert [row.servable for row in found.rows] == [True, True, False]
+
+    @pytest.mark.parametrize(
+        "wrong", [{"methods": "linear"}, {"methods": []}, {"seeds": [1, 1]}, {"recipe": {"lr": 1.0}}]
+    )
+    def test_a_wrong_comparison_is_not_sent(self, make: Make, rack: Rack, wrong: dict[str, Any]) -> None:
+        with pytest.raises(lensrack.InvalidInput):
+            make().compare("trash", "d1", **wrong)
+        assert not rack.asked
+
     def test_events_come_once_each_up_to_the_last(self, make: Make, rack: Rack) -> None:
         rack.job_plan = ("succeeded", 5)
         handle = make().train("trash", "d1")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,21 +42,21 @@ class ServerProcess:
         return self.process.wait(40)
 
 
-def environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """The machine's environment without lensrack settings of its own, and ours."""
+def environment(home: Path, settings: Mapping[str, str], installed: Sequence[Path] = ()) -> dict[str, str]:
+    """The machine's environment without lensrack settings of its own, and ours; `installed`: folders of packages."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("LENSRACK_")}
     path = os.pathsep.join((str(Path(sys.executable).parent), own.get("PATH", "")))
     return {
         **own,
         "PATH": path,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "client"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client", *installed))),
         "LENSRACK_HOME": str(home),
         **{f"LENSRACK_{key.upper()}": value for key, value in settings.items()},
     }
 
 
 @contextmanager
-def serving(home: Path, *, port: int = 0, **settings: str) -> Iterator[ServerProcess]:
+def serving(home: Path, *, port: int = 0, installed: Sequence[Path] = (), **settings: str) -> Iterator[ServerProcess]:
     """Start `python -m server serve`, wait until it is ready, and stop it afterwards."""
     home.mkdir(parents=True, exist_ok=True)
     log_file = home / "server.log"
@@ -64,7 +64,7 @@ def serving(home: Path, *, port: int = 0, **settings: str) -> Iterator[ServerPro
     with log_file.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "serve", "--port", str(port)],
-            env=environment(home, settings),
+            env=environment(home, settings, installed),
             stdout=log,
             stderr=log,
             cwd=home,

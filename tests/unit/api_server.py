@@ -109,6 +109,7 @@ def serving(
         rack=lambda: occupied(floor),
         look=floor.engine.look,
         methods=METHODS,
+        baselines={"full": ("every weight", "changes every weight of the backbone")},
         check_bundle=check_bundle,
     )
     ring = KeyRing(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)

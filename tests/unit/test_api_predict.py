@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+import lensrack
 from lensrack import wire
 from server import metrics
 from tests.unit.api_server import Api, assert_problem, serving
@@ -53,6 +54,36 @@ def test_raw_bytes(api: Api, kind: str):
     assert len(told.predictions) == 1
     assert {one.label for one in told.predictions[0]} == {"a", "b", "c"}
     assert sum(one.score for one in told.predictions[0]) == pytest.approx(1)
+
+
+def test_an_ensemble_is_the_mean_over_http_and_names_its_versions(api: Api):
+    """By curl's plus sign in the path, by its code, by a blank in a query, and by the SDK."""
+    store = api.floor.store
+    first, second = publish(store, "pair", seed=1), store.put(bundle("pair", seed=2, labels=("b", "c", "a")))
+    store.set_alias("pair", "candidate", second)
+
+    def of(path: str) -> dict[str, float]:
+        answer = ask(api, path)
+        assert answer.status_code == 200, answer.text
+        return {one["label"]: one["score"] for one in answer.json()["predictions"][0]}
+
+    one, other = of("/predict/pair@live"), of("/predict/pair@candidate")
+    expected = pytest.approx({label: (one[label] + other[label]) / 2 for label in one}, abs=1e-6)
+    assert of("/predict/pair@live+candidate") == expected == of("/predict/pair@live%2Bcandidate")
+    told = ask(api, "/predict/pair@live+candidate")
+    assert told.json()["versions"] == [first, second]
+    assert told.json()["version"] == told.headers["lensrack-version"] == f"{first}+{second}"
+    assert "versions" not in ask(api, "/predict/pair@live").json()
+    many = ask(api, "/predict?task=pair@live+candidate&task=pair").json()["results"]
+    assert many["pair@live+candidate"]["versions"] == [first, second]
+    assert {best["label"]: best["score"] for best in many["pair@live+candidate"]["predictions"][0]} == expected
+    with lensrack.Client(api.url) as client:
+        answer = client.predict("pair@live+candidate", png())
+        assert answer.versions == (first, second)
+        assert {best.label: best.score for best in answer} == expected
+        assert client.predict("pair", png()).versions == (first,)
+        both = client.predict_many(["pair@live+candidate", "pair"], png())
+        assert both["pair@live+candidate"].versions == (first, second)
 
 
 def test_server_timing_tells_each_step_in_milliseconds(api: Api):

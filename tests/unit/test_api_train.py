@@ -224,3 +224,70 @@ def test_success_is_told_only_when_the_version_can_be_asked(api: Api, dataset: s
     assert refreshed == ["pets"]
     assert events(api, job.id).finished
     assert refreshed == ["pets", "pets"]
+
+
+# --- baselines and comparisons ----------------------------------------------------------------------------------------
+
+
+def compare(api: Api, dataset: str, **more: Any) -> httpx.Response:
+    return api.http.post("/compare", json={"task": "pets", "dataset": dataset, **more})
+
+
+@pytest.mark.parametrize("publish", [{}, {"publish": "always"}, {"publish": "if_better"}])
+def test_a_baseline_that_is_to_be_served_is_refused_with_the_reason(api: Api, dataset: str, publish: dict[str, str]):
+    problem = assert_problem(train(api, dataset, method="full", **publish), 422, "method_not_servable")
+    assert "changes every weight of the backbone" in problem["detail"]
+    assert "'never'" in problem["detail"]
+
+
+def test_a_baseline_is_taken_for_its_figures(api: Api, dataset: str):
+    job = train(api, dataset, method="full", publish="never", recipe={"epochs": 2}).json()
+    assert (job["method"], job["publish"], job["recipe"]) == ("full", "never", {"epochs": 2, "search": "none"})
+    assert_problem(train(api, dataset, method="full", publish="never", recipe="quick"), 422, "invalid_request")
+    listed = api.http.get("/methods").json()
+    assert [one["name"] for one in listed["baselines"]] == ["full"]
+    assert "full" not in [one["name"] for one in listed["methods"]]
+
+
+def test_a_comparison_is_a_job_with_a_table(api: Api, dataset: str):
+    answer = compare(api, dataset, methods=["linear", "full"], seeds=[3, 4], recipe={"epochs": 2})
+    assert answer.status_code == 202, answer.text
+    job = wire.Job.model_validate(answer.json())
+    assert answer.headers["location"] == f"/train/{job.id}"
+    assert (job.method, job.publish) == ("compare", "never")
+    assert job.recipe == {"compare": {"methods": ["linear", "full"], "seeds": [3, 4], "recipe": {"epochs": 2}}}
+    waiting = wire.Comparison.model_validate(api.http.get(f"/compare/{job.id}").json())
+    assert (waiting.state, waiting.rows, waiting.dataset) == ("queued", [], dataset)
+    row = {"method": "linear", "fits": 2, "test_accuracy": 0.5, "parameters": 7, "fit_s": 1.0}
+    claimed = claim(api)
+    found = {"dataset_split": "test", "rows": [row], "fits": []}
+    api.services.jobs.finish(job.id, claimed.attempt, "succeeded", metrics={"compare": found})
+    done = wire.Comparison.model_validate(api.http.get(f"/compare/{job.id}").json())
+    assert (done.id, done.state, done.dataset_split) == (job.id, "succeeded", "test")
+    assert (done.rows[0].method, done.rows[0].test_accuracy) == ("linear", 0.5)
+
+
+def test_a_comparison_is_of_all_that_can_be_served_if_nothing_is_said(api: Api, dataset: str):
+    asked = compare(api, dataset).json()["recipe"]["compare"]
+    assert asked == {"methods": ["linear", "vpt_deep"], "seeds": [0, 1, 2], "recipe": {}}
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"methods": ["linear", "vpt_deeper"]}, "unknown_method"),
+        ({"methods": []}, "invalid_request"),
+        ({"methods": ["linear", "linear"]}, "invalid_request"),
+        ({"seeds": [1, 1]}, "invalid_request"),
+        ({"seeds": []}, "invalid_request"),
+        ({"recipe": {"lr": 0.1}}, "invalid_request"),
+    ],
+)
+def test_a_wrong_comparison_is_refused(api: Api, dataset: str, more: dict[str, Any], code: str):
+    assert_problem(compare(api, dataset, **more), 422, code)
+
+
+def test_what_compares_nothing_has_no_table(api: Api, dataset: str):
+    job = train(api, dataset, method="linear").json()
+    assert_problem(api.http.get(f"/compare/{job['id']}"), 404, "job_not_found")
+    assert_problem(api.http.get("/compare/job_x"), 404, "job_not_found")

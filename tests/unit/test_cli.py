@@ -247,6 +247,25 @@ class TestTraining:
         assert "epoch 1/2  loss 1.0000  validation accuracy 80.0%  1:00 left" in done.stderr
         assert f"job j1 succeeded: task trash has version {VERSION}" in done.stderr
 
+    def test_comparing_methods(self, run: Run, rack: Rack, tmp_path: Path) -> None:
+        options = ("--dataset", "d1", "--method", "linear", "--method", "vpt_deep", "--seed", "4", "--epochs", "2")
+        done = run("compare", "trash", *options, "--picture", "compared.svg")
+        asked = rack.to("/compare")[0].json()
+        assert (asked["methods"], asked["seeds"], asked["recipe"]) == (["linear", "vpt_deep"], [4], {"epochs": 2})
+        lines = done.stdout.splitlines()
+        assert lines[0].split() == ["method", "accuracy", "parameters", "bundle", "lens", "forward", "fit"]
+        assert [line.split()[0] for line in lines[1:]] == ["vpt_deep", "linear", "full"], "the best first"
+        assert "80.0 ± 1.0" in lines[2]
+        assert "90.0 (1 of 2 diverged)" in lines[1]
+        assert "diverged" in lines[3]
+        assert "vpt_deep" in (tmp_path / "compared.svg").read_text()
+
+    def test_a_comparison_can_be_left_and_looked_at_later(self, run: Run) -> None:
+        job = run("compare", "trash", "--dataset", "d1", "--detach").stdout.strip()
+        assert "there is no table yet" in run("comparison", job).stderr
+        run("jobs", "watch", job)
+        assert json.loads(run("comparison", job, "--json").stdout)["rows"][0]["method"] == "linear"
+
     def test_a_bar_where_somebody_looks(self, environment: dict[str, str]) -> None:
         code, text = _in_terminal([SCRIPT, "train", "trash", "--dataset", "d1", "--watch"], environment)
         assert code == 0

@@ -16,7 +16,7 @@ import pytest
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unprocessable
-from server.predictor import Answer, Ref, best
+from server.predictor import Answer, Ref, best, probabilities
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -147,7 +147,7 @@ async def test_sizes_are_checked_before_anything_is_done():
             await ask(built, images=[png()] * 17)
         with pytest.raises(Unprocessable, match="expected 1 to 16, got 0"):
             await ask(built, images=[])
-        with pytest.raises(Unprocessable, match="1 to 20 tasks, got 21"):
+        with pytest.raises(Unprocessable, match="1 to 20 tasks and versions, got 21"):
             await ask_many(built, [f"t{i}" for i in range(21)])
         with pytest.raises(Unprocessable, match="at most 30 images x tasks in one request, got 32"):
             await ask_many(built, ["a", "b"], [png()] * 16)
@@ -163,7 +163,7 @@ async def test_numbers_that_are_not_finite_are_no_answer():
 
 
 def test_best_breaks_ties_by_index_and_survives_large_logits():
-    ranked = best(np.array([5.0, 1e4, 1e4, -1e4], np.float32), "abcd", 3)
+    ranked = best(probabilities(np.array([5.0, 1e4, 1e4, -1e4], np.float32)), "abcd", 3)
     assert [(one.label, one.index) for one in ranked] == [("b", 1), ("c", 2), ("a", 0)]
     assert ranked[0].score == pytest.approx(0.5)
     assert ranked[2].score == 0.0
@@ -172,6 +172,86 @@ def test_best_breaks_ties_by_index_and_survives_large_logits():
 def test_references_are_read_strictly():
     assert Ref.parse("fish") == Ref("fish", "live")
     assert Ref.parse("fish@v@w") == Ref("fish", "v@w")
+
+
+# --- ensembles --------------------------------------------------------------------------------------------------------
+
+
+def scores(answer: Answer, image: int = 0) -> dict[str, float]:
+    return {one.label: one.score for one in answer.predictions[image]}
+
+
+async def ensemble(built: Floor, labels: str = "cab") -> tuple[str, str]:
+    """`live` and `candidate`, whose labels come in another order."""
+    live, candidate = publish(built.store, seed=1), built.store.put(bundle(seed=2, labels=tuple(labels)))
+    built.store.set_alias("fish", "candidate", candidate)
+    return live, candidate
+
+
+async def test_an_ensemble_is_the_mean_of_the_separate_answers_label_by_label():
+    async with floor() as built:
+        live, candidate = await ensemble(built)
+        images = [png(6), png(7)]
+        own = [await ask(built, f"fish@{name}", images) for name in ("live", "candidate")]
+        built.engine.batches.clear()
+        answer = await ask(built, "fish@live+candidate", images)
+        assert answer.versions == (live, candidate)
+        assert answer.version == f"{live}+{candidate}"
+        for image in (0, 1):
+            one, other = scores(own[0], image), scores(own[1], image)
+            assert scores(answer, image) == pytest.approx(
+                {name: (one[name] + other[name]) / 2 for name in one}, abs=1e-12
+            )
+            assert [answer.predictions[image][0].score] == [max(scores(answer, image).values())]
+            assert all("abc"[best.index] == best.label for best in answer.predictions[image])
+        assert [len(batch) for batch in built.engine.batches] == [4], "all rows in one batch"
+        assert built.engine.distinct_images[-1] == 2, "decoded once"
+
+
+async def test_an_ensemble_among_many_tasks_and_of_one_version_twice():
+    async with floor() as built:
+        await ensemble(built)
+        publish(built.store, "bird", seed=3)
+        found = await ask_many(built, ["fish@live+candidate", "bird", "fish@live live", "fish@live+gone"])
+        assert len(found["fish@live+candidate"].versions) == 2
+        assert len(found["bird"].versions) == 1
+        alone = await ask(built)
+        assert scores(found["fish@live+live"]) == pytest.approx(
+            {alone.predictions[0][0].label: alone.predictions[0][0].score}
+        )
+        assert isinstance(found["fish@live+gone"], AliasNotFound)
+
+
+@pytest.mark.parametrize("labels", ["abd", "ab", "abcd"])
+async def test_versions_with_other_labels_are_no_ensemble(labels: str):
+    async with floor() as built:
+        await ensemble(built, labels)
+        with pytest.raises(ServiceError) as caught:
+            await ask(built, "fish@live+candidate")
+        assert (caught.value.status, caught.value.code) == (409, "labels_differ")
+        assert repr("d" if "d" in labels else "c") in caught.value.detail
+        assert not built.engine.batches
+
+
+async def test_an_ensemble_costs_its_rows():
+    async with floor(max_queue=5) as built:
+        await ensemble(built)
+        with pytest.raises(Unprocessable):
+            await ask(built, "fish@live+candidate", [png()] * 3)
+        with pytest.raises(Unprocessable):
+            await ask(built, "fish@" + "+".join(["live"] * 21))
+
+
+@pytest.mark.parametrize("text", ["fish@live+", "fish@+live", "fish@live++live", "fish+bird", "fish@ "])
+def test_an_ensemble_is_read_strictly(text: str):
+    with pytest.raises(BadRequest) as caught:
+        Ref.parse_all(text)
+    assert caught.value.code == "bad_task_name"
+
+
+def test_where_one_version_is_wanted_an_ensemble_is_refused():
+    with pytest.raises(BadRequest):
+        Ref.parse("fish@live+candidate")
 
 
 # --- going wrong on the way -------------------------------------------------------------------------------------------

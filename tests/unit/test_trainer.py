@@ -379,3 +379,73 @@ def test_what_a_recipe_may_ask_for_is_done_and_told(house: House, changes: dict[
 def test_an_unknown_search_fails_at_once(house: House) -> None:
     job = house.worked(house.submit(recipe={"search": "thorough"}))
     assert (job.state, job.error["code"]) == ("failed", "invalid_request")
+
+
+# --- figures without a version ----------------------------------------------------------------------------------------
+
+COMPARED = {"methods": ["linear", "vpt_deep", "partial-1"], "seeds": [0, 1], "recipe": {"epochs": 2, "prompts": 2}}
+
+
+def compare(house: House, **changes: object) -> Job:
+    wish = {"compare": {**COMPARED, **changes}}
+    return house.jobs.submit("fruit", house.dataset, "compare", wish, publish="never", max_attempts=3)
+
+
+def test_a_baseline_is_reported_and_not_stored(house: House) -> None:
+    job = house.jobs.submit("fruit", house.dataset, "partial-1", QUICK, publish="never", max_attempts=3)
+    job = house.worked(job)
+    assert (job.state, job.version) == ("succeeded", None)
+    assert {"val_accuracy", "parameters", "recipe", "seconds"} <= job.metrics.keys()
+    assert job.metrics["published"] is False
+    assert house.events(job) == ["queued", "started", "epoch", "epoch", "succeeded"]
+    assert not house.store.tasks()
+    assert not list((house.folder / "checkpoints").glob("*"))
+
+
+def test_a_baseline_that_is_to_be_published_says_why_it_cannot(house: House) -> None:
+    job = house.worked(house.submit("full"))
+    assert (job.state, job.error["code"]) == ("failed", "method_not_servable")
+    assert "every weight of the backbone" in job.error["detail"]
+
+
+def test_a_comparison_tells_each_fit_and_ends_with_a_table(house: House) -> None:
+    job = house.worked(compare(house))
+    assert (job.state, job.version) == ("succeeded", None)
+    found = job.metrics["compare"]
+    assert [row["method"] for row in found["rows"]] == COMPARED["methods"]
+    assert [row["servable"] for row in found["rows"]] == [True, True, False]
+    assert all(row["fits"] == 2 and row["val_accuracy"] is not None for row in found["rows"])
+    assert found["rows"][1]["lens_bytes"] > found["rows"][0]["lens_bytes"]
+    assert house.events(job) == ["queued", "started", *["trial"] * 6, "succeeded"]
+    assert (job.progress["trial"], job.progress["trials"]) in {(n, 6) for n in range(1, 7)}
+    assert not house.store.tasks()
+
+
+def test_a_comparison_that_is_given_back_fits_nothing_twice(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, watch, seen = compare(house), Pulse.watch, []
+
+    def watching(pulse: Pulse, progress: Progress) -> None:
+        seen.append(progress.trial)
+        if progress.tried is not None and progress.trial == 3:
+            house.trainer.stop.set()
+        watch(pulse, progress)
+
+    monkeypatch.setattr(Pulse, "watch", watching)
+    assert house.worked(job).state == "queued"
+    assert max(seen) == 3
+    seen.clear()
+    house.trainer = house.worker("w2")
+    done = house.worked(job)
+    assert done.state == "succeeded"
+    assert min(seen) == 4
+    assert [(one["method"], one["seed"]) for one in done.metrics["compare"]["fits"]] == [
+        (method, seed) for seed in (0, 1) for method in COMPARED["methods"]
+    ]
+
+
+def test_a_comparison_is_cancelled_within_a_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pulse, "PERIOD_S", 0.01)
+    during_the_first_step(monkeypatch, lambda: house.jobs.cancel(job.id))
+    job = compare(house)
+    assert house.worked(job).state == "cancelled"
+    assert not list((house.folder / "checkpoints").glob("*"))

@@ -1,0 +1,149 @@
+"""`python -m server bench compare`: what methods and baselines reach and cost on folders of pictures, as a table and a
+picture.
+
+A data folder holds train/ and test/ with a folder for each class. Every fit is one with the method's default recipe but
+for what is given here; a seed draws the validation pictures (a share of train/), the initial parameters and every
+order. The test pictures are looked at once, after a fit; nothing is chosen by them. Finished fits are kept in the
+output, so that a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lensrack.picture import draw, markdown
+from lensrack.wire import Comparison
+from prompts_store import Backbone as Fingerprint
+from prompts_store import Bundle, Manifest
+from server import __version__
+from server.bench.accuracy import read
+from server.checkpoints import Checkpoints
+from server.engine import backbone as engine_backbone
+from server.engine.backbone import Backbone
+from server.methods.registry import Registry
+from server.training.compare import SEEDS, Material, Wish, comparing
+from server.training.data import Pictures, Splits, hold_out, sample
+from server.training.feature_cache import FeatureCache
+from server.training.fit import Fitted
+from server.training.frozen import FrozenFeatures
+from server.training.progress import Progress
+from server.training.recipe import Recipe
+from server.training.together import alone
+
+FEATURE_BYTES = 2**30
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.data:
+        torch.set_num_threads(options.threads)
+        eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
+        for folder in options.data:
+            compare(eye, folder, options)
+    found = [Comparison.model_validate_json(file.read_text()) for file in sorted(options.out.glob("*.json"))]
+    print("\n\n".join(f"{one.title}\n\n{markdown(one)}" for one in found))
+    if options.picture is not None:
+        options.picture.write_text(draw(found))
+
+
+def compare(eye: Backbone, folder: Path, options: argparse.Namespace) -> None:
+    """One data folder's comparison, kept in <out>/<name>.json."""
+    file, registry = options.out / f"{folder.name}.json", Registry.installed()
+    if file.exists():
+        return
+    train, labels = read(folder / "train", eye)
+    test, _ = read(folder / "test", eye)
+    train = sample(train, options.pictures, 0) if options.pictures else train
+    fields = {"epochs": options.epochs, "batch_size": options.batch_size}
+    methods = tuple(options.methods or registry.meanings)
+    wish = Wish(methods, tuple(options.seeds), {name: value for name, value in fields.items() if value})
+    cache = FeatureCache(options.out / "features", FEATURE_BYTES)
+    material = Material(
+        splits=lambda recipe: _split(train, test, recipe),
+        labels=tuple(labels),
+        bundle=lambda fitted: _bundle(eye, fitted, labels),
+        features=lambda: FrozenFeatures(eye, cache),
+    )
+    checkpoints, started, cpu = Checkpoints(options.out / "checkpoints"), time.perf_counter(), time.process_time()
+    found = alone(
+        eye,
+        comparing(
+            eye,
+            registry,
+            wish,
+            material,
+            watch=lambda progress: _tell(folder.name, progress),
+            keep=checkpoints.keeper(folder.name),
+            resume=checkpoints.read(folder.name),
+        ),
+    )
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    told = {"title": f"{folder.name} ({len(labels)}, {len(train)} / {len(test)})", "task": folder.name, **found}
+    _write(file, {**told, **{name: round(value, 1) for name, value in spent.items()}})
+    checkpoints.forget(folder.name)
+
+
+def _split(train: Pictures, test: Pictures, recipe: Recipe) -> Splits:
+    return Splits(*hold_out(train, recipe.validation, recipe.seed), test)
+
+
+def _bundle(eye: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle:
+    spec = eye.spec
+    manifest = Manifest(
+        task="compared",
+        method=fitted.method.name,
+        backbone=Fingerprint(arch=spec.arch, fingerprint=spec.fingerprint),
+        labels=tuple(labels),
+        prompt_lengths=fitted.prompt_lengths,
+        preprocess=spec.preprocess,
+        metrics=fitted.metrics,
+        recipe=fitted.recipe.to_json(),
+        dataset=None,
+        parent=None,
+        created_at=0.0,
+        lensrack_version=__version__,
+    )
+    return Bundle.build(manifest, fitted.params)
+
+
+def _tell(name: str, progress: Progress) -> None:
+    if progress.tried is not None:
+        own = progress.tried
+        accuracy = "diverged" if own["test_accuracy"] is None else f"test accuracy {own['test_accuracy']:.3f}"
+        done = f"{progress.trial}/{progress.trials}"
+        print(f"{name}: {done} {own['method']} {own['seed']}: {accuracy}, {own['fit_s']} s", flush=True)
+
+
+def _write(file: Path, told: dict[str, Any]) -> None:
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(told, indent=1))
+    temporary.replace(file)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server bench compare", description=__doc__)
+    parser.add_argument("data", type=Path, nargs="*", help="folders with train/ and test/ of class folders")
+    parser.add_argument("--methods", nargs="+", help="methods and baselines (default: all that can be served)")
+    parser.add_argument("--backbone", default="untrained", help="timm architecture, or `untrained`")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--epochs", type=int, help="of every fit but heads alone (default: each method's own)")
+    parser.add_argument("--batch-size", type=int, help="default: each method's own")
+    parser.add_argument("--pictures", type=int, help="about so many of train/, of each class its share")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("bench/compare"), help="folder of the results")
+    parser.add_argument("--picture", type=Path, help="an SVG file to draw (needs matplotlib)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
         10 * 1024 * MIB
     )
     max_json_bytes: Annotated[int, Field(gt=0, description="Largest JSON body elsewhere.")] = MIB
+    body_timeout_s: Annotated[float, Field(gt=0, description="Longest a body may take to come, but for archives.")] = (
+        60.0
+    )
     request_timeout_s: Annotated[float, Field(gt=0, description="Longest a prediction may wait for its answer.")] = 30.0
     drain_timeout_s: Annotated[float, Field(gt=0, description="Longest a shutdown waits for answers in flight.")] = 10.0
 
@@ -128,7 +131,7 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="How long a resumable upload that nobody goes on with is kept.")
     ] = 86_400.0
     upload_silence_s: Annotated[
-        float, Field(gt=0, description="How long a piece of a resumable upload may stay silent before it is ended.")
+        float, Field(gt=0, description="How long an archive on its way may stay silent before it is ended.")
     ] = 30.0
     max_feedback_images: Annotated[int, Field(gt=0, description="Most images of feedback kept for one task.")] = 100_000
 

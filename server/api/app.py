@@ -67,7 +67,7 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
         middleware=[
             Middleware(Trace),
             Middleware(Door, ring=ring, settings=services.settings),
-            Middleware(guard.BodyLimit, cap=guard.caps(services.settings)),
+            Middleware(guard.BodyLimit, cap=guard.caps(services.settings), patience=guard.patience(services.settings)),
         ],
         dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},

@@ -68,7 +68,8 @@ async def upload(
 async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
     guard.require_type(request.headers, guard.ARCHIVE_TYPES)
     await asyncio.to_thread(services.datasets.require_room, 0)
-    async with uploads.received(request, services.settings.datasets_dir) as archive:
+    settings = services.settings
+    async with uploads.received(request, settings.datasets_dir, silence_s=settings.upload_silence_s) as archive:
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive")
         return await anyio.to_thread.run_sync(ingest, archive, limiter=request.app.state.ingests)

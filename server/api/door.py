@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from http.cookies import CookieError, SimpleCookie
 from typing import Final
 
@@ -80,8 +80,8 @@ class Door:
     def _require_host(self, headers: Headers) -> None:
         if "host" not in headers or "*" in self._named or not (self._named or self._local):
             return
-        host = _name(headers["host"])
-        if host not in self._named and not guard.is_loopback(host):  # no foreign name can be one of those
+        host, local = _name(headers["host"])
+        if host not in self._named and not local:
             known = " or ".join(sorted(self._named) or ["localhost"])
             raise Misdirected(f"Host: expected {known} (LENSRACK_ALLOWED_HOSTS can name others), got {host[:100]!r}")
 
@@ -105,16 +105,12 @@ def require_origin(headers: Headers, named: frozenset[str], *, required: bool) -
     raise Forbidden(f"Origin: expected this server's own pages, got {origin[:100]!r}", code="foreign_origin")
 
 
-def _name(host: str) -> str:
-    """A Host header without its port."""
+@lru_cache(maxsize=256)
+def _name(host: str) -> tuple[str, bool]:
+    """A Host header without its port, and whether it is a local name, which no foreign page can have."""
     bare = host.strip().lower()
-    if bare.startswith("["):
-        return bare[1:].partition("]")[0]
-    try:
-        ipaddress.ip_address(bare)
-    except ValueError:
-        return bare.partition(":")[0].rstrip(".")
-    return bare
+    bare = bare[1:].partition("]")[0] if bare.startswith("[") else bare.partition(":")[0].rstrip(".")
+    return bare, guard.is_loopback(bare)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 from collections.abc import Callable, Collection
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.errors import BadRequest, TooLarge, UnsupportedMedia
+from server.errors import BadRequest, Silent, TooLarge, UnsupportedMedia
 from server.predictor import TASK
 from server.settings import Settings
 
@@ -31,6 +32,7 @@ _UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
 _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 
 Cap = Callable[[str, str], int]
+Patience = Callable[[str, str], float | None]
 
 
 class UnsafeBind(ValueError):
@@ -100,21 +102,33 @@ def caps(settings: Settings) -> Cap:
     return cap
 
 
-class BodyLimit:
-    """Stops a body at its cap: at once where its length is told, otherwise (chunked) while it is read."""
+def patience(settings: Settings) -> Patience:
+    """How long a body may take in all, by method and path; None for archives, which may only not fall silent."""
 
-    def __init__(self, app: ASGIApp, cap: Cap) -> None:
-        self.app, self.cap = app, cap
+    def most_s(method: str, path: str) -> float | None:
+        archive = (method == "POST" and path == "/datasets") or _UPLOADS_GO_ON_AT.fullmatch(path)
+        return None if archive else settings.body_timeout_s
+
+    return most_s
+
+
+class BodyLimit:
+    """Stops a body at its cap, at once where its length is told and otherwise (chunked) while it is read; and one that
+    trickles, when its time is over."""
+
+    def __init__(self, app: ASGIApp, cap: Cap, patience: Patience) -> None:
+        self.app, self.cap, self.patience = app, cap, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        reading = _Reading(self.cap(scope["method"], scope["path"]), Headers(scope=scope), receive, send)
+        asked = (scope["method"], scope["path"])
+        reading = _Reading(self.cap(*asked), self.patience(*asked), Headers(scope=scope), receive, send)
         try:
             if not reading.cut:
                 await self.app(scope, reading.receive, reading.send)
-        except TooLarge:
+        except (TooLarge, Silent):
             if not reading.cut:
                 raise
         if reading.cut:
@@ -122,19 +136,31 @@ class BodyLimit:
 
 
 class _Reading:
-    """One request's body while it is read. `cut`: it was too large, and the answer to that has not been given."""
+    """One request's body while it is read. `cut`: it was too large or too slow, and the answer to that has not been
+    given."""
 
-    def __init__(self, cap: int, headers: Headers, receive: Receive, send: Send) -> None:
-        self._cap, self._receive, self._send = cap, receive, send
-        self._got, self._answered = 0, False
+    def __init__(self, cap: int, most_s: float | None, headers: Headers, receive: Receive, send: Send) -> None:
+        self._cap, self._most_s, self._receive, self._send = cap, most_s, receive, send
+        self._got, self._answered, self._whole = 0, False, False
+        self._until = None if most_s is None else asyncio.get_running_loop().time() + most_s
         told = headers.get("content-length", "")
         self.cut = told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > cap)
-        self.error = TooLarge(f"expected a body of at most {cap} bytes, got {told[:30] if self.cut else 'more'}")
+        self.error: TooLarge | Silent = TooLarge(
+            f"expected a body of at most {cap} bytes, got {told[:30] if self.cut else 'more'}"
+        )
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(None if self._whole else self._until):
+                message = await self._receive()
+        except TimeoutError:
+            self.cut = not self._answered
+            detail = f"expected the whole body within {self._most_s:g} s, got {self._got} bytes of it"
+            self.error = Silent(detail, code="body_timeout")
+            raise self.error from None
         if message["type"] == "http.request":
             self._got += len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
             if self._got > self._cap:
                 self.cut = not self._answered
                 raise self.error

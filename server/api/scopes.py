@@ -93,15 +93,18 @@ NEEDS: Final[Mapping[tuple[str, str], Need]] = {
 }
 
 
-_TEMPLATES: Final = tuple((method, compile_path(route)[0], route) for method, route in NEEDS)
+_METHODS: Final = frozenset(method for method, _ in NEEDS)
+_TEMPLATES: Final = {
+    method: tuple((compile_path(route)[0], route) for known, route in NEEDS if known == method) for method in _METHODS
+}
 
 
 def template(method: str, path: str) -> str | None:
     """The listed route that will probably answer; None for none."""
-    asked = (method, "GET") if method == "HEAD" else (method,)
-    for known, pattern, route in _TEMPLATES:
-        if known in asked and pattern.match(path):
-            return route
+    for asked in (method, "GET") if method == "HEAD" else (method,):
+        for pattern, route in _TEMPLATES.get(asked, ()):
+            if pattern.match(path):
+                return route
     return None
 
 

@@ -24,12 +24,15 @@ WRITE_BYTES: Final = 2**20  # gathered before a thread writes it: a hand-over fo
 
 
 @asynccontextmanager
-async def received(request: Request, root: Path) -> AsyncIterator[Path]:
-    """The request's body as a file below `root`, deleted at the end. Raises ClientDisconnect, TooLarge, DiskFull."""
+async def received(request: Request, root: Path, *, silence_s: float) -> AsyncIterator[Path]:
+    """The request's body as a file below `root`, deleted at the end.
+
+    Raises ClientDisconnect, TooLarge, DiskFull, and Silent when nothing comes for `silence_s`.
+    """
     path = root / FOLDER / secrets.token_hex(16)
     file = await asyncio.to_thread(_created, path)
     try:
-        await fill(request, partial(_append, file))
+        await fill(request, partial(_append, file), silence_s=silence_s)
         yield path
     finally:
         path.unlink(missing_ok=True)

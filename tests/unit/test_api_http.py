@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,3 +280,40 @@ def test_uploads_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path: Pa
         assert uploads.sweep(tmp_path) == 1
     assert not dead.exists()
     assert living.exists()
+
+
+# --- slow bodies ------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_that_trickles_is_ended_and_a_slow_answer_is_not(tmp_path: Path):
+    with serving(tmp_path, body_timeout_s=0.5) as slow:
+        publish(slow.floor.store)
+        for head in (
+            "POST /predict/fish HTTP/1.1\nHost: localhost\nContent-Type: image/png\nContent-Length: 100",
+            "POST /train HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: 100",
+        ):
+            status, got = slow.raw(head=head, body=b"{")
+            assert status == 408, got
+            assert b'"body_timeout"' in got
+            assert b"within 0.5 s, got 1 bytes" in got
+        slow.floor.engine.gate.clear()
+        asked = threading.Timer(1.0, slow.floor.engine.gate.set)
+        asked.start()
+        assert slow.http.post("/predict/fish", content=png(), headers={"content-type": "image/png"}).status_code == 200
+        asked.join()
+
+
+def test_an_archive_may_take_its_time_but_not_fall_silent(tmp_path: Path):
+    with serving(tmp_path, body_timeout_s=0.2, upload_silence_s=1.0) as slow:
+
+        def trickling() -> Iterator[bytes]:
+            for _ in range(4):
+                yield b"x"
+                time.sleep(0.2)
+
+        answer = slow.http.post("/datasets", content=trickling(), headers={"content-type": "application/zip"})
+        assert_problem(answer, 400, "bad_archive")
+        head = "POST /datasets HTTP/1.1\nHost: localhost\nContent-Type: application/zip\nContent-Length: 100"
+        status, got = slow.raw(head=head, body=b"PK")
+        assert status == 408
+        assert b'"upload_silent"' in got

@@ -30,7 +30,7 @@ from server.settings import Settings
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = logging.getLogger("server")
 
-BENCHES = ("accuracy", "compare", "engine", "jobs", "training-load")  # modules of `server.bench`
+BENCHES = ("accuracy", "compare", "engine", "jobs", "readers", "training-load")  # modules of `server.bench`
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -3,6 +3,7 @@
     shift    bias vectors, added where the block adds its own
     cross    prompts under a softmax of their own, behind the block's attention
     qkv      low-rank rows: x · downᵀ · up, added to queries, keys and values
+    query    low-rank rows, added to the queries alone
     beside   low-rank rows with an activation that read what the MLP reads
     behind   low-rank rows with an activation that read what the MLP gives
 
@@ -167,13 +168,14 @@ class Additions:
     qkv: LowRank | None = None
     beside: LowRank | None = None
     behind: LowRank | None = None
+    query: LowRank | None = None
 
     @property
     def parts(self) -> Parts:
         found: Parts = {}
         for whole in (self.shift, self.cross):
             found |= {} if whole is None else whole.parts
-        for name, low in (("qkv", self.qkv), ("beside", self.beside), ("behind", self.behind)):
+        for name, low in (("qkv", self.qkv), ("beside", self.beside), ("behind", self.behind), ("query", self.query)):
             found |= {} if low is None else low.parts(name)
         return found
 
@@ -185,6 +187,7 @@ class Additions:
             LowRank.gathered("qkv", find, biased=False),
             LowRank.gathered("beside", find),
             LowRank.gathered("behind", find),
+            LowRank.gathered("query", find, biased=False),
         )
 
     def to_qkv(self, normed: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,6 +200,8 @@ class Additions:
             to_query, to_keys, to_values = self.qkv.up.chunk(3, dim=-1)
             query = query + inner[:, : query.shape[1]] @ to_query
             keys, values = keys + inner @ to_keys, values + inner @ to_values
+        if self.query is not None:
+            query = query + self.query.outer(self.query.inner(normed[:, : query.shape[1]]))
         return query, keys, values
 
     def after_attention(self, block: FrozenBlock, x: Tensor) -> None:

@@ -6,16 +6,19 @@
 
 It is the forward that answers, so whatever a lens brings is in it. Prompts have a share where they stand in the block's
 own softmax, as a prefix or as tokens; prompts with a softmax of their own take nothing from it. A backbone that pools
-by averaging has no single reader: there the patches' own attention is averaged.
+by averaging has no single reader: there the patches' own attention is averaged. Where the pooled feature is a reader's
+(`reader.py`), it is the reader that is followed, through the trunk that it reads.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from .backbone import Backbone, Spec
 from .block import FrozenBlock
 from .engine import Engine, Pixels, normalise
 from .lens import Condition
+from .reader import hidden_tokens
 from .residency import Seat
 
 
@@ -61,6 +65,8 @@ def trace(backbone: Backbone, x: Tensor, condition: Condition) -> Attention:
     watching = copy.copy(backbone)  # the same weights; the blocks of the one that serves stay as they are
     watching.blocks = list(watched)
     features = vit.forward(watching, x, condition)
+    if condition.reads_from is not None:
+        return _trace_reader(backbone.spec, watched, features, condition.reads_from)
     carried = 0 if condition.tokens is None else condition.tokens.shape[1]
     flow = last = Flow.at_start(backbone.spec.tokens + carried)
     for block in watched:
@@ -75,6 +81,7 @@ class Watched(FrozenBlock):
     mean over the heads."""
 
     shares: Tensor
+    read: Tensor  # of the readers [Q, P + T + N], where there are any: prefix, their own tokens, the trunk's
 
     def __init__(self, block: FrozenBlock) -> None:
         self.__dict__.update(block.__dict__)
@@ -88,6 +95,11 @@ class Watched(FrozenBlock):
         if "shares" not in self.__dict__:  # whatever attends after the block's own attention has a softmax of its own
             self.shares = shares[0].mean(0).double().cpu()
         return (shares @ values).transpose(1, 2).flatten(2)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        shares = super().softmax(scores)
+        self.read = shares[0].mean(0).double().cpu()
+        return shares
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,44 @@ class Flow:
         """One block later: half attention, half residual. A prefix is fresh in each block, so nothing flows into it."""
         mix = 0.5 * block.tokens + 0.5 * torch.eye(*block.tokens.shape, dtype=torch.float64)
         return Flow(mix @ self.tokens, mix @ self.prefix + 0.5 * block.prefix)
+
+
+def _trace_reader(spec: Spec, watched: Sequence[Watched], features: Tensor, start: int) -> Attention:
+    hidden, trunk = hidden_tokens(spec), Flow.at_start(spec.tokens)
+    for block in watched[:start]:
+        trunk = trunk.through(Flow.of(block.shares, spec.tokens))
+    carried = watched[start].read.shape[0] - 1
+    own = _reader_at_start(spec, trunk, carried)
+    for block in watched[start:]:
+        prefix, among, read = _shares_of(block, 1 + carried, spec.tokens - hidden)
+        seen = F.pad(read @ trunk.tokens[hidden:], (0, carried))
+        queries = len(among)  # in the last block CLS' alone
+        own = Flow(
+            0.5 * own.tokens[:queries] + 0.5 * (among @ own.tokens + seen),
+            0.5 * own.prefix[:queries] + 0.5 * (prefix + among @ own.prefix),
+        )
+        trunk = trunk.through(Flow.of(block.shares, spec.tokens))
+    last = Flow(torch.cat((F.pad(read, (hidden, 0)), among[:, 1:]), dim=1), prefix)
+    return Attention(_looked_reader(last, spec), _looked_reader(own, spec), features[0].double().cpu().numpy())
+
+
+def _reader_at_start(spec: Spec, trunk: Flow, carried: int) -> Flow:
+    """[1 + T, N + T]: CLS' comes from where what it is a copy of comes from, a carried token from itself."""
+    first = trunk.tokens[:1] if spec.pool == "token" else trunk.tokens[spec.prefix_tokens :].mean(0, keepdim=True)
+    return Flow(torch.block_diag(first, torch.eye(carried, dtype=torch.float64)), torch.zeros(1 + carried).double())
+
+
+def _shares_of(block: Watched, own: int, trunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the readers' queries [Q]: to the prefix in all, to their own tokens [Q, T], to the trunk's [Q, N]."""
+    prefix, among, read = block.read.split([block.read.shape[1] - own - trunk, own, trunk], dim=1)
+    return prefix.sum(1), among, read
+
+
+def _looked_reader(flow: Flow, spec: Spec) -> Looked:
+    """What a reader's first token reads. Flow's tokens: those of the image, then the carried ones."""
+    tokens, side = flow.tokens[0], spec.image_size // spec.patch_size
+    patches, prompts = tokens[spec.prefix_tokens : spec.tokens], float(flow.prefix[0] + tokens[spec.tokens :].sum())
+    return Looked(patches.view(side, side).numpy(), prompts, float(1 - patches.sum()) - prompts)
 
 
 def _looked(flow: Flow, spec: Spec) -> Looked:

@@ -52,6 +52,10 @@ class FrozenBlock:
         mixed = attention(self._heads(query), self._heads(keys), self._heads(values), mask)
         return mixed.transpose(1, 2).flatten(2)
 
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Of readers: scores [B, H, Q, N] → what each query gives to each key, 1 in all."""
+        return scores.softmax(dim=-1)
+
     def behind_hidden(self, hidden: Tensor) -> Tensor:
         """The MLP's other half: what `hidden` gave [..., H] → [..., D]."""
         return self._fc2(self._mlp_norm(self.act(hidden)))

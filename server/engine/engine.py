@@ -2,7 +2,8 @@
 
 work ─► distinct pictures ─► patch embedding ─► distinct trunk rows ─► lanes ─► forward ─► heads
         (one per image and     (one per picture)   (head-only tasks on one
-         normalisation)                             picture share a row)
+         normalisation)                             picture share a row,
+                                                    and readers read it)
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from . import vit
 from .backbone import Backbone
 from .lens import Plain
 from .rack import Rack
+from .reader import Passing, Pieces, Reads, hidden_tokens
 from .residency import Seat
 
 Pixels = NDArray[np.uint8]  # [S, S, 3]
 Logits = NDArray[np.float64]  # [C]
 Work = tuple[Pixels, Seat]
 Item = TypeVar("Item")
+SHARED = "shared"  # the lane of the trunk that readers read, and of head-only rows beside them
 
 
 class Engine:
@@ -60,17 +63,40 @@ class Engine:
 
     def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> Tensor:
         """Pooled features [rows, D]; rows go into a lane with their like."""
+        trunk = self._trunk(x, rows)
         groups: dict[Hashable, list[int]] = {}
         for row, (_, seat) in enumerate(rows):
-            groups.setdefault(self.rack.lane(seat.place), []).append(row)
-        lanes = [self._lane(x, [rows[row] for row in members]) for members in groups.values()]
-        features = torch.cat(vit.forward_lanes(self.backbone, lanes))
-        order = [row for members in groups.values() for row in members]
-        return features[np.argsort(order)]
+            groups.setdefault(self._lane_key(seat, trunk), []).append(row)
+        lanes, at, features = [], np.empty(len(rows), np.int64), 0
+        if trunk is not None:
+            lanes.append(trunk.lane)
+            members = groups.pop(SHARED, [])
+            at[members] = [trunk.row[rows[row][0]] for row in members]
+            features = len(trunk.row)
+        for members in groups.values():
+            lanes.append(self._lane(x, [rows[row] for row in members], trunk))
+            at[members] = np.arange(features, features + len(members))
+            features += len(members)
+        return torch.cat(vit.forward_lanes(self.backbone, lanes))[at]
 
-    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> vit.Lane:
-        condition = self.rack.gather([seat.place for _, seat in rows])
-        return vit.Lane.of(x[[picture for picture, _ in rows]], condition)
+    def _trunk(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> _Trunk | None:
+        """What readers read; None where there are none."""
+        if not any(self.rack.reads(seat.place) for _, seat in rows):
+            return None
+        return _Trunk(self.backbone, x, [picture for picture, seat in rows if self._on_plain_trunk(seat)])
+
+    def _on_plain_trunk(self, seat: Seat) -> bool:
+        return self.rack.head_only(seat.place) or self.rack.reads(seat.place)
+
+    def _lane_key(self, seat: Seat, trunk: _Trunk | None) -> Hashable:
+        return SHARED if trunk is not None and self.rack.head_only(seat.place) else self.rack.lane(seat.place)
+
+    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]], trunk: _Trunk | None) -> vit.Lane:
+        """Rows with equal `Rack.lane`."""
+        pictures, condition = [picture for picture, _ in rows], self.rack.gather([seat.place for _, seat in rows])
+        if trunk is None or condition.reads_from is None:
+            return vit.Lane.of(x[pictures], condition)
+        return vit.Lane.reading(condition, trunk.reads(pictures))
 
     def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
         """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]
@@ -93,6 +119,23 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
     wide = torch.promote_types(dtype, torch.float32)
     scaled = pixels.permute(0, 3, 1, 2).to(wide) / 255
     return ((scaled - mean.to(wide)[:, :, None, None]) / std.to(wide)[:, :, None, None]).to(dtype)
+
+
+class _Trunk:
+    """The plain trunk of pictures that readers read, a row each; head-only rows of these take its features.
+
+    x: [n, N, D], embedded pictures; `pictures`: those among them that are wanted, as often as they are.
+    """
+
+    def __init__(self, backbone: Backbone, x: Tensor, pictures: Sequence[int]) -> None:
+        self.row = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
+        self._passing = Passing(hidden_tokens(backbone.spec))
+        self.lane = vit.Lane(x[list(self.row)], Plain(), None, passing=self._passing)
+
+    def reads(self, pictures: Sequence[int]) -> Reads:
+        """For readers of these pictures."""
+        rows = np.array([self.row[picture] for picture in pictures])
+        return Reads(self._passing, Pieces.of(rows, len(self.row), self.lane.x.device))
 
 
 class _Distinct(Generic[Item]):

@@ -25,7 +25,7 @@ NOTHING: Indices = np.zeros(0, np.int64)
 @dataclass
 class Slot:
     """Numbers of the vectors of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]; parts: by layer and
-    name, as `Lens.parts` has them; hidden: of each hidden layer of the head."""
+    name, as `Lens.parts` has them; hidden: of each hidden layer of the head; reads: as `Lens.reads`."""
 
     generation: int = 0
     used: bool = False
@@ -36,10 +36,18 @@ class Slot:
     head: Indices = field(default_factory=lambda: NOTHING)
     parts: dict[tuple[int, str], Indices] = field(default_factory=dict)
     hidden: list[Indices] = field(default_factory=list)
+    reads: bool = False
 
     @property
     def head_only(self) -> bool:
         return not len(self.tokens) and not self.lengths.any() and not self.parts
+
+    @cached_property
+    def reads_from(self) -> int | None:
+        """As `Lens.reads_from`. Asked of a slot in use only."""
+        if not self.reads or self.head_only:
+            return None
+        return 0 if len(self.tokens) else min({*np.flatnonzero(self.lengths).tolist(), *self.layers})
 
     @cached_property
     def kinds(self) -> frozenset[str]:
@@ -76,6 +84,7 @@ class Gathered:
         self._lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
         self._longest = self._lengths.max(axis=0)  # [L]
         self._layers = frozenset[int]().union(*(slot.layers for slot in slots))
+        self.reads_from = slots[0].reads_from  # rows of a lane have it in common
         self.tokens, self.token_mask = self._carried()
         entry = self._part(ENTRY, "entry")
         self.entry = None if entry is None else entry.vectors

@@ -7,6 +7,7 @@ The forward knows primitives, not methods:
     tokens         prompts carried through all layers as real tokens
     additions      bias vectors, prompts under a softmax of their own, low-rank rows: see `additions.py`
     entry          a vector added to each image token before the first block
+    reads          all of that for tokens of the task's own, which read the trunk and leave it as it is: see `reader.py`
     head           the linear classifier on the pooled feature, with hidden layers before it if need be
 
 A `Condition` is what a batch of rows brings to the forward. Training expands one lens over its batch (`condition`),
@@ -42,7 +43,8 @@ class Lens:
 
     keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C].
     What few methods have is empty unless given. additions[l]: of layer l · entry: [2, D], for the tokens that are no
-    patches and for the patches · hidden: layers between the feature and the head, which then reads the last one's H.
+    patches and for the patches · hidden: layers between the feature and the head, which then reads the last one's H ·
+    reads: whether all this is for a copy of the class token and the carried tokens alone, see `reader.py`.
     """
 
     keys: tuple[Tensor, ...]
@@ -53,6 +55,11 @@ class Lens:
     additions: tuple[Additions | None, ...] = ()
     entry: Tensor | None = None
     hidden: tuple[Dense, ...] = ()
+    reads: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reads and self.entry is not None:
+            raise ValueError("readers leave the image tokens as they are: expected no entry, got one")
 
     @property
     def classes(self) -> int:
@@ -60,8 +67,13 @@ class Lens:
 
     @property
     def head_only(self) -> bool:
-        """Whether the trunk runs as the plain frozen ViT, so that it can be shared with every such lens."""
+        """Whether the plain frozen ViT's feature is all that is asked for: it can be shared with every such lens."""
         return self.first_layer == len(self.keys)
+
+    @property
+    def reads_from(self) -> int | None:
+        """The layer at which the task's own tokens start to read the trunk; None where the lens is no reader's."""
+        return self.first_layer if self.reads and not self.head_only else None
 
     @property
     def first_layer(self) -> int:
@@ -103,6 +115,11 @@ class Condition(Protocol):
     def additions(self, layer: int) -> Additions | None: ...
 
     @property
+    def reads_from(self) -> int | None:
+        """The layer at which the rows start to read the trunk; None where they are no readers."""
+        ...
+
+    @property
     def entry(self) -> Tensor | None:
         """[2, D] or [B, 2, D], or None."""
         ...
@@ -124,6 +141,7 @@ class Plain:
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
     entry: Tensor | None = None
+    reads_from: int | None = None
 
     def prefix(self, layer: int) -> Prefix | None:
         return None
@@ -141,6 +159,7 @@ class Expanded:
         self._lens, self._rows = lens, rows
         self.tokens: Tensor | None = self._spread(lens.tokens) if lens.tokens.shape[-2] else None
         self.entry = lens.entry
+        self.reads_from = lens.reads_from
 
     def prefix(self, layer: int) -> Prefix | None:
         keys = self._lens.keys[layer]

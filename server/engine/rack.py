@@ -94,6 +94,7 @@ class Rack:
             slot.tokens, slot.head = self._take(lens.tokens.shape[-2]), self._take(lens.classes)
             slot.parts = {name: self._take(len(part.vectors)) for name, part in lens.parts.items()}
             slot.hidden = [self._take(len(layer.weight)) for layer in lens.hidden]
+            slot.reads = lens.reads
             slot.generation += 1
             slot.used = True
             return Place(number, slot.generation)
@@ -135,14 +136,18 @@ class Rack:
         return [row[: len(slot.head)] for row, slot in zip(logits, slots, strict=True)]
 
     def head_only(self, place: Place) -> bool:
-        """Whether the seat's lens leaves the trunk as it is."""
+        """Whether the seat's lens asks for no more than the plain trunk's feature."""
         return self._check(place).head_only
 
+    def reads(self, place: Place) -> bool:
+        """Whether the seat's lens brings readers of the plain trunk."""
+        return self._check(place).reads_from is not None
+
     def lane(self, place: Place) -> Hashable:
-        """Seats with equal ones may share a lane: carried tokens make it longer, and each kind of addition costs all of
-        its rows the same."""
+        """Seats with equal ones may share a lane: carried tokens make it longer, each kind of addition costs all of its
+        rows the same, and readers start in the same layer."""
         slot = self._check(place)
-        return len(slot.tokens) > 0, slot.kinds
+        return len(slot.tokens) > 0, slot.kinds, slot.reads_from
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

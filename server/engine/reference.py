@@ -103,15 +103,32 @@ def adapter(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: 
 
 def memory(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
     """Keys and values as rows of each MLP, which is wider by that much."""
-    layers = [params[name].split(list(prompt_lengths)) for name in ("memory.keys", "memory.values")]
-    wider = {}
-    for layer, (keys, values) in enumerate(zip(*layers, strict=True)):
-        mlp, name = backbone.model.blocks[layer].mlp, f"blocks.{layer}.mlp"
-        wider[f"{name}.fc1.weight"] = torch.cat((mlp.fc1.weight, keys))
-        wider[f"{name}.fc1.bias"] = torch.cat((mlp.fc1.bias, mlp.fc1.bias.new_zeros(len(keys))))
-        wider[f"{name}.fc2.weight"] = torch.cat((mlp.fc2.weight, values.T), dim=1)
-    model = _changed(backbone.model, wider)
+    model = _changed(backbone.model, _wider(backbone.model, params, prompt_lengths))
     return _leave(model, _blocks(model, _enter(model, pixels)), params)
+
+
+def readonly(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
+    """Ours: behind the image's tokens a copy of the class token and each layer's prompts, which a mask hides from them.
+
+    Blocks that a task's queries and memory are merged into run over all tokens, and what they make of the image's is
+    thrown away: the image's tokens go on through the plain ones.
+    """
+    model, x, copied = backbone.model, _enter(backbone.model, pixels), None
+    reading = max(1, sum(map(bool, prompt_lengths)))  # layers with prompts have queries and memory, too
+    ranks, rows = (
+        [len(params[name]) // reading * bool(p) for p in prompt_lengths] for name in ("query.down", "memory.keys")
+    )
+    merged = _changed(model, {**_queries(model, params, ranks), **_wider(model, params, rows)})
+    layers = zip(model.blocks, merged.blocks, params["prompts"].split(list(prompt_lengths)), strict=True)
+    for block, own, prompts in layers:
+        if copied is None and len(prompts):
+            copied = x[:, :1] if model.global_pool == "token" else x[:, model.num_prefix_tokens :].mean(1, keepdim=True)
+        if copied is not None:
+            tokens = torch.cat((x, copied, prompts.expand(len(x), -1, -1)), dim=1)
+            copied = own(tokens, attn_mask=_hidden_from_image(model, x, tokens))[:, x.shape[1], None]
+        x = block(x)
+    features = _features(model, x) if copied is None else model.fc_norm(model.norm(copied[:, 0]))
+    return features @ params["head.weight"].T + params["head.bias"]
 
 
 Literal = Callable[[Backbone, Tensor, Params, Sequence[int]], Tensor]
@@ -126,6 +143,7 @@ LITERAL: Final[Mapping[str, Literal]] = {
     "lora": lora,
     "adapter": adapter,
     "memory": memory,
+    "readonly": readonly,
 }
 
 
@@ -135,6 +153,39 @@ def _vpt_deep(model: VisionTransformer, pixels: Tensor, params: Params, lengths:
         x = block(_insert(_remove(x, before), prompts))
         before = len(prompts)
     return _leave(model, x, params, prompts=before)
+
+
+def _hidden_from_image(model: VisionTransformer, x: Tensor, tokens: Tensor) -> Tensor:
+    """[M, M], True where a row's token may see a column's: those of the image, x [B, N, D], see themselves alone, the
+    others behind them see all but the class token, which the copy stands for."""
+    seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool)
+    seen[: x.shape[1], x.shape[1] :] = False
+    if model.global_pool == "token":
+        seen[x.shape[1] :, 0] = False
+    return seen
+
+
+def _queries(model: VisionTransformer, params: Params, lengths: Sequence[int]) -> dict[str, Tensor]:
+    """Low-rank changes merged into the queries' weights, by timm's names."""
+    found = {}
+    layers = [params[name].split(list(lengths)) for name in ("query.down", "query.up")]
+    for layer, (down, up) in enumerate(zip(*layers, strict=True)):
+        name = f"blocks.{layer}.attn.qkv.weight"
+        change = up.T @ down
+        found[name] = model.get_parameter(name) + torch.cat((change, change.new_zeros(2 * len(change), len(change))))
+    return found
+
+
+def _wider(model: VisionTransformer, params: Params, lengths: Sequence[int]) -> dict[str, Tensor]:
+    """MLPs with more rows, by timm's names."""
+    found = {}
+    layers = [params[name].split(list(lengths)) for name in ("memory.keys", "memory.values")]
+    for layer, (keys, values) in enumerate(zip(*layers, strict=True)):
+        mlp, name = model.blocks[layer].mlp, f"blocks.{layer}.mlp"
+        found[f"{name}.fc1.weight"] = torch.cat((mlp.fc1.weight, keys))
+        found[f"{name}.fc1.bias"] = torch.cat((mlp.fc1.bias, mlp.fc1.bias.new_zeros(len(keys))))
+        found[f"{name}.fc2.weight"] = torch.cat((mlp.fc2.weight, values.T), dim=1)
+    return found
 
 
 def _cross_attention(attention: Attention, x: Tensor, prompts: Tensor) -> Tensor:

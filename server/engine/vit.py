@@ -5,7 +5,7 @@
 Rows of one batch may belong to different tasks and methods. They are laid out in lanes: a lane is a group of rows with
 the same number of tokens. Everything that treats each token by itself (norms, projections, MLP) runs once over the
 tokens of all lanes; only the attention runs lane by lane, and what rows bring besides a prefix (`additions.py`) is
-added to the lanes that bring it.
+added to the lanes that bring it. Readers (`reader.py`) are a lane of their own behind the lane of the trunk they read.
 
 Why a prefix is exact: where a method discards its prompts' outputs at every layer (VPT-deep, Jia et al., ECCV 2022,
 section 3.2), prompts reach the image tokens as keys and values only, K_l = W_k·LN_l(P_l) + b_k and likewise V_l. These
@@ -27,6 +27,7 @@ from .additions import Additions
 from .backbone import Backbone, Spec
 from .block import FrozenBlock
 from .lens import Condition, Lens, Plain, Prefix
+from .reader import Passing, Reads, Recorded, hidden_tokens, stand_in
 
 Shape = tuple[int, int]  # rows and tokens of a lane
 Brought = Sequence[Additions | None]  # by each lane
@@ -35,12 +36,14 @@ Brought = Sequence[Additions | None]  # by each lane
 @dataclass
 class Lane:
     """Rows with the same number of tokens. x: [B, N, D], the image's tokens first, then the prompts' tokens; they enter
-    at block `start`."""
+    at block `start`. `passing`: where the lane leaves its keys and values for readers; `reads`: what readers read."""
 
     x: Tensor
     condition: Condition
     token_mask: Tensor | None  # [B, N], False at padding
     start: int = 0
+    passing: Passing | None = None
+    reads: Reads | None = None
 
     @classmethod
     def of(cls, x: Tensor, condition: Condition, start: int = 0) -> Lane:
@@ -57,6 +60,16 @@ class Lane:
             mask = torch.cat((mask.new_ones(x.shape[:2]), mask), dim=1)
         return cls(torch.cat((x, condition.tokens), dim=1), condition, mask)
 
+    @classmethod
+    def reading(cls, condition: Condition, reads: Reads) -> Lane:
+        """Readers [R]; a trunk under way has its lane before theirs. Their x is what it gives them when it comes to the
+        layer that they start at."""
+        assert condition.reads_from is not None
+        mask = condition.token_mask
+        if mask is not None:
+            mask = torch.cat((mask.new_ones(len(mask), 1), mask), dim=1)
+        return cls(torch.empty(0), condition, mask, condition.reads_from, reads=reads)
+
 
 def embed(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Normalised pixels [B, 3, S, S] to the tokens that enter the first block [B, N, D]."""
@@ -65,8 +78,16 @@ def embed(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def forward(backbone: Backbone, x: Tensor, condition: Condition) -> Tensor:
-    """Image tokens [B, N, D] of rows in one lane to pooled features [B, D]."""
-    return forward_lanes(backbone, [Lane.of(x, condition)])[0]
+    """Image tokens [B, N, D] of rows in one lane, or of readers one each, to pooled features [B, D]."""
+    return forward_lanes(backbone, lanes_of(backbone, x, condition))[-1]
+
+
+def lanes_of(backbone: Backbone, x: Tensor, condition: Condition, start: int = 0) -> list[Lane]:
+    """The lanes that rows take through the forward; the last one's features are theirs. x: as `Lane.of` takes it."""
+    if condition.reads_from is None:
+        return [Lane.of(x, condition, start)]
+    passing = Passing(hidden_tokens(backbone.spec))
+    return [Lane(x, Plain(), None, passing=passing), Lane.reading(condition, Reads(passing))]
 
 
 def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
@@ -76,11 +97,12 @@ def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
     for lane in lanes:
         _enter(lane, spec)
     for index, block in enumerate(blocks):
+        _start(lanes, spec, index)
         if by_class_token and index == len(blocks) - 1:
             return _pool_class_token(backbone, _last_block(block, lanes, index), lanes)
         if entered := [lane for lane in lanes if lane.start <= index]:
             _block(block, entered, index)
-    return [_pool_average(backbone, lane.x) for lane in lanes]
+    return [_pool_average(backbone, lane) for lane in lanes]
 
 
 def tokens_at(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
@@ -89,6 +111,24 @@ def tokens_at(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
     for index, block in enumerate(backbone.blocks[:layer]):
         _block(block, [lane], index)
     return lane.x
+
+
+@torch.no_grad()
+def record(backbone: Backbone, x: Tensor, start: int) -> Recorded:
+    """What readers that start at block `start` read. x: [n, N, D], the image tokens that enter the first block."""
+    spec, passing = backbone.spec, Passing(hidden_tokens(backbone.spec))
+    lane, first, read = Lane(x, Plain(), None, passing=passing), x[:, 0], []
+    for index, block in enumerate(backbone.blocks):
+        if index == start:
+            first = stand_in(spec, lane.x).clone()
+        if index < spec.depth - 1:
+            _block(block, [lane], index)
+        else:
+            passing.put(*project(block, lane.x))
+        if index >= start:
+            read.append([part.contiguous() for part in passing.keys_values(index)])
+    keys, values = zip(*read, strict=True)
+    return Recorded(start, first, keys, values)
 
 
 def head(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -120,6 +160,18 @@ def _enter(lane: Lane, spec: Spec) -> None:
         counts = torch.tensor([spec.prefix_tokens, spec.tokens - spec.prefix_tokens], device=entry.device)
         added = entry.repeat_interleave(counts, dim=-2, output_size=spec.tokens)  # [N, D] or [B, N, D]
         lane.x = lane.x + F.pad(added, (0, 0, 0, lane.x.shape[1] - spec.tokens))
+
+
+def _start(lanes: Sequence[Lane], spec: Spec, index: int) -> None:
+    """Readers that start at block `index` take what the trunk is by then, and their carried tokens."""
+    starting = [lane for lane in lanes if lane.reads is not None and lane.start == index]
+    if starting:
+        for lane in lanes:
+            if lane.passing is not None:
+                lane.passing.first = stand_in(spec, lane.x)
+    for lane in starting:
+        assert lane.reads is not None
+        lane.x = lane.reads.start(lane.condition.tokens)
 
 
 def _block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> None:
@@ -187,11 +239,15 @@ def _attention(
     if brought is not None:
         query, keys, values = brought.to_qkv(normed, query, keys, values)
     query, keys = block.per_head(query, block.q_norm), block.per_head(keys, block.k_norm)
+    if lane.passing is not None:
+        lane.passing.put(keys, values)
     prefix = lane.condition.prefix(index)
     mask = _mask(lane, prefix, keys)
     if prefix is not None:
         keys = torch.cat((prefix.keys.to(keys.dtype), keys), dim=1)
         values = torch.cat((prefix.values.to(values.dtype), values), dim=1)
+    if lane.reads is not None:
+        return lane.reads.attend(block, index, query, (keys, values), mask)
     return block.attend(query, keys, values, mask)
 
 
@@ -217,10 +273,11 @@ def _pool_class_token(backbone: Backbone, x: Tensor, lanes: Sequence[Lane]) -> l
     return list(model.fc_norm(model.norm(x)).split([len(lane.x) for lane in lanes]))
 
 
-def _pool_average(backbone: Backbone, x: Tensor) -> Tensor:
-    """Mean over the patches' tokens, without class token, registers and prompts."""
+def _pool_average(backbone: Backbone, lane: Lane) -> Tensor:
+    """Mean over the patches' tokens, without class token, registers and prompts; a reader's CLS' stands for it."""
     model, spec = backbone.model, backbone.spec
-    return model.fc_norm(model.norm(x[:, spec.prefix_tokens : spec.tokens]).mean(dim=1))
+    pooled = slice(0, 1) if lane.reads is not None else slice(spec.prefix_tokens, spec.tokens)
+    return model.fc_norm(model.norm(lane.x[:, pooled]).mean(dim=1))
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from .method import Method, Params
 from .mlp import Mlp
 from .partial import Partial
 from .prompt_bias import PromptBias
+from .readonly import Readonly
 from .side import Side
 from .vpt_deep import VptDeep
 from .vpt_shallow import VptShallow
@@ -43,6 +44,7 @@ METHODS: Final[tuple[Method, ...]] = (
     Lora(),
     Adapter(),
     Memory(),
+    Readonly(),
 )
 BASELINES: Final[tuple[Baseline, ...]] = (Full(), Partial(1), Partial(2), Partial(4), Side())
 # More of them would leave a search's budget too few trials of each; docs/results/accuracy.md tells what these reach.

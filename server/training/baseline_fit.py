@@ -32,8 +32,9 @@ from . import augment
 from .ahead import ahead
 from .checkpoint import Checkpoint
 from .data import Index, Pixels, Splits
-from .fit import DivergedError, Fit, Inputs, Keeper, class_weights, nowhere, seeded
+from .fit import DivergedError, Fit, Keeper, class_weights, nowhere, seeded
 from .frozen import FrozenFeatures, parts
+from .inputs import Inputs
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe
 from .together import Ask, Fitting, Own
@@ -111,14 +112,17 @@ class BaselineFit(Fit):
     model: BaselineModel
     baseline: Baseline
 
-    def inputs(self, pictures: Any) -> Fitting[Inputs]:
-        found = yield from super().inputs(pictures)
+    def inputs(self, pictures: Any, again: bool = True) -> Fitting[Inputs]:
+        found = yield from super().inputs(pictures, again)
         if self.baseline.sees_pixels:
             return _WithPictures(found.pictures, found.features, found.layer, found.targets)
         return found
 
     def _first_layer(self) -> int:
         return self.baseline.first_layer(self.backbone.spec)
+
+    def _reads(self) -> bool:
+        return False
 
     def _step(
         self,

@@ -8,7 +8,7 @@ recipe's seed and the epoch, so an epoch can be repeated without the ones before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from server.engine import vit
 from server.engine.backbone import Backbone, Spec
-from server.engine.lens import Lens, condition
+from server.engine.lens import Condition, Lens, condition
 from server.errors import Unprocessable
 from server.methods.method import Method, Params
 
 from . import augment, metrics
-from .ahead import ahead
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .data import Index, Pictures, Pixels, Splits
+from .data import Pictures, Pixels, Splits
 from .frozen import FrozenFeatures, parts
+from .inputs import Inputs
 from .optimizer import lr_scale, make_optimizer, set_lr
 from .progress import Clock, Progress, Watcher, nobody
 from .recipe import Recipe
@@ -107,30 +107,6 @@ def fitting(
     return (yield from run.finished(train, val, splits.test))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a batch is cut from: pictures, or what the frozen layers before `layer` make of them."""
-
-    pictures: Pictures
-    features: Tensor | None  # [n, N, D] that enter block `layer`, or pooled [n, D] behind the last
-    layer: int
-    targets: Tensor  # [n]
-
-    @property
-    def pooled(self) -> bool:
-        return self.features is not None and self.features.ndim == 2
-
-    def read(
-        self, batches: Sequence[Index], views: augment.Views | None = None
-    ) -> Generator[Pixels | None, None, None]:
-        """The pixels of each batch, read ahead; None for each where features stand for them."""
-        if self.features is not None:
-            yield from (None for _ in batches)
-        else:
-            with closing(ahead(self.pictures.images, batches, views)) as pixels:
-                yield from pixels
-
-
 @dataclass
 class Fit:
     """One fit under way."""
@@ -149,14 +125,24 @@ class Fit:
     passes: int = 0
     shown: Progress = field(default_factory=Progress)
 
-    def inputs(self, pictures: Pictures) -> Fitting[Inputs]:
-        """What lies before the first trained layer does not change from epoch to epoch: computed once."""
+    def inputs(self, pictures: Pictures, again: bool = True) -> Fitting[Inputs]:
+        """What lies before the first trained layer does not change from epoch to epoch, nor does what readers read:
+        computed once. `again`: whether they are looked at more than once, as keys and values must be to be kept."""
         targets, layer = torch.from_numpy(pictures.targets), self._first_layer()
+        if self._reads():
+            return (yield from self._readers_inputs(pictures, targets, layer, again))
         if layer == 0 or self.recipe.augment != "none" or not self.frozen.fits(len(pictures), layer):
             return Inputs(pictures, None, 0, targets)
         if layer == self.backbone.spec.depth:
             self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
         return Inputs(pictures, (yield from self.frozen.of(pictures.images, layer, self._tick)), layer, targets)
+
+    def _readers_inputs(self, pictures: Pictures, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
+        if not again or self.recipe.augment != "none" or not self.frozen.readable(len(pictures), layer):
+            return Inputs(pictures, None, layer, targets)
+        read = yield from self.frozen.read(pictures.images, layer, self._tick)
+        self.passes += len(read)
+        return Inputs(pictures, None, layer, targets, read)
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
@@ -210,14 +196,12 @@ class Fit:
         targets = train.targets[index].to(self.backbone.device)
         lens = self._lens(self._drop_prompts(len(index), generator))
         optimizer.zero_grad(set_to_none=True)
-        x = self._x(train, index, pixels)
         if train.pooled:
-            loss = self._loss(x, lens, targets)
+            loss = self._loss(self._x(train, index, pixels), lens, targets)
             loss.backward()
         else:
-            self.passes += len(index)
-            rows = condition(lens, len(index))
-            loss = yield Ask(x, rows, lambda features: self._loss(features, lens, targets), start=train.layer)
+            ask = self._ask(train, index, pixels, condition(lens, len(index)))
+            loss = yield replace(ask, loss=lambda features: self._loss(features, lens, targets))
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
@@ -257,10 +241,11 @@ class Fit:
         order = parts(len(inputs.targets))
         with closing(inputs.read(order)) as pixels:
             for index, read in zip(order, pixels, strict=True):
-                features = self._x(inputs, torch.from_numpy(index), read)
-                if not inputs.pooled:
-                    self.passes += len(index)
-                    features = yield Ask(features, condition(lens, len(index)), start=inputs.layer)
+                chosen = torch.from_numpy(index)
+                if inputs.pooled:
+                    features = self._x(inputs, chosen, read)
+                else:
+                    features = yield self._ask(inputs, chosen, read, condition(lens, len(index)))
                 with torch.inference_mode():
                     found.append(vit.classify(features, lens).double().cpu().numpy())
                 self._tick()
@@ -313,7 +298,7 @@ class Fit:
         if self.recipe.patience:
             found["best_epoch"] = self._best_epoch()
         if test is not None:
-            seen = yield from self.inputs(test)
+            seen = yield from self.inputs(test, again=False)
             judged = metrics.judged((yield from self.logits(seen)) / heat, test.targets)
             found |= _named("test", judged)
         found["forward_passes"] = self.passes
@@ -324,16 +309,29 @@ class Fit:
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 
+    def _ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> Ask:
+        """The features of a batch; `passes` counts its pictures but those whose trunk has been run."""
+        x = self._x(inputs, index, pixels)
+        self.passes += len(x)
+        return Ask(x, rows, start=inputs.layer, kept=inputs.kept(index))
+
     def _x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
         """What enters block `inputs.layer`: [B, N, D], or the pooled features [B, D]."""
         if pixels is not None:
             return self.frozen.embedded(pixels)
+        if inputs.recorded is not None:
+            return inputs.recorded.first.new_empty(0, 1, 1)  # nothing is left to be run
         assert inputs.features is not None
         return inputs.features[index].to(self.backbone.device)
 
     def _first_layer(self) -> int:
         with torch.inference_mode():
             return self._lens(self.params).first_layer
+
+    def _reads(self) -> bool:
+        """Whether what is fitted reads the trunk and leaves it as it is."""
+        with torch.inference_mode():
+            return self._lens(self.params).reads_from is not None
 
     def _lens(self, params: Params) -> Lens:
         cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}

@@ -1,10 +1,12 @@
 """What the frozen backbone says of pictures before anything is trained: computed once, whoever fits on them.
 
-The pooled feature, where only a head is trained; the tokens that enter layer l, where the first prompts come there.
+The pooled feature, where only a head is trained; the tokens that enter layer l, where the first prompts come there; for
+readers the keys and values of every layer that they read, of as many pictures as memory is given for (`read`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
@@ -16,6 +18,7 @@ from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.lens import Plain
+from server.engine.reader import Recorded, hidden_tokens
 
 from .ahead import ahead
 from .data import Images, Index, Pixels
@@ -24,6 +27,8 @@ from .together import Ask, Fitting
 
 EVAL_BATCH = 64
 MOST_BYTES = 2**30  # of the tokens of one set of pictures: beyond it the first layers run every time
+MOST_READ_BYTES = 2**30  # of the keys and values of one set of pictures: the trunk runs every time for the others
+READ_SETS = 2  # of pictures whose keys and values are kept: those to learn from and those to be judged on
 
 
 class FrozenFeatures:
@@ -35,6 +40,7 @@ class FrozenFeatures:
         self._mean = torch.tensor([own.mean], device=backbone.device)
         self._std = torch.tensor([own.std], device=backbone.device)
         self._known: list[tuple[Images, int, Tensor]] = []
+        self._read: deque[tuple[Images, int, Recorded]] = deque(maxlen=READ_SETS)
 
     def fits(self, images: int, layer: int) -> bool:
         """Whether what enters `layer` is worth keeping for so many pictures."""
@@ -59,6 +65,28 @@ class FrozenFeatures:
         self._known.append((images, layer, features))
         return features
 
+    def readable(self, images: int, start: int) -> int:
+        """Of how many of so many pictures `read` keeps what readers that start at `start` read. In the backbone's
+        dtype, so that a picture that is kept and one that is not are read alike."""
+        spec = self._backbone.spec
+        numbers = 2 * (spec.depth - start) * (spec.tokens - hidden_tokens(spec)) * spec.dim
+        return min(images, MOST_READ_BYTES // (numbers * self._backbone.dtype.itemsize))
+
+    def read(self, images: Images, start: int, tick: Callable[[], None]) -> Fitting[Recorded]:
+        """What readers that start at `start` read of the first `readable` pictures, on the device. Computed in their
+        order, so that a fit that is resumed reads the same bits; the last few sets are remembered."""
+        for seen, its_start, found in self._read:
+            if seen is images and its_start == start:
+                return found
+        batches = []
+        with closing(ahead(images, parts(self.readable(len(images), start)), None)) as pixels:
+            for own in pixels:
+                batches.append((yield Ask(self.embedded(own), Plain(), read_from=start)))
+                tick()
+        found = joined(start, batches)
+        self._read.append((images, start, found))
+        return found
+
     def _computed(self, images: Images, layer: int, tick: Callable[[], None]) -> Fitting[Tensor]:
         found, pooled = [], layer == self._backbone.spec.depth
         with closing(in_order(images)) as batches:
@@ -82,6 +110,16 @@ class FrozenFeatures:
         """uint8 [B, S, S, 3] → the tokens that enter the first block [B, N, D], with the backbone's normalisation."""
         stack = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._backbone.device)
         return vit.embed(self._backbone, normalise(stack, self._mean, self._std, self._backbone.dtype))
+
+
+def joined(start: int, batches: list[Recorded]) -> Recorded:
+    """Batches as one, layer by layer: what is copied twice is never more than one layer."""
+    layers = range(len(batches[0].keys))
+    first = torch.cat([batch.first for batch in batches])
+    keys, values = [list(batch.keys) for batch in batches], [list(batch.values) for batch in batches]
+    batches.clear()
+    whole = ([torch.cat([own.pop(0) for own in part]) for _ in layers] for part in (keys, values))
+    return Recorded(start, first, next(whole), next(whole))
 
 
 def in_order(images: Images) -> Generator[Pixels, None, None]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import accumulate
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +19,28 @@ from torch import Tensor
 from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.lens import Condition
+from server.engine.reader import Joined, Reads, Recorded
 
 Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What readers read of those of a batch's rows whose trunk has been run before. Row i of the batch is row order[i]
+    of these with the others, whose image tokens the ask brings, behind them; None where there are no others."""
+
+    rows: Recorded
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
 class Ask:
-    """Rows for the next forward. x: [B, N, D], the image tokens that enter block `start`.
+    """Rows for the next forward. x: [B, N, D], the image tokens that enter block `start`; of readers those that enter
+    the first block, of the rows that are not `kept`.
 
     With `loss`, features [B, D] → scalar, the fit learns: it is sent the loss, its gradients being in place. Without,
-    it is sent the features, or with `until` the tokens [B, N, D] that enter that block, and no gradient is kept.
+    it is sent the features, or with `until` the tokens [B, N, D] that enter that block, or with `read_from` the
+    `Recorded` of readers that start there, and no gradient is kept.
     """
 
     x: Tensor
@@ -35,6 +48,8 @@ class Ask:
     loss: Callable[[Tensor], Tensor] | None = None
     start: int = 0
     until: int | None = None
+    read_from: int | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Own:
     work: Callable[[], Tensor]
 
 
-Fitting = Generator[Ask | Own, Tensor, Outcome]
+Fitting = Generator[Ask | Own, Any, Outcome]  # sent what the ask says
 More = Callable[[], Iterable[Fitting[Outcome]]]
 
 
@@ -111,7 +126,7 @@ class _Member(Generic[Outcome]):
         else:
             self.send(answer)
 
-    def send(self, answer: Tensor) -> None:
+    def send(self, answer: Tensor | Recorded) -> None:
         self._advance(lambda: self._fit.send(answer))
 
     def throw(self, error: Exception) -> None:
@@ -130,6 +145,7 @@ class _Member(Generic[Outcome]):
 def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: bool) -> None:
     """One forward for all; where the device is too small for that, one for each."""
     try:
+        answers: Sequence[Tensor | Recorded]
         answers = _learn(backbone, members) if learns else _look(backbone, members)
     except torch.OutOfMemoryError as error:
         if len(members) == 1:
@@ -144,10 +160,18 @@ def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: boo
 
 
 @torch.inference_mode()
-def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
+def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor | Recorded]:
     asks = [member.ask for member in members if isinstance(member.ask, Ask)]
-    through = iter(_features(backbone, [ask for ask in asks if ask.until is None]))
-    return [next(through) if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until) for ask in asks]
+    partly = [_partly(backbone, ask) for ask in asks]
+    through = iter(_features(backbone, [ask for ask, found in zip(asks, partly, strict=True) if found is None]))
+    return [next(through) if found is None else found for found in partly]
+
+
+def _partly(backbone: Backbone, ask: Ask) -> Tensor | Recorded | None:
+    """What comes of an ask that stops on its way through the trunk; None for others."""
+    if ask.read_from is not None:
+        return vit.record(backbone, ask.x, ask.read_from)
+    return None if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until)
 
 
 def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
@@ -160,4 +184,23 @@ def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tens
 def _features(backbone: Backbone, asks: Sequence[Ask]) -> list[Tensor]:
     if not asks:
         return []
-    return vit.forward_lanes(backbone, [vit.Lane.of(ask.x, ask.condition, ask.start) for ask in asks])
+    lanes = [_lanes(backbone, ask) for ask in asks]
+    features = vit.forward_lanes(backbone, [lane for own in lanes for lane in own])
+    ends = accumulate(map(len, lanes))
+    return [features[end - 1] for end in ends]
+
+
+def _lanes(backbone: Backbone, ask: Ask) -> list[vit.Lane]:
+    """The last one's features are the ask's. While readers learn, the trunk is no part of the forward: it has been run
+    by itself, without a gradient."""
+    if ask.condition.reads_from is None or (ask.kept is None and not torch.is_grad_enabled()):
+        return vit.lanes_of(backbone, ask.x, ask.condition, ask.start)
+    return [vit.Lane.reading(ask.condition, Reads(_trunk(backbone, ask, ask.condition.reads_from)))]
+
+
+def _trunk(backbone: Backbone, ask: Ask, start: int) -> Recorded | Joined:
+    if ask.kept is None:
+        return vit.record(backbone, ask.x, start)
+    if ask.kept.order is None:
+        return ask.kept.rows
+    return Joined((ask.kept.rows, vit.record(backbone, ask.x, start)), ask.kept.order)

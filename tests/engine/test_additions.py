@@ -28,6 +28,7 @@ METHODS = {
     "lora": (2, 0, 3),
     "adapter": (4, 0, 1),
     "memory": (0, 5, 2),
+    "readonly": (3, 0, 2),
 }
 ALL_KINDS = {
     **KINDS,

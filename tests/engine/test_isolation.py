@@ -64,6 +64,9 @@ TASKS = [
     a_task("adapter", (0, 1, 12, 0), 2, 16),
     a_task("memory", (3, 0, 6, 1), 5, 17),
     a_task("memory", (0, 8, 1, 0), 2, 18),
+    a_task("readonly", (3, 0, 5, 2), 5, 22),
+    a_task("readonly", (1, 1, 1, 8), 2, 23),
+    a_task("readonly", (0, 0, 4, 1), 3, 24),
     a_task("mlp", (0, 0, 0, 0), 4, 20),
     a_task("mlp", (0, 0, 0, 0), 11, 21),
 ]

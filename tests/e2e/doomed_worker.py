@@ -41,7 +41,7 @@ def _work(home: str, settings: dict[str, str], point: str | None) -> None:
     from server import checkpoints
     from server.__main__ import cli
 
-    checkpoints.EVERY_S = 0.0  # type: ignore[misc]  # these fits last a second: every epoch is written down
+    checkpoints.EVERY_S, checkpoints.REST = 0.0, 0  # type: ignore[misc]  # these fits last a second: each epoch is kept
     if point is not None:
         POINTS[point]()
     sys.argv = ["server", "work"]
@@ -78,6 +78,20 @@ def _mid_epoch() -> None:
     def doomed(pulse: Any, progress: Any) -> None:
         watch(pulse, progress)
         if progress.epoch == 4 and progress.step == 1 and not progress.epoch_ended:
+            _die()
+
+    Pulse.watch = doomed  # type: ignore[method-assign]
+
+
+def _mid_comparison() -> None:
+    """In the third fit of four, when its first epoch has been written down."""
+    from server.pulse import Pulse
+
+    watch = Pulse.watch
+
+    def doomed(pulse: Any, progress: Any) -> None:
+        watch(pulse, progress)
+        if (progress.trial, progress.epoch, progress.step) == (3, 2, 1):
             _die()
 
     Pulse.watch = doomed  # type: ignore[method-assign]
@@ -126,5 +140,6 @@ POINTS: dict[str, Callable[[], None]] = {
     "mid_epoch": _mid_epoch,
     "while_writing_a_checkpoint": _while_writing_a_checkpoint,
     "after_put": _after_put,
+    "mid_comparison": _mid_comparison,
     "after_the_alias_moved": _after_the_alias_moved,
 }

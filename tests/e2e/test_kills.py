@@ -18,6 +18,7 @@ import pytest
 
 from prompts_store import Store, open_store
 from server.bootstrap import open_datasets, open_jobs
+from server.checkpoints import Checkpoints
 from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
@@ -155,7 +156,7 @@ BOTH = ("after_put", "after_the_alias_moved")
 
 @pytest.mark.parametrize(
     ("backend", "point"),
-    [*(("sqlite", point) for point in POINTS), *(("redis", point) for point in BOTH)],
+    [*(("sqlite", point) for point in POINTS if point != "mid_comparison"), *(("redis", point) for point in BOTH)],
 )
 def test_a_worker_killed_at(
     backend: str, point: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
@@ -173,6 +174,29 @@ def test_a_worker_killed_at(
         epochs = [event.data["epoch"] for event in place.jobs.events(job.id) if event.type == "epoch"]
         assert epochs == [1, 2, 3, 4, 5, 6], "no epoch that a checkpoint holds is done again"
         assert_as_if_nothing_had_happened(place, job, undisturbed)
+
+
+def test_a_comparison_killed_in_its_third_fit_goes_on_there(make_site: MakeSite) -> None:
+    wish = {"methods": ["vpt_deep", "partial-1"], "seeds": [0, 1], "recipe": {"epochs": 3, "prompts": 2}}
+    with make_site("") as place:
+        place.jobs.cancel(place.job.id)
+        dataset = place.job.dataset
+        place.job = place.jobs.submit("fruit", dataset, "compare", {"compare": wish}, publish="never", max_attempts=3)
+        doomed = place.start("mid_comparison")
+        doomed.join(WAIT_S)
+        assert doomed.exitcode == -signal.SIGKILL, place.log
+        left = Checkpoints(place.settings.home / "checkpoints").read(place.job.id)
+        assert left is not None
+        assert (len(left.trials), left.epoch) == (2, 1)
+        with place.working() as heir:
+            job = place.finished(heir)
+        assert (job.state, job.attempt, place.leftovers) == ("succeeded", 2, []), place.log
+        told = [event.data for event in place.jobs.events(job.id) if event.type == "trial"]
+        assert [(one["method"], one["seed"]) for one in told] == [
+            (method, seed) for seed in (0, 1) for method in wish["methods"]
+        ], "no fit was made twice"
+        assert job.metrics["compare"]["fits"][:2] == left.trials
+        assert place.store.tasks() == []
 
 
 def assert_the_point_was_reached(place: Site, point: str) -> None:

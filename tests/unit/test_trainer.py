@@ -230,6 +230,7 @@ def test_an_interrupted_job_goes_on_where_it_was_and_ends_with_the_same_version(
 ) -> None:
     """The same job undisturbed and interrupted: created at the same moment, it must be the same bytes."""
     monkeypatch.setattr(checkpoints, "EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoints, "REST", 0)
     recipe = {**QUICK, "epochs": 4}
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import InvalidInput
 from .wire import ComparedMethod, Comparison
 
-HEAD = ("method", "accuracy", "parameters", "bundle", "lens", "forward", "fit")
+HEAD = ("method", "accuracy", "parameters", "bundle", "lens", "forward", "fit", "CPU")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -26,7 +26,7 @@ def ranked(comparison: Comparison) -> list[ComparedMethod]:
 
 
 def cells(comparison: Comparison, row: ComparedMethod) -> tuple[str, ...]:
-    """As `HEAD` names them: per cent, count, kB, kB, times the plain ViT, seconds."""
+    """As `HEAD` names them: per cent, count, kB, kB, times the plain ViT, seconds, seconds."""
     mean, deviation = _accuracy(comparison, row)
     spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
     accuracy = "diverged" if mean is None else f"{100 * mean:.1f}{spread}"
@@ -40,6 +40,7 @@ def cells(comparison: Comparison, row: ComparedMethod) -> tuple[str, ...]:
         _kilobytes(row.lens_bytes),
         "–" if row.forward_cost is None else f"× {row.forward_cost:.2f}",
         f"{row.fit_s:,.0f} s",
+        f"{row.cpu_s:,.0f} s",
     )
 
 

@@ -577,7 +577,8 @@ class CompareRequest(Request):
 
 
 class ComparedFit(Message):
-    """One fit. Without accuracies it diverged. `fit_s`: seconds, reading the pictures included."""
+    """One fit. Without accuracies it diverged. `fit_s`: seconds, reading the pictures included; `cpu_s`: of the
+    worker's CPU time, in which a busy machine shows less."""
 
     method: str
     seed: int
@@ -589,6 +590,7 @@ class ComparedFit(Message):
     bundle_bytes: int | None = None
     forward_passes: int | None = None
     fit_s: float
+    cpu_s: float = 0.0
 
 
 class ComparedMethod(Message):
@@ -612,6 +614,7 @@ class ComparedMethod(Message):
     lens_bytes: int | None = None
     forward_cost: float | None = None
     fit_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 class Comparison(Message):

@@ -27,7 +27,7 @@ class Checkpoint:
     curves: name → one value an epoch. best: the parameters of the best epoch so far, where the recipe has patience.
     passes: pictures that went through the backbone.
     trials: the finished trials of the search, or the finished fits of the comparison, that this fit belongs to; with
-    `epoch` 0 the fit itself has not begun. spent_s: seconds that it has taken, in all its attempts.
+    `epoch` 0 the fit itself has not begun. spent_s, cpu_s: seconds that it has taken, in all its attempts.
     """
 
     epoch: int = 0
@@ -38,6 +38,7 @@ class Checkpoint:
     passes: int = 0
     trials: list[dict[str, Any]] = field(default_factory=list)
     spent_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 _GROUPS = ("params", "optimizer", "best")
-_TOLD = ("epoch", "curves", "passes", "trials", "spent_s")
+_TOLD = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s")
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:

@@ -113,10 +113,11 @@ class _Comparison:
 
     def fit(self, name: str, recipe: Recipe, state: Checkpoint) -> Fitting[Figures]:
         """`state`: where the first of them goes on."""
-        began = time.perf_counter() - state.spent_s
+        began, cpu = time.perf_counter() - state.spent_s, time.process_time() - state.cpu_s
 
         def keep(now: Checkpoint) -> None:
-            self.keep(replace(now, trials=self.fits, spent_s=time.perf_counter() - began))
+            spent_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+            self.keep(replace(now, trials=self.fits, spent_s=spent_s, cpu_s=cpu_s))
 
         told = {"method": name, "seed": recipe.seed, "lr": recipe.lr, "epochs": recipe.epochs}
         nothing = {"val_accuracy": None, "test_accuracy": None, "parameters": None, "bundle_bytes": None}
@@ -124,7 +125,8 @@ class _Comparison:
             found = yield from self._fitted(name, recipe, keep, state)
         except DivergedError:
             found = {**nothing, "forward_passes": None}
-        return {**told, **found, "fit_s": round(time.perf_counter() - began, 1)}
+        spent_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        return {**told, **found, "fit_s": round(spent_s, 1), "cpu_s": round(cpu_s, 1)}
 
     def _fitted(self, name: str, recipe: Recipe, keep: Keeper, state: Checkpoint) -> Fitting[Figures]:
         splits, labels = self.material.splits(recipe), len(self.material.labels)
@@ -185,7 +187,7 @@ class _Comparison:
             "bundle_bytes": _first("bundle_bytes", own),
             "lens_bytes": cost and cost.lens_bytes,
             "forward_cost": cost and cost.forward,
-            "fit_s": round(statistics.mean(one["fit_s"] for one in own), 1),
+            **{name: round(statistics.mean(one[name] for one in own), 1) for name in ("fit_s", "cpu_s")},
         }
 
 

@@ -28,7 +28,7 @@ from tests.engine.test_fit import stripes
 
 SPLITS = Splits(stripes(24, 1), stripes(12, 2), stripes(12, 3))
 WISH = Wish(("linear", "vpt_deep", "partial-1"), (0, 1), {"epochs": 2, "batch_size": 8, "prompts": 2})
-TOLD_BY_A_CLOCK = ("fit_s", "forward_cost")
+TOLD_BY_A_CLOCK = ("fit_s", "cpu_s", "forward_cost")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_what_was_cut_goes_on_with_the_fit_that_it_was_in(
     assert left is not None
     assert (len(left.trials), left.epoch) == (4, 1)
     assert left.spent_s > 0
+    assert left.cpu_s > 0
 
     def note(progress: Progress) -> None:
         if progress.step:

@@ -253,7 +253,7 @@ class TestTraining:
         asked = rack.to("/compare")[0].json()
         assert (asked["methods"], asked["seeds"], asked["recipe"]) == (["linear", "vpt_deep"], [4], {"epochs": 2})
         lines = done.stdout.splitlines()
-        assert lines[0].split() == ["method", "accuracy", "parameters", "bundle", "lens", "forward", "fit"]
+        assert lines[0].split() == ["method", "accuracy", "parameters", "bundle", "lens", "forward", "fit", "CPU"]
         assert [line.split()[0] for line in lines[1:]] == ["vpt_deep", "linear", "full"], "the best first"
         assert "80.0 ± 1.0" in lines[2]
         assert "90.0 (1 of 2 diverged)" in lines[1]

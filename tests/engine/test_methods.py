@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -112,6 +112,7 @@ class Constant:
     name: ClassVar[str] = "constant"
     meaning: ClassVar[str] = "a toy"
     defaults: ClassVar[Mapping[str, object]] = {}
+    candidates: ClassVar[Sequence[Mapping[str, object]]] = ()
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
         return (0,) * spec.depth

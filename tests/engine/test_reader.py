@@ -3,8 +3,10 @@ what was read before."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from server.bench import readers as bench
 from server.engine import attention, reader, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
@@ -314,3 +317,14 @@ def test_a_served_reader_answers_as_the_literal_forward(eye: Backbone) -> None:
     bench, own = Bench(eye), a_task("readonly", (3, 1, 5, 2), 3, 7)
     [row] = bench.engine.run([(picture(3), bench.seat(own.lens(eye)))])
     np.testing.assert_allclose(row, truth(eye, own, picture(3)), atol=EXACT, rtol=0)
+
+
+def test_the_bench_prints_and_saves_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "readers.json"
+    bench.main(["--arch", "test_vit", "--rounds", "1", "--most", "10", "--batch", "2", "--json", str(file)])
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert {count: set(times) for count, times in found["serving"].items()} == {
+        each: {"linear", "readonly", "vpt_deep"} for each in ("1", "10")
+    }
+    assert set(found["pictures_per_s"]) == {"readonly, trunk kept", "readonly", "vpt_deep"}
+    assert all(name in printed for name in ("| 10 |", "readonly, trunk kept", "pictures / CPU s"))

@@ -22,10 +22,12 @@ MAX_LAYERS: Final = 256
 MAX_PROMPTS: Final = 1000
 MAX_IMAGE_SIZE: Final = 4096
 _FAR_FUTURE: Final = 1e11  # seconds: the year 5138; beyond it a clock is broken or the unit is wrong
+_OPTIONAL: Final = {"pool"}  # left out where it is None: bundles from before it keep their bytes
 _UNPRINTABLE: Final = {"Cc", "Cs", "Zl", "Zp"}  # controls, surrogates, line and paragraph separators
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 CropMode = Literal["center", "squash", "border"]
+Pool = Literal["cls", "image", "image_and_prompts"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Manifest:
 
     `labels[i]` names logit i. `prompt_lengths[l]` is the number of prompts of layer l; 0 is allowed.
     `created_at` is in seconds since the Unix epoch; `parent` is the version this one was fitted from.
+    `pool` says which tokens the head reads; None, which is not written, for what the backbone was made with.
     """
 
     task: str
@@ -69,10 +72,12 @@ class Manifest:
     created_at: float
     lensrack_version: str
     format: int = FORMAT
+    pool: Pool | None = None
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, no NaN. Raises BundleError for what JSON cannot hold."""
-        return strict_json.dumps(asdict(self), "manifest")
+        written = {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
+        return strict_json.dumps(written, "manifest")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
@@ -95,7 +100,7 @@ def _refuse(where: str, expected: str, got: object) -> BundleError:
 def _object(value: Any, where: str, checks: dict[str, _Check], cls: type) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _refuse(where, "an object", value)
-    wanted = [field.name for field in fields(cls)]
+    wanted = [field.name for field in fields(cls) if field.name not in _OPTIONAL or field.name in value]
     if missing := [name for name in wanted if name not in value]:
         raise BundleError(f"{where}: expected the field {missing[0]!r}, got none")
     if unknown := [name for name in value if name not in checks]:
@@ -210,4 +215,5 @@ _MANIFEST: Final[dict[str, _Check]] = {
     "created_at": _number(-1, _FAR_FUTURE),
     "lensrack_version": _printable(64),
     "format": _integer(FORMAT, FORMAT),
+    "pool": _one_of(get_args(Pool)),
 }

@@ -1,4 +1,4 @@
-"""`python -m server serve | work | keys | store | sample | bench`."""
+"""`python -m server serve | work | keys | store | sample | backbones | bench`."""
 
 from __future__ import annotations
 
@@ -166,6 +166,17 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
 
 
 cli.add_typer(key_commands.cli, name="keys")
+
+
+@cli.command()
+def backbones() -> None:
+    """List the ViT families of timm that can be served, and why the others cannot."""
+    from server.engine.architectures import architectures, table
+
+    found = list(architectures())
+    served = sum(one.refusal is None for one in found)
+    typer.echo(table(found) + f"\n{served} of {len(found)} architectures are served.")
+
 
 stores = typer.Typer(no_args_is_help=True, help="Back a store up, restore it, or move it to another kind of store.")
 cli.add_typer(stores, name="store")

@@ -351,6 +351,7 @@ class Trainer:
             parent=None,
             created_at=case.job.created_at,
             lensrack_version=__version__,
+            pool=fitted.recipe.pool,
         )
         return Bundle.build(manifest, fitted.params)
 

@@ -365,6 +365,7 @@ def train(
     class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, flip or crop.")] = None,
     patience: Annotated[int | None, typer.Option(help="Epochs without improvement before it stops; 0: never.")] = None,
+    pool: Annotated[str | None, typer.Option(help="The head reads: cls, image or image_and_prompts.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
     seed: int | None = None,
     publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",

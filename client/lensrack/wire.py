@@ -412,6 +412,8 @@ class Recipe(Request):
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
     `prompt_layers`: the first and the last layer that get prompts, from 0.
     `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
+    `pool`: what the head reads: the class token, the mean of the image's tokens, or of these and the last layer's
+    prompts; left out, what the backbone was made with.
     """
 
     search: Literal["auto", "quick", "none"] | None = None
@@ -433,6 +435,7 @@ class Recipe(Request):
     class_weights: Literal["none", "balanced"] | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     patience: Annotated[int, Field(ge=0, le=1000)] | None = None
+    pool: Literal["cls", "image", "image_and_prompts"] | None = None
     validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 

@@ -5,9 +5,9 @@
               Quantifying Attention Flow in Transformers, ACL 2020, section 3)
 
 It is the forward that answers, so whatever a lens brings is in it. Prompts have a share where they stand in the block's
-own softmax, as a prefix or as tokens; prompts with a softmax of their own take nothing from it. A backbone that pools
-by averaging has no single reader: there the patches' own attention is averaged. Where the pooled feature is a reader's
-(`reader.py`), it is the reader that is followed, through the trunk that it reads.
+own softmax, as a prefix or as tokens; prompts with a softmax of their own take nothing from it. A head that reads more
+than the class token has no single reader: there the attention of all tokens that it reads is averaged. Where the pooled
+feature is a reader's (`reader.py`), it is the reader that is followed, through the trunk that it reads.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from .backbone import Backbone, Spec
 from .block import FrozenBlock
 from .engine import Engine, Pixels, normalise
 from .lens import Condition
+from .pooling import Pool
+from .pooling import reads as tokens_read
 from .reader import hidden_tokens
 from .residency import Seat
 
@@ -68,12 +70,14 @@ def trace(backbone: Backbone, x: Tensor, condition: Condition) -> Attention:
     if condition.reads_from is not None:
         return _trace_reader(backbone.spec, watched, features, condition.reads_from)
     carried = 0 if condition.tokens is None else condition.tokens.shape[1]
-    flow = last = Flow.at_start(backbone.spec.tokens + carried)
-    for block in watched:
-        last = Flow.of(block.shares, len(flow.prefix))
+    flow = last = Flow.at_start(backbone.spec.tokens)
+    for layer, block in enumerate(watched):
+        if layer == condition.enters:
+            flow = flow.with_fresh(carried)
+        last = Flow.of(block.shares, flow.tokens.shape[1])
         flow = flow.through(last)
-    spec = backbone.spec
-    return Attention(_looked(last, spec), _looked(flow, spec), features[0].double().cpu().numpy())
+    at_last, in_all = (_looked(own, backbone.spec, condition.pool) for own in (last, flow))
+    return Attention(at_last, in_all, features[0].double().cpu().numpy())
 
 
 class Watched(FrozenBlock):
@@ -105,7 +109,7 @@ class Watched(FrozenBlock):
 @dataclass(frozen=True)
 class Flow:
     """Where each token's content comes from: `tokens` [Q, M], from each token; `prefix` [Q], from prefixes. Rows add
-    up to 1. Q is M, or 1 where only the class token, which is the first, is followed."""
+    up to 1. Q is M, or less where only the first tokens, which a head reads, are followed."""
 
     tokens: Tensor
     prefix: Tensor
@@ -119,6 +123,10 @@ class Flow:
         """One block's attention alone. shares: [Q, P + M], the prefix first; `tokens` is M."""
         prefix = shares.shape[1] - tokens
         return cls(shares[:, prefix:], shares[:, :prefix].sum(1))
+
+    def with_fresh(self, tokens: int) -> Flow:
+        """So many tokens more, behind the others, that come from nowhere but themselves."""
+        return Flow(torch.block_diag(self.tokens, torch.eye(tokens).double()), F.pad(self.prefix, (0, tokens)))
 
     def through(self, block: Flow) -> Flow:
         """One block later: half attention, half residual. A prefix is fresh in each block, so nothing flows into it."""
@@ -147,7 +155,7 @@ def _trace_reader(spec: Spec, watched: Sequence[Watched], features: Tensor, star
 
 def _reader_at_start(spec: Spec, trunk: Flow, carried: int) -> Flow:
     """[1 + T, N + T]: CLS' comes from where what it is a copy of comes from, a carried token from itself."""
-    first = trunk.tokens[:1] if spec.pool == "token" else trunk.tokens[spec.prefix_tokens :].mean(0, keepdim=True)
+    first = trunk.tokens[:1] if spec.pool == "cls" else trunk.tokens[spec.prefix_tokens :].mean(0, keepdim=True)
     return Flow(torch.block_diag(first, torch.eye(carried, dtype=torch.float64)), torch.zeros(1 + carried).double())
 
 
@@ -164,11 +172,12 @@ def _looked_reader(flow: Flow, spec: Spec) -> Looked:
     return Looked(patches.view(side, side).numpy(), prompts, float(1 - patches.sum()) - prompts)
 
 
-def _looked(flow: Flow, spec: Spec) -> Looked:
-    """What the pooled feature reads: the class token's row, or the mean of the patches' rows."""
+def _looked(flow: Flow, spec: Spec, pool: Pool | None) -> Looked:
+    """What the pooled feature reads: the mean over the rows of the tokens that the head reads."""
+    first = 0 if (pool or spec.pool) == "cls" else spec.prefix_tokens
+    stop = tokens_read(pool or spec.pool, spec, len(flow.tokens))
+    tokens, prefix = flow.tokens[first:stop].mean(0), flow.prefix[first:stop].mean()
     patches = slice(spec.prefix_tokens, spec.tokens)
-    read = slice(0, 1) if spec.pool == "token" else patches
-    tokens, prefix = flow.tokens[read].mean(0), flow.prefix[read].mean()
     side = spec.image_size // spec.patch_size
     prompts = float(prefix + tokens[spec.tokens :].sum())
     return Looked(tokens[patches].view(side, side).numpy(), prompts, float(tokens[: spec.prefix_tokens].sum()))

@@ -1,7 +1,7 @@
 """The one frozen ViT: loaded, checked, fingerprinted, never changed.
 
-The blocks stay timm's own modules, so every plain timm ViT that `refusal` lets through (layer scale, qk-norm, pre-norm,
-register tokens, `fc_norm`, with or without class token) is served by the one forward in `vit.py`.
+The blocks stay timm's own modules, so the one forward in `vit.py` serves every ViT that `plain.refusal` lets through:
+layer scale, qk-norm, pre-norm, register tokens, gated MLPs, with or without class token, whatever the pooling.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import Mlp
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from prompts_store import Preprocess
@@ -28,6 +27,8 @@ from prompts_store import Preprocess
 from .block import FrozenBlock
 from .images import Geometry
 from .packed import can_pack
+from .plain import GLOBAL_POOLS, refusal
+from .pooling import Pool
 
 UNTRAINED = "untrained"
 UNTRAINED_CONFIG: dict[str, Any] = {
@@ -37,7 +38,6 @@ UNTRAINED_CONFIG: dict[str, Any] = {
     "depth": 6,
     "num_heads": 3,
 }
-POOLS = ("token", "avg")
 
 
 class BackboneError(ValueError):
@@ -48,7 +48,9 @@ class BackboneError(ValueError):
 class Spec:
     """What the floors above need to know of a backbone without touching a tensor.
 
-    `tokens` counts every token of an image's sequence; `prefix_tokens` of them (class, registers) are no patches.
+    `tokens` counts every token of an image's sequence; `prefix_tokens` of them (class, registers) are no patches, and
+    the first `class_tokens` of these are what `cls` pooling reads: 2 with a distillation token, 0 without any.
+    `pool` is the pooling that the backbone was made with.
     """
 
     arch: str
@@ -59,10 +61,11 @@ class Spec:
     heads: int
     hidden: int  # width of the MLP's hidden layer
     image_size: int
-    patch_size: int
+    patch_size: int  # pixels of a patch's side; behind a convolutional stem those that a token stands for
     tokens: int
     prefix_tokens: int
-    pool: str
+    class_tokens: int
+    pool: Pool
     preprocess: Preprocess
 
     @property
@@ -180,31 +183,7 @@ def fingerprint(arch: str, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why this model's forward is not the plain ViT forward of `vit.py`; None where it is."""
-    if type(model) is not VisionTransformer:
-        return f"expected a plain timm VisionTransformer, got {type(model).__name__}"
-    if model.global_pool not in POOLS or model.attn_pool is not None or model.pool_include_prefix:
-        return f"expected pooling by class token or mean of patches, got {model.global_pool!r} with extras"
-    reasons = (_block_refusal(block) for block in model.blocks)
-    return next((f"{reason} in block {index}" for index, reason in enumerate(reasons) if reason), None)
-
-
-def _block_refusal(block: Block) -> str | None:
-    if type(block) is not Block:
-        return f"expected plain pre-norm blocks, got {type(block).__name__}"
-    if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        return f"expected plain attention and MLP, got {type(block.attn).__name__} and {type(block.mlp).__name__}"
-    if not isinstance(block.attn.norm, nn.Identity) or block.attn.gate is not None:
-        return "expected attention without a norm or gate on its output, got one"
-    return None
-
-
 def _spec(arch: str, model: VisionTransformer, trained: bool) -> Spec:
-    grid_h, grid_w = model.patch_embed.grid_size
-    height, width = model.patch_embed.img_size
-    if height != width or grid_h != grid_w:
-        raise BackboneError(f"backbone {arch!r} cannot be served: expected square images, got {height}×{width}")
     return Spec(
         arch=arch,
         fingerprint=fingerprint(arch, model.state_dict()),
@@ -213,13 +192,18 @@ def _spec(arch: str, model: VisionTransformer, trained: bool) -> Spec:
         dim=model.embed_dim,
         heads=model.blocks[0].attn.num_heads,
         hidden=model.blocks[0].mlp.fc1.out_features,
-        image_size=height,
-        patch_size=model.patch_embed.patch_size[0],
-        tokens=grid_h * grid_w + model.num_prefix_tokens,
+        image_size=model.patch_embed.img_size[0],
+        patch_size=model.patch_embed.feat_ratio(as_scalar=False)[0],
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         prefix_tokens=model.num_prefix_tokens,
-        pool=model.global_pool,
-        preprocess=_preprocess(model, height),
+        class_tokens=_class_tokens(model),
+        pool=GLOBAL_POOLS[model.global_pool],
+        preprocess=_preprocess(model, model.patch_embed.img_size[0]),
     )
+
+
+def _class_tokens(model: VisionTransformer) -> int:
+    return 2 if isinstance(model, VisionTransformerDistilled) else int(model.cls_token is not None)
 
 
 def _preprocess(model: VisionTransformer, size: int) -> Preprocess:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GluMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class FrozenBlock:
         self.hidden: Linear = kind(block.mlp.fc1.weight, block.mlp.fc1.bias)
         self._fc2: Linear = kind(block.mlp.fc2.weight, block.mlp.fc2.bias)
         self.act, self._mlp_norm = block.mlp.act, block.mlp.norm
+        self._gate_last: bool | None = block.mlp.gate_last if isinstance(block.mlp, GluMlp) else None
         self._by_products = packed and weight.dtype == torch.bfloat16
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +60,14 @@ class FrozenBlock:
 
     def behind_hidden(self, hidden: Tensor) -> Tensor:
         """The MLP's other half: what `hidden` gave [..., H] → [..., D]."""
-        return self._fc2(self._mlp_norm(self.act(hidden)))
+        return self._fc2(self._mlp_norm(self._activated(hidden)))
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        """Of a gated MLP (Shazeer, GLU Variants Improve Transformer, 2020) one half opens the other: [..., H / 2]."""
+        if self._gate_last is None:
+            return self.act(hidden)
+        first, second = hidden.chunk(2, dim=-1)
+        return first * self.act(second) if self._gate_last else self.act(first) * second
 
     def per_head(self, x: Tensor, norm: nn.Module) -> Tensor:
         """The query or key norm, which works on each head by itself (identity in most backbones)."""

@@ -57,9 +57,9 @@ class Engine:
         x = self._embed([(pixels, own.mean, own.std) for pixels in images])
         return vit.forward(self.backbone, x, Plain()).float().cpu().numpy()
 
-    def _trunk_key(self, seat: Seat) -> int:
-        """Seats with the same key run the same trunk on the same picture."""
-        return -1 if self.rack.head_only(seat.place) else seat.slot
+    def _trunk_key(self, seat: Seat) -> Hashable:
+        """Seats with the same key run the same trunk on the same picture: heads that read the same pooled feature."""
+        return self.rack.lane(seat.place) if self.rack.head_only(seat.place) else seat.slot
 
     def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> Tensor:
         """Pooled features [rows, D]; rows go into a lane with their like."""
@@ -86,10 +86,10 @@ class Engine:
         return _Trunk(self.backbone, x, [picture for picture, seat in rows if self._on_plain_trunk(seat)])
 
     def _on_plain_trunk(self, seat: Seat) -> bool:
-        return self.rack.head_only(seat.place) or self.rack.reads(seat.place)
+        return self.rack.plain(seat.place) or self.rack.reads(seat.place)
 
     def _lane_key(self, seat: Seat, trunk: _Trunk | None) -> Hashable:
-        return SHARED if trunk is not None and self.rack.head_only(seat.place) else self.rack.lane(seat.place)
+        return SHARED if trunk is not None and self.rack.plain(seat.place) else self.rack.lane(seat.place)
 
     def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]], trunk: _Trunk | None) -> vit.Lane:
         """Rows with equal `Rack.lane`."""

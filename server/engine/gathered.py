@@ -17,15 +17,25 @@ from torch import Tensor
 
 from .additions import Additions
 from .lens import ENTRY, Prefix
+from .pooling import Pool
 
 Indices = NDArray[np.int64]
 NOTHING: Indices = np.zeros(0, np.int64)
 
 
+@dataclass(frozen=True)
+class Lane:
+    carries: bool
+    enters: int
+    pool: Pool | None
+    kinds: frozenset[str]
+    reads_from: int | None
+
+
 @dataclass
 class Slot:
     """Numbers of the vectors of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]; parts: by layer and
-    name, as `Lens.parts` has them; hidden: of each hidden layer of the head; reads: as `Lens.reads`."""
+    name, as `Lens.parts` has them; hidden: of each hidden layer of the head; reads, enters, pool: as the lens says."""
 
     generation: int = 0
     used: bool = False
@@ -37,6 +47,15 @@ class Slot:
     parts: dict[tuple[int, str], Indices] = field(default_factory=dict)
     hidden: list[Indices] = field(default_factory=list)
     reads: bool = False
+    enters: int = 0
+    pool: Pool | None = None
+
+    @cached_property
+    def lane(self) -> Lane:
+        """What the rows of one lane have in common: carried tokens make it longer from their layer on, the pooling
+        says how much of the last block is read, each kind of addition costs all of its rows the same, and readers
+        start in the same layer. Asked of a slot in use only; freeing makes a new one."""
+        return Lane(len(self.tokens) > 0, self.enters, self.pool, self.kinds, self.reads_from)
 
     @property
     def head_only(self) -> bool:
@@ -51,7 +70,7 @@ class Slot:
 
     @cached_property
     def kinds(self) -> frozenset[str]:
-        """Names of the parts, whatever their layer. Asked of a slot in use only; freeing makes a new one."""
+        """Names of the parts, whatever their layer. Asked as `lane` is."""
         return frozenset(name for _, name in self.parts)
 
     @cached_property
@@ -77,10 +96,14 @@ class Vectors:
 
 
 class Gathered:
-    """What a batch's seats bring (a `lens.Condition`)."""
+    """What a batch's seats bring (a `lens.Condition`). Raises ValueError unless they may share a lane."""
 
     def __init__(self, memory: Vectors, slots: Sequence[Slot]) -> None:
         self._memory, self._slots = memory, slots
+        enters, pools = ({getattr(slot, name) for slot in slots} for name in ("enters", "pool"))
+        if len(enters) > 1 or len(pools) > 1:
+            raise ValueError(f"expected seats of one lane, got poolings {pools} and tokens that enter layers {enters}")
+        (self.enters,), (self.pool,) = enters, pools
         self._lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
         self._longest = self._lengths.max(axis=0)  # [L]
         self._layers = frozenset[int]().union(*(slot.layers for slot in slots))

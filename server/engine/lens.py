@@ -4,10 +4,11 @@ The forward knows primitives, not methods:
 
     keys, values   prompts as keys and values of each layer's attention (prefix); exact wherever a method throws its
                    prompts' outputs away, because then prompts act on the image tokens in no other way
-    tokens         prompts carried through all layers as real tokens
+    tokens         prompts carried as real tokens, from the layer where they enter through all that follow
     additions      bias vectors, prompts under a softmax of their own, low-rank rows: see `additions.py`
     entry          a vector added to each image token before the first block
     reads          all of that for tokens of the task's own, which read the trunk and leave it as it is: see `reader.py`
+    pool           which tokens the head reads: see `pooling.py`
     head           the linear classifier on the pooled feature, with hidden layers before it if need be
 
 A `Condition` is what a batch of rows brings to the forward. Training expands one lens over its batch (`condition`),
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .additions import Additions, Part
+from .pooling import Pool
 
 ENTRY = -1  # the layer that parts before the first block go under
 
@@ -44,7 +46,8 @@ class Lens:
     keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C].
     What few methods have is empty unless given. additions[l]: of layer l · entry: [2, D], for the tokens that are no
     patches and for the patches · hidden: layers between the feature and the head, which then reads the last one's H ·
-    reads: whether all this is for a copy of the class token and the carried tokens alone, see `reader.py`.
+    enters: the layer before which the tokens come in · pool: None for the backbone's own · reads: whether all this is
+    for a copy of the class token and the carried tokens alone, see `reader.py`.
     """
 
     keys: tuple[Tensor, ...]
@@ -55,11 +58,15 @@ class Lens:
     additions: tuple[Additions | None, ...] = ()
     entry: Tensor | None = None
     hidden: tuple[Dense, ...] = ()
+    enters: int = 0
+    pool: Pool | None = None
     reads: bool = False
 
     def __post_init__(self) -> None:
         if self.reads and self.entry is not None:
             raise ValueError("readers leave the image tokens as they are: expected no entry, got one")
+        if self.reads and self.pool is not None:
+            raise ValueError(f"readers are read at their own class token: expected no pool, got {self.pool!r}")
 
     @property
     def classes(self) -> int:
@@ -78,11 +85,12 @@ class Lens:
     @property
     def first_layer(self) -> int:
         """The first layer at which anything differs from the plain frozen ViT: the number of layers if none does."""
-        if self.tokens.shape[-2] or self.entry is not None:
+        if self.entry is not None:
             return 0
         lengths = self.prefix_lengths
         added = self.additions or (None,) * len(lengths)
-        return next((layer for layer, length in enumerate(lengths) if length or added[layer]), len(lengths))
+        first = next((layer for layer, length in enumerate(lengths) if length or added[layer]), len(lengths))
+        return min(first, self.enters) if self.tokens.shape[-2] else first
 
     @property
     def prefix_lengths(self) -> tuple[int, ...]:
@@ -134,14 +142,27 @@ class Condition(Protocol):
         """[B, T], True where a token is real; None where all are."""
         ...
 
+    @property
+    def enters(self) -> int:
+        """The layer before which the tokens come in."""
+        ...
 
+    @property
+    def pool(self) -> Pool | None:
+        """None for the backbone's own."""
+        ...
+
+
+@dataclass(frozen=True)
 class Plain:
     """No prompts at all: the plain frozen ViT."""
 
+    pool: Pool | None = None
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
     entry: Tensor | None = None
     reads_from: int | None = None
+    enters: int = 0
 
     def prefix(self, layer: int) -> Prefix | None:
         return None
@@ -158,7 +179,7 @@ class Expanded:
     def __init__(self, lens: Lens, rows: int) -> None:
         self._lens, self._rows = lens, rows
         self.tokens: Tensor | None = self._spread(lens.tokens) if lens.tokens.shape[-2] else None
-        self.entry = lens.entry
+        self.entry, self.enters, self.pool = lens.entry, lens.enters, lens.pool
         self.reads_from = lens.reads_from
 
     def prefix(self, layer: int) -> Prefix | None:

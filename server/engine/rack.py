@@ -95,6 +95,7 @@ class Rack:
             slot.parts = {name: self._take(len(part.vectors)) for name, part in lens.parts.items()}
             slot.hidden = [self._take(len(layer.weight)) for layer in lens.hidden]
             slot.reads = lens.reads
+            slot.enters, slot.pool = lens.enters, lens.pool
             slot.generation += 1
             slot.used = True
             return Place(number, slot.generation)
@@ -139,15 +140,18 @@ class Rack:
         """Whether the seat's lens asks for no more than the plain trunk's feature."""
         return self._check(place).head_only
 
+    def plain(self, place: Place) -> bool:
+        """Whether that is the feature as the backbone itself pools it."""
+        slot = self._check(place)
+        return slot.head_only and slot.pool is None
+
     def reads(self, place: Place) -> bool:
         """Whether the seat's lens brings readers of the plain trunk."""
         return self._check(place).reads_from is not None
 
     def lane(self, place: Place) -> Hashable:
-        """Seats with equal ones may share a lane: carried tokens make it longer, each kind of addition costs all of its
-        rows the same, and readers start in the same layer."""
-        slot = self._check(place)
-        return len(slot.tokens) > 0, slot.kinds, slot.reads_from
+        """Seats with equal ones may share a lane."""
+        return self._check(place).lane
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

@@ -43,12 +43,12 @@ class Trunk(Protocol):
 
 def stand_in(spec: Spec, x: Tensor) -> Tensor:
     """What CLS' starts as, of the image tokens x [n, N, D] that enter a layer: [n, D]."""
-    return x[:, 0] if spec.pool == "token" else x[:, spec.prefix_tokens : spec.tokens].mean(dim=1)
+    return x[:, 0] if spec.pool == "cls" else x[:, spec.prefix_tokens : spec.tokens].mean(dim=1)
 
 
 def hidden_tokens(spec: Spec) -> int:
     """How many of the first image tokens readers do not see: the class token, where CLS' stands for it."""
-    return 1 if spec.pool == "token" else 0
+    return 1 if spec.pool == "cls" else 0
 
 
 @dataclass

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GluMlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .pooling import Pool
 
 Params = Mapping[str, Tensor]
+_POOL: Final = "pool_of_the_task"  # an attribute of a model's copy
 
 
 def linear(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
@@ -29,7 +33,7 @@ def linear(backbone: Backbone, pixels: Tensor, params: Params) -> Tensor:
 
 def mlp(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
     """The plain ViT and a head with a hidden layer."""
-    features = _features(backbone.model, _blocks(backbone.model, _enter(backbone.model, pixels)))
+    features = _features(backbone.model, _blocks(backbone.model, _enter(backbone.model, pixels)), 0)
     hidden = (features @ params["hidden.weight"].T + params["hidden.bias"]).relu()
     return hidden @ params["head.weight"].T + params["head.bias"]
 
@@ -59,9 +63,21 @@ def prompt_bias(backbone: Backbone, pixels: Tensor, params: Params, lengths: Seq
     return _vpt_deep(_changed(backbone.model, _biases(backbone.model, params)), pixels, params, lengths)
 
 
-def logits(method: str, backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
-    """Pixels [B, 3, S, S] → logits [B, C] by any method of ours."""
-    return LITERAL[method](backbone, pixels, params, prompt_lengths)
+def logits(
+    method: str,
+    backbone: Backbone,
+    pixels: Tensor,
+    params: Params,
+    prompt_lengths: Sequence[int],
+    *,
+    pool: Pool | None = None,
+) -> Tensor:
+    """Pixels [B, 3, S, S] → logits [B, C] by any method of ours; `pool` says what the head reads, if not as timm has
+    it."""
+    read = copy.copy(backbone)
+    read.model = copy.copy(backbone.model)  # the same modules
+    vars(read.model)[_POOL] = pool
+    return LITERAL[method](read, pixels, params, prompt_lengths)
 
 
 def cvpt(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
@@ -102,8 +118,8 @@ def adapter(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: 
 
 
 def memory(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
-    """Keys and values as rows of each MLP, which is wider by that much."""
-    model = _changed(backbone.model, _wider(backbone.model, params, prompt_lengths))
+    """Keys and values as rows of each MLP, which is wider by that much. The rows of a gated MLP have no gate."""
+    model = _with_memory(backbone.model, params, prompt_lengths)
     return _leave(model, _blocks(model, _enter(model, pixels)), params)
 
 
@@ -118,7 +134,7 @@ def readonly(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths:
     ranks, rows = (
         [len(params[name]) // reading * bool(p) for p in prompt_lengths] for name in ("query.down", "memory.keys")
     )
-    merged = _changed(model, {**_queries(model, params, ranks), **_wider(model, params, rows)})
+    merged = _with_memory(_changed(model, _queries(model, params, ranks)), params, rows)
     layers = zip(model.blocks, merged.blocks, params["prompts"].split(list(prompt_lengths)), strict=True)
     for block, own, prompts in layers:
         if copied is None and len(prompts):
@@ -127,7 +143,7 @@ def readonly(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths:
             tokens = torch.cat((x, copied, prompts.expand(len(x), -1, -1)), dim=1)
             copied = own(tokens, attn_mask=_hidden_from_image(model, x, tokens))[:, x.shape[1], None]
         x = block(x)
-    features = _features(model, x) if copied is None else model.fc_norm(model.norm(copied[:, 0]))
+    features = _features(model, x, 0) if copied is None else model.fc_norm(model.norm(copied[:, 0]))
     return features @ params["head.weight"].T + params["head.bias"]
 
 
@@ -176,11 +192,27 @@ def _queries(model: VisionTransformer, params: Params, lengths: Sequence[int]) -
     return found
 
 
-def _wider(model: VisionTransformer, params: Params, lengths: Sequence[int]) -> dict[str, Tensor]:
+def _with_memory(model: VisionTransformer, params: Params, lengths: Sequence[int]) -> VisionTransformer:
+    """A copy whose MLPs have more rows. Those of a gated MLP stand beside it, for they have no gate."""
+    layers = [params[name].split(list(lengths)) for name in ("memory.keys", "memory.values")]
+    if not isinstance(model.blocks[0].mlp, GluMlp):
+        return _changed(model, _wider(model, *layers))
+    found = _changed(model, {})
+    for block, keys, values in zip(found.blocks, *layers, strict=True):
+        block.mlp.register_forward_hook(partial(_rows_beside, keys, values))
+    return found
+
+
+def _rows_beside(keys: Tensor, values: Tensor, mlp: GluMlp, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output + mlp.act(inputs[0] @ keys.T) @ values
+
+
+def _wider(
+    model: VisionTransformer, keys_of_layers: Sequence[Tensor], values_of_layers: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """MLPs with more rows, by timm's names."""
     found = {}
-    layers = [params[name].split(list(lengths)) for name in ("memory.keys", "memory.values")]
-    for layer, (keys, values) in enumerate(zip(*layers, strict=True)):
+    for layer, (keys, values) in enumerate(zip(keys_of_layers, values_of_layers, strict=True)):
         mlp, name = model.blocks[layer].mlp, f"blocks.{layer}.mlp"
         found[f"{name}.fc1.weight"] = torch.cat((mlp.fc1.weight, keys))
         found[f"{name}.fc1.bias"] = torch.cat((mlp.fc1.bias, mlp.fc1.bias.new_zeros(len(keys))))
@@ -207,10 +239,16 @@ def _biases(model: VisionTransformer, params: Params) -> dict[str, Tensor]:
     for layer in range(len(model.blocks)):
         for site in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
             found[f"blocks.{layer}.{site}.bias"] = params[f"bias.{site.split('.')[-1]}"][layer]
-    entry = "norm_pre" if isinstance(model.norm_pre, nn.LayerNorm) else "patch_embed.proj"
-    leave = "norm" if isinstance(model.norm, nn.LayerNorm) else "fc_norm"
-    found |= {f"{entry}.bias": params["bias.entry"], f"{leave}.bias": params["bias.norm"]}
+    entry = "norm_pre" if not isinstance(model.norm_pre, nn.Identity) else "patch_embed.proj"
+    found |= {f"{entry}.bias": params["bias.entry"], f"{_before_head(model)}.bias": params["bias.norm"]}
     return {name: _bias_of(model, name) + shift for name, shift in found.items()}
+
+
+def _before_head(model: VisionTransformer) -> str:
+    """The last place before the head that has a bias, or would have one."""
+    if model.global_pool == "map" and vars(model).get(_POOL) is None:
+        return "attn_pool.mlp.fc2"
+    return "norm" if not isinstance(model.norm, nn.Identity) else "fc_norm"
 
 
 def _bias_of(model: nn.Module, name: str) -> Tensor | float:
@@ -225,9 +263,16 @@ def _changed(model: VisionTransformer, tensors: Mapping[str, Tensor]) -> VisionT
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = found.get_submodule(path)
-        delattr(module, leaf)
-        setattr(module, leaf, tensor)
+        if hasattr(module, leaf):
+            delattr(module, leaf)
+            setattr(module, leaf, tensor)
+        else:  # a norm without a bias, or no norm at all, gets one behind it
+            module.register_forward_hook(partial(_behind, tensor))
     return found
+
+
+def _behind(shift: Tensor, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output + (shift[:, None, None] if output.ndim == 4 else shift)  # pictures [B, D, H, W], tokens [B, N, D]
 
 
 def _enter(model: VisionTransformer, pixels: Tensor) -> Tensor:
@@ -250,8 +295,18 @@ def _remove(x: Tensor, prompts: int) -> Tensor:
 
 
 def _leave(model: VisionTransformer, x: Tensor, params: Params, prompts: int = 0) -> Tensor:
-    return _features(model, _remove(x, prompts)) @ params["head.weight"].T + params["head.bias"]
+    return _features(model, x, prompts) @ params["head.weight"].T + params["head.bias"]
 
 
-def _features(model: VisionTransformer, x: Tensor) -> Tensor:
-    return model.forward_head(model.norm(x), pre_logits=True)
+def _features(model: VisionTransformer, x: Tensor, prompts: int) -> Tensor:
+    """x [B, N, D], `prompts` of its tokens being prompts behind the first one."""
+    pool, x = vars(model).get(_POOL), model.norm(x)
+    image = _remove(x, prompts)
+    if pool is None:
+        return model.forward_head(image, pre_logits=True)
+    if pool == "cls":  # of a distilled DeiT both that are classified by
+        return model.fc_norm(image[:, : 1 + hasattr(model, "dist_token")].mean(dim=1))
+    patches = image[:, model.num_prefix_tokens :]
+    if pool == "image_and_prompts":
+        patches = torch.cat((x[:, 1 : 1 + prompts], patches), dim=1)
+    return model.fc_norm(patches.mean(dim=1))

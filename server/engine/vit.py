@@ -10,7 +10,8 @@ added to the lanes that bring it. Readers (`reader.py`) are a lane of their own 
 Why a prefix is exact: where a method discards its prompts' outputs at every layer (VPT-deep, Jia et al., ECCV 2022,
 section 3.2), prompts reach the image tokens as keys and values only, K_l = W_k·LN_l(P_l) + b_k and likewise V_l. These
 do not depend on the image, so they are computed once, when the lens is made (`project`), and the queries and the MLP
-run for the image tokens alone. The last block's output is read at the class token only, so only its query is computed.
+run for the image tokens alone. The last block is asked for no more than the head's pooling reads (`pooling.py`): where
+that is the class token, its query alone is computed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import pooling
 from .additions import Additions
 from .backbone import Backbone, Spec
 from .block import FrozenBlock
 from .lens import Condition, Lens, Plain, Prefix
+from .pooling import Pool
 from .reader import Passing, Reads, Recorded, hidden_tokens, stand_in
 
 Shape = tuple[int, int]  # rows and tokens of a lane
@@ -35,30 +38,34 @@ Brought = Sequence[Additions | None]  # by each lane
 
 @dataclass
 class Lane:
-    """Rows with the same number of tokens. x: [B, N, D], the image's tokens first, then the prompts' tokens; they enter
-    at block `start`. `passing`: where the lane leaves its keys and values for readers; `reads`: what readers read."""
+    """Rows with the same number of tokens. x: [B, N, D], the image's tokens that enter block `start`; the condition's
+    tokens come behind them, where they enter. `passing`: where the lane leaves its keys and values for readers;
+    `reads`: what readers read."""
 
     x: Tensor
     condition: Condition
-    token_mask: Tensor | None  # [B, N], False at padding
+    token_mask: Tensor | None = None  # [B, N], False at padding
     start: int = 0
     passing: Passing | None = None
     reads: Reads | None = None
 
     @classmethod
     def of(cls, x: Tensor, condition: Condition, start: int = 0) -> Lane:
-        """Append the condition's tokens to the image's tokens x [B, N, D]. Their place does not matter: prompts get no
-        position embedding, and attention does not know order.
+        """Where nothing of the condition comes before layer `start`, x may be what `tokens_at` says of that layer."""
+        return cls(x, condition, start=start)
 
-        Where the first prompts come at layer `start`, x may be what `tokens_at` says of that layer: what lies before
-        does not depend on them.
-        """
-        if condition.tokens is None:
-            return cls(x, condition, None, start)
-        mask = condition.token_mask
+    def enter(self, layer: int) -> None:
+        """Append the condition's tokens if they enter here. Their place does not matter: prompts get no position
+        embedding, and attention does not know order."""
+        tokens, mask = self.condition.tokens, self.condition.token_mask
+        if tokens is None or layer != self.condition.enters or self.reads is not None:  # readers have theirs at once
+            return
         if mask is not None:
-            mask = torch.cat((mask.new_ones(x.shape[:2]), mask), dim=1)
-        return cls(torch.cat((x, condition.tokens), dim=1), condition, mask)
+            self.token_mask = torch.cat((mask.new_ones(self.x.shape[:2]), mask), dim=1)
+        self.x = torch.cat((self.x, tokens), dim=1)
+
+    def pool(self, spec: Spec) -> Pool:
+        return "reader" if self.reads is not None else self.condition.pool or spec.pool
 
     @classmethod
     def reading(cls, condition: Condition, reads: Reads) -> Lane:
@@ -92,17 +99,15 @@ def lanes_of(backbone: Backbone, x: Tensor, condition: Condition, start: int = 0
 
 def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
     """Pooled features [B_i, D] of each lane."""
-    blocks, spec = backbone.blocks, backbone.spec
-    by_class_token = spec.pool == "token"
+    *blocks, last = backbone.blocks
     for lane in lanes:
-        _enter(lane, spec)
+        _enter(lane, backbone.spec)
     for index, block in enumerate(blocks):
-        _start(lanes, spec, index)
-        if by_class_token and index == len(blocks) - 1:
-            return _pool_class_token(backbone, _last_block(block, lanes, index), lanes)
+        _start(lanes, backbone.spec, index)
         if entered := [lane for lane in lanes if lane.start <= index]:
             _block(block, entered, index)
-    return [_pool_average(backbone, lane) for lane in lanes]
+    _start(lanes, backbone.spec, len(blocks))
+    return _pooled(backbone, last, lanes)
 
 
 def tokens_at(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
@@ -158,8 +163,7 @@ def _enter(lane: Lane, spec: Spec) -> None:
     entry = lane.condition.entry
     if entry is not None:
         counts = torch.tensor([spec.prefix_tokens, spec.tokens - spec.prefix_tokens], device=entry.device)
-        added = entry.repeat_interleave(counts, dim=-2, output_size=spec.tokens)  # [N, D] or [B, N, D]
-        lane.x = lane.x + F.pad(added, (0, 0, 0, lane.x.shape[1] - spec.tokens))
+        lane.x = lane.x + entry.repeat_interleave(counts, dim=-2, output_size=spec.tokens)  # [N, D] or [B, N, D]
 
 
 def _start(lanes: Sequence[Lane], spec: Spec, index: int) -> None:
@@ -176,7 +180,7 @@ def _start(lanes: Sequence[Lane], spec: Spec, index: int) -> None:
 
 def _block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> None:
     """One pre-norm block over all lanes, in place of their x."""
-    shapes, brought = [_shape(lane.x) for lane in lanes], [lane.condition.additions(index) for lane in lanes]
+    brought, shapes = _brought(lanes, index)
     flat = _flatten([lane.x for lane in lanes])  # [ΣB·N, D]
     normed = block.norm1(flat)
     parts = (_split(part, shapes) for part in (normed, *block.qkv(normed)))  # each [B, N, D] a lane
@@ -186,19 +190,44 @@ def _block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> None:
         lane.x = x
 
 
-def _last_block(block: FrozenBlock, lanes: Sequence[Lane], index: int) -> Tensor:
-    """The last block for the class token only: keys and values of all tokens, one query. Returns [ΣB, D]."""
-    shapes, brought = [_shape(lane.x) for lane in lanes], [lane.condition.additions(index) for lane in lanes]
+def _pooled(backbone: Backbone, last: FrozenBlock, lanes: Sequence[Lane]) -> list[Tensor]:
+    """The last block, the norm and the pooling: features [B_i, D] of each lane."""
+    pools = [lane.pool(backbone.spec) for lane in lanes]
+    flat, shapes = _last_block(last, lanes, backbone.spec, pools)
+    x = _split(backbone.model.norm(flat), shapes)
+    pooled = pooling.features(backbone, x, pools, [lane.token_mask for lane in lanes])
+    return list(pooled.split([len(lane.x) for lane in lanes]))
+
+
+def _last_block(
+    block: FrozenBlock, lanes: Sequence[Lane], spec: Spec, pools: Sequence[Pool]
+) -> tuple[Tensor, list[Shape]]:
+    """The last block for the first tokens of each lane that its pooling reads: keys and values of all tokens, no more
+    queries than that. Returns [ΣB·Q, D] and each lane's rows and Q."""
+    index = spec.depth - 1
+    brought, shapes = _brought(lanes, index)
+    read = [(rows, pooling.reads(pool, spec, n)) for pool, (rows, n) in zip(pools, shapes, strict=True)]
     flat = block.norm1(_flatten([lane.x for lane in lanes]))
     normed, keys, values = (_split(part, shapes) for part in (flat, *block.keys_values(flat)))
-    firsts = [(rows, 1) for rows, _ in shapes]
-    queries = _split(block.query(_flatten([part[:, :1] for part in normed])), firsts)
+    queries = _split(block.query(_first(normed, read)), read)
     mixed = [
         _attention(block, lane, own, part, index)
         for lane, own, *part in zip(lanes, brought, normed, queries, keys, values, strict=True)
     ]
-    flat = _flatten([lane.x[:, :1] for lane in lanes])
-    return _behind_attention(block, flat, _flatten(mixed), firsts, brought)
+    flat = _first([lane.x for lane in lanes], read)
+    return _behind_attention(block, flat, _flatten(mixed), read, brought), read
+
+
+def _brought(lanes: Sequence[Lane], index: int) -> tuple[Brought, list[Shape]]:
+    """What each lane brings to block `index`, and its shape there, with the tokens that enter."""
+    for lane in lanes:
+        lane.enter(index)
+    return [lane.condition.additions(index) for lane in lanes], [_shape(lane.x) for lane in lanes]
+
+
+def _first(parts: Sequence[Tensor], read: Sequence[Shape]) -> Tensor:
+    """Of each lane's [B, N, D] the first Q tokens → [ΣB·Q, D]."""
+    return _flatten([part[:, :tokens] for part, (_, tokens) in zip(parts, read, strict=True)])
 
 
 def _behind_attention(
@@ -233,8 +262,8 @@ def _of(brought: Brought, shapes: Sequence[Shape], *flat: Tensor) -> Iterator[tu
 def _attention(
     block: FrozenBlock, lane: Lane, brought: Additions | None, parts: Sequence[Tensor], index: int
 ) -> Tensor:
-    """Queries [B, Q, D] over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D]. `parts`: what went
-    into the products [B, N, D], then queries, keys and values."""
+    """Queries [B, Q, D] of its first tokens over the lane's own keys and values [B, N, D] and its prefix → [B, Q, D].
+    `parts`: what went into the products [B, N, D], then queries, keys and values."""
     normed, query, keys, values = parts
     if brought is not None:
         query, keys, values = brought.to_qkv(normed, query, keys, values)
@@ -266,18 +295,6 @@ def _mask(lane: Lane, prefix: Prefix | None, keys: Tensor) -> Tensor | None:
 
 def _all(like: Tensor, length: int) -> Tensor:
     return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
-
-
-def _pool_class_token(backbone: Backbone, x: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
-    model = backbone.model
-    return list(model.fc_norm(model.norm(x)).split([len(lane.x) for lane in lanes]))
-
-
-def _pool_average(backbone: Backbone, lane: Lane) -> Tensor:
-    """Mean over the patches' tokens, without class token, registers and prompts; a reader's CLS' stands for it."""
-    model, spec = backbone.model, backbone.spec
-    pooled = slice(0, 1) if lane.reads is not None else slice(spec.prefix_tokens, spec.tokens)
-    return model.fc_norm(model.norm(lane.x[:, pooled]).mean(dim=1))
 
 
 def _flatten(parts: Sequence[Tensor]) -> Tensor:

@@ -70,6 +70,9 @@ def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator) -> 
     return head.to(backbone.device, wide(backbone))
 
 
-def pooled(spec: Spec, x: Tensor) -> Tensor:
-    """Tokens [B, N, D] behind the last norm → [B, D], as the backbone pools them."""
-    return x[:, 0] if spec.pool == "token" else x[:, spec.prefix_tokens :].mean(dim=1)
+def pooled(spec: Spec, x: Tensor, attention_pool: nn.Module | None) -> Tensor:
+    """Tokens [B, N, D] behind the last norm → [B, D], as the backbone pools them; `attention_pool` where it has one."""
+    if spec.pool == "cls":
+        return x[:, : spec.class_tokens].mean(dim=1)
+    patches = x[:, spec.prefix_tokens :]
+    return patches.mean(dim=1) if attention_pool is None else attention_pool(patches)

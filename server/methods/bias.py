@@ -2,8 +2,8 @@
 
 What is learned and stored is how far each bias moves, so a fit starts from the backbone and weight decay leads back to
 it. `entry` is the bias of the last layer before the blocks (the patch embedding's, or the norm's behind it where there
-is one), `norm` that of the last norm. Where a backbone has no bias in one of these places it gets one; the norms of
-queries and keys, where there are any, stay as they are.
+is one), `norm` that of the last norm, or of the attention pooling's last layer. Where a backbone has no bias in one of
+these places it gets one; the norms of queries and keys, where there are any, stay as they are.
 
 The engine needs less than that: a shift behind a norm is one behind the product that follows, and one behind the last
 norm is a part of the head's bias.
@@ -84,7 +84,7 @@ def shifted_head(params: Params) -> Tensor:
 def entry(model: VisionTransformer, params: Params) -> Tensor:
     """[2, D]: a patch embedding's bias reaches the patches only; a norm's behind it reaches every token."""
     own = params["bias.entry"]
-    return torch.stack((own if isinstance(model.norm_pre, nn.LayerNorm) else torch.zeros_like(own), own))
+    return torch.stack((torch.zeros_like(own) if isinstance(model.norm_pre, nn.Identity) else own, own))
 
 
 def _shift(block: FrozenBlock, params: Params, layer: int) -> Shift:

@@ -44,8 +44,9 @@ class _LastBlocks(BaselineModel):
         super().__init__()
         own = own_copy(backbone)
         self.blocks, self.norm, self.fc_norm = own.blocks[first:], own.norm, own.fc_norm
+        self.attn_pool = own.attn_pool
         self.head = fresh_head(backbone, classes, generator)
         self._spec = backbone.spec
 
     def forward(self, pixels: None, frozen: Tensor) -> Tensor:
-        return self.head(self.fc_norm(pooled(self._spec, self.norm(self.blocks(frozen)))))
+        return self.head(self.fc_norm(pooled(self._spec, self.norm(self.blocks(frozen)), self.attn_pool)))

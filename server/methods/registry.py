@@ -16,6 +16,7 @@ from server.engine.lens import Lens
 from server.engine.residency import Loaded
 from server.errors import BadRequest, Conflict, Unprocessable
 
+from . import pooling
 from .adapter import Adapter
 from .baseline import Baseline
 from .bias import Bias
@@ -161,6 +162,8 @@ class Registry:
                 f"the bundle asks for {manifest.preprocess.size} px images, the backbone takes {spec.image_size} px",
                 code="bad_bundle",
             )
+        if (reason := pooling.refusal(spec, manifest.pool)) is not None:
+            raise BadRequest(f"the bundle's {reason}", code="bad_bundle")
         self._check_shapes(bundle, spec)
 
     def _check_shapes(self, bundle: Bundle, spec: Spec) -> None:
@@ -192,7 +195,7 @@ class Registry:
         }
         method = self._methods[bundle.manifest.method]
         with torch.inference_mode():
-            return method.lower(backbone, params, bundle.manifest.prompt_lengths)
+            return pooling.lowered(method, backbone, params, bundle.manifest.prompt_lengths, bundle.manifest.pool)
 
     def load(self, bundle: Bundle, backbone: Backbone) -> Loaded:
         """Check and lower: what the rack's loader does with what comes from the store."""

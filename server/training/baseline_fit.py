@@ -25,6 +25,8 @@ from torch import Tensor
 from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.lens import Plain
+from server.engine.pooling import Pool
+from server.errors import Unprocessable
 from server.methods.baseline import Baseline, BaselineModel, wide
 from server.methods.method import Method
 
@@ -67,6 +69,8 @@ def reporting(
 ) -> Fitting[Reported]:
     """As `fit.fitting`, for a baseline. `keep` is given all that moves and its moments, 12 bytes a parameter: resumed
     fits end with the same bits here, too, and whoever keeps them decides how often that is worth it."""
+    if recipe.pool is not None:
+        raise Unprocessable(f"pool {recipe.pool!r}: baseline {baseline.name} pools as the backbone was made to")
     model = baseline.model(backbone, labels, seeded(recipe.seed, 0))
     params = dict(model.trained())
     if resume is not None and resume.epoch:
@@ -118,8 +122,8 @@ class BaselineFit(Fit):
             return _WithPictures(found.pictures, found.features, found.layer, found.targets)
         return found
 
-    def _first_layer(self) -> int:
-        return self.baseline.first_layer(self.backbone.spec)
+    def _begins(self) -> tuple[int, Pool | None]:
+        return self.baseline.first_layer(self.backbone.spec), None
 
     def _reads(self) -> bool:
         return False
@@ -185,7 +189,7 @@ class BaselineFit(Fit):
         return _Seen(shown, (yield from self._frozen(inputs, index, pixels)))
 
     def _frozen(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Fitting[Tensor | None]:
-        layer = self._first_layer()
+        layer, _ = self._begins()
         if layer == 0:
             return None
         if inputs.features is not None:

@@ -22,6 +22,7 @@ import torch
 from prompts_store import Bundle
 from server.engine.backbone import Backbone
 from server.engine.residency import Loaded
+from server.methods import pooling
 from server.methods.baseline import Baseline
 from server.methods.registry import Registry
 
@@ -169,7 +170,7 @@ class _Comparison:
         params = method.init(spec, lengths, len(self.material.labels), seeded(recipe.seed, 0))
         with torch.inference_mode():
             own = {key: value.to(self.backbone.device, self.backbone.dtype) for key, value in params.items()}
-            lens = method.lower(self.backbone, own, lengths)
+            lens = pooling.lowered(method, self.backbone, own, lengths, recipe.pool)
         how = spec.preprocess
         return Loaded(lens, self.material.labels, spec.geometry, how.mean, how.std)
 

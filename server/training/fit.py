@@ -22,7 +22,9 @@ from torch import Tensor
 from server.engine import vit
 from server.engine.backbone import Backbone, Spec
 from server.engine.lens import Condition, Lens, condition
+from server.engine.pooling import Pool
 from server.errors import Unprocessable
+from server.methods import pooling
 from server.methods.method import Method, Params
 
 from . import augment, metrics
@@ -90,8 +92,10 @@ def fitting(
     `watch` is called after every batch; what it raises ends the fit, which is how a job is cancelled within a step.
     `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
     `frozen` shares features between fits on the same pictures; without `each_epoch` the validation pictures are looked
-    at once, at the end. Raises DivergedError.
+    at once, at the end. Raises DivergedError, and Unprocessable for a recipe that does not go with the backbone.
     """
+    if (reason := pooling.refusal(backbone.spec, recipe.pool)) is not None:
+        raise Unprocessable(reason)
     lengths = prompt_lengths(backbone.spec, method, recipe)
     params = method.init(backbone.spec, lengths, labels, seeded(recipe.seed, 0))
     if resume is not None and resume.epoch:
@@ -128,14 +132,15 @@ class Fit:
     def inputs(self, pictures: Pictures, again: bool = True) -> Fitting[Inputs]:
         """What lies before the first trained layer does not change from epoch to epoch, nor does what readers read:
         computed once. `again`: whether they are looked at more than once, as keys and values must be to be kept."""
-        targets, layer = torch.from_numpy(pictures.targets), self._first_layer()
+        targets, (layer, pool) = torch.from_numpy(pictures.targets), self._begins()
         if self._reads():
             return (yield from self._readers_inputs(pictures, targets, layer, again))
         if layer == 0 or self.recipe.augment != "none" or not self.frozen.fits(len(pictures), layer):
             return Inputs(pictures, None, 0, targets)
         if layer == self.backbone.spec.depth:
             self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
-        return Inputs(pictures, (yield from self.frozen.of(pictures.images, layer, self._tick)), layer, targets)
+        features = yield from self.frozen.of(pictures.images, layer, self._tick, pool)
+        return Inputs(pictures, features, layer, targets)
 
     def _readers_inputs(self, pictures: Pictures, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
         if not again or self.recipe.augment != "none" or not self.frozen.readable(len(pictures), layer):
@@ -324,9 +329,11 @@ class Fit:
         assert inputs.features is not None
         return inputs.features[index].to(self.backbone.device)
 
-    def _first_layer(self) -> int:
+    def _begins(self) -> tuple[int, Pool | None]:
+        """The first layer that the fit has a part in, and what is pooled where that is none."""
         with torch.inference_mode():
-            return self._lens(self.params).first_layer
+            lens = self._lens(self.params)
+        return lens.first_layer, lens.pool
 
     def _reads(self) -> bool:
         """Whether what is fitted reads the trunk and leaves it as it is."""
@@ -335,7 +342,7 @@ class Fit:
 
     def _lens(self, params: Params) -> Lens:
         cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}
-        return self.method.lower(self.backbone, cast, self.prompt_lengths)
+        return pooling.lowered(self.method, self.backbone, cast, self.prompt_lengths, self.recipe.pool)
 
 
 def prompt_lengths(spec: Spec, method: Method, recipe: Recipe) -> tuple[int, ...]:

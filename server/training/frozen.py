@@ -18,6 +18,7 @@ from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.lens import Plain
+from server.engine.pooling import Pool
 from server.engine.reader import Recorded, hidden_tokens
 
 from .ahead import ahead
@@ -39,7 +40,7 @@ class FrozenFeatures:
         own = backbone.spec.preprocess
         self._mean = torch.tensor([own.mean], device=backbone.device)
         self._std = torch.tensor([own.std], device=backbone.device)
-        self._known: list[tuple[Images, int, Tensor]] = []
+        self._known: list[tuple[Images, str, Tensor]] = []
         self._read: deque[tuple[Images, int, Recorded]] = deque(maxlen=READ_SETS)
 
     def fits(self, images: int, layer: int) -> bool:
@@ -47,22 +48,24 @@ class FrozenFeatures:
         spec = self._backbone.spec
         return layer == spec.depth or images * spec.tokens * spec.dim * self._backbone.dtype.itemsize <= MOST_BYTES
 
-    def of(self, images: Images, layer: int, tick: Callable[[], None]) -> Fitting[Tensor]:
-        """Tokens [n, N, D] that enter block `layer` of the plain backbone; pooled features [n, D] where `layer` is the
-        number of blocks. In the backbone's dtype, pooled ones on its device; `tick` is called after a batch."""
-        for seen, its_layer, features in self._known:
-            if seen is images and its_layer == layer:
+    def of(self, images: Images, layer: int, tick: Callable[[], None], pool: Pool | None = None) -> Fitting[Tensor]:
+        """Tokens [n, N, D] that enter block `layer` of the plain backbone; features [n, D], pooled as `pool` says,
+        where `layer` is the number of blocks. In the backbone's dtype, pooled ones on its device; `tick` is called
+        after a batch."""
+        what = self._what(layer, pool)
+        for seen, its_what, features in self._known:
+            if seen is images and its_what == what:
                 return features
-        key = self._key(images, layer)
+        key = self._key(images, what)
         kept = None if key is None else self._cache.get(key)
         if kept is None:
-            features = yield from self._computed(images, layer, tick)
+            features = yield from self._computed(images, layer, tick, pool)
             if key is not None:
                 self._cache.put(key, to_array(features))
         else:
             features = to_tensor(kept)
             features = features.to(self._backbone.device) if layer == self._backbone.spec.depth else features
-        self._known.append((images, layer, features))
+        self._known.append((images, what, features))
         return features
 
     def readable(self, images: int, start: int) -> int:
@@ -87,22 +90,27 @@ class FrozenFeatures:
         self._read.append((images, start, found))
         return found
 
-    def _computed(self, images: Images, layer: int, tick: Callable[[], None]) -> Fitting[Tensor]:
+    def _computed(self, images: Images, layer: int, tick: Callable[[], None], pool: Pool | None) -> Fitting[Tensor]:
         found, pooled = [], layer == self._backbone.spec.depth
         with closing(in_order(images)) as batches:
             for pixels in batches:
-                answer = yield Ask(self.embedded(pixels), Plain(), until=None if pooled else layer)
+                answer = yield Ask(self.embedded(pixels), Plain(pool), until=None if pooled else layer)
                 found.append(answer if pooled else answer.cpu())
                 tick()
         return torch.cat(found).clone()
 
-    def _key(self, images: Images, layer: int) -> FeatureKey | None:
+    def _what(self, layer: int, pool: Pool | None) -> str:
+        """The place in the network."""
+        if layer < self._backbone.spec.depth:
+            return f"tokens {layer}"
+        return "pooled" if pool is None else f"pooled {pool}"
+
+    def _key(self, images: Images, what: str) -> FeatureKey | None:
         backbone, spec = self._backbone, self._backbone.spec
         if images.digest is None:
             return None
         own = spec.preprocess
         dtype = str(backbone.dtype).removeprefix("torch.") + (" packed" if backbone.packed else "")
-        what = "pooled" if layer == spec.depth else f"tokens {layer}"
         return FeatureKey(images.digest, spec.fingerprint, backbone.device.type, dtype, own.mean, own.std, what)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
+from server.engine.pooling import CHOSEN, Chosen
 from server.errors import Unprocessable
 
 from .augment import Augment
@@ -31,7 +32,8 @@ class Recipe:
     `prompt_layers`: the first and the last layer with prompts, from 0; None: wherever the method has them. What lies
     before the first is computed once for all epochs. `class_weights`: `balanced` weighs a class by the inverse of its
     share. `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's
-    parameters; 0 runs to the end and keeps the last's.
+    parameters; 0 runs to the end and keeps the last's. `pool`: what the head reads, see `engine/pooling.py`; None: what
+    the backbone was made with.
     """
 
     epochs: int = 20
@@ -48,6 +50,7 @@ class Recipe:
     class_weights: str = "none"
     augment: Augment = "none"
     patience: int = 0
+    pool: Chosen | None = None
     validation: float = 0.15
     seed: int = 0
 
@@ -101,6 +104,8 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
     for name, choices in _CHOICES.items():
         if (value := getattr(recipe, name)) not in choices:
             raise Unprocessable(f"unknown {name} {value!r}: expected {' or '.join(map(repr, choices))}")
+    if recipe.pool not in (None, *CHOSEN):
+        raise Unprocessable(f"unknown pool {recipe.pool!r}: expected {' or '.join(map(repr, CHOSEN))}")
     return replace(
         recipe,
         warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),

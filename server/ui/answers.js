@@ -135,5 +135,5 @@ async function again(button, name) {
 }
 
 // The live version's own recipe, in the fields that people choose or a search finds. A head alone has no prompts.
-const FIELDS = ['epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay', 'prompts', 'prompt_layers', 'prompt_dropout', 'label_smoothing', 'class_weights', 'augment', 'patience', 'seed'];
+const FIELDS = ['epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay', 'prompts', 'prompt_layers', 'prompt_dropout', 'label_smoothing', 'class_weights', 'augment', 'patience', 'pool', 'seed'];
 const fittable = recipe => Object.fromEntries(Object.entries(recipe).filter(([name, value]) => FIELDS.includes(name) && value !== null && !(name === 'prompts' && value === 0)));

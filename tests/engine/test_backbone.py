@@ -43,7 +43,7 @@ def test_the_forward_without_prompts_is_timms(name: str) -> None:
     ("name", "options", "reason"),
     [
         ("swin_tiny_patch4_window7_224", {}, "VisionTransformer"),
-        ("vit_base_patch16_siglip_224", {"depth": 1}, "pooling"),
+        ("vit_base_patch16_xp_224", {"depth": 1}, "blocks.0: expected Block, got ParallelScalingBlock"),
         ("eva02_tiny_patch14_224", {}, "VisionTransformer"),
     ],
 )

@@ -55,7 +55,7 @@ def literal_carrying(eye: Backbone, x: Tensor, lens: Lens) -> Tensor:
     tokens = torch.cat((x, reader.stand_in(eye.spec, x)[:, None], lens.tokens.expand(len(x), -1, -1)), dim=1)
     seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool)
     seen[:image, image:] = False
-    seen[image:, : 1 if eye.spec.pool == "token" else 0] = False
+    seen[image:, : 1 if eye.spec.pool == "cls" else 0] = False
     for block in model.blocks:
         tokens = block(tokens, attn_mask=seen)
     return vit.classify(model.fc_norm(model.norm(tokens[:, image])), lens)

@@ -36,6 +36,15 @@ MANIFEST = Manifest(
 )
 
 
+def test_a_pooling_is_written_only_where_it_is_not_the_backbones_own() -> None:
+    assert "pool" not in json.loads(MANIFEST.to_json())
+    chosen = replace(MANIFEST, pool="image_and_prompts")
+    assert Manifest.from_json(chosen.to_json()) == chosen
+    for wrong in (None, "attention", "max", 1):
+        with pytest.raises(BundleError, match="manifest: pool: expected one of cls, image, image_and_prompts"):
+            Manifest.from_json(changed("pool", wrong))
+
+
 def tensors() -> dict[str, np.ndarray]:
     return {
         "head.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 8,

@@ -80,6 +80,20 @@ def test_all_poolings_of_all_methods_in_one_batch_are_the_literal_ones(kind: str
             torch.testing.assert_close(found, truth, atol=1e-9, rtol=0, msg=f"{method} {pool}")
 
 
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_prompts_that_are_pooled_may_be_ragged(kind: str) -> None:
+    """Rows of one lane whose prompts differ in number: what is filled up counts neither as a key nor in the mean."""
+    eye, pixels = an_eye(kind), images(1).double()
+    bench = Bench(eye)
+    tasks = [(method, lengths) for method in ("vpt_deep", "vpt_shallow") for lengths in ((3, 0, 5), (7, 2, 1))]
+    with torch.inference_mode():
+        seats = [bench.seat(a_lens(eye, method, "image_and_prompts", own)) for method, own in tasks]
+        answers = bench.engine.logits(vit.embed(eye, pixels), [(0, seat) for seat in seats])
+        for (method, own), found in zip(tasks, answers, strict=True):
+            truth = reference.logits(method, eye, pixels, *drawn(eye, method, own), pool="image_and_prompts")[0]
+            torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "prompt_bias"])
 @pytest.mark.parametrize("kind", ["class token", "MAE", "attention"])
 def test_the_gradients_are_the_literal_ones(kind: str, method: str) -> None:

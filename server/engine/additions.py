@@ -108,7 +108,7 @@ class Cross:
     def add_to(self, block: FrozenBlock, x: Tensor) -> None:
         """x [B, N, D] + what the block's own attention makes of these prompts, for each token by itself."""
         reading = x if self.rows is None else x[self.rows]
-        keys, values = (part.expand(len(reading), -1, -1) for part in (self.keys, self.values))
+        keys, values = (part.expand(reading.shape[0], -1, -1) for part in (self.keys, self.values))
         mask = None if self.mask is None else self.mask[:, None, None]
         query = block.per_head(block.query(reading), block.q_norm)
         added = block.ls1(block.project(block.attend(query, keys, values, mask)))

@@ -54,13 +54,13 @@ def vpt_deep(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths:
 
 def bias(backbone: Backbone, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
     """BitFit (Ben Zaken et al., ACL 2022): every bias of the backbone is the task's own."""
-    model = _changed(backbone.model, _biases(backbone.model, params))
+    model = _changed(backbone.model, moved_biases(backbone.model, params))
     return _leave(model, _blocks(model, _enter(model, pixels)), params)
 
 
 def prompt_bias(backbone: Backbone, pixels: Tensor, params: Params, lengths: Sequence[int]) -> Tensor:
     """VPT-deep in a backbone whose biases are the task's own."""
-    return _vpt_deep(_changed(backbone.model, _biases(backbone.model, params)), pixels, params, lengths)
+    return _vpt_deep(_changed(backbone.model, moved_biases(backbone.model, params)), pixels, params, lengths)
 
 
 def logits(
@@ -233,7 +233,7 @@ def _cross_attention(attention: Attention, x: Tensor, prompts: Tensor) -> Tensor
     return attention.proj((scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))
 
 
-def _biases(model: VisionTransformer, params: Params) -> dict[str, Tensor]:
+def moved_biases(model: VisionTransformer, params: Params) -> dict[str, Tensor]:
     """The backbone's biases with a task's shifts added, by timm's names."""
     found = {}
     for layer in range(len(model.blocks)):

@@ -162,8 +162,10 @@ def _enter(lane: Lane, spec: Spec) -> None:
     """Add the vectors that rows bring to their image tokens: one for class token and registers, one for patches."""
     entry = lane.condition.entry
     if entry is not None:
-        counts = torch.tensor([spec.prefix_tokens, spec.tokens - spec.prefix_tokens], device=entry.device)
-        lane.x = lane.x + entry.repeat_interleave(counts, dim=-2, output_size=spec.tokens)  # [N, D] or [B, N, D]
+        others, patches = (entry[..., kind : kind + 1, :] for kind in (0, 1))
+        counts = (spec.prefix_tokens, spec.tokens - spec.prefix_tokens)
+        spread = (own.expand(*own.shape[:-2], n, -1) for own, n in zip((others, patches), counts, strict=True))
+        lane.x = lane.x + torch.cat(tuple(spread), dim=-2)  # [N, D] or [B, N, D]
 
 
 def _start(lanes: Sequence[Lane], spec: Spec, index: int) -> None:
@@ -305,6 +307,8 @@ def _flatten(parts: Sequence[Tensor]) -> Tensor:
 
 def _split(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """The inverse of `_flatten`: views, no copies."""
+    if len(shapes) == 1:
+        return [flat.view(*shapes[0], -1)]
     parts = flat.split([rows * tokens for rows, tokens in shapes])
     return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastapi import FastAPI
+from numpy.typing import NDArray
 
 from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
@@ -35,6 +36,8 @@ from server.engine.attention import look
 from server.engine.engine import Engine
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
+from server.importing.format import Width
+from server.importing.importer import Eye, Importer
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
@@ -206,6 +209,7 @@ def build_server(settings: Settings) -> Server:
         methods=registry.meanings,
         baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
+        importer=build_importer(backbone, registry),
         meter=open_meter(settings),
     )
     measured.process(settings, backbone)
@@ -221,6 +225,17 @@ def build_residency(
         return registry.load(store.get(task, version), backbone)
 
     return Residency(rack, load, pool, on_load=measured.loaded, on_hit=measured.hit, on_evict=measured.evicted)
+
+
+def build_importer(backbone: eye.Backbone, registry: Registry) -> Importer:
+    spec, state = backbone.spec, backbone.model.state_dict()
+
+    def fingerprint_of(arrays: Mapping[str, NDArray[np.float32]]) -> str:
+        return eye.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
+
+    width = Width(spec.dim, spec.depth, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    own = Eye(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
+    return Importer(own, lambda bundle: registry.check(bundle, spec))
 
 
 def occupied(rack: Rack, residency: Residency) -> wire.Rack:

@@ -16,9 +16,11 @@
     ├── TooLarge 413          body_too_large, image_too_large
     ├── UnsupportedMedia 415  unsupported_media_type, unsupported_image
     ├── Misdirected 421       unknown_host
-    ├── Unprocessable 422     invalid_request, unknown_method, method_not_servable, bad_alias, unknown_label
+    ├── Unprocessable 422     invalid_request, unknown_method, method_not_servable, bad_alias, unknown_label,
+    │                         bad_checkpoint, no_head, unknown_format, not_exportable
     ├── QueueFull 429         queue_full, too_many_uploads, rate_limited, quota_exceeded   + Retry-After
     ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
+    ├── NotInstalled 501      not_installed
     ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready   + Retry-After
     ├── DeadlineExceeded 504  deadline_exceeded
     └── DiskFull 507          disk_full
@@ -104,6 +106,12 @@ class QueueFull(ServiceError):
 
 class Internal(ServiceError):
     status, code = 500, "internal"
+
+
+class NotInstalled(ServiceError):
+    """What was asked for needs packages of an extra."""
+
+    status, code = 501, "not_installed"
 
 
 class Unavailable(ServiceError):

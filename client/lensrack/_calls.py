@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -126,6 +127,27 @@ def upload_version(task: str, bundle: bytes, *, alias: str | None) -> Call[wire.
     headers = {"Content-Type": "application/octet-stream"}
     path, payload = f"{_task(task)}/versions", {"content": bundle}
     return Call("PUT", path, read_as(wire.VersionInfo), params, headers, payload, transfer=True)
+
+
+def import_version(
+    task: str,
+    files: Sequence[str | Path],
+    *,
+    form: wire.ImportFormat,
+    labels: Sequence[str] | None,
+    preprocess: Mapping[str, Any] | None,
+    alias: str | None,
+) -> Call[wire.VersionInfo]:
+    if not files:
+        raise InvalidInput("expected one file or more, got none")
+    params = [("format", form), *([("alias", alias)] if alias is not None else [])]
+    words = {"labels": list(labels) if labels is not None else None, "preprocess": preprocess}
+    payload = {
+        "files": [("file", (Path(file).name, Path(file).read_bytes())) for file in files],
+        "data": {name: json.dumps(value) for name, value in words.items() if value},
+    }
+    path = f"{_task(task)}/versions"
+    return Call("PUT", path, read_as(wire.VersionInfo), params, payload=payload, transfer=True)
 
 
 def download_bundle(task: str, version: str) -> Call[bytes]:

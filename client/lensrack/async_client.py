@@ -218,6 +218,23 @@ class AsyncTasks:
         """Store a bundle; aliases stay where they are unless one is given."""
         return await self._send(_calls.upload_version(task, _calls.bundle_bytes(bundle), alias=alias))
 
+    async def import_checkpoint(
+        self,
+        task: str,
+        *files: str | Path,
+        format: wire.ImportFormat = "auto",  # noqa: A002
+        labels: Sequence[str] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        alias: str | None = None,
+    ) -> wire.VersionInfo:
+        """Store another tool's checkpoint as a version: official VPT, SPT or CVPT, timm's heads, PEFT's LoRA.
+
+        Without `labels` classes are called 0, 1, …; `preprocess` has any of mean, std, interpolation, crop_pct,
+        crop_mode. That it was fitted on the server's backbone is your word where it does not hold one itself.
+        """
+        call = _calls.import_version(task, files, form=format, labels=labels, preprocess=preprocess, alias=alias)
+        return await self._send(call)
+
     async def download(self, task: str, version: str) -> bytes:
         """A bundle's file, checked against its version."""
         return await self._send(_calls.download_bundle(task, version))

@@ -6,6 +6,7 @@ Answers go to stdout, progress and errors to stderr. Exit code 0: done; 1: it fa
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,48 @@ def upload_bundle(
 ) -> None:
     """Store a bundle; prints its version."""
     print(_client(context).tasks.upload(task, file, alias=name).version)
+
+
+@app.command("import")
+def import_checkpoint(
+    context: Context,
+    *,
+    task: TaskName,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, dir_okay=False, show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft or timm.")] = "auto",
+    labels: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file, a class's name a line.")
+    ] = None,
+    preprocess: Annotated[str | None, typer.Option(help="JSON: mean, std, interpolation, crop_pct, crop_mode.")] = None,
+    name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
+) -> None:
+    """Store another tool's checkpoint as a version; prints it.
+
+    Official VPT (prompt_ep*.pth and a file with its head), SPT and CVPT, a timm classifier, a LoRA adapter of PEFT
+    (adapter_config.json and adapter_model.safetensors). It must have been fitted on the server's backbone.
+    """
+    words = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    stored = _client(context).tasks.import_checkpoint(
+        task,
+        *files,
+        format=cast(wire.ImportFormat, form),
+        labels=words,
+        preprocess=_object(preprocess) if preprocess else None,
+        alias=name,
+    )
+    told = stored.recipe
+    term.say(f"read as {told.get('imported_from')}, {stored.method}; backbone {told.get('backbone')}")
+    print(stored.version)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidInput(f"--preprocess: expected a JSON object, got {text[:100]}")
+    return value
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------

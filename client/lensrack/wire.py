@@ -169,6 +169,10 @@ class RollbackRequest(Request):
     alias: AliasName = "live"
 
 
+ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm"]
+"""Other people's checkpoints; `auto` looks at the names of the arrays."""
+
+
 class VersionInfo(Message):
     version: str
     method: str

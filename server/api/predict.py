@@ -167,7 +167,7 @@ async def _read(request: Request, services: Services) -> list[bytes]:
 
 
 async def _from_form(request: Request, most: int) -> list[bytes]:
-    _require_whole(await request.body(), request.headers.get("content-type", ""))
+    require_whole(await request.body(), request.headers.get("content-type", ""))
     try:
         async with request.form(max_files=most, max_fields=most) as form:
             given = form.multi_items()
@@ -180,7 +180,7 @@ async def _from_form(request: Request, most: int) -> list[bytes]:
         raise BadRequest(f"multipart body: {error.detail}") from error
 
 
-def _require_whole(body: bytes, content_type: str) -> None:
+def require_whole(body: bytes, content_type: str) -> None:
     """Starlette's parser forgets to close the files of a body that breaks off, so such a body does not get that far."""
     _, options = parse_options_header(content_type)
     closing = b"--" + options.get(b"boundary", b"") + b"--"

@@ -19,6 +19,7 @@ from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import Added, Page
 from server.datasets.upload_store import UploadStore
+from server.importing.importer import Importer
 from server.jobs.job import Job, Publish, State
 from server.jobs.store import Events, Jobs
 from server.keys.key import NOBODY, Key
@@ -89,8 +90,9 @@ class Services:
 
     `tenant` is how the names of its tasks begin, "" for all. `methods` maps a method's name to its meaning in a line,
     `baselines` to that and to why it cannot be served. `check_bundle` raises ServiceError for a bundle that the running
-    backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread. `rack` tells who
-    sits on the device; `look` belongs to the engine's thread."""
+    backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread, and so may
+    `importer`, which makes bundles of other people's checkpoints. `rack` tells who sits on the device; `look` belongs
+    to the engine's thread."""
 
     settings: Settings
     predictor: Predictor
@@ -107,6 +109,7 @@ class Services:
     methods: Mapping[str, str]
     baselines: Mapping[str, tuple[str, str]]
     check_bundle: Callable[[Bundle], None]
+    importer: Importer
     tenant: str = ""
     key: Key = NOBODY
     meter: Meter = field(default_factory=Meter)

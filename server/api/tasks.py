@@ -11,9 +11,10 @@ from starlette.responses import Response
 import prompts_store as stored
 from lensrack import wire
 from prompts_store import Bundle
-from server.api import guard, views
+from server.api import guard, imports, views
 from server.api.services import Services, ServicesOf
 from server.errors import BadRequest
+from server.importing.importer import File, Wanted
 
 router = APIRouter(tags=["tasks"])
 
@@ -22,7 +23,20 @@ CANARY_TRIES: Final = 5
 _BUNDLE: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
-        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in BUNDLE_TYPES},
+        "content": {
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in BUNDLE_TYPES},
+            imports.FORM: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "labels": {"type": "string", "description": "JSON: the classes' names in their order."},
+                        "preprocess": {"type": "string", "description": "JSON: mean, std, interpolation, …"},
+                    },
+                }
+            },
+        },
     }
 }
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -66,15 +80,25 @@ async def list_versions(services: ServicesOf, task: guard.TaskOf) -> wire.Versio
     responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
 )
 async def upload_version(
+    *,
     request: Request,
     response: Response,
     services: ServicesOf,
     task: guard.TaskOf,
     alias: Annotated[wire.AliasName | None, Query(description="An alias to point at the new version.")] = None,
+    form: Annotated[
+        wire.ImportFormat | None,
+        Query(alias="format", description="The body is another tool's checkpoint, of this kind."),
+    ] = None,
 ) -> wire.VersionInfo:
-    """Store a bundle. Aliases stay where they are unless one is given."""
-    guard.require_type(request.headers, BUNDLE_TYPES)
-    version = await asyncio.to_thread(_put, services, task, await request.body(), alias)
+    """Store a bundle, or import a checkpoint of another tool, which a form always is. Aliases stay where they are
+    unless one is given."""
+    kind = guard.require_type(request.headers, (*BUNDLE_TYPES, imports.FORM))
+    if form is None and kind != imports.FORM:
+        version = await asyncio.to_thread(_put, services, task, await request.body(), alias)
+    else:
+        asked = await imports.read(request, task, form or "auto")
+        version = await asyncio.to_thread(_import, services, *asked, alias)
     response.headers["Location"] = f"/tasks/{task}/versions/{version}"
     return await get_version(services, task, version)
 
@@ -152,7 +176,15 @@ def _put(services: Services, task: str, data: bytes, alias: str | None) -> str:
     if bundle.manifest.task != task:
         raise BadRequest(f"expected a bundle of task {task!r}, got one of {bundle.manifest.task!r}", code="bad_bundle")
     services.check_bundle(bundle)
+    return _stored(services, bundle, alias)
+
+
+def _import(services: Services, files: list[File], wanted: Wanted, alias: str | None) -> str:
+    return _stored(services, services.importer.bundle(files, wanted, services.store), alias)
+
+
+def _stored(services: Services, bundle: Bundle, alias: str | None) -> str:
     version = services.store.put(bundle)
     if alias is not None:
-        services.store.set_alias(task, alias, version)
+        services.store.set_alias(bundle.manifest.task, alias, version)
     return version

@@ -21,13 +21,16 @@ from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict
+from server.importing.format import Width
+from server.importing.importer import Eye, Importer
 from server.jobs.sqlite_store import SqliteJobStore
 from server.keys.keys_file import KeysFile
 from server.keys.ring import KeyRing
 from server.keys.url import open_keys
 from server.settings import Settings
-from tests.unit.serving import FINGERPRINT, Floor
+from tests.unit.serving import FINGERPRINT, MANIFEST, Floor
 
+EYE = Eye("stand-in", FINGERPRINT, Width(dim=4, depth=1, names={}), MANIFEST.preprocess, lambda arrays: FINGERPRINT)
 METHODS = {"linear": "a head alone", "vpt_deep": "prompts in every layer"}
 
 
@@ -111,6 +114,7 @@ def serving(
         methods=METHODS,
         baselines={"full": ("every weight", "changes every weight of the backbone")},
         check_bundle=check_bundle,
+        importer=Importer(EYE, check_bundle),
     )
     ring = KeyRing(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)
     ring.load()

@@ -1,0 +1,114 @@
+"""A task as one ONNX model: normalisation, backbone, lens and head, any number of pictures at once.
+
+What is exported is the forward that serves (`vit.forward`), traced with the task's own lens. Input `pixels` is uint8
+[B, S, S, 3], pictures cut as the manifest's `preprocess` says, or with `Input.FLOAT` what normalisation makes of them,
+float32 [B, 3, S, S]; output `logits` is float32 [B, C]. The model's metadata has labels and preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prompts_store import Bundle
+from server.engine import vit
+from server.engine.backbone import Backbone
+from server.engine.engine import normalise
+from server.engine.lens import condition
+from server.errors import NotInstalled
+from server.methods.registry import Registry
+
+MAX_BATCH = 4096  # torch.export wants a bound
+EXAMPLE = 2  # pictures in the traced batch: one alone would be taken for a constant
+OPSET = 18
+
+
+class Input(Enum):
+    """What the model takes."""
+
+    UINT8 = "uint8"
+    FLOAT = "float"
+
+
+def to_onnx(bundle: Bundle, backbone: Backbone, registry: Registry, takes: Input = Input.UINT8) -> bytes:
+    """The model's file. `backbone`: on the CPU, float32, not packed.
+
+    Raises ServiceError: wrong_backbone, bad_bundle, not_installed.
+    """
+    registry.check(bundle, backbone.spec)
+    program = _exported(OneTask(bundle, backbone, registry, takes), _example(backbone, takes))
+    model = program.model_proto
+    for name, text in _metadata(bundle, takes).items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, text
+    return bytes(model.SerializeToString())
+
+
+class OneTask(nn.Module):
+    """Pixels to logits by one lens."""
+
+    def __init__(self, bundle: Bundle, backbone: Backbone, registry: Registry, takes: Input) -> None:
+        super().__init__()
+        how = bundle.manifest.preprocess
+        self._backbone, self._takes = backbone, takes
+        self._lens = registry.lower(bundle, backbone)
+        self._mean, self._std = torch.tensor([how.mean]), torch.tensor([how.std])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self._takes is Input.UINT8:
+            pixels = normalise(pixels, self._mean, self._std, self._backbone.dtype)
+        x = vit.embed(self._backbone, pixels)
+        return vit.classify(vit.forward(self._backbone, x, condition(self._lens, x.shape[0])), self._lens)
+
+
+def _example(backbone: Backbone, takes: Input) -> Tensor:
+    size = backbone.spec.image_size
+    if takes is Input.UINT8:
+        return torch.zeros(EXAMPLE, size, size, 3, dtype=torch.uint8)
+    return torch.zeros(EXAMPLE, 3, size, size)
+
+
+def _exported(module: OneTask, example: Tensor) -> Any:
+    """torch's exporter, whose own chatter is about itself."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise NotInstalled("ONNX files need the packages of the extra: pip install 'lensrack[export]'") from error
+    quiet = logging.getLogger("onnxscript")
+    before = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["pixels"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(before)
+
+
+def _metadata(bundle: Bundle, takes: Input) -> dict[str, str]:
+    manifest = bundle.manifest
+    return {
+        "task": manifest.task,
+        "version": bundle.version,
+        "method": manifest.method,
+        "backbone": manifest.backbone.fingerprint,
+        "input": takes.value,
+        "labels": json.dumps(manifest.labels),
+        "preprocess": json.dumps(asdict(manifest.preprocess)),
+    }

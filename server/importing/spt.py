@@ -1,0 +1,26 @@
+"""Official SPT checkpoints (Wang et al., Revisiting the Power of Prompt for Visual Tuning, ICML 2024).
+
+`ckpt.pth` holds a whole timm model under `model`: `prompt_token` [L, p, D] (deep) or [1, p, D] (shallow), `head.*`,
+and the frozen backbone. The moving average beside it is not what the paper evaluates. The MAE variant has the same
+names but pools over its prompts' outputs: nothing in the file tells it from the others, so its owner must.
+"""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint
+from .format import IMAGENET, Format, Found, Width, frozen, head, prompts
+
+PREPROCESS = {**IMAGENET, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+
+
+def recognises(checkpoint: Checkpoint) -> bool:
+    return "prompt_token" in checkpoint.arrays
+
+
+def read(checkpoint: Checkpoint, width: Width) -> Found:
+    method, lengths, rows = prompts("prompt_token", checkpoint.floats("prompt_token"), width)
+    params = {"prompts": rows, **head(checkpoint, width, "head")}
+    return Found(method, lengths, params, PREPROCESS, frozen(checkpoint, width))
+
+
+FORMAT = Format("spt", "official SPT: ckpt.pth", recognises, read)

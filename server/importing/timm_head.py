@@ -1,0 +1,18 @@
+"""A classifier on the frozen feature as timm names it, `head.weight` [C, D] and `head.bias` [C]: alone, or in a whole
+model. A whole model's backbone must be the running one, or its head would read what it was not fitted on."""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint
+from .format import Format, Found, Width, frozen, head
+
+
+def recognises(checkpoint: Checkpoint) -> bool:
+    return "head.weight" in checkpoint.arrays
+
+
+def read(checkpoint: Checkpoint, width: Width) -> Found:
+    return Found("linear", (0,) * width.depth, head(checkpoint, width, "head"), {}, frozen(checkpoint, width))
+
+
+FORMAT = Format("timm", "a timm classifier: head.weight and head.bias, alone or in a whole model", recognises, read)

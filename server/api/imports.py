@@ -11,7 +11,8 @@ import io
 import json
 from typing import Any, Final
 
-from fastapi import Request, UploadFile
+from fastapi import Request
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from lensrack import wire

@@ -206,7 +206,7 @@ def import_(
             from server.methods.registry import Registry
 
             given = [(file.name, stack.enter_context(file.open("rb"))) for file in files]
-            bundle = build_importer(backbone, Registry()).bundle(given, wanted, opened)
+            bundle = build_importer(backbone, Registry.installed()).bundle(given, wanted, opened)
             opened.put(bundle)
             if alias is not None:
                 opened.set_alias(task, alias, bundle.version)
@@ -241,7 +241,7 @@ def export(
             from server.methods.registry import Registry
 
             bundle = opened.get(*_version(opened, task))
-            registry = Registry()
+            registry = Registry.installed()
             registry.check(bundle, backbone.spec)
             whole = to_timm(bundle, backbone) if form == "timm" else to_onnx(bundle, backbone, registry, Input(takes))
         with output.open("wb" if force else "xb") as file:

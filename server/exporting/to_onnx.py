@@ -22,6 +22,7 @@ from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.lens import condition
+from server.engine.reader import Reads
 from server.errors import NotInstalled
 from server.methods.registry import Registry
 
@@ -65,7 +66,15 @@ class OneTask(nn.Module):
         if self._takes is Input.UINT8:
             pixels = normalise(pixels, self._mean, self._std, self._backbone.dtype)
         x = vit.embed(self._backbone, pixels)
-        return vit.classify(vit.forward(self._backbone, x, condition(self._lens, x.shape[0])), self._lens)
+        return vit.classify(vit.forward_lanes(self._backbone, [self._lane(x)])[0], self._lens)
+
+    def _lane(self, x: Tensor) -> vit.Lane:
+        """Readers behind a trunk that has been run: lanes side by side would be cut at sizes that the trace holds for
+        constants."""
+        rows = condition(self._lens, x.shape[0])
+        if rows.reads_from is None:
+            return vit.Lane.of(x, rows)
+        return vit.Lane.reading(rows, Reads(vit.record(self._backbone, x, rows.reads_from)))
 
 
 def _example(backbone: Backbone, takes: Input) -> Tensor:

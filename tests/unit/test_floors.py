@@ -21,7 +21,9 @@ def test_engine_methods_and_training_need_no_package_of_the_service() -> None:
     assert not SERVICE & loaded_by(*names)
 
 
-@pytest.mark.parametrize("module", ["prompts_store", "server.batching.scheduler", "server.jobs.sqlite_store"])
+@pytest.mark.parametrize(
+    "module", ["prompts_store", "server.batching.scheduler", "server.jobs.sqlite_store", "server.importing.importer"]
+)
 def test_what_needs_no_torch_loads_none(module: str) -> None:
     assert not {"torch", "timm"} & loaded_by(module)
 

@@ -198,7 +198,7 @@ def _pooled(backbone: Backbone, last: FrozenBlock, lanes: Sequence[Lane]) -> lis
     flat, shapes = _last_block(last, lanes, backbone.spec, pools)
     x = _split(backbone.model.norm(flat), shapes)
     pooled = pooling.features(backbone, x, pools, [lane.token_mask for lane in lanes])
-    return list(pooled.split([len(lane.x) for lane in lanes]))
+    return [pooled] if len(lanes) == 1 else list(pooled.split([len(lane.x) for lane in lanes]))
 
 
 def _last_block(

@@ -40,6 +40,12 @@ def to_timm(bundle: Bundle, backbone: Backbone) -> bytes:
             "the format onnx takes all",
             code="not_exportable",
         )
+    if manifest.pool is not None:
+        raise Unprocessable(
+            f"the task's head reads pool {manifest.pool!r}, a timm model of this architecture does not: "
+            "the format onnx takes it",
+            code="not_exportable",
+        )
     params = {name: torch.tensor(array).to(backbone.dtype) for name, array in bundle.tensors.items()}
     own = backbone.model.state_dict()
     learned = LEARNED[manifest.method](backbone, params, manifest.prompt_lengths)

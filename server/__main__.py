@@ -33,7 +33,7 @@ log = logging.getLogger("server")
 
 ExportFormat = Literal["onnx", "timm"]
 ExportInput = Literal["uint8", "float"]
-BENCHES = ("accuracy", "compare", "engine", "jobs", "readers", "training-load")  # modules of `server.bench`
+BENCHES = ("accuracy", "compare", "engine", "jobs", "prompts", "readers", "training-load")  # modules of `server.bench`
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -24,9 +24,13 @@ class Reader:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def splits(self, dataset: Dataset, recipe: Recipe) -> Splits:
-        """The dataset's own splits; without one for validation, a share of the training pictures."""
-        return _split(dataset, recipe, self._decoder)
+    def splits(self, dataset: Dataset, recipe: Recipe, geometry: Geometry | None = None) -> Splits:
+        """The dataset's own splits, cut as `geometry` says where it is given; without one for validation, a share of
+        the training pictures."""
+        return _split(dataset, recipe, self._cut(geometry))
+
+    def _cut(self, geometry: Geometry | None) -> Decoder:
+        return self._decoder if geometry is None else replace(self._decoder, geometry=geometry)
 
     def validation(self, dataset: Dataset, recipe: Recipe, check: Check) -> Batches:
         """The validation pictures again, cut as whoever is judged asks."""

@@ -23,13 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prompts_store import Backbone, Bundle, Manifest, Store, StoreUnavailable
+from prompts_store import Backbone, Bundle, Manifest, Preprocess, Store, StoreUnavailable
 from server import __version__, logs, metrics, tracing
 from server.checkpoints import Checkpoints
 from server.datasets.dataset import Dataset
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as engine_backbone
-from server.errors import DiskFull, ServiceError, Unavailable
+from server.engine.images import Geometry
+from server.errors import DiskFull, ServiceError, Unavailable, Unprocessable
 from server.jobs.job import Job, State
 from server.jobs.lifecycle import SILENT
 from server.jobs.store import JobStore, LeaseLost
@@ -37,6 +38,7 @@ from server.methods.baseline import Baseline
 from server.methods.method import Method
 from server.methods.registry import COMPARE, Registry
 from server.own_context import in_own_context
+from server.parents import Parent, Parents
 from server.publishing import Judge, Outcome, Publisher
 from server.pulse import JobCancelled, Pulse, ShuttingDown
 from server.reading import Reader
@@ -44,6 +46,7 @@ from server.retention import Retention
 from server.training import together
 from server.training.baseline_fit import reporting
 from server.training.compare import Material, Wish, comparing
+from server.training.condense import condensing, refuse, under_way
 from server.training.data import Splits
 from server.training.feature_cache import Features
 from server.training.fit import DivergedError, Fitted, fitting
@@ -78,6 +81,8 @@ class Case:
     method: Method | None
     wanted: Wanted
     recipe: Recipe
+    parent: Parent | None
+    preprocess: Preprocess
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Trainer:
         self._checkpoints = Checkpoints(means.checkpoints)
         self._retention = Retention(jobs, self._checkpoints, keep_s)
         self._publisher = Publisher(store)
+        self._parents = Parents(store, means.registry, means.backbone.spec)
         self._reader, self._features = Reader(means.decoder), means.features
         self._under_way = 0
         self.stop = threading.Event()
@@ -223,8 +229,10 @@ class Trainer:
             self._tell(job, found, started)
             return
         case = self._case(job)
-        splits = self._reader.splits(case.dataset, case.recipe)
-        frozen = FrozenFeatures(self._backbone, self._features)
+        how = case.preprocess
+        geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
+        splits = self._reader.splits(case.dataset, case.recipe, geometry)
+        frozen = FrozenFeatures(self._backbone, self._features, how)
         if case.wanted.search == "quick":
             yield from self._preliminary(case, splits, frozen, pulse)
         fitted = yield from self._fitted(case, splits, frozen, pulse)
@@ -237,11 +245,12 @@ class Trainer:
         """The table of a comparison; nothing is stored. A finished fit is not fitted again by the next attempt."""
         dataset = self._datasets.get(job.dataset)
         asked = job.recipe[COMPARE]
+        nothing, own = Wanted.of({}), self._backbone.spec.preprocess
         wish = Wish(tuple(asked["methods"]), tuple(asked["seeds"]), asked["recipe"])
         material = Material(
             splits=lambda recipe: self._reader.splits(dataset, recipe),
             labels=tuple(dataset.labels),
-            bundle=lambda fitted: self._bundle(Case(job, dataset, None, Wanted.of({}), fitted.recipe), fitted),
+            bundle=lambda fitted: self._bundle(Case(job, dataset, None, nothing, fitted.recipe, None, own), fitted),
             features=lambda: FrozenFeatures(self._backbone, self._features),
         )
         keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
@@ -259,6 +268,8 @@ class Trainer:
             self._registry.get(baseline.name)  # says why that cannot be
         dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
         recipe = resolve(baseline.defaults, wanted.fields)
+        if recipe.condense is not None or recipe.init != "uniform":
+            raise Unprocessable(f"init, condense: expected a method with prompts, got {baseline.name}, which has none")
         found = yield from reporting(
             self._backbone,
             baseline,
@@ -283,7 +294,12 @@ class Trainer:
         dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
         name = UNSEARCHED if job.method == AUTO and wanted.search != "auto" else job.method
         method = None if name == AUTO else self._registry.get(name)
-        return Case(job, dataset, method, wanted, resolve(method.defaults if method else {}, wanted.fields))
+        recipe = resolve(method.defaults if method else {}, wanted.fields)
+        if recipe.condense is not None and method is not None:
+            refuse(method, self._backbone.spec)
+        parent = self._parents.get(job.task, recipe, tuple(dataset.labels))
+        preprocess = parent.preprocess if parent else self._backbone.spec.preprocess
+        return Case(job, dataset, method, wanted, recipe, parent, preprocess)
 
     def _preliminary(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[None]:
         """A head on the frozen features, in seconds: the task answers while the full fit goes on."""
@@ -298,35 +314,29 @@ class Trainer:
         self._publish(case, replace(found, metrics={**found.metrics, "preliminary": True}), pulse)
 
     def _fitted(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[Fitted]:
-        classes, job = len(case.dataset.labels), case.job
-        keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
+        """What the job fits, or begins with, and what is left of it where it is to be condensed."""
+        resume, classes = self._checkpoints.read(case.job.id), len(case.dataset.labels)
+        rest: dict[str, Any] = {"watch": pulse.watch, "keep": self._checkpoints.keeper(case.job.id)}
+        rest |= {"resume": resume, "frozen": frozen}
+        found = case.parent.fitted if case.parent else under_way(resume, self._registry.get)
+        if found is None:
+            found = yield from self._fresh(case, splits, classes, rest)
+        if found.recipe.condense is None:
+            return found
+        return (yield from condensing(self._backbone, found, splits, classes, **rest))
+
+    def _fresh(self, case: Case, splits: Splits, classes: int, rest: dict[str, Any]) -> Fitting[Fitted]:
         if case.wanted.search == "auto" or case.method is None:  # the second says the same to the type checker
-            return searching(
-                self._backbone,
-                self._registry.searched if case.method is None else [case.method],
-                splits,
-                classes,
-                case.wanted.fields,
-                budget=case.wanted.budget,
-                watch=pulse.watch,
-                keep=keep,
-                resume=resume,
-                frozen=frozen,
-            )
-        return fitting(
-            self._backbone,
-            case.method,
-            splits,
-            classes,
-            case.recipe,
-            watch=pulse.watch,
-            keep=keep,
-            resume=resume,
-            frozen=frozen,
-        )
+            methods = self._registry.searched if case.method is None else [case.method]
+            fields, budget = case.wanted.fields, case.wanted.budget
+            return searching(self._backbone, methods, splits, classes, fields, budget=budget, **rest)
+        return fitting(self._backbone, case.method, splits, classes, case.recipe, **rest)
 
     def _publish(self, case: Case, fitted: Fitted, pulse: Pulse) -> tuple[str, Outcome]:
-        """The version, and what became of it."""
+        """The version, and what became of it: that which was to be condensed, where it could not be."""
+        if case.parent is not None and fitted.metrics["condense"]["kept"] is None:
+            pulse.tell("kept", {"version": case.parent.version, "reason": "not_condensed"})
+            return case.parent.version, {"published": False}
         bundle = self._bundle(case, fitted)
         return bundle.version, self._publisher.publish(case.job, bundle, self._judge(case, pulse), pulse)
 
@@ -344,11 +354,11 @@ class Trainer:
             backbone=Backbone(arch=spec.arch, fingerprint=spec.fingerprint),
             labels=tuple(case.dataset.labels),
             prompt_lengths=fitted.prompt_lengths,
-            preprocess=spec.preprocess,
+            preprocess=case.preprocess,
             metrics=fitted.metrics,
             recipe=fitted.recipe.to_json(),
             dataset=case.dataset.id,
-            parent=None,
+            parent=case.parent.version if case.parent else None,
             created_at=case.job.created_at,
             lensrack_version=__version__,
             pool=fitted.recipe.pool,

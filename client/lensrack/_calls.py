@@ -283,7 +283,7 @@ def delete_dataset(dataset: str) -> Call[None]:
 
 def train(
     task: str,
-    dataset: str,
+    dataset: str | None,
     *,
     method: str,
     recipe: Mapping[str, Any] | wire.Recipe | str,
@@ -323,6 +323,25 @@ def compare(
 
 def comparison(job: str) -> Call[wire.Comparison]:
     return Call("GET", f"/compare/{segment(job, 'job')}", read_as(wire.Comparison))
+
+
+def condense(
+    task: str,
+    *,
+    version: str,
+    dataset: str | None,
+    keep: Sequence[float] | None,
+    epsilon: float | None,
+    epochs: int | None,
+    publish: str,
+    priority: int,
+    key: str | None,
+) -> Call[wire.Job]:
+    """A job that begins with a version instead of a fit."""
+    shares = None if keep is None else list(keep)
+    how = _checked(wire.Condense, version=version, keep=shares, epsilon=epsilon, epochs=epochs)
+    recipe = wire.Recipe(condense=how)
+    return train(task, dataset, method="auto", recipe=recipe, publish=publish, priority=priority, key=key)
 
 
 def list_jobs(*, cursor: str | None, limit: int, task: str | None, state: wire.JobState | None) -> Call[wire.JobList]:

@@ -81,6 +81,8 @@ def _trial_of(event: wire.JobEvent) -> tuple[int, int] | None:
 def _tried(event: wire.JobEvent) -> str:
     tried = event.data
     what = f"trial {tried['trial']}/{tried['trials']}  {tried.get('method')}  lr {tried.get('lr')}"
+    if "kept" in tried:
+        what += f"  {tried['kept']} prompts"
     accuracy = tried.get("val_accuracy")
     outcome = f"validation accuracy {accuracy:.1%}" if isinstance(accuracy, float) else "diverged"
     return f"{what}  {outcome}"

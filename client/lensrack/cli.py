@@ -404,6 +404,9 @@ def train(
         tuple[int, int] | None, typer.Option(help="First and last layer with prompts, from 0.")
     ] = None,
     prompt_dropout: float | None = None,
+    init: Annotated[
+        str | None, typer.Option(help="How prompts begin: uniform, tokens, tokens_mean or tokens_kmeans.")
+    ] = None,
     label_smoothing: float | None = None,
     class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, flip or crop.")] = None,
@@ -411,6 +414,9 @@ def train(
     pool: Annotated[str | None, typer.Option(help="The head reads: cls, image or image_and_prompts.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
     seed: int | None = None,
+    condense: Annotated[
+        bool | None, typer.Option("--condense", help="Leave out most prompts after the fit.", show_default=False)
+    ] = None,
     publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
     priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
     follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
@@ -426,7 +432,42 @@ def train(
     policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
     asked: Mapping[str, Any] = recipe or {"search": "auto"}
     handle = _client(context).train(task, dataset, method, asked, publish=policy, priority=priority)
-    as_json = _wants_json(context, as_json)
+    _show_begun(handle, follow=follow, as_json=_wants_json(context, as_json))
+
+
+@app.command()
+def condense(
+    context: Context,
+    *,
+    task: TaskName,
+    version: Annotated[str, typer.Option(help="A version, the beginning of one, or an alias.")] = "live",
+    dataset: Annotated[str | None, typer.Option(help="Instead of the version's own.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="A share of the prompts to try; repeat for more.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Validation accuracy that may be lost, such as 0.005.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of the refit of each share.")] = None,
+    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
+    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave out most prompts of a version in the background; prints the job's id.
+
+    The smallest share that costs no more than --epsilon becomes a new version; where none does, nothing changes.
+    """
+    handle = _client(context).condense(
+        task,
+        version,
+        dataset=dataset,
+        keep=keep or None,
+        epsilon=epsilon,
+        epochs=epochs,
+        publish=cast(wire.PublishPolicy, publish),
+        priority=priority,
+    )
+    _show_begun(handle, follow=follow, as_json=_wants_json(context, as_json))
+
+
+def _show_begun(handle: JobHandle, *, follow: bool, as_json: bool) -> None:
     if not as_json:
         print(handle.id, flush=True)
     if follow:
@@ -449,7 +490,12 @@ def _follow(handle: JobHandle) -> None:
         term.say(f"job {job.id} {job.state}: {job.method} leaves no version; `lensrack jobs show {job.id}`")
         return
     term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
-    if job.metrics.get("published") is False:
+    told = job.metrics.get("condense") or {}
+    if told.get("kept"):
+        term.say(f"it keeps {told['kept']} of {told['prompts']} prompts")
+    elif told:
+        term.say("no smaller share of its prompts was good enough: all of them are kept")
+    if job.metrics.get("published") is False and (told.get("kept") or not told.get("version")):
         term.say(f"it is not live: the job's --publish was {job.publish}")
 
 

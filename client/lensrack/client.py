@@ -152,6 +152,38 @@ class Client:
         """What a comparison has found; its rows come with its end."""
         return self._send(_calls.comparison(job))
 
+    def condense(
+        self,
+        task: str,
+        version: str = "live",
+        *,
+        dataset: str | None = None,
+        keep: Sequence[float] | None = None,
+        epsilon: float | None = None,
+        epochs: int | None = None,
+        publish: wire.PublishPolicy = "always",
+        priority: int = 0,
+        idempotency_key: str | None = None,
+    ) -> JobHandle:
+        """Queue a job that leaves out most prompts of a version, or of what an alias points at, and refits the rest.
+
+        Of the shares `keep`, the smallest that loses at most `epsilon` of the validation accuracy becomes a new
+        version; where none does, the job's `version` is the one that it began with. `epochs` is for each share tried.
+        Without a `dataset` it is the version's own.
+        """
+        call = _calls.condense(
+            task,
+            version=version,
+            dataset=dataset,
+            keep=keep,
+            epsilon=epsilon,
+            epochs=epochs,
+            publish=publish,
+            priority=priority,
+            key=idempotency_key,
+        )
+        return JobHandle(self, self._send(call))
+
     def health(self) -> wire.Health:
         return self._send(_calls.health())
 

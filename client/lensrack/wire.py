@@ -406,6 +406,25 @@ class FeedbackPage(Message):
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
+class Condense(Request):
+    """Fewer prompts than were fitted (Prompt Condensation, arXiv 2305.17223): the best of all layers, fitted again.
+
+    `keep`: shares of the prompts that are tried, the smallest first, until one loses no more than `epsilon` of the
+    validation accuracy (0.005 is half a point). `epochs`: of each refit; left out, a quarter of the fit's.
+    `version`: a version of the task, the beginning of one, or an alias, to condense instead of fitting a new one: with
+    its own method and recipe, and on its own dataset where none is named. Where no share is good enough it stays.
+    """
+
+    keep: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=20)] | None = None
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+
+def _switched(condense: object) -> object:
+    return ({} if condense else None) if isinstance(condense, bool) else condense
+
+
 class Recipe(Request):
     """Hyper-parameters of a job; what is left out takes the method's default, or is searched.
 
@@ -415,9 +434,12 @@ class Recipe(Request):
     `preset`: a published recipe, and for a search its grid; fields that are given replace the preset's.
     `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
     `prompt_layers`: the first and the last layer that get prompts, from 0.
+    `init`: how prompts begin: `uniform` as the method draws them, or as tokens of the task's own images, layer by layer
+    (SPT, ICML 2024): random `tokens`, their means, or the centres of their k-means clusters.
     `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
     `pool`: what the head reads: the class token, the mean of the image's tokens, or of these and the last layer's
     prompts; left out, what the backbone was made with.
+    `condense`: leave out most prompts after the fit; true takes the defaults of Condense.
     """
 
     search: Literal["auto", "quick", "none"] | None = None
@@ -436,12 +458,16 @@ class Recipe(Request):
     prompt_layers: Annotated[list[Annotated[int, Field(ge=0, le=999)]], Field(min_length=2, max_length=2)] | None = None
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    init: Literal["uniform", "tokens", "tokens_mean", "tokens_kmeans"] | None = None
     class_weights: Literal["none", "balanced"] | None = None
     augment: Literal["none", "flip", "crop"] | None = None
     patience: Annotated[int, Field(ge=0, le=1000)] | None = None
     pool: Literal["cls", "image", "image_and_prompts"] | None = None
     validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    condense: Annotated[Condense | None, BeforeValidator(_switched, json_schema_input_type=Condense | bool | None)] = (
+        None
+    )
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Recipe:
@@ -464,14 +490,21 @@ class TrainRequest(Request):
 
     `publish`: whether the new version goes live `always`, `never`, or only `if_better` than the version that is
     live by then, judged on the same validation images. Waiting jobs of higher `priority` come first.
+    `dataset` may be left out where `recipe.condense` names a version that tells its own.
     """
 
     task: TaskName
-    dataset: str
+    dataset: str | None = None
     method: str = "auto"
     recipe: RecipeOrWord = Recipe(search="auto")
     publish: PublishPolicy = "always"
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+
+    @model_validator(mode="after")
+    def _on_something(self) -> TrainRequest:
+        if self.dataset is None and (self.recipe.condense is None or self.recipe.condense.version is None):
+            raise ValueError("expected a dataset: only a job that condenses a version can do without")
+        return self
 
 
 class JobProgress(Message):

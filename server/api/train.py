@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
 from lensrack import wire
-from server.api import predict, stream
+from server.api import condense, predict, stream
 from server.api.services import Services, ServicesOf
 from server.errors import Unprocessable
 from server.jobs.job import Event, Job
@@ -39,6 +39,7 @@ async def train(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
+    asked = await condense.taken_over(services, asked)
     if asked.method in services.baselines:
         _check_baseline(services, asked)
     elif asked.method != AUTO:
@@ -131,7 +132,7 @@ def _check_baseline(services: Services, asked: wire.TrainRequest) -> None:
 
 
 def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Job:
-    dataset = services.datasets.get(asked.dataset)
+    dataset = services.datasets.get(asked.dataset or "")
     return services.jobs.submit(
         asked.task,
         dataset.id,

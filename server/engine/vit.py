@@ -110,11 +110,18 @@ def forward_lanes(backbone: Backbone, lanes: Sequence[Lane]) -> list[Tensor]:
     return _pooled(backbone, last, lanes)
 
 
-def tokens_at(backbone: Backbone, x: Tensor, layer: int) -> Tensor:
-    """Image tokens x [B, N, D] of the first block as the plain backbone hands them to block `layer`: [B, N, D]."""
+def patches(backbone: Backbone, pixels: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, S, S] to patch embeddings [B, patches, D]: what `embed` gives of them, but without
+    position, class token and registers."""
+    model = backbone.model
+    return model.norm_pre(model.patch_embed(pixels))
+
+
+def tokens_at(backbone: Backbone, x: Tensor, layer: int, start: int = 0) -> Tensor:
+    """Image tokens x [B, N, D] that enter block `start`, as the plain backbone hands them to block `layer`."""
     lane = Lane.of(x, Plain())
-    for index, block in enumerate(backbone.blocks[:layer]):
-        _block(block, [lane], index)
+    for index in range(start, layer):
+        _block(backbone.blocks[index], [lane], index)
     return lane.x
 
 

@@ -83,11 +83,11 @@ def reporting(
         cast(Method, baseline),  # `Fit` lowers it where it steps and looks, both of which are done otherwise here
         recipe,
         (),
-        cast(dict[str, Tensor], params),
-        weights,
         frozen or FrozenFeatures(backbone),
         watch,
         keep,
+        params=cast(dict[str, Tensor], params),
+        weights=weights,
         model=model,
         baseline=baseline,
     )
@@ -165,7 +165,7 @@ class BaselineFit(Fit):
                 seen = yield from self._seen(inputs, torch.from_numpy(index), read)
                 answer = yield Own(lambda seen=seen: self._look(seen))  # type: ignore[misc]
                 found.append(answer.double().cpu().numpy())
-                self._tick()
+                self.tick()
         return np.concatenate(found)
 
     @torch.no_grad()

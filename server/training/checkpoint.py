@@ -28,6 +28,8 @@ class Checkpoint:
     passes: pictures that went through the backbone.
     trials: the finished trials of the search, or the finished fits of the comparison, that this fit belongs to; with
     `epoch` 0 the fit itself has not begun. spent_s, cpu_s: seconds that it has taken, in all its attempts.
+    condense, parent: where what was fitted is being condensed, how far that is, and the parameters that it began with;
+    the rest is then the state of the refit under way.
     """
 
     epoch: int = 0
@@ -39,6 +41,8 @@ class Checkpoint:
     trials: list[dict[str, Any]] = field(default_factory=list)
     spent_s: float = 0.0
     cpu_s: float = 0.0
+    parent: dict[str, Tensor] = field(default_factory=dict)
+    condense: dict[str, Any] = field(default_factory=dict)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -57,8 +61,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-_GROUPS = ("params", "optimizer", "best")
-_TOLD = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s")
+_GROUPS = ("params", "optimizer", "best", "parent")
+_TOLD = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s", "condense")
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -86,7 +90,7 @@ def read(path: Path) -> Checkpoint | None:
             told = json.loads(file.metadata()["fit"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
         groups: dict[str, Any] = {group: _under(f"{group}/", tensors) for group in _GROUPS}
-        return Checkpoint(**{name: told[name] for name in _TOLD}, **groups)
+        return Checkpoint(**{name: told[name] for name in _TOLD if name in told}, **groups)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -27,7 +27,7 @@ from server.errors import Unprocessable
 from server.methods import pooling
 from server.methods.method import Method, Params
 
-from . import augment, metrics
+from . import augment, metrics, token_init
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from .data import Pictures, Pixels, Splits
 from .frozen import FrozenFeatures, parts
@@ -85,27 +85,23 @@ def fitting(
     keep: Keeper = nowhere,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
+    start: Fitted | None = None,
     each_epoch: bool = True,
 ) -> Fitting[Fitted]:
     """Fit `method` on the training pictures for `labels` classes; `together.run` runs it.
 
     `watch` is called after every batch; what it raises ends the fit, which is how a job is cancelled within a step.
     `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
-    `frozen` shares features between fits on the same pictures; without `each_epoch` the validation pictures are looked
-    at once, at the end. Raises DivergedError, and Unprocessable for a recipe that does not go with the backbone.
+    `frozen` shares features between fits on the same pictures; `start` holds the parameters and prompt lengths to begin
+    with, instead of fresh ones; without `each_epoch` the validation pictures are looked at once, at the end. Raises
+    DivergedError, and Unprocessable for a recipe that does not go with the backbone or the method.
     """
     if (reason := pooling.refusal(backbone.spec, recipe.pool)) is not None:
         raise Unprocessable(reason)
-    lengths = prompt_lengths(backbone.spec, method, recipe)
-    params = method.init(backbone.spec, lengths, labels, seeded(recipe.seed, 0))
-    if resume is not None and resume.epoch:
-        params = {name: resume.params[name].clone() for name in params}
-    params = {name: value.to(backbone.device).requires_grad_(True) for name, value in params.items()}
-    weights = None
-    if recipe.class_weights == "balanced":
-        weights = class_weights(splits.train.targets, labels).to(backbone.device)
-    run = Fit(backbone, method, recipe, lengths, params, weights, frozen or FrozenFeatures(backbone), watch, keep)
+    lengths = start.prompt_lengths if start else prompt_lengths(backbone.spec, method, recipe)
+    run = Fit(backbone, method, recipe, lengths, frozen or FrozenFeatures(backbone), watch, keep)
     run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
+    yield from run.begin(splits.train, labels, start, resume)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
     return (yield from run.finished(train, val, splits.test))
@@ -113,21 +109,45 @@ def fitting(
 
 @dataclass
 class Fit:
-    """One fit under way."""
+    """One fit under way. `weights`: of the classes [C], where they differ."""
 
     backbone: Backbone
     method: Method
     recipe: Recipe
     prompt_lengths: tuple[int, ...]
-    params: Params
-    weights: Tensor | None
     frozen: FrozenFeatures
-    watch: Watcher
-    keep: Keeper
+    watch: Watcher = nobody
+    keep: Keeper = nowhere
+    params: Params = field(default_factory=dict)
+    weights: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "val_accuracy": [], "val_nll": []})
     passes: int = 0
     shown: Progress = field(default_factory=Progress)
+
+    def begin(self, train: Pictures, labels: int, start: Fitted | None, resume: Checkpoint | None) -> Fitting[None]:
+        """The parameters before the next step: a checkpoint's, given ones, or fresh. And what each class weighs."""
+        if self.recipe.class_weights == "balanced":
+            self.weights = class_weights(train.targets, labels).to(self.backbone.device)
+        generator = seeded(self.recipe.seed, 0)
+        params = self.method.init(self.backbone.spec, self.prompt_lengths, labels, generator)
+        if resume is not None and resume.epoch:  # in the order of `init`, by which the optimiser knows them
+            params = {name: resume.params[name].clone() for name in params}
+        elif start is not None:
+            params = {name: torch.tensor(start.params[name], dtype=torch.float32) for name in params}
+        elif self.recipe.init != "uniform":
+            params |= yield from self._from_tokens(train, generator)
+        self.params = {name: value.to(self.backbone.device).requires_grad_(True) for name, value in params.items()}
+
+    def _from_tokens(self, train: Pictures, generator: torch.Generator) -> Fitting[Params]:
+        recipe, lengths = self.recipe, self.prompt_lengths
+        token_init.refuse_without_prompts(self.method, self.backbone.spec, f"init {recipe.init!r}")
+        if not sum(lengths):
+            return {}
+        seen = token_init.pictures_for(train, recipe.seed)
+        self.passes += len(seen)
+        prompts = token_init.token_prompts(self.frozen, seen, lengths, recipe.init, generator=generator, tick=self.tick)
+        return {"prompts": (yield from prompts)}
 
     def inputs(self, pictures: Pictures, again: bool = True) -> Fitting[Inputs]:
         """What lies before the first trained layer does not change from epoch to epoch, nor does what readers read:
@@ -139,13 +159,13 @@ class Fit:
             return Inputs(pictures, None, 0, targets)
         if layer == self.backbone.spec.depth:
             self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
-        features = yield from self.frozen.of(pictures.images, layer, self._tick, pool)
+        features = yield from self.frozen.of(pictures.images, layer, self.tick, pool)
         return Inputs(pictures, features, layer, targets)
 
     def _readers_inputs(self, pictures: Pictures, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
         if not again or self.recipe.augment != "none" or not self.frozen.readable(len(pictures), layer):
             return Inputs(pictures, None, layer, targets)
-        read = yield from self.frozen.read(pictures.images, layer, self._tick)
+        read = yield from self.frozen.read(pictures.images, layer, self.tick)
         self.passes += len(read)
         return Inputs(pictures, None, layer, targets, read)
 
@@ -199,14 +219,14 @@ class Fit:
     ) -> Fitting[float]:
         """One optimiser step on the pictures `index`. Returns the batch's mean loss."""
         targets = train.targets[index].to(self.backbone.device)
-        lens = self._lens(self._drop_prompts(len(index), generator))
+        lens = self.lens(self._drop_prompts(len(index), generator))
         optimizer.zero_grad(set_to_none=True)
         if train.pooled:
-            loss = self._loss(self._x(train, index, pixels), lens, targets)
+            loss = self.loss(self.x(train, index, pixels), lens, targets)
             loss.backward()
         else:
-            ask = self._ask(train, index, pixels, condition(lens, len(index)))
-            loss = yield replace(ask, loss=lambda features: self._loss(features, lens, targets))
+            ask = self.ask(train, index, pixels, condition(lens, len(index)))
+            loss = yield replace(ask, loss=lambda features: self.loss(features, lens, targets))
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
@@ -215,7 +235,7 @@ class Fit:
             raise DivergedError(f"the loss became {value}; {hint}")
         return value
 
-    def _loss(self, features: Tensor, lens: Lens, targets: Tensor) -> Tensor:
+    def loss(self, features: Tensor, lens: Lens, targets: Tensor) -> Tensor:
         logits = vit.classify(features, lens).float()
         return F.cross_entropy(logits, targets, self.weights, label_smoothing=self.recipe.label_smoothing)
 
@@ -232,7 +252,7 @@ class Fit:
         self.shown = replace(progress, epoch_ended=False, learned=0)
         self.watch(progress)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """Nothing new, but a way out for whoever watches: a look at many pictures takes longer than a step."""
         self.watch(self.shown)
 
@@ -242,18 +262,18 @@ class Fit:
         """Logits [n, C] of all pictures, without dropout and without views."""
         found = []
         with torch.inference_mode():
-            lens = self._lens(self.params)
+            lens = self.lens(self.params)
         order = parts(len(inputs.targets))
         with closing(inputs.read(order)) as pixels:
             for index, read in zip(order, pixels, strict=True):
                 chosen = torch.from_numpy(index)
                 if inputs.pooled:
-                    features = self._x(inputs, chosen, read)
+                    features = self.x(inputs, chosen, read)
                 else:
-                    features = yield self._ask(inputs, chosen, read, condition(lens, len(index)))
+                    features = yield self.ask(inputs, chosen, read, condition(lens, len(index)))
                 with torch.inference_mode():
                     found.append(vit.classify(features, lens).double().cpu().numpy())
-                self._tick()
+                self.tick()
         return np.concatenate(found)
 
     def _note(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
@@ -314,13 +334,13 @@ class Fit:
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 
-    def _ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> Ask:
+    def ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> Ask:
         """The features of a batch; `passes` counts its pictures but those whose trunk has been run."""
-        x = self._x(inputs, index, pixels)
+        x = self.x(inputs, index, pixels)
         self.passes += len(x)
         return Ask(x, rows, start=inputs.layer, kept=inputs.kept(index))
 
-    def _x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
+    def x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
         """What enters block `inputs.layer`: [B, N, D], or the pooled features [B, D]."""
         if pixels is not None:
             return self.frozen.embedded(pixels)
@@ -332,15 +352,15 @@ class Fit:
     def _begins(self) -> tuple[int, Pool | None]:
         """The first layer that the fit has a part in, and what is pooled where that is none."""
         with torch.inference_mode():
-            lens = self._lens(self.params)
+            lens = self.lens(self.params)
         return lens.first_layer, lens.pool
 
     def _reads(self) -> bool:
         """Whether what is fitted reads the trunk and leaves it as it is."""
         with torch.inference_mode():
-            return self._lens(self.params).reads_from is not None
+            return self.lens(self.params).reads_from is not None
 
-    def _lens(self, params: Params) -> Lens:
+    def lens(self, params: Params) -> Lens:
         cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}
         return pooling.lowered(self.method, self.backbone, cast, self.prompt_lengths, self.recipe.pool)
 

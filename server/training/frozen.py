@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prompts_store import Preprocess
 from server.engine import vit
-from server.engine.backbone import Backbone
+from server.engine.backbone import Backbone, Spec
 from server.engine.engine import normalise
 from server.engine.lens import Plain
 from server.engine.pooling import Pool
@@ -33,15 +34,20 @@ READ_SETS = 2  # of pictures whose keys and values are kept: those to learn from
 
 
 class FrozenFeatures:
-    """Remembers the features of every `Images` that it has been asked about; `cache` remembers them for later ones."""
+    """Remembers the features of every `Images` that it has been asked about; `cache` remembers them for later ones.
+    `seen`: how pictures are normalised, where not as the backbone was pretrained."""
 
-    def __init__(self, backbone: Backbone, cache: Features | None = None) -> None:
+    def __init__(self, backbone: Backbone, cache: Features | None = None, seen: Preprocess | None = None) -> None:
         self._backbone, self._cache = backbone, cache or NoCache()
-        own = backbone.spec.preprocess
+        self._own = own = seen or backbone.spec.preprocess
         self._mean = torch.tensor([own.mean], device=backbone.device)
         self._std = torch.tensor([own.std], device=backbone.device)
         self._known: list[tuple[Images, str, Tensor]] = []
         self._read: deque[tuple[Images, int, Recorded]] = deque(maxlen=READ_SETS)
+
+    @property
+    def spec(self) -> Spec:
+        return self._backbone.spec
 
     def fits(self, images: int, layer: int) -> bool:
         """Whether what enters `layer` is worth keeping for so many pictures."""
@@ -109,15 +115,23 @@ class FrozenFeatures:
         backbone, spec = self._backbone, self._backbone.spec
         if images.digest is None:
             return None
-        own = spec.preprocess
+        own = self._own
         dtype = str(backbone.dtype).removeprefix("torch.") + (" packed" if backbone.packed else "")
         return FeatureKey(images.digest, spec.fingerprint, backbone.device.type, dtype, own.mean, own.std, what)
 
     @torch.no_grad()
     def embedded(self, pixels: Pixels) -> Tensor:
-        """uint8 [B, S, S, 3] → the tokens that enter the first block [B, N, D], with the backbone's normalisation."""
+        """uint8 [B, S, S, 3] → the tokens that enter the first block [B, N, D], with the fit's normalisation."""
+        return vit.embed(self._backbone, self._normalised(pixels))
+
+    @torch.no_grad()
+    def patches(self, pixels: Pixels) -> Tensor:
+        """uint8 [B, S, S, 3] → patch embeddings [B, patches, D], which know nothing of their position."""
+        return vit.patches(self._backbone, self._normalised(pixels))
+
+    def _normalised(self, pixels: Pixels) -> Tensor:
         stack = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._backbone.device)
-        return vit.embed(self._backbone, normalise(stack, self._mean, self._std, self._backbone.dtype))
+        return normalise(stack, self._mean, self._std, self._backbone.dtype)
 
 
 def joined(start: int, batches: list[Recorded]) -> Recorded:

@@ -17,10 +17,41 @@ from .augment import Augment
 from .presets import beneath, published
 
 _CHOICES: Final = {
+    "init": ("uniform", "tokens", "tokens_mean", "tokens_kmeans"),
     "optimizer": ("sgd", "adamw"),
     "augment": get_args(Augment),
     "class_weights": ("none", "balanced"),
 }
+
+
+@dataclass(frozen=True)
+class Condense:
+    """How prompts are made fewer once they are fitted (`condense.py`).
+
+    `keep`: shares of all prompts that are tried, the smallest first. `epsilon`: validation accuracy that may be lost.
+    `epochs`: of each refit; None: a quarter of the recipe's. `version`: the stored one that is condensed, instead of
+    what the job fits; None in a recipe whose own fit is.
+    """
+
+    keep: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    epsilon: float = 0.005
+    epochs: int | None = None
+    version: str | None = None
+
+    @classmethod
+    def of(cls, told: object) -> Condense | None:
+        """From what a job or a manifest says of it; true is all defaults. Raises Unprocessable (invalid_request)."""
+        if told is None or isinstance(told, Condense):
+            return told
+        given = {} if told is True else told
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or given.keys() - set(known):
+            raise Unprocessable(f"condense: expected true, or some of {known}, got {str(told)[:100]}")
+        own = cls(**{name: value for name, value in given.items() if value is not None})
+        own = replace(own, keep=tuple(sorted(set(own.keep))))
+        if not own.keep or not 0 < own.keep[0] <= own.keep[-1] < 1:
+            raise Unprocessable(f"condense: expected shares to keep between 0 and 1, got {list(own.keep)}")
+        return own
 
 
 @dataclass(frozen=True)
@@ -30,10 +61,11 @@ class Recipe:
     Schedule: linear warm-up over `warmup_epochs`, then a cosine to zero, per step. `validation` is the share of the
     training images held out, class by class, where the dataset has no validation split.
     `prompt_layers`: the first and the last layer with prompts, from 0; None: wherever the method has them. What lies
-    before the first is computed once for all epochs. `class_weights`: `balanced` weighs a class by the inverse of its
-    share. `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's
+    before the first is computed once for all epochs. `init`: how prompts begin, as the method draws them or as tokens
+    of the task's own pictures (`token_init`). `class_weights`: `balanced` weighs a class by the inverse of its share.
+    `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's
     parameters; 0 runs to the end and keeps the last's. `pool`: what the head reads, see `engine/pooling.py`; None: what
-    the backbone was made with.
+    the backbone was made with. `condense`: what follows the fit, if anything.
     """
 
     epochs: int = 20
@@ -46,6 +78,7 @@ class Recipe:
     prompts: int = 10
     prompt_layers: tuple[int, int] | None = None
     prompt_dropout: float = 0.0
+    init: str = "uniform"
     label_smoothing: float = 0.0
     class_weights: str = "none"
     augment: Augment = "none"
@@ -53,6 +86,7 @@ class Recipe:
     pool: Chosen | None = None
     validation: float = 0.15
     seed: int = 0
+    condense: Condense | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,6 +144,7 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
         recipe,
         warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),
         prompt_layers=_layers(recipe.prompt_layers),
+        condense=Condense.of(recipe.condense),
     )
 
 

@@ -28,6 +28,7 @@ from server.engine.backbone import Backbone
 from server.methods.method import Method
 
 from .checkpoint import Checkpoint
+from .condense import condensable
 from .data import Pictures, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
@@ -35,6 +36,7 @@ from .presets import beneath, published
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe, resolve
 from .together import Fitting
+from .token_init import has_prompts
 
 BUDGET: Final = 30_000  # pictures through the backbone
 BUDGET_EACH: Final = 100  # for each training picture, where these are few
@@ -96,9 +98,10 @@ class _Plan:
         heads: list[list[Candidate | None]] = []
         prompted: list[list[Candidate | None]] = []
         for method in methods:
-            own = [_candidate(method, changes, fixed, images) for changes in _suggested(method, fixed)]
+            held = _held(method, backbone, fixed)
+            own = [_candidate(method, changes, held, images) for changes in _suggested(method, held)]
             if not any(own):  # nothing that is suggested goes with what is fixed
-                own = [Candidate(method, resolve(method.defaults, fixed))]
+                own = [Candidate(method, resolve(method.defaults, held))]
             (heads if head_only(method, backbone) else prompted).append(own)
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
         left = budget - (min(budget // 3, images) + judged if heads else 0)
@@ -261,6 +264,13 @@ def head_only(method: Method, backbone: Backbone) -> bool:
         params = method.init(backbone.spec, lengths, 2, torch.Generator())
         own = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
         return method.lower(backbone, own, lengths).head_only
+
+
+def _held(method: Method, backbone: Backbone, fixed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is fixed and means something to the method: what is said about prompts is passed over where there are none.
+    A job that names such a method itself is refused."""
+    known = {"init": has_prompts(method, backbone.spec), "condense": condensable(method, backbone.spec)}
+    return {name: value for name, value in fixed.items() if known.get(name, True)}
 
 
 def _suggested(method: Method, fixed: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -171,7 +171,7 @@ def _partly(backbone: Backbone, ask: Ask) -> Tensor | Recorded | None:
     """What comes of an ask that stops on its way through the trunk; None for others."""
     if ask.read_from is not None:
         return vit.record(backbone, ask.x, ask.read_from)
-    return None if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until)
+    return None if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until, ask.start)
 
 
 def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:

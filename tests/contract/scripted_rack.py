@@ -296,7 +296,7 @@ class Rack:
         if key not in self.job_of_key:
             id_ = f"j{len(self.jobs) + 1}"
             self.job_of_key[key] = id_
-            self.jobs[id_] = {**body, "id": id_, "state": "queued", "created_at": 1.0}
+            self.jobs[id_] = {"dataset": "d1", **body, "id": id_, "state": "queued", "created_at": 1.0}
             self.events[id_] = _life(*self.job_plan)
         return self.jobs[self.job_of_key[key]]
 

@@ -359,6 +359,22 @@ class TestRetries:
         client.train("trash", "d1", idempotency_key="mine")
         assert rack.asked[-1].headers["idempotency-key"] == "mine"
 
+    def test_condensing_is_a_job_that_begins_with_a_version(self, make: Make, rack: Rack) -> None:
+        make().condense("trash", keep=[0.1, 0.3], epsilon=0.01, publish="never", idempotency_key="mine")
+        asked = rack.asked[-1]
+        assert asked.json() == {
+            "task": "trash",
+            "method": "auto",
+            "recipe": {"condense": {"version": "live", "keep": [0.1, 0.3], "epsilon": 0.01}},
+            "publish": "never",
+            "priority": 0,
+        }
+        assert asked.headers["idempotency-key"] == "mine"
+        make().condense("trash", VERSION, dataset="d1", epochs=3)
+        assert rack.asked[-1].json()["dataset"] == "d1"
+        with pytest.raises(lensrack.InvalidInput, match="epsilon"):
+            make().condense("trash", epsilon=3.0)
+
     def test_timeout(self, make: Make, rack: Rack) -> None:
         rack.misbehave("/tasks", *[Told(200, b'{"tasks": []}', delay_s=1.5)] * 3)
         started = time.monotonic()

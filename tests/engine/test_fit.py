@@ -16,7 +16,7 @@ from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.training import checkpoint, frozen
 from server.training.data import InMemory, Pictures, Splits, hold_out
-from server.training.fit import DivergedError, Fitted, fit
+from server.training.fit import DivergedError, Fit, Fitted, fit
 from server.training.optimizer import lr_scale
 from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
@@ -203,9 +203,9 @@ def test_what_lies_before_the_first_prompt_is_computed_once_and_changes_nothing(
         asked.extend((lane.start, None) for lane in lanes)
         return forward(eye, lanes)
 
-    def begun(eye: Backbone, x: torch.Tensor, layer: int) -> torch.Tensor:
-        asked.append((0, layer))
-        return begin(eye, x, layer)
+    def begun(eye: Backbone, x: torch.Tensor, layer: int, start: int = 0) -> torch.Tensor:
+        asked.append((start, layer))
+        return begin(eye, x, layer, start)
 
     monkeypatch.setattr(vit, "forward_lanes", forwarded)
     monkeypatch.setattr(vit, "tokens_at", begun)
@@ -220,6 +220,23 @@ def test_what_lies_before_the_first_prompt_is_computed_once_and_changes_nothing(
     assert kept.metrics["forward_passes"] == again.metrics["forward_passes"]
     for name, value in kept.params.items():
         np.testing.assert_allclose(value, again.params[name], rtol=1e-6, atol=1e-8)
+
+
+def test_prompt_dropout_is_each_samples_own(eye: Backbone) -> None:
+    """As the official VPT code, which drops from the prompts expanded to the batch: kept values are scaled up, every
+    row loses others, and the prompts' gradient is that of what was kept."""
+    recipe = resolve({}, {**QUICK, "prompt_dropout": 0.25})
+    run = Fit(eye, Registry().get("vpt_deep"), recipe, (3,) * 4, frozen.FrozenFeatures(eye))
+    prompts = torch.randn(12, 64, requires_grad=True)
+    run.params = {"prompts": prompts}
+    dropped = run._drop_prompts(200, torch.Generator().manual_seed(1))["prompts"]
+    assert dropped.shape == (200, 12, 64)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped, prompts.expand_as(dropped) / 0.75 * kept)
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert not torch.equal(kept[0], kept[1])
+    dropped.sum().backward()
+    torch.testing.assert_close(prompts.grad, kept.sum(0) / 0.75)
 
 
 def test_layers_without_any_prompt_are_refused(eye: Backbone) -> None:

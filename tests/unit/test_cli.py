@@ -235,6 +235,20 @@ class TestTraining:
         rack.jobs["j1"]["metrics"] = {"published": False}
         assert "it is not live: the job's --publish was never" in run("jobs", "watch", "j1").stderr
 
+    def test_condensing(self, run: Run, rack: Rack) -> None:
+        assert run("condense", "trash", "--keep", 0.1, "--keep", 0.3, "--epochs", 2).stdout == "j1\n"
+        asked = rack.asked[-1].json()
+        assert asked["recipe"] == {"condense": {"version": "live", "keep": [0.1, 0.3], "epochs": 2}}
+        assert "dataset" not in asked
+        rack.jobs["j1"]["metrics"] = {"condense": {"kept": 12, "prompts": 120}}
+        assert "it keeps 12 of 120 prompts" in run("jobs", "watch", "j1").stderr
+        rack.jobs["j1"]["metrics"] = {"published": False, "condense": {"kept": None, "prompts": 120, "version": "v"}}
+        told = run("jobs", "watch", "j1").stderr
+        assert "no smaller share of its prompts was good enough" in told
+        assert "it is not live" not in told
+        run("train", "trash", "--dataset", "d1", "--method", "vpt_deep", "--condense")
+        assert rack.asked[-1].json()["recipe"] == {"condense": {}}
+
     def test_every_hyper_parameter_has_its_option(self, run: Run) -> None:
         from lensrack.wire import Recipe
 

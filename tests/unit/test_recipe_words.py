@@ -31,7 +31,7 @@ def test_both_sides_know_the_same_words() -> None:
     assert words("preset") == set(PRESETS)
 
 
-@pytest.mark.parametrize("field", ["optimizer", "augment", "class_weights", "pool"])
+@pytest.mark.parametrize("field", ["optimizer", "augment", "class_weights", "pool", "init"])
 def test_every_word_of_the_wire_is_taken(field: str) -> None:
     for word in words(field):
         assert getattr(resolve({}, {field: word}), field) == word

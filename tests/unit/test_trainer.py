@@ -7,13 +7,14 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from prompts_store import open_store
+from prompts_store import Bundle, open_store
 from prompts_store.memory_store import MemoryStore
 from server import checkpoints, trainer
 from server.datasets.dataset_store import DatasetStore
@@ -25,9 +26,11 @@ from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
 from server.pulse import Pulse
+from server.reading import Reader
 from server.samples import draw
 from server.trainer import Means, Trainer
 from server.training.feature_cache import NoCache
+from server.training.judge import judge
 from server.training.pixel_cache import PixelCache
 from server.training.progress import Progress
 from server.training.recipe import resolve
@@ -380,6 +383,112 @@ def test_what_a_recipe_may_ask_for_is_done_and_told(house: House, changes: dict[
 def test_an_unknown_search_fails_at_once(house: House) -> None:
     job = house.worked(house.submit(recipe={"search": "thorough"}))
     assert (job.state, job.error["code"]) == ("failed", "invalid_request")
+
+
+def condensed(house: House, version: str, **how: object) -> Job:
+    """A job as the API queues it: the version's own method and recipe."""
+    recipe = {**QUICK, "condense": {"version": version, "keep": [0.25], "epsilon": 1.0, **how}}
+    return house.worked(house.submit(recipe=recipe))
+
+
+def test_a_recipe_may_end_with_a_condensation(house: House) -> None:
+    step = {"keep": [0.25], "epsilon": 1.0, "epochs": 1}
+    job = house.worked(house.submit(recipe={**QUICK, "condense": step}))
+    assert job.state == "succeeded", job.error
+    manifest = house.store.get("fruit", job.version).manifest
+    assert sum(manifest.prompt_lengths) == 3 == manifest.metrics["condense"]["kept"]
+    assert (manifest.parent, manifest.recipe["condense"]["keep"]) == (None, [0.25])
+    assert manifest.metrics["condense"]["prompts"] == 12
+    assert house.events(job) == ["queued", "started", "epoch", "epoch", "trial", "published", "succeeded"]
+    again = house.worked(house.submit(recipe=manifest.recipe))
+    assert house.store.get("fruit", again.version).manifest.prompt_lengths == manifest.prompt_lengths
+
+
+def test_what_a_search_finds_is_condensed_too(house: House) -> None:
+    step = {"keep": [0.5], "epsilon": 1.0, "epochs": 1}
+    recipe = {"search": "auto", "budget": 150, "epochs": 2, "prompts": 2, "lr": 0.01, "condense": step}
+    manifest = house.store.get("fruit", house.worked(house.submit(recipe=recipe)).version).manifest
+    assert manifest.metrics["search"]["trials"]
+    assert sum(manifest.prompt_lengths) == 6 == manifest.metrics["condense"]["kept"]
+
+
+def test_a_version_is_condensed_to_a_new_one(house: House) -> None:
+    parent = house.worked(house.submit())
+    job = condensed(house, parent.version)
+    assert job.state == "succeeded", job.error
+    manifest = house.store.get("fruit", job.version).manifest
+    assert manifest.parent == manifest.metrics["condense"]["version"] == parent.version
+    assert sum(manifest.prompt_lengths) == 3
+    assert manifest.metrics["condense"]["val_accuracy"] == parent.metrics["val_accuracy"], "the same held-out pictures"
+    assert house.store.aliases("fruit")["live"].targets[0].version == job.version
+    assert house.events(job) == ["queued", "started", "trial", "published", "succeeded"]
+
+
+def test_a_version_that_cannot_be_made_smaller_stays(house: House) -> None:
+    parent = house.worked(house.submit())
+    job = condensed(house, parent.version, epsilon=-1.0)  # never good enough
+    assert (job.state, job.version) == ("succeeded", parent.version)
+    assert (job.metrics["published"], job.metrics["condense"]["kept"]) == (False, None)
+    assert house.events(job) == ["queued", "started", "trial", "kept", "succeeded"]
+    assert len(house.store.versions("fruit")) == 1
+
+
+def test_a_version_whose_labels_lie_in_another_order_and_that_sees_otherwise(house: House) -> None:
+    """As an imported one may: the head's rows follow the data set, the preprocessing stays the version's."""
+    first = house.store.get("fruit", house.worked(house.submit()).version)
+    order = [2, 0, 1]
+    tensors = {name: array[order] if name.startswith("head") else array for name, array in first.tensors.items()}
+    sees = replace(first.manifest.preprocess, mean=(0.4, 0.5, 0.6))
+    labels = tuple(first.manifest.labels[row] for row in order)
+    version = house.store.put(Bundle.build(replace(first.manifest, labels=labels, preprocess=sees), tensors))
+    job = condensed(house, version, epochs=1)
+    found = house.store.get("fruit", job.version).manifest
+    assert (found.labels, found.preprocess) == (("lemon", "lime", "plum"), sees)
+    assert found.metrics["condense"]["val_accuracy"] == judged(house, version)
+
+
+def judged(house: House, version: str) -> float:
+    """On the pictures that a job holds out, asked through the server's own way from bundle to answer."""
+    backbone = eye.load("untrained")
+    reader, recipe = Reader(house.decoder(backbone.spec.geometry)), resolve({}, QUICK)
+    batches = reader.validation(house.datasets.get(house.dataset), recipe, lambda: None)
+    return judge(house.store.get("fruit", version), backbone, Registry(), batches).accuracy
+
+
+@pytest.mark.parametrize("reached", [1, 2], ids=["in the fit", "in the condensation"])
+def test_an_interrupted_condensation_goes_on_and_ends_with_the_same_version(
+    house: House, monkeypatch: pytest.MonkeyPatch, reached: int
+) -> None:
+    monkeypatch.setattr(checkpoints, "EVERY_S", 0.0)
+    recipe = {**QUICK, "epochs": 3, "condense": {"keep": [0.25], "epsilon": 1.0, "epochs": 3}}
+    undisturbed = house.worked(house.submit(recipe=recipe))
+    job = house.submit(recipe=recipe)
+    with monkeypatch.context() as patch:
+        watch = Pulse.watch
+
+        def failing(pulse: Pulse, progress: Progress) -> None:
+            if (progress.epoch, progress.step, bool(progress.trial)) == (2, 1, reached == 2):
+                raise RuntimeError("power cut")
+            watch(pulse, progress)
+
+        patch.setattr(Pulse, "watch", failing)
+        assert house.worked(job).state == "queued"
+    done = house.worked(job)
+    assert (done.state, done.attempt) == ("succeeded", 2)
+    epochs = [event.data["epoch"] for event in house.jobs.events(job.id) if event.type == "epoch"]
+    assert epochs == [1, 2, 3], "no epoch is done twice"
+    first, second = (house.store.get("fruit", one.version) for one in (undisturbed, done))
+    assert all((first.tensors[name] == second.tensors[name]).all() for name in first.tensors)
+    assert first.manifest.metrics == second.manifest.metrics
+    assert not list((house.folder / "checkpoints").iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "code"), [("linear", None, "invalid_request"), ("vpt_deep", "f" * 64, "version_not_found")]
+)
+def test_what_cannot_be_condensed_fails_at_once(house: House, method: str, version: str | None, code: str) -> None:
+    job = house.worked(house.submit(method, recipe={**QUICK, "condense": {"version": version}}))
+    assert (job.state, job.attempt, job.error["code"]) == ("failed", 1, code)
 
 
 # --- figures without a version ----------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""`python -m server bench prompts`: what becomes of prompts that begin as tokens, and of fewer of them.
+
+A data folder holds train/ and test/ with a folder for each class. For every `--inits` and seed one fit. With `--keep`,
+the first fit of each seed is then condensed to each of these shares of its prompts, all of them, whatever the first
+that is good enough. The test pictures are looked at once, after a fit; nothing is chosen by them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.bench.accuracy import read
+from server.engine import backbone as engine_backbone
+from server.engine.backbone import Backbone
+from server.methods.registry import Registry
+from server.training.condense import counts, cut, refit_recipe, scores
+from server.training.data import Splits, hold_out
+from server.training.fit import Fit, Fitted, fit, fitting
+from server.training.frozen import FrozenFeatures
+from server.training.recipe import Condense, Recipe, resolve
+from server.training.together import Fitting, alone
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
+    method = Registry().get(options.method)
+    train, labels = read(options.data / "train", eye)
+    test, _ = read(options.data / "test", eye)
+    asked = {"epochs": options.epochs, "prompts": options.prompts}
+    for seed in options.seeds:
+        splits = Splits(*hold_out(train, Recipe().validation, seed), test)
+        for init in options.inits:
+            recipe = resolve(method.defaults, {**asked, "seed": seed, "init": init})
+            began = time.process_time()
+            found = fit(eye, method, splits, len(labels), recipe)
+            what = {"data": options.data.name, "seed": seed, "init": init, "prompts": sum(found.prompt_lengths)}
+            _tell(options.out, what, found.metrics, began)
+            if options.keep and init == options.inits[0]:
+                _condense(eye, found, splits, len(labels), options=options, what=what)
+
+
+def _condense(
+    eye: Backbone, parent: Fitted, splits: Splits, labels: int, *, options: argparse.Namespace, what: dict[str, Any]
+) -> None:
+    """Every share, by the steps that a job takes until one is good enough."""
+    began, frozen = time.process_time(), FrozenFeatures(eye)
+    how = Condense(keep=tuple(options.keep), epochs=options.refit_epochs)
+    recipe = refit_recipe(replace(parent.recipe, condense=how))
+
+    def scored() -> Fitting[Tensor]:
+        run = Fit(eye, parent.method, recipe, parent.prompt_lengths, frozen)
+        yield from run.begin(splits.train, labels, parent, None)
+        return (yield from scores(run, (yield from run.inputs(splits.train))))
+
+    score = alone(eye, scored())
+    print(f"scores after {time.process_time() - began:.1f} CPU s", flush=True)
+    for count in counts(sum(parent.prompt_lengths), how.keep):
+        began, start = time.process_time(), cut(parent, score, count)
+        again = fitting(eye, start.method, splits, labels, recipe, start=start, frozen=frozen, each_epoch=False)
+        found = alone(eye, again)
+        kept = {"kept": count, "prompt_lengths": start.prompt_lengths, "epochs": recipe.epochs}
+        _tell(options.out, {**what, **kept}, found.metrics, began)
+
+
+def _tell(out: Path, what: dict[str, Any], metrics: dict[str, Any], began: float) -> None:
+    row = {
+        **what,
+        "val_accuracy": metrics["val_accuracy"],
+        "val_nll": metrics["val"]["nll"],
+        "test_accuracy": metrics["test_accuracy"],
+        "cpu_s": round(time.process_time() - began, 1),
+        "loss": metrics["curve"]["loss"],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps({name: value for name, value in row.items() if name != "loss"}), flush=True)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server bench prompts", description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with train/ and test/ of class folders")
+    parser.add_argument("--backbone", default="untrained", help="timm architecture, or `untrained`")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
+    parser.add_argument("--method", default="vpt_deep")
+    parser.add_argument("--inits", nargs="+", default=["uniform", "tokens", "tokens_mean", "tokens_kmeans"])
+    parser.add_argument("--prompts", type=int, help="prompts of a layer")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--keep", type=float, nargs="*", default=[], help="shares of the prompts to condense to")
+    parser.add_argument("--refit-epochs", type=int, help="a quarter of the fit's where not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("bench/prompts.jsonl"), help="one JSON line for each fit")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -119,7 +119,7 @@ def adapter(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: 
 
 def memory(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths: Sequence[int]) -> Tensor:
     """Keys and values as rows of each MLP, which is wider by that much. The rows of a gated MLP have no gate."""
-    model = _with_memory(backbone.model, params, prompt_lengths)
+    model = _with_memory(backbone.model, params, prompt_lengths, {})
     return _leave(model, _blocks(model, _enter(model, pixels)), params)
 
 
@@ -134,7 +134,7 @@ def readonly(backbone: Backbone, pixels: Tensor, params: Params, prompt_lengths:
     ranks, rows = (
         [len(params[name]) // reading * bool(p) for p in prompt_lengths] for name in ("query.down", "memory.keys")
     )
-    merged = _with_memory(_changed(model, _queries(model, params, ranks)), params, rows)
+    merged = _with_memory(model, params, rows, _queries(model, params, ranks))
     layers = zip(model.blocks, merged.blocks, params["prompts"].split(list(prompt_lengths)), strict=True)
     for block, own, prompts in layers:
         if copied is None and len(prompts):
@@ -192,12 +192,15 @@ def _queries(model: VisionTransformer, params: Params, lengths: Sequence[int]) -
     return found
 
 
-def _with_memory(model: VisionTransformer, params: Params, lengths: Sequence[int]) -> VisionTransformer:
-    """A copy whose MLPs have more rows. Those of a gated MLP stand beside it, for they have no gate."""
+def _with_memory(
+    model: VisionTransformer, params: Params, lengths: Sequence[int], merged: Mapping[str, Tensor]
+) -> VisionTransformer:
+    """A copy with the parameters `merged`, whose MLPs have more rows. Those of a gated MLP stand beside it, for they
+    have no gate."""
     layers = [params[name].split(list(lengths)) for name in ("memory.keys", "memory.values")]
     if not isinstance(model.blocks[0].mlp, GluMlp):
-        return _changed(model, _wider(model, *layers))
-    found = _changed(model, {})
+        return _changed(model, {**merged, **_wider(model, *layers)})
+    found = _changed(model, merged)
     for block, keys, values in zip(found.blocks, *layers, strict=True):
         block.mlp.register_forward_hook(partial(_rows_beside, keys, values))
     return found

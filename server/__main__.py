@@ -1,4 +1,4 @@
-"""`python -m server serve | work | keys | import | export | store | sample | backbones | bench`."""
+"""`python -m server serve | work | keys | import | export | store | sample | pretrain | bench` and their like."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ log = logging.getLogger("server")
 
 ExportFormat = Literal["onnx", "timm"]
 ExportInput = Literal["uint8", "float"]
-BENCHES = ("accuracy", "compare", "engine", "jobs", "prompts", "readers", "training-load")  # modules of `server.bench`
+BENCHES = (
+    "accuracy",
+    "backbone",
+    "compare",
+    "engine",
+    "jobs",
+    "prompts",
+    "readers",
+    "training-load",
+)  # modules of `server.bench`
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -166,6 +175,16 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
 
     draw(folder)
     typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
+
+
+@cli.command()
+def sample_tasks() -> None:
+    """Fit the tasks that come with the bundled backbone anew, from pictures that Python packages ship."""
+    start_logging(load_settings())
+    from server.sample_making import make
+
+    for task, accuracy in make().items():
+        typer.echo(f"{task}: test accuracy {accuracy:.3f}")
 
 
 cli.add_typer(key_commands.cli, name="keys")
@@ -332,7 +351,16 @@ def _transfer(verb: str, url: str | None) -> Iterator[Store]:
         raise typer.Exit(1) from None
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+REST = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}  # a command reads its own
+
+
+@cli.command(context_settings=REST)
+def pretrain(context: typer.Context) -> None:
+    """Make a backbone like the bundled one: `pretrain --help` tells from what and how."""
+    importlib.import_module("server.pretraining.command").main(context.args)
+
+
+@cli.command(context_settings=REST)
 def bench(context: typer.Context) -> None:
     """Measure something: `bench NAME --help` tells what and how."""
     name, *arguments = context.args or ["nothing"]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
-from server import measured, metrics
+from server import measured, metrics, sample_tasks
 from server.api.app import Services, create_app
 from server.api.guard import require_safe_bind
 from server.batching.batcher import Batcher
@@ -169,6 +169,8 @@ def build_server(settings: Settings) -> Server:
     backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
     registry = Registry.installed()
     bundles = open_store(settings.store_url)
+    if settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
+        log.info("ready tasks: %s", ", ".join(names))
     store = CachedStore(bundles, max_bytes=settings.cache_bytes)
     jobs, datasets = open_jobs(settings), open_datasets(settings)
     rack = Rack.sized(

@@ -34,11 +34,15 @@ class Settings(BaseSettings):
 
     # --- the backbone -----------------------------------------------------------------------------------------------
     backbone: Annotated[
-        str, Field(description="timm architecture (optionally .tag), or `untrained`: a small seeded stand-in.")
-    ] = "untrained"
+        str,
+        Field(description="`bundled`, a timm architecture (optionally .tag), or `untrained`: a small seeded stand-in."),
+    ] = "bundled"
     backbone_weights: Annotated[
         Path | None, Field(description="Safetensors file with the backbone's weights; without it timm loads them.")
     ] = None
+    sample_tasks: Annotated[
+        bool, Field(description="Put the tasks that come with the bundled backbone into a store that holds none.")
+    ] = True
     device: Annotated[str, Field(description="`cpu`, `cuda`, `cuda:N`; `auto` takes CUDA where there is one.")] = "auto"
     dtype: Annotated[
         str, Field(description="`float32`, `bfloat16`, `float64`; `auto` is float32 on a CPU, bfloat16 on CUDA.")

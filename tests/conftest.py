@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin slow a busy machine
+os.environ.setdefault("LENSRACK_BACKBONE", "untrained")  # a fifth of the bundled one's work; who wants that says so
 
 import shutil
 import socket

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from prompts_store import Preprocess
 
+from . import bundled
 from .block import FrozenBlock
+from .bundled import BUNDLED
 from .images import Geometry
 from .packed import can_pack
 from .plain import GLOBAL_POOLS, refusal
@@ -123,8 +125,9 @@ def load(
 ) -> Backbone:
     """The backbone that a setting names.
 
-    `name` is a timm architecture, with a tag for timm's own weights (downloaded once), without one together with
-    `weights`, a safetensors file of timm keys; or `untrained`, a small seeded stand-in that has seen nothing.
+    `name` is `bundled`, the one that ships with the project; or a timm architecture, with a tag for timm's own weights
+    (downloaded once), without one together with `weights`, a safetensors file of timm keys; or `untrained`, a small
+    seeded stand-in that has seen nothing.
     """
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     precision = _dtype(dtype, target)
@@ -132,10 +135,23 @@ def load(
         if weights is not None:
             raise BackboneError("backbone 'untrained' takes no weights: name the timm architecture of the file")
         return Backbone.of(name, _stand_in(), trained=False, device=target, dtype=precision, packed=packed)
+    if name == BUNDLED:
+        return Backbone.of(*_bundled(weights), device=target, dtype=precision, packed=packed)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise BackboneError(f"unknown backbone {name!r}: expected a timm architecture or {UNTRAINED!r}")
+        raise BackboneError(f"unknown backbone {name!r}: expected {BUNDLED!r}, {UNTRAINED!r} or a timm architecture")
     model = _create(name, weights)
     return Backbone.of(name.split(".", maxsplit=1)[0], model, device=target, dtype=precision, packed=packed)
+
+
+def _bundled(weights: Path | None) -> tuple[str, VisionTransformer]:
+    if weights is not None:
+        raise BackboneError("backbone 'bundled' brings its own weights: name the timm architecture of the file")
+    try:
+        arch, model = bundled.create()
+    except ValueError as error:
+        raise BackboneError(str(error)) from error
+    load_weights(model, bundled.WEIGHTS)
+    return arch, model
 
 
 def _create(name: str, weights: Path | None) -> VisionTransformer:

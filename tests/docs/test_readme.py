@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.D
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("readme")) as running:
+    with serving(tmp_path_factory.mktemp("readme"), backbone="bundled") as running:
         yield running
 
 
@@ -32,7 +32,7 @@ def test_the_tour_runs_from_top_to_bottom(server: ServerProcess, tmp_path: Path)
         script.append(f"python - <<'PYTHON'\n{block}PYTHON" if language == "python" else block)
     url = server.url.removeprefix("http://")
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script).replace("127.0.0.1:8000", url)],
+        ["bash", "-c", "\n".join(script).replace("127.0.0.1:8000", url).replace("@server/", f"@{ROOT}/server/")],
         env={**environment(server.home, {}), "LENSRACK_URL": server.url},
         cwd=tmp_path,
         capture_output=True,

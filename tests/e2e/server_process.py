@@ -43,7 +43,10 @@ class ServerProcess:
 
 
 def environment(home: Path, settings: Mapping[str, str], installed: Sequence[Path] = ()) -> dict[str, str]:
-    """The machine's environment without lensrack settings of its own, and ours; `installed`: folders of packages."""
+    """The machine's environment without lensrack settings of its own, and ours; the backbone is the small stand-in.
+
+    installed: folders of packages.
+    """
     own = {key: value for key, value in os.environ.items() if not key.startswith("LENSRACK_")}
     path = os.pathsep.join((str(Path(sys.executable).parent), own.get("PATH", "")))
     return {
@@ -51,6 +54,7 @@ def environment(home: Path, settings: Mapping[str, str], installed: Sequence[Pat
         "PATH": path,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client", *installed))),
         "LENSRACK_HOME": str(home),
+        "LENSRACK_BACKBONE": "untrained",
         **{f"LENSRACK_{key.upper()}": value for key, value in settings.items()},
     }
 

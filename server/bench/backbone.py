@@ -139,7 +139,7 @@ def table(out: Path, eyes: Sequence[str], data: Sequence[str], seeds: Iterable[i
         "| **mean** | | " + " | ".join("–" if own is None else f"**{own:.1f}**" for own in mean.values()) + " |"
     )
     floor, ceiling = mean[eyes[0]], mean[eyes[-1]]
-    if floor is not None and ceiling is not None:
+    if floor is not None and ceiling is not None and floor != ceiling:
         shares = ["–" if own is None else f"{(own - floor) / (ceiling - floor):.0%}" for own in mean.values()]
         rows.append(f"| share of the way from {eyes[0]} to {eyes[-1]} | | " + " | ".join(shares) + " |")
     return "\n".join(rows)

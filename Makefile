@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test redis chromium prometheus screenshots check format clean help verify-deploy
+.PHONY: serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
 
 test: $(EXTRAS) redis chromium prometheus  ## all tests
 	$(BIN)/python -m pytest
+
+test-long: $(EXTRAS) redis  ## the proofs that take minutes each
+	$(BIN)/python -m pytest -m long
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
 	@command -v redis-server >/dev/null || { \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,8 +135,15 @@ def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
         torch.testing.assert_close(found, truth, atol=tolerance(case, dtype) * truth.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases("train"), ids=name_of)
+def traces() -> list[Any]:
+    found = []
+    for case, dtype in itertools.product(cases("train"), DTYPES):
+        long = case["arch"] == "vit_base_patch16_224" and dtype == torch.float64  # a minute each
+        found.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype"), traces())
 def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
     """Official SGD step by step, through our optimiser: momentum, weight decay, none on the head's bias."""
     eye, own, images = setting(case, dtype)

@@ -215,6 +215,14 @@ class TestDatasets:
         assert not rack.asked
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell makes what it runs in the background ignore SIGINT, and children would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestTraining:
     def test_a_job_is_started(self, run: Run, rack: Rack) -> None:
         options = ["--dataset", "d1", "--method", "linear", "--epochs", 3, "--lr", 0.5, "--prompts", 7, "--seed", 1]
@@ -291,6 +299,7 @@ class TestTraining:
         done = run("train", "trash", "--dataset", "d1", "--watch", code=1)
         assert done.stderr.splitlines()[-1] == "error: job j1 failed: one class only (bad_dataset)"
 
+    @pytest.mark.usefixtures("interruptible")
     def test_interrupting_leaves_the_job_alone(self, environment: dict[str, str], rack: Rack) -> None:
         rack.job_plan = ("running", 1)
         watching = subprocess.Popen(

@@ -84,16 +84,22 @@ def serve(
     from server.errors import ServiceError
 
     try:
-        asyncio.run(_serve(settings))
+        code = asyncio.run(_serve(settings))
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
         raise typer.Exit(1) from None
+    if code is not None:  # the interpreter would wait for a thread that hangs
+        tracing.stop()
+        logging.shutdown()
+        os._exit(code)
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> int | None:
+    """The status to leave with at once, because the engine's thread is still at something; None when all has ended."""
     import uvicorn
 
     from server.bootstrap import UNTRAINED_NOTE, build_server
+    from server.watchdog import EXIT_CODE
 
     listener = socket.create_server((settings.host, settings.port), backlog=1024)  # a taken port is known at once
     # asyncio does this only for sockets that name their protocol; without it an answer waits 40 ms for the client's ACK
@@ -125,7 +131,12 @@ async def _serve(settings: Settings) -> None:
     async with server.running():
         address, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%d", address, port)
-        await Front(config).serve(sockets=[listener])
+        front = Front(config)
+        server.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
+        await front.serve(sockets=[listener])
+    if server.watchdog.lost:
+        return EXIT_CODE
+    return 0 if server.batcher.thread.busy_s() else None
 
 
 @cli.command()

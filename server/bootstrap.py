@@ -54,6 +54,7 @@ from server.trainer import Means, Trainer
 from server.training.low_priority import cap_memory
 from server.training.stored_images import Decoder
 from server.watch import Watch
+from server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Server:
     ring: KeyRing
     workers: Supervisor
     watch: Watch
+    watchdog: Watchdog
     pools: tuple[ThreadPoolExecutor, ...]
 
     @asynccontextmanager
@@ -143,12 +145,14 @@ class Server:
         await asyncio.to_thread(self._warm_up)
         self.workers.start()
         self.watch.start()
+        self.watchdog.start()
         try:
             yield
         finally:
-            await self.batcher.drain(self.settings.drain_timeout_s)
+            await self.batcher.drain(0.0 if self.watchdog.lost else self.settings.drain_timeout_s)
             await self.workers.stop()
             await self.watch.stop()
+            await self.watchdog.stop()
             for pool in self.pools:
                 pool.shutdown(wait=False, cancel_futures=True)
             self.store.close()
@@ -157,8 +161,13 @@ class Server:
 
     def _warm_up(self) -> None:
         """One forward before the first request pays for lazy set-up."""
-        size = self.engine.backbone.spec.image_size
-        self.engine.embed([np.zeros((size, size, 3), np.uint8)])
+        see_nothing(self.engine)
+
+
+def see_nothing(engine: Engine) -> None:
+    """A forward of one picture of zeros."""
+    size = engine.backbone.spec.image_size
+    engine.embed([np.zeros((size, size, 3), np.uint8)])
 
 
 def build_server(settings: Settings) -> Server:
@@ -185,6 +194,9 @@ def build_server(settings: Settings) -> Server:
     residency = build_residency(rack, registry, store, backbone, loading)
     engine = Engine(backbone, rack)
     batcher = Batcher(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
+    watchdog = Watchdog(
+        batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
+    )
     workers = supervise(settings)
     predictor = Predictor(
         store,
@@ -205,7 +217,7 @@ def build_server(settings: Settings) -> Server:
         datasets=datasets,
         uploads=open_uploads(settings),
         feedback=open_feedback(settings),
-        ready=lambda: readiness(backbone, workers, settings),
+        ready=lambda: readiness(backbone, workers, settings, watchdog.trouble),
         rack=lambda: occupied(rack, residency),
         look=partial(look, engine),
         methods=registry.meanings,
@@ -217,7 +229,20 @@ def build_server(settings: Settings) -> Server:
     measured.process(settings, backbone)
     measured.server(settings, batcher, rack, workers)
     app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s)
-    return Server(settings, app, engine, residency, batcher, store, jobs, ring, workers, watch, (loading, decoding))
+    return Server(
+        settings,
+        app,
+        engine,
+        residency,
+        batcher,
+        store,
+        jobs,
+        ring,
+        workers,
+        watch,
+        watchdog,
+        (loading, decoding),
+    )
 
 
 def build_residency(
@@ -266,14 +291,14 @@ def occupied(rack: Rack, residency: Residency) -> wire.Rack:
     )
 
 
-def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings) -> wire.Ready:
-    """What /readyz says: what is seen with, and whether everything that should run does."""
+def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings, trouble: str) -> wire.Ready:
+    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's."""
     spec = backbone.spec
-    notes = [] if spec.trained else [UNTRAINED_NOTE]
+    notes = [note for note in (trouble, "" if spec.trained else UNTRAINED_NOTE) if note]
     if len(workers.pids) < settings.workers:
         notes.append(f"{len(workers.pids)} of {settings.workers} workers are running: training may wait")
     return wire.Ready(
-        ready=True,
+        ready=not trouble,
         backbone=wire.Backbone(
             arch=spec.arch,
             fingerprint=spec.fingerprint,
@@ -285,7 +310,7 @@ def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings) -
             dim=spec.dim,
         ),
         notes=notes,
-        checks={"engine": "ok", "workers": f"{len(workers.pids)} of {settings.workers}"},
+        checks={"engine": trouble or "ok", "workers": f"{len(workers.pids)} of {settings.workers}"},
     )
 
 

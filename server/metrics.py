@@ -56,6 +56,8 @@ QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "How long the oldest waiting row
 TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "task", "outcome")
 TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
 
+ENGINE_UP = _gauge("engine_up", "0 while the engine hangs, or fails at everything that it is asked.")
+
 # --- the rack ---------------------------------------------------------------------------------------------------------
 RACK_LENSES = _gauge("rack_lenses", "Lenses resident on the device.")
 RACK_SLOTS = _gauge("rack_slots", "Lenses that may be resident.")
@@ -63,6 +65,7 @@ RACK_BYTES = _gauge("rack_bytes", "Device memory of the rack, by state: used, to
 RACK_HITS = _counter("rack_hits_total", "Requests whose lens was resident or on its way.", "task")
 RACK_LOADS = _counter("rack_loads_total", "Lenses made resident.", "task")
 RACK_EVICTIONS = _counter("rack_evictions_total", "Lenses evicted to make room.", "task")
+QUARANTINED = _gauge("quarantined_versions", "Versions that could not be loaded and are not asked for again for now.")
 LOAD_S = _histogram("rack_load_seconds", "Store to resident lens.", "task", buckets=_FEW_SECONDS)
 
 # --- what the server stands on ----------------------------------------------------------------------------------------

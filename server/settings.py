@@ -86,6 +86,15 @@ class Settings(BaseSettings):
     request_timeout_s: Annotated[float, Field(gt=0, description="Longest a prediction may wait for its answer.")] = 30.0
     drain_timeout_s: Annotated[float, Field(gt=0, description="Longest a shutdown waits for answers in flight.")] = 10.0
 
+    engine_timeout_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Longest the engine may be at one batch: then the server is not ready, and ends itself unless "
+            "the engine comes back within the time of a drain. 0: no watch is kept.",
+        ),
+    ] = 120.0
+
     # --- images -----------------------------------------------------------------------------------------------------
     max_images: Annotated[int, Field(gt=0, description="Most images in one predict request.")] = 64
     max_image_pixels: Annotated[int, Field(gt=0, description="Most pixels in one image.")] = 50_000_000

@@ -3,7 +3,7 @@
     submit(rows) ─▶ scheduler ─▶ one batch ─▶ engine thread ─▶ replies
         │               │                          └ engine_failed 500 (only the row that caused it)
         │               └ deadline_exceeded 504; rows that nobody waits for are dropped
-        └ queue_full 429, shutting_down 503
+        └ queue_full 429, shutting_down 503; engine_unavailable 503 while the watchdog has suspended it
 
 Work-conserving: while the engine is busy rows gather, when it is free it takes what is there. The event loop owns the
 queue, so there are no locks; a batch costs one hand-over to the engine's thread and one back.
@@ -15,15 +15,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import Context
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
+from typing import TypeVar
 
 from server import metrics, tracing
+from server.batching.engine_thread import Engine, EngineThread, Outcome
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_weights
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
@@ -31,19 +29,7 @@ from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, U
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Outcome = np.ndarray[Any, Any] | ServiceError
-
-
-class Engine(Protocol):
-    """What runs a batch. Both calls block and are made from one thread only."""
-
-    def run(self, work: Sequence[tuple[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
-        """Logits [C] for each (image uint8 [S, S, 3], seat)."""
-        ...
-
-    def embed(self, images: Sequence[Any]) -> np.ndarray[Any, Any]:
-        """Features [n, D] of n images."""
-        ...
+SUSPENDED_RETRY_S = 5.0  # a server that ends itself is back, or another one asked, by then
 
 
 class Room:
@@ -74,11 +60,9 @@ class Batcher:
     ) -> None:
         self.max_queue = max_queue
         self.clock = clock
-        self._engine = engine
+        self.thread = EngineThread(engine, clock)
         self._max_batch = max_batch
         self._scheduler = Scheduler(max_queue, weight=weight)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._one_aside = asyncio.Lock()
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -86,7 +70,9 @@ class Batcher:
         self._busy = False
         self._closing = False
         self._stopped = False
+        self._suspended = ""  # why no rows are taken for the time being
         self._promised: set[Room] = set()
+        self._inside: list[Row] = []  # the rows of the batch under way that have not been let go of
         self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
 
     def __len__(self) -> int:
@@ -114,19 +100,25 @@ class Batcher:
             room.submit(rows)
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """Run something else in the engine's thread, between two batches; of several such works one at a time, so that
-        batches get their turn. The caller has been promised room.
+        """Run something else in the engine's thread, between two batches. The caller has been promised room."""
+        return await self.thread.aside(work)
 
-        It never returns while the work is under way, even when cancelled: what the work uses must stay where it is.
+    def suspend(self, why: str) -> None:
+        """Refuse (503 engine_unavailable) what comes, what waits and what is inside the engine, until `resume`.
+
+        Rows inside are answered and keep their seats until the engine lets go of them.
         """
-        async with self._one_aside:
-            running = asyncio.get_running_loop().run_in_executor(self._thread, work)
-            try:
-                return await asyncio.shield(running)
-            finally:
-                while not running.done():
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait([running])
+        self._suspended = why
+        for row in self._scheduler.clear():
+            self._settle(row, self._unavailable(), "refused")
+        for row in self._inside:
+            if not row.reply.done():
+                row.reply.set_exception(self._unavailable())
+        metrics.QUEUE_ROWS.set(0)
+        self._note_idle()
+
+    def resume(self) -> None:
+        self._suspended = ""
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
@@ -154,6 +146,8 @@ class Batcher:
     def _admit(self, rows: int) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
+        if self._suspended:
+            raise self._unavailable()
         if self._room() < rows:
             self._scheduler.sweep()
         if self._room() < rows:
@@ -163,6 +157,9 @@ class Batcher:
                 "places are taken",
                 retry_after_s=self._retry_after_s(),
             )
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
     def _room(self) -> int:
         return self.max_queue - len(self._scheduler) - sum(room.places for room in self._promised)
@@ -177,6 +174,8 @@ class Batcher:
     def _enqueue(self, rows: Sequence[Row]) -> None:
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
+        if self._suspended:
+            raise self._unavailable()
         for row in rows:
             self._scheduler.offer(row)
         metrics.QUEUE_ROWS.set(len(self._scheduler))
@@ -205,15 +204,25 @@ class Batcher:
             self._idle.set()
 
     async def _forward(self, batch: list[Row], taken_at: float) -> None:
+        """Every row is let go of, whatever goes wrong, and the queue goes on."""
+        self._inside = list(batch)
+        refusal: ServiceError = Internal("the engine could not answer this image", code="engine_failed")
+        try:
+            await self._answer(batch, taken_at)
+        except Exception:
+            log.exception("a batch of %d rows failed around the engine", len(batch))
+        except BaseException:  # cancelled by a drain that ran out of time: nobody may be left waiting
+            refusal = Unavailable("the server is shutting down", code="shutting_down")
+            raise
+        finally:
+            for row in self._inside:
+                self._settle(row, refusal, "failed" if isinstance(refusal, Internal) else "refused")
+            self._inside = []
+
+    async def _answer(self, batch: list[Row], taken_at: float) -> None:
         metrics.BATCH_ROWS.observe(len(batch))
         metrics.BATCH_TASKS.observe(len({id(row.seat) for row in batch}))
-        loop = asyncio.get_running_loop()
-        try:
-            outcomes, forward = await loop.run_in_executor(self._thread, self._timed, batch)
-        except BaseException:  # cancelled by a drain that ran out of time: nobody may be left waiting
-            for row in batch:
-                self._settle(row, Unavailable("the server is shutting down", code="shutting_down"), "refused")
-            raise
+        outcomes, forward = await self.thread.answer(batch)
         now = self.clock()
         compute_s = now - taken_at
         metrics.FORWARD_S.observe(forward[1] - forward[0])
@@ -224,37 +233,8 @@ class Batcher:
         for row, outcome in zip(batch, outcomes, strict=True):
             row.watch.queue_s, row.watch.compute_s = taken_at - row.arrived, compute_s
             metrics.QUEUE_S.observe(row.watch.queue_s)
+            self._inside.remove(row)
             self._settle(row, outcome, "failed" if isinstance(outcome, ServiceError) else "answered")
-
-    def _timed(self, rows: Sequence[Row]) -> tuple[list[Outcome], tuple[float, float]]:
-        """In the engine's thread: every row's outcome, and when the forward began and ended."""
-        began = self.clock()
-        return self._answer(rows), (began, self.clock())
-
-    def _answer(self, rows: Sequence[Row]) -> list[Outcome]:
-        """In the engine's thread: every row's outcome. A batch that fails is halved until the culprit stands alone."""
-        try:
-            return list(self._run(rows))
-        except Exception as error:
-            if len(rows) > 1:
-                middle = len(rows) // 2
-                return self._answer(rows[:middle]) + self._answer(rows[middle:])
-            if isinstance(error, ServiceError):
-                return [error]
-            rows[0].context.run(log.exception, "the engine failed on a row of task %s", rows[0].task)
-            return [Internal("the engine could not answer this image", code="engine_failed")]
-
-    def _run(self, rows: Sequence[Row]) -> Iterable[np.ndarray[Any, Any]]:
-        answers: list[Any] = [None] * len(rows)
-        asked = [i for i, row in enumerate(rows) if row.seat is not None]
-        plain = [i for i, row in enumerate(rows) if row.seat is None]
-        if asked:
-            logits = self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
-            answers = _place(answers, asked, logits)
-        if plain:
-            features = self._engine.embed([rows[i].image for i in plain])
-            answers = _place(answers, plain, list(features))
-        return answers
 
     def _measure(self, rows: int, seconds: float) -> None:
         rate = rows / max(seconds, 1e-6)
@@ -277,19 +257,14 @@ class Batcher:
                 row.reply.set_exception(outcome)
             else:
                 row.reply.set_result(outcome)
-        row.leave()
+        try:
+            row.leave()
+        except Exception:  # somebody else's seat: it must not cost the rows behind it their answers
+            log.exception("a row of task %s could not let go of its seat", row.task)
 
     async def _stop(self) -> None:
         self._stopped = True
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _place(answers: list[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    if len(values) != len(where):
-        raise Internal(f"the engine gave {len(values)} answers for {len(where)} rows", code="engine_failed")
-    for i, value in zip(where, values, strict=True):
-        answers[i] = value
-    return answers
+        self.thread.close()

@@ -111,7 +111,7 @@ def test_every_line_of_a_request_has_its_id_also_from_the_engines_thread(tmp_pat
         second = api.http.post("/predict/fish", content=png(66), headers={**JPEG, "X-Request-Id": "bad-1"})
         assert (first.status_code, second.status_code) == (200, 500)
         api.http.get("/healthz?key=s3cr3t")
-    (failure,) = lines(out, "server.batching.batcher")
+    (failure,) = lines(out, "server.batching.engine_thread")
     assert failure["request_id"] == "bad-1", "not the request that happened to start the batcher"
     assert "RuntimeError" in str(failure["exception"])
     access = {line["request_id"]: line for line in lines(out, "server.access")}

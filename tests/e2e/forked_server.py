@@ -1,0 +1,115 @@
+"""Real server processes that are up in a second: forks of one that has loaded torch already, as `doomed_worker` has it.
+
+What they run is `python -m server serve`. A `fault` makes the engine break when it is shown a white picture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, cast
+
+from tests.e2e.doomed_worker import forge
+from tests.e2e.server_process import ServerProcess, _url, _wait_ready, environment
+
+
+class Forked:
+    """A process of multiprocessing with the words of `subprocess.Popen`."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return cast(int, self._process.pid)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("serve", timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+@contextmanager
+def forked(home: Path, *, fault: str = "", port: int = 0, **settings: str) -> Iterator[ServerProcess]:
+    """A server that is ready; stopped at the end unless it has ended. It has no workers unless told so."""
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "server.log"
+    said_before = log.stat().st_size if log.exists() else 0
+    log.touch()
+    variables = environment(home, {"workers": "0", **settings})
+    process = forge().Process(target=_serve, args=(str(home), variables, fault, port))
+    process.start()
+    server = Forked(process)
+    popen = cast("subprocess.Popen[bytes]", server)
+    try:
+        running = ServerProcess(popen, _url(popen, log, said_before), home, log)
+        _wait_ready(running)
+        yield running
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(40)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(10)
+
+
+def _serve(home: str, variables: Mapping[str, str], fault: str, port: int) -> None:
+    log = os.open(Path(home) / "server.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(home)
+    from server.__main__ import cli
+
+    if fault:
+        _break(fault)
+    sys.argv = ["server", "serve", "--port", str(port)]
+    cli()
+
+
+FAULTS: dict[str, Callable[[], object]] = {
+    "hang": lambda: time.sleep(3600),
+    "hold": lambda: ctypes.PyDLL(None).sleep(3600),  # with the interpreter's lock: nobody else runs
+}
+
+
+def _break(fault: str) -> None:
+    from server.engine.engine import Engine
+
+    embed, broken = Engine.embed, False
+
+    def doomed(engine: Engine, images: Sequence[Any]) -> Any:
+        nonlocal broken
+        if any(image.min() == 255 for image in images):
+            broken = fault == "fail"
+            FAULTS.get(fault, int)()
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return embed(engine, images)
+
+    Engine.embed = doomed  # type: ignore[method-assign]

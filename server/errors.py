@@ -11,13 +11,13 @@
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
     │                         no_history, upload_busy, upload_offset_conflict, upload_incomplete, upload_finished,
     │                         no_feedback, feedback_full, no_parent_dataset, key_exists,
-    │                         labels_differ
+    │                         labels_differ, geometry_differs
     ├── PreconditionFailed 412  precondition_failed
     ├── TooLarge 413          body_too_large, image_too_large
     ├── UnsupportedMedia 415  unsupported_media_type, unsupported_image
     ├── Misdirected 421       unknown_host
     ├── Unprocessable 422     invalid_request, unknown_method, method_not_servable, bad_alias, unknown_label,
-    │                         bad_checkpoint, no_head, unknown_format, not_exportable
+    │                         bad_checkpoint, no_head, unknown_format, not_exportable, bad_pixels
     ├── QueueFull 429         queue_full, too_many_uploads, rate_limited, quota_exceeded   + Retry-After
     ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
     ├── NotInstalled 501      not_installed

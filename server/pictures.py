@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,36 @@ import numpy.typing as npt
 from server.batching.row import Row
 from server.engine import images
 from server.engine.images import Geometry
-from server.errors import ServiceError
+from server.errors import Conflict, ServiceError, Unprocessable
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """An image that came as pixels, uint8 [S, S, 3], and how it was cut, where its sender says so."""
+
+    pixels: Pixels
+    geometry: Geometry | None = None
+
+    def fitted(self, geometry: Geometry) -> Pixels:
+        """The pixels, where they are what `geometry` asks for. Raises Conflict (geometry_differs), Unprocessable."""
+        expected = (geometry.size, geometry.size, 3)
+        if self.geometry is None and self.pixels.shape != expected:
+            raise Unprocessable(
+                f"expected pixels of the version's size, {list(expected)}, got {list(self.pixels.shape)}",
+                code="bad_pixels",
+            )
+        if self.geometry not in (None, geometry) or self.pixels.shape != expected:
+            raise Conflict(
+                f"expected pixels cut as the version's: {geometry}; got {list(self.pixels.shape)}: {self.geometry}",
+                code="geometry_differs",
+                geometry=asdict(geometry),
+            )
+        return self.pixels
+
+
+Image = bytes | Cut  # an encoded file, or what a client has decoded and cut itself
 
 
 class Pictures:
@@ -25,10 +53,10 @@ class Pictures:
     are decoding threads.
     """
 
-    def __init__(self, files: Sequence[bytes], pool: Executor, max_pixels: int) -> None:
-        self._files, self._pool, self._max_pixels = files, pool, max_pixels
+    def __init__(self, given: Sequence[Image], pool: Executor, max_pixels: int) -> None:
+        self._given, self._pool, self._max_pixels = given, pool, max_pixels
         self._fitted: dict[Geometry, asyncio.Future[list[Pixels]]] = {}
-        self._shown: list[list[Row]] = [[] for _ in files]
+        self._shown: list[list[Row]] = [[] for _ in given]
         self.decode_s = 0.0
 
     async def fitted(self, geometry: Geometry) -> list[Pixels]:
@@ -55,7 +83,7 @@ class Pictures:
     async def _fit(self, geometry: Geometry) -> list[Pixels]:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        jobs = [loop.run_in_executor(self._pool, self._fit_one, i, geometry) for i in range(len(self._files))]
+        jobs = [loop.run_in_executor(self._pool, self._fit_one, i, geometry) for i in range(len(self._given))]
         try:
             return list(await asyncio.gather(*jobs))
         finally:
@@ -64,10 +92,13 @@ class Pictures:
             self.decode_s = max(self.decode_s, time.perf_counter() - started)
 
     def _fit_one(self, index: int, geometry: Geometry) -> Pixels:
+        image = self._given[index]
         try:
-            return images.pixels(self._files[index], geometry, max_pixels=self._max_pixels)
+            if isinstance(image, Cut):
+                return image.fitted(geometry)
+            return images.pixels(image, geometry, max_pixels=self._max_pixels)
         except ServiceError as error:
-            if len(self._files) > 1:
+            if len(self._given) > 1:
                 error.detail = f"image {index}: {error.detail}"
                 error.args = (error.detail,)
                 error.extra["image"] = index

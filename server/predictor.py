@@ -34,7 +34,7 @@ from server.batching.batcher import Batcher, Room
 from server.batching.row import Row
 from server.engine.images import Geometry
 from server.errors import BadRequest, Conflict, DeadlineExceeded, Internal, Unprocessable
-from server.pictures import Pictures, Pixels
+from server.pictures import Image, Pictures, Pixels
 
 TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 TOGETHER = "+"  # between the versions of an ensemble
@@ -192,7 +192,7 @@ class Predictor:
         return narrowed
 
     async def predict(
-        self, task_ref: str, images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
+        self, task_ref: str, images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> Answer:
         """Ask one task, or an ensemble of its versions, about images.
 
@@ -203,7 +203,7 @@ class Predictor:
             return await in_time(timeout_s, self._ask(refs, top_k, asking))
 
     async def predict_many(
-        self, task_refs: Sequence[str], images: Sequence[bytes], top_k: int, *, key: str, tenant: str, timeout_s: float
+        self, task_refs: Sequence[str], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> dict[str, Answer | Exception]:
         """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
         refs = {text.replace(" ", TOGETHER): Ref.parse_all(text) for text in task_refs}
@@ -212,13 +212,13 @@ class Predictor:
             results = await asyncio.gather(*asked, return_exceptions=True)
         return {text: _result(result) for text, result in zip(refs, results, strict=True)}
 
-    async def embed(self, images: Sequence[bytes], *, tenant: str, timeout_s: float) -> Features:
+    async def embed(self, images: Sequence[Image], *, tenant: str, timeout_s: float) -> Features:
         """The frozen backbone's features of images."""
         with self._asking(images, 1, "", tenant, timeout_s) as asking:
             return await in_time(timeout_s, self._embed(asking))
 
     async def aside(
-        self, task_ref: str, image: bytes, work: Callable[[Pixels, Any], T], *, key: str, tenant: str, timeout_s: float
+        self, task_ref: str, image: Image, work: Callable[[Pixels, Any], T], *, key: str, tenant: str, timeout_s: float
     ) -> tuple[str, Any, T]:
         """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
         the seat. For what is no prediction, such as where the network looks."""
@@ -350,7 +350,7 @@ class Predictor:
 
     @contextmanager
     def _asking(
-        self, images: Sequence[bytes], tasks: int, key: str, tenant: str, timeout_s: float
+        self, images: Sequence[Image], tasks: int, key: str, tenant: str, timeout_s: float
     ) -> Iterator[_Asking]:
         """A request's room in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)

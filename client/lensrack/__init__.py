@@ -11,9 +11,9 @@
 """
 
 from ._archive import Progress
-from ._core import __version__
+from ._core import Reply, __version__
 from ._images import ImageInput
-from .answers import Answer, ManyAnswers
+from .answers import Answer, ManyAnswers, RawResponse
 from .async_client import AsyncClient, AsyncJobHandle
 from .client import Client, JobHandle
 from .errors import (
@@ -59,6 +59,8 @@ __all__ = [
     "Progress",
     "ProtocolError",
     "RateLimitedError",
+    "RawResponse",
+    "Reply",
     "RequestTimeout",
     "ServerError",
     "TooLargeError",

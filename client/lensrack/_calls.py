@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from . import _images, wire
+from . import _images, _resizing, wire
 from ._archive import Archive, Progress
 from ._core import Call, Reply, read_as, read_nothing
 from ._images import ImageInput
@@ -31,21 +32,40 @@ _DIGEST = re.compile(wire.VERSION_PATTERN)
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def predict(task: str, images: Images, *, top_k: int, key: str | None) -> Call[list[Answer]]:
+def predict(
+    task: str, images: Images, *, top_k: int, key: str | None, geometry: wire.Geometry | None = None
+) -> Call[list[Answer]]:
+    """With a `geometry` the images are cut here, where that gives the very pixels that the server would make."""
+
     def read(reply: Reply) -> list[Answer]:
         told = wire.PredictResponse.model_validate_json(reply.content)
         _require_count(len(told.predictions), len(images))
         return [_answer(told.task, told.version, told.versions, of_image) for of_image in told.predictions]
 
     path, params = f"/predict/{segment(task, 'task')}", [("top_k", str(top_k))]
-    return Call("POST", path, read, params, **_asking(images, key))
+    return Call("POST", path, read, params, **_asking(images, key, geometry))
 
 
-def predict_many(tasks: Sequence[str], image: ImageInput, *, top_k: int, key: str | None) -> Call[ManyAnswers]:
+def predict_many(
+    tasks: Sequence[str],
+    image: ImageInput,
+    *,
+    top_k: int,
+    key: str | None,
+    geometry: wire.Geometry | None = None,
+) -> Call[ManyAnswers]:
     if isinstance(tasks, str) or not tasks:
         raise InvalidInput(f"tasks: expected a list of task names, got {tasks!r}")
     params = [*(("task", task) for task in tasks), ("top_k", str(top_k))]
-    return Call("POST", "/predict", _read_many, params, **_asking([image], key))
+    return Call("POST", "/predict", _read_many, params, **_asking([image], key, geometry))
+
+
+def check_map(images: object, in_flight: int, errors: str) -> None:
+    """Raises InvalidInput for what would otherwise be taken apart: a path is a sequence of letters."""
+    if isinstance(images, str | bytes | os.PathLike):
+        raise InvalidInput(f"images: expected several of them, such as a list of paths, got {str(images)[:100]!r}")
+    if in_flight < 1 or errors not in ("raise", "return"):
+        raise InvalidInput(f"expected in_flight >= 1 and errors raise or return, got {in_flight} and {errors!r}")
 
 
 def embed(images: Images) -> Call[list[list[float]]]:
@@ -57,12 +77,14 @@ def embed(images: Images) -> Call[list[list[float]]]:
     return Call("POST", "/embed", read, **_asking(images, None))
 
 
-def _asking(images: Images, key: str | None) -> dict[str, Any]:
+def _asking(images: Images, key: str | None, geometry: wire.Geometry | None = None) -> dict[str, Any]:
     """One image travels as it is, several as a multipart body."""
     if not images:
         raise InvalidInput("images: expected at least one image, got none")
-    encoded = [_images.encode(image) for image in images]
+    encoded = [_images.encode(image) if geometry is None else _resizing.encode(image, geometry) for image in images]
     headers = {"Lensrack-Key": key} if key is not None else {}
+    if geometry is not None:
+        headers[wire.GEOMETRY_HEADER] = geometry.header
     if len(encoded) == 1:
         data, kind = encoded[0]
         return {"headers": {**headers, "Content-Type": kind}, "payload": {"content": data}}

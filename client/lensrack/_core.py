@@ -10,11 +10,13 @@ Nothing here opens a connection or sleeps; both clients are the few lines that d
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
@@ -28,9 +30,11 @@ from .wire import Problem
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+N = TypeVar("N", int, float)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_RETRIES = 2
 CONNECT_TIMEOUT_S = 5.0
 QUOTA_EXCEEDED = "quota_exceeded"  # a day's jobs, or a full store: no pause between two attempts helps
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -45,11 +49,22 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 @dataclass(frozen=True)
 class Reply:
-    """A complete HTTP answer."""
+    """A complete HTTP answer. Names of `headers` are looked up whatever their case."""
 
     status: int
     headers: Mapping[str, str]
     content: bytes
+
+    @property
+    def request_id(self) -> str:
+        """What the server's log calls the request."""
+        return self.headers.get("x-request-id", "")
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        """Seconds by step, as `Server-Timing` tells them: decode, queue, compute."""
+        told = re.findall(r"([\w-]+);dur=([\d.]+)", self.headers.get("server-timing", ""))
+        return {name: float(milliseconds) / 1000 for name, milliseconds in told}
 
 
 @dataclass(frozen=True)
@@ -85,21 +100,45 @@ class Config:
     api_key: str | None = field(repr=False)
     timeout_s: float
     max_retries: int
+    client_resize: bool = False
 
     @classmethod
-    def of(cls, base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> Config:
+    def of(cls, base_url: str | None, api_key: str | None, timeout: float | None, max_retries: int | None) -> Config:
         """Fill in what was not given from the environment. Raises InvalidInput."""
         key = (api_key or os.environ.get("LENSRACK_API_KEY", "")).strip()
         if not (key.isascii() and key.isprintable()):
             raise InvalidInput("the API key must be printable ASCII")
-        if not timeout > 0 or max_retries < 0:
-            raise InvalidInput(f"expected timeout > 0 and max_retries >= 0, got {timeout} and {max_retries}")
         url = _checked_url(base_url or os.environ.get("LENSRACK_URL") or DEFAULT_URL)
-        return cls(url, key or None, timeout, max_retries)
+        known = cls(url, key or None, DEFAULT_TIMEOUT_S, DEFAULT_RETRIES)
+        outside = known.changed(
+            _from_environment("LENSRACK_TIMEOUT", float), _from_environment("LENSRACK_RETRIES", int)
+        )
+        return outside.changed(timeout, max_retries)
+
+    def changed(
+        self, timeout: float | None = None, max_retries: int | None = None, client_resize: bool | None = None
+    ) -> Config:
+        """The same with what is given. Raises InvalidInput."""
+        timeout_s = self.timeout_s if timeout is None else timeout
+        retries = self.max_retries if max_retries is None else max_retries
+        if not timeout_s > 0 or retries < 0:
+            raise InvalidInput(f"expected timeout > 0 and max_retries >= 0, got {timeout_s} and {retries}")
+        resize = self.client_resize if client_resize is None else client_resize
+        if resize and importlib.util.find_spec("PIL") is None:
+            raise InvalidInput("client_resize needs Pillow: pip install 'lensrack[resize]'")
+        return replace(self, timeout_s=timeout_s, max_retries=retries, client_resize=resize)
 
     def headers(self) -> dict[str, str]:
         fixed = {"User-Agent": f"lensrack/{__version__}", "Accept": "application/json, */*;q=0.5"}
         return {**fixed, "Authorization": f"Bearer {self.api_key}"} if self.api_key else fixed
+
+
+def _from_environment(name: str, kind: Callable[[str], N]) -> N | None:
+    text = os.environ.get(name, "").strip()
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        raise InvalidInput(f"{name}: expected a number, got {text[:40]!r}") from None
 
 
 def _trace() -> dict[str, str]:

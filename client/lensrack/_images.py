@@ -66,6 +66,8 @@ def _bytes_of(image: Any) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
+        if isinstance(image, str) and image.partition("://")[0].lower() in {"http", "https", "data", "ftp", "s3"}:
+            raise InvalidInput(f"an image is never fetched from a URL, got {image[:100]!r}: give a path or its bytes")
         return _read_path(Path(image))
     if hasattr(image, "save") and hasattr(image, "mode"):
         return _pillow_png(image)

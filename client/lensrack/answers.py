@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+from ._core import Reply
 from .errors import ApiError
 from .wire import Prediction
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,34 @@ class ManyAnswers:
         if task in self.errors:
             raise self.errors[task]
         return self.answers[task]
+
+
+@dataclass(frozen=True)
+class RawResponse(Generic[T]):
+    """What a method gave back, `value`, and the HTTP answers that it was made of, in order.
+
+    `status`, `headers`, `content`, `request_id` and `timings_s` are the last one's.
+    """
+
+    value: T
+    replies: tuple[Reply, ...]
+
+    @property
+    def status(self) -> int:
+        return self.replies[-1].status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.replies[-1].headers
+
+    @property
+    def content(self) -> bytes:
+        return self.replies[-1].content
+
+    @property
+    def request_id(self) -> str:
+        return self.replies[-1].request_id
+
+    @property
+    def timings_s(self) -> dict[str, float]:
+        return self.replies[-1].timings_s

@@ -5,24 +5,29 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, TypeVar, overload
+from typing import IO, Any, Literal, TypeVar, cast, overload
 
 import httpx
 
-from . import _calls, wire
+from . import _calls, _steps, wire
 from ._archive import Progress, Source, open_archive
 from ._calls import Images
-from ._core import DEFAULT_TIMEOUT_S, DIRECT, Call, Config, Exchange, Reply
+from ._core import DIRECT, Call, Config, Exchange, Reply
 from ._events import LOST, EventCursor
 from ._images import ImageInput
+from ._steps import Geometries, Steps
 from ._uploads import OnUpload, Uploading
-from .answers import Answer, ManyAnswers
-from .errors import JobFailed, LensrackError
+from .answers import Answer, ManyAnswers, RawResponse
+from .errors import InvalidInput, JobFailed, LensrackError
 
 T = TypeVar("T")
 
@@ -32,6 +37,8 @@ class Client:
 
     `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
     in seconds and covers a call with all its retries; file transfers may take longer, but not stay silent for longer.
+    It defaults to LENSRACK_TIMEOUT, else 60, `max_retries` to LENSRACK_RETRIES, else 2. With `client_resize`, pictures
+    are cut to the size of the task's model before they are sent: the same answers from less to send and to decode.
     """
 
     def __init__(
@@ -39,15 +46,20 @@ class Client:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
-        timeout: float = DEFAULT_TIMEOUT_S,
-        max_retries: int = 2,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        client_resize: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._config = Config.of(base_url, api_key, timeout, max_retries)
+        known = Config.of(base_url, api_key, timeout, max_retries)
+        self._config = known.changed(client_resize=client_resize)
         self._http = httpx.Client(transport=transport, mounts=None if transport else DIRECT)
-        self.tasks = Tasks(self)
-        self.datasets = Datasets(self)
-        self.jobs = Jobs(self)
+        self._geometries = Geometries()
+        self._heard: list[Reply] | None = None
+        self._furnish()
+
+    def _furnish(self) -> None:
+        self.tasks, self.datasets, self.jobs = Tasks(self), Datasets(self), Jobs(self)
 
     def close(self) -> None:
         self._http.close()
@@ -57,6 +69,31 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def with_options(
+        self, *, timeout: float | None = None, max_retries: int | None = None, client_resize: bool | None = None
+    ) -> Client:
+        """The same client with other habits, over the same connections: closing either closes both."""
+        return self._like(self._config.changed(timeout, max_retries, client_resize))
+
+    def _like(self, config: Config) -> Client:
+        other = copy.copy(self)
+        other._config = config
+        other._furnish()
+        return other
+
+    def raw_response(self, ask: Callable[[Client], T]) -> RawResponse[T]:
+        """What `ask` makes of this client, with the HTTP answers behind it: status, headers, content, request id.
+
+        `ask` is a method of this client, called on the client that it is given, such as `lambda c: c.tasks.get("x")`.
+        """
+        heard = self._like(self._config)
+        replies: list[Reply] = []
+        heard._heard = replies
+        value, heard._heard = ask(heard), None
+        if not replies:
+            raise InvalidInput("raw_response: expected a call that asks the server and waits for its answer")
+        return RawResponse(value, tuple(replies))
 
     @overload
     def predict(self, task: str, images: Images, *, top_k: int = ..., key: str | None = ...) -> list[Answer]: ...
@@ -71,14 +108,83 @@ class Client:
         Requests with the same `key` see the same side of a canary. Raises ApiError and the other LensrackErrors.
         """
         if isinstance(images, list | tuple):
+            return self._predict(task, images, top_k=top_k, key=key)
+        return self._predict(task, [images], top_k=top_k, key=key)[0]
+
+    def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
+        if not self._config.client_resize:
             return self._send(_calls.predict(task, images, top_k=top_k, key=key))
-        return self._send(_calls.predict(task, [images], top_k=top_k, key=key))[0]
+        return self._take(_steps.predict(self._geometries, task, images, top_k=top_k, key=key))
+
+    @overload
+    def map(
+        self,
+        task: str,
+        images: Iterable[ImageInput],
+        *,
+        top_k: int = ...,
+        key: str | None = ...,
+        in_flight: int = ...,
+        errors: Literal["raise"] = ...,
+    ) -> Iterator[Answer]: ...
+    @overload
+    def map(
+        self,
+        task: str,
+        images: Iterable[ImageInput],
+        *,
+        top_k: int = ...,
+        key: str | None = ...,
+        in_flight: int = ...,
+        errors: Literal["return"],
+    ) -> Iterator[Answer | LensrackError]: ...
+    def map(
+        self,
+        task: str,
+        images: Iterable[ImageInput],
+        *,
+        top_k: int = 5,
+        key: str | None = None,
+        in_flight: int = 8,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Answer] | Iterator[Answer | LensrackError]:
+        """Ask a task about any number of images, one after the other taken from `images`: their answers, in that order.
+
+        `in_flight` requests are on their way at any time, which the server answers in one batch. With `errors="return"`
+        an image that got no answer has its LensrackError in its place, and the others go on.
+        """
+        _calls.check_map(images, in_flight, errors)
+        ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
+        waiting: deque[Future[Answer | LensrackError]] = deque()
+        with ThreadPoolExecutor(in_flight) as pool:
+            try:
+                for image in images:
+                    waiting.append(pool.submit(ask, image))
+                    if len(waiting) == in_flight:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for asking in waiting:
+                    asking.cancel()
+
+    def _answer_or_error(
+        self, task: str, image: ImageInput, *, top_k: int, key: str | None, errors: str
+    ) -> Answer | LensrackError:
+        try:
+            return (self._predict(task, [image], top_k=top_k, key=key))[0]
+        except LensrackError as error:
+            if errors == "raise":
+                raise
+            return error
 
     def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
     ) -> ManyAnswers:
         """Ask many tasks about one image, which the server decodes once."""
-        return self._send(_calls.predict_many(tasks, image, top_k=top_k, key=key))
+        if not self._config.client_resize:
+            return self._send(_calls.predict_many(tasks, image, top_k=top_k, key=key))
+        return self._take(_steps.predict_many(self._geometries, tasks, image, top_k=top_k, key=key))
 
     @overload
     def embed(self, images: Images) -> list[list[float]]: ...
@@ -191,6 +297,20 @@ class Client:
         """Whether predictions can be answered, and by which backbone."""
         return self._send(_calls.ready())
 
+    def _take(self, steps: Steps[T]) -> T:
+        """All steps, one after the other."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    told = self._send(step) if isinstance(step, Call) else step()
+                except LensrackError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(told)
+        except StopIteration as end:
+            return cast(T, end.value)
+
     def _send(self, call: Call[T]) -> T:
         exchange = Exchange(call, self._config)
         while True:
@@ -201,6 +321,8 @@ class Client:
             else:
                 pause = exchange.answered(reply)
                 if pause is None:
+                    if self._heard is not None:
+                        self._heard.append(reply)
                     return exchange.value(reply)
                 pause_s = pause
             time.sleep(pause_s)
@@ -294,6 +416,16 @@ class Tasks:
     ) -> wire.FeedbackPage:
         """How much feedback each label has, and a page of it, newest first; `next` is the following page's cursor."""
         return self._send(_calls.list_feedback(task, cursor=cursor, limit=limit, label=label))
+
+    def iterate_feedback(self, task: str, *, label: str | None = None) -> Iterator[wire.FeedbackItem]:
+        """All that was said about a task's images, newest first, page by page."""
+        cursor: str | None = None
+        while True:
+            page = self.feedback(task, cursor=cursor, limit=500, label=label)
+            yield from page.items
+            if page.next is None:
+                return
+            cursor = page.next
 
     def delete_feedback(self, task: str, sha256: str) -> None:
         """Withdraw what was said about an image."""

@@ -5,9 +5,11 @@ Times ending in `_s` are seconds; `*_at` are seconds since the Unix epoch (UTC).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 TASK_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 ALIAS_PATTERN = r"^[a-z][a-z0-9_-]{0,31}$"
@@ -116,6 +118,48 @@ class EmbedResponse(Message):
 
     fingerprint: str
     embeddings: list[list[float]]
+
+
+GEOMETRY_HEADER = "Lensrack-Geometry"
+
+
+class Geometry(Message):
+    """How a picture becomes `size` pixels a side, in timm's words; `fill` is the colour of a border, RGB.
+
+    In a header: `size=224; interpolation=bicubic; crop_pct=0.875; crop_mode=center; fill=0,0,0`.
+    """
+
+    EXAMPLE: ClassVar[str] = "size=224; interpolation=bicubic; crop_pct=0.875; crop_mode=center; fill=0,0,0"
+
+    size: int
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def of(cls, preprocess: Mapping[str, Any]) -> Geometry:
+        """Of a version's `preprocess`. A border has the colour of the normalisation's mean."""
+        told = {name: preprocess[name] for name in ("size", "interpolation", "crop_pct", "crop_mode")}
+        if told["crop_mode"] == "border":
+            told["fill"] = tuple(min(255, max(0, round(255 * value))) for value in preprocess["mean"])
+        return cls(**told)
+
+    @classmethod
+    def parse(cls, header: str) -> Geometry | None:
+        """None where it is no such header."""
+        fields: dict[str, Any] = dict(re.findall(r"([a-z_]+)=([^;\s]+)", header[:400]))
+        fields["fill"] = fields.get("fill", "0,0,0").split(",")
+        try:
+            return cls(**fields)
+        except ValidationError:
+            return None
+
+    @property
+    def header(self) -> str:
+        """The same text for the same geometry."""
+        told = {**self.model_dump(), "fill": ",".join(map(str, self.fill))}
+        return "; ".join(f"{name}={value}" for name, value in told.items())
 
 
 # --- tasks, versions, aliases -----------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from starlette.responses import Response
 
 from lensrack import wire
 from prompts_store import StoreError
-from server.api import guard, problems
+from server.api import guard, problems, raw_pixels
 from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest, ServiceError, Unprocessable
+from server.pictures import Image
 from server.predictor import Answer, Scored, Timings, versions_in
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ Tasks = Annotated[
     ),
 ]
 
+_ENVELOPES: Final = (*guard.IMAGE_TYPES, "multipart/form-data", "application/json")
 IMAGES: Final[dict[str, Any]] = {
     "required": True,
     "content": {
@@ -52,6 +54,10 @@ IMAGES: Final[dict[str, Any]] = {
         },
         "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
     },
+}
+_PIXELS: Final[dict[str, Any]] = {
+    **IMAGES,
+    "content": {**IMAGES["content"], raw_pixels.NPY: {"schema": {"type": "string", "format": "binary"}}},
 }
 _BODY: Final[dict[str, Any]] = {
     "parameters": [
@@ -67,8 +73,15 @@ _BODY: Final[dict[str, Any]] = {
             "description": "Requests with the same key see the same side of a canary.",
             "schema": {"type": "string"},
         },
+        {
+            "name": wire.GEOMETRY_HEADER,
+            "in": "header",
+            "description": "How the client has cut the pixels of a NumPy body; a version that is cut otherwise answers "
+            f"409 geometry_differs. `{wire.Geometry.EXAMPLE}`",
+            "schema": {"type": "string"},
+        },
     ],
-    "requestBody": IMAGES,
+    "requestBody": _PIXELS,
 }
 _HEADERS: Final[dict[str, Any]] = {
     "Server-Timing": {"description": "decode, queue and compute in milliseconds.", "schema": {"type": "string"}}
@@ -91,10 +104,10 @@ async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK
     """Ask one task, `task`, `task@alias` or `task@version`, about one or more images.
 
     `task@live+candidate` is an ensemble: several versions answer in one batch, a row each, and their probabilities are
-    averaged.
+    averaged. A NumPy body (uint8 [n, S, S, 3], RGB) holds images that the client has cut to the version's size itself.
     """
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services, versions_in(task))
+    images = await read_pixels(request, services, versions_in(task))
     work = services.predictor.predict(
         task, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
@@ -115,7 +128,7 @@ async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top
     """Ask many tasks about the same images. A task that fails has its problem in its place; only when none could answer
     is the whole request a problem, the first task's."""
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services, sum(map(versions_in, set(tasks))))
+    images = await read_pixels(request, services, sum(map(versions_in, set(tasks))))
     work = services.predictor.predict_many(
         tasks, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
@@ -134,7 +147,7 @@ async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top
 async def embed(request: Request, services: ServicesOf) -> Response:
     """The frozen backbone's features of images."""
     timeout_s = _timeout_s(request, services)
-    images = await read_images(request, services)
+    images = await read_pixels(request, services)
     features = await unless_gone(request, services.predictor.embed(images, tenant=services.tenant, timeout_s=timeout_s))
     body = wire.EmbedResponse(fingerprint=features.fingerprint, embeddings=features.vectors.tolist())
     return _response(body, features.timings)
@@ -148,25 +161,37 @@ async def read_images(request: Request, services: Services, tasks: int = 1) -> l
 
     Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge, QueueFull rate_limited.
     """
-    images = await _read(request, services)
+    guard.require_type(request.headers, _ENVELOPES)
+    images = [data for data, _ in await _read(request, services)]
     await services.meter.images(services.key, len(images) * tasks)
     return images
 
 
-async def _read(request: Request, services: Services) -> list[bytes]:
-    kinds = (*guard.IMAGE_TYPES, "multipart/form-data", "application/json")
-    kind = guard.require_type(request.headers, kinds)
+async def read_pixels(request: Request, services: Services, tasks: int = 1) -> list[Image]:
+    """As `read_images`, and also images that are pixels already, as the body or as parts of a form."""
+    guard.require_type(request.headers, (*_ENVELOPES, raw_pixels.NPY))
+    images: list[Image] = []
+    for data, kind in await _read(request, services):
+        left = services.settings.max_images - len(images)
+        images += raw_pixels.read(data, request.headers, most=left) if kind == raw_pixels.NPY else [data]
+    await services.meter.images(services.key, len(images) * tasks)
+    return images
+
+
+async def _read(request: Request, services: Services) -> list[tuple[bytes, str]]:
+    """What a body holds, and of which type each says it is."""
+    kind = guard.media_type(request.headers)
     if kind == "multipart/form-data":
         return await _from_form(request, services.settings.max_images)
     body = await request.body()
     if kind == "application/json":
-        return await asyncio.to_thread(_from_json, body)
+        return [(data, "") for data in await asyncio.to_thread(_from_json, body)]
     if not body:
         raise BadRequest("expected an image, got 0 bytes", code="bad_image")
-    return [body]
+    return [(body, kind)]
 
 
-async def _from_form(request: Request, most: int) -> list[bytes]:
+async def _from_form(request: Request, most: int) -> list[tuple[bytes, str]]:
     require_whole(await request.body(), request.headers.get("content-type", ""))
     try:
         async with request.form(max_files=most, max_fields=most) as form:
@@ -175,7 +200,8 @@ async def _from_form(request: Request, most: int) -> list[bytes]:
             if strangers or not given:
                 got = f"{strangers[0][:100]!r}" if strangers else "none"
                 raise Unprocessable(f"multipart body: expected files in the field 'images', got {got}")
-            return [await value.read() for _, value in given if isinstance(value, UploadFile)]
+            files = [value for _, value in given if isinstance(value, UploadFile)]
+            return [(await file.read(), guard.media_type(file.headers)) for file in files]
     except HTTPException as error:
         raise BadRequest(f"multipart body: {error.detail}") from error
 

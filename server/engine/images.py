@@ -78,6 +78,9 @@ class Geometry:
         red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
         return cls(size, interpolation, crop_pct, crop_mode, (red, green, blue) if crop_mode == "border" else (0, 0, 0))
 
+    def __str__(self) -> str:
+        return f"{self.size} pixels, {self.interpolation}, crop_pct {self.crop_pct:g}, {self.crop_mode}, {self.fill}"
+
     @property
     def resized(self) -> int:
         """Pixels of the side that counts, before the crop."""

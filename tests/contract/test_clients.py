@@ -14,6 +14,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from math import ceil
@@ -44,6 +45,8 @@ class Blocking:
             return lambda *args, **kwargs: self._wrap(self.runner.run(value(*args, **kwargs)))
         if inspect.isasyncgenfunction(value):
             return lambda *args, **kwargs: self._iterate(value(*args, **kwargs))
+        if inspect.ismethod(value):
+            return lambda *args, **kwargs: self._wrap(value(*args, **kwargs))
         return self._wrap(value)
 
     def _iterate(self, generator: Any) -> Iterator[Any]:
@@ -139,6 +142,110 @@ class TestPredictions:
         rack.misbehave("/predict/trash", told({"task": "trash", "version": VERSION, "predictions": []}))
         with pytest.raises(lensrack.ProtocolError, match="expected answers for 1 images, got 0"):
             make().predict("trash", PIXELS)
+
+
+class TestMany:
+    """`map`: requests in flight, answers in order."""
+
+    def images(self, count: int) -> list[bytes]:
+        return [PIXELS + bytes([number]) for number in range(count)]
+
+    def test_answers_come_in_order_whatever_order_they_are_ready_in(self, make: Make, rack: Rack) -> None:
+        def answer(asked: Any) -> Told:
+            number = asked.body[-1]
+            label = {"label": str(number), "index": 0, "score": 1.0}
+            slow = 0.1 if number % 3 == 0 else 0.0
+            body = told({"task": "trash", "version": VERSION, "predictions": [[label]]})
+            return replace(body, delay_s=slow)
+
+        rack.answer = answer  # type: ignore[method-assign]
+        answers = make().map("trash", iter(self.images(10)), in_flight=4)
+        assert [one.label for one in answers] == [str(number) for number in range(10)]
+
+    def test_images_are_taken_as_they_are_needed(self, make: Make, rack: Rack) -> None:
+        taken: list[int] = []
+
+        def images() -> Iterator[bytes]:
+            for number, image in enumerate(self.images(20)):
+                taken.append(number)
+                yield image
+
+        answers = make().map("trash", images(), in_flight=3)
+        assert not taken
+        next(answers)
+        assert len(taken) == 3
+        next(answers)
+        assert len(taken) == 4
+
+    def test_a_failure_is_raised_or_takes_its_images_place(self, make: Make, rack: Rack) -> None:
+        client, refusal = make(), problem(400, "bad_image")
+        rack.misbehave("/predict/trash", refusal)
+        told = list(client.map("trash", self.images(4), in_flight=1, errors="return"))
+        assert [isinstance(one, lensrack.BadRequestError) for one in told] == [True, False, False, False]
+        rack.misbehave("/predict/trash", refusal)
+        with pytest.raises(lensrack.BadRequestError):
+            list(client.map("trash", self.images(4), in_flight=1))
+
+    @pytest.mark.parametrize("wrong", [{"images": "a.png"}, {"images": b"a"}, {"in_flight": 0}, {"errors": "ignore"}])
+    def test_wrong_wishes(self, make: Make, rack: Rack, wrong: dict[str, Any]) -> None:
+        with pytest.raises(lensrack.InvalidInput):
+            list(make().map("trash", **{"images": [PIXELS], **wrong}))
+        assert not rack.asked
+
+
+class TestHabits:
+    def test_options_hold_for_the_copy_only(self, make: Make, rack: Rack) -> None:
+        client = make(max_retries=0)
+        patient = client.with_options(max_retries=3)
+        rack.misbehave("/tasks", *[problem(503, "busy", **{"Retry-After": "0"})] * 3)
+        assert len(patient.tasks.list()) == 2
+        assert len(rack.asked) == 4
+        rack.misbehave("/tasks", problem(503, "busy"))
+        with pytest.raises(lensrack.UnavailableError):
+            client.tasks.list()
+
+    def test_a_timeout_of_its_own(self, make: Make, rack: Rack) -> None:
+        rack.misbehave("/healthz", Told(200, b"{}", delay_s=3))
+        with pytest.raises(lensrack.RequestTimeout, match=r"within 0\.2 s"):
+            make(max_retries=0).with_options(timeout=0.2).health()
+
+    def test_wrong_options(self, make: Make) -> None:
+        for wrong in ({"timeout": 0}, {"max_retries": -1}):
+            with pytest.raises(lensrack.InvalidInput, match="expected timeout > 0 and max_retries >= 0"):
+                make().with_options(**wrong)
+
+    def test_options_from_the_environment(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LENSRACK_TIMEOUT", "7.5")
+        monkeypatch.setenv("LENSRACK_RETRIES", "5")
+        outside = make()._config
+        assert (outside.timeout_s, outside.max_retries) == (7.5, 5)
+        inside = make(timeout=3, max_retries=0)._config
+        assert (inside.timeout_s, inside.max_retries) == (3, 0)
+        monkeypatch.setenv("LENSRACK_TIMEOUT", "soon")
+        with pytest.raises(lensrack.InvalidInput, match="LENSRACK_TIMEOUT: expected a number, got 'soon'"):
+            make()
+
+    def test_the_http_behind_a_value(self, make: Make, rack: Rack) -> None:
+        headers = {"X-Request-Id": "r-7", "Server-Timing": "decode;dur=1.500, queue;dur=0.250, compute;dur=20.000"}
+        rack.misbehave("/healthz", told({"status": "ok", "version": "9"}, **headers))
+        client = make()
+        raw = client.raw_response(lambda c: c.health())
+        assert (raw.value.version, raw.status, raw.request_id) == ("9", 200, "r-7")
+        assert raw.timings_s == pytest.approx({"decode": 0.0015, "queue": 0.00025, "compute": 0.02})
+        assert b'"status": "ok"' in raw.content
+        assert raw.headers["Content-Type"] == "application/json"
+        pages = client.raw_response(lambda c: c.tasks.get("trash"))
+        assert (pages.value.task, len(pages.replies)) == ("trash", 1)
+
+    def test_a_refusal_is_still_raised(self, make: Make) -> None:
+        client = make()
+        with pytest.raises(lensrack.NotFoundError):
+            client.raw_response(lambda c: c.jobs.get("j9"))
+
+    def test_an_image_is_never_fetched(self, make: Make, rack: Rack) -> None:
+        with pytest.raises(lensrack.InvalidInput, match=r"never fetched from a URL, got 'https://x/y\.png'"):
+            make().predict("trash", "https://x/y.png")
+        assert not rack.asked
 
 
 class TestTasks:
@@ -816,7 +923,8 @@ def test_both_clients_have_the_same_methods_and_signatures(one: type, other: typ
             assert isinstance(twin, property)
             continue
         assert _parameters(function) == _parameters(twin), name
-        assert inspect.iscoroutinefunction(twin) or inspect.isasyncgenfunction(twin), name
+        waits = inspect.iscoroutinefunction(twin) or inspect.isasyncgenfunction(twin)
+        assert waits != (name == "with_options"), name  # the one that asks nobody anything
         assert function.__doc__ == twin.__doc__, name
 
 

@@ -32,6 +32,8 @@ SURFACE = [
     "Progress",
     "ProtocolError",
     "RateLimitedError",
+    "RawResponse",
+    "Reply",
     "RequestTimeout",
     "ServerError",
     "TooLargeError",

@@ -1,0 +1,136 @@
+"""Pictures cut to a version's size here instead of on the server: the very pixels that the server would make, or none.
+
+Cut is what Pillow decodes in one way only: RGB, grey and CMYK of 8 bits without transparency or animation. Whatever
+else comes travels as it is, and the server does the work. Needs Pillow, which the extra `lensrack[resize]` brings.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from typing import Any
+
+from . import _images
+from ._images import ImageInput
+from .wire import Geometry
+
+NPY = "application/x-npy"
+
+_MODES = frozenset({"RGB", "L", "CMYK"})
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_MAX_WHOLE = 2**24  # pixels of a resized picture; the server cuts larger ones in another way
+
+
+def encode(image: ImageInput, geometry: Geometry) -> tuple[bytes, str]:
+    """What travels for an image, and its content type: its pixels, or the image itself."""
+    if not _is_file(image):
+        pixels = _cut(_held(image), geometry)
+        return _images.encode(image) if pixels is None else (pixels, NPY)
+    data, kind = _images.encode(image)
+    pixels = _cut(_opened(data), geometry)
+    return (data, kind) if pixels is None else (pixels, NPY)
+
+
+def _is_file(image: Any) -> bool:
+    return not (hasattr(image, "shape") or (hasattr(image, "save") and hasattr(image, "mode")))
+
+
+def _held(image: Any) -> Any:
+    """A Pillow image or an array, upright and of a mode that can be cut; None otherwise."""
+    from PIL import Image, ImageOps
+
+    if hasattr(image, "shape"):
+        shape, modes = tuple(int(side) for side in image.shape), {3: "RGB", 1: "L"}
+        mode = modes.get(shape[2] if len(shape) == 3 else 1) if len(shape) in (2, 3) and min(shape) else None
+        if mode is None or str(image.dtype) != "uint8":
+            return None
+        return Image.frombytes(mode, (shape[1], shape[0]), image.tobytes())
+    return ImageOps.exif_transpose(image)
+
+
+def _opened(data: bytes) -> Any:
+    """The picture of a file, upright; None where it cannot be read, or in more than one way."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            opened.load()
+            if opened.format in ("PNG", "WEBP") and getattr(opened, "is_animated", False):
+                return None
+            turn = _turns().get(_orientation(opened.info.get("exif", b"")))
+            return opened.copy() if turn is None else opened.transpose(turn)
+    except Exception:  # whatever is wrong with the file, the server says it better
+        return None
+
+
+def _turns() -> dict[int, Any]:
+    from PIL.Image import Transpose
+
+    flips = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
+    return {**flips, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+
+
+def _orientation(exif: bytes) -> int:
+    """EXIF's orientation (tag 0x0112), 1 where there is none: as the server reads it, not as Pillow guesses it."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
+            if tag == 0x0112:
+                return int(value) if kind == 3 else 1
+    except struct.error:
+        return 1
+    return 1
+
+
+def _cut(image: Any, geometry: Geometry) -> bytes | None:
+    """An .npy file of uint8 [S, S, 3]; None for what is left to the server."""
+    from PIL.Image import Resampling
+
+    method = getattr(Resampling, geometry.interpolation.upper(), None)
+    if image is None or image.mode not in _MODES or "transparency" in image.info or method is None:
+        return None
+    size = _resized(image.size, geometry)
+    if size is None or size[0] * size[1] > _MAX_WHOLE or min(size) < 1:
+        return None
+    resized = _pad(image.convert("RGB").resize(size, method), geometry)
+    left, top = (round((side - geometry.size) / 2) for side in resized.size)
+    return _npy(resized.crop((left, top, left + geometry.size, top + geometry.size)).tobytes(), geometry.size)
+
+
+def _resized(size: tuple[int, int], geometry: Geometry) -> tuple[int, int] | None:
+    """Width and height before the crop, in the words of timm's evaluation transform."""
+    (width, height), side = size, math.floor(geometry.size / geometry.crop_pct)
+    if geometry.crop_mode == "squash":
+        return side, side
+    if geometry.crop_mode == "border":
+        ratio = max(width / side, height / side)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+    if geometry.crop_mode != "center":
+        return None
+    return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+
+
+def _pad(image: Any, geometry: Geometry) -> Any:
+    """At least the size of the crop; an odd pixel goes to the right and the bottom."""
+    from PIL import Image
+
+    (width, height), size = image.size, geometry.size
+    if width >= size and height >= size:
+        return image
+    canvas = Image.new("RGB", (max(width, size), max(height, size)), geometry.fill)
+    canvas.paste(image, (max(0, size - width) // 2, max(0, size - height) // 2))
+    return canvas
+
+
+def _npy(pixels: bytes, size: int) -> bytes:
+    """NumPy's file format, version 1: the header ends with a line break at a multiple of 64 bytes."""
+    fields = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({size}, {size}, 3), }}".encode()
+    header = fields + b" " * (-(len(fields) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + pixels

@@ -5,7 +5,8 @@
 #     docker run --rm --read-only --tmpfs /tmp -v lensrack:/data -p 127.0.0.1:8000:8000 -e LENSRACK_ALLOW_OPEN=true lensrack:cpu
 #
 # Nothing of it is written to but /data (one volume) and /tmp. Packages come from TORCH_INDEX and PIP_INDEX_URL, or from
-# a folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); these are known to the first stages only.
+# a folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); these are known to the first stages only. What was taken is
+# listed in the image: docker run --rm --entrypoint cat lensrack:cpu /usr/local/share/sbom/lensrack.cdx.json
 
 FROM python:3.11-slim-bookworm AS packages
 ARG VARIANT=cpu
@@ -25,7 +26,7 @@ RUN case "$VARIANT" in \
       cuda) index="${TORCH_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}}" ;; \
       *) echo "VARIANT: expected cpu or cuda, got $VARIANT" >&2; exit 2 ;; \
     esac \
- && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.8' torchvision
+ && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.11' 'torchvision>=0.26'
 
 # With what sends traces, since nothing can be installed into the running image.
 COPY pyproject.toml ./
@@ -45,12 +46,23 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
-COPY README.md ./
+COPY README.md LICENSE ./
 COPY client client
 RUN /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --target /app .
 COPY server /app/server
 COPY prompts_store /app/prompts_store
 RUN python -m compileall -q /app
+
+
+# What the image holds of Python packages, for who has to know it (CycloneDX). The tool stays in this stage.
+FROM program AS inventory
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+RUN python -m venv /opt/inventory && /opt/inventory/bin/pip install 'cyclonedx-bom>=7.2,<8' \
+ && PYTHONPATH=/app /opt/inventory/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+      --output-file /build/sbom.cdx.json /opt/venv/bin/python
 
 
 FROM python:3.11-slim-bookworm
@@ -62,7 +74,8 @@ LABEL org.opencontainers.image.title="lensrack" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION" \
-      lensrack.variant="$VARIANT"
+      lensrack.variant="$VARIANT" \
+      lensrack.sbom="/usr/local/share/sbom/lensrack.cdx.json"
 
 # A new volume takes over owner and mode of the folder it is mounted on.
 RUN groupadd --gid 10001 lensrack \
@@ -73,6 +86,7 @@ RUN groupadd --gid 10001 lensrack \
 
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=program /app /app
+COPY --from=inventory /build/sbom.cdx.json /usr/local/share/sbom/lensrack.cdx.json
 WORKDIR /app
 # The address is the container's own: who reaches it is decided by what is published. Without API keys the server still
 # refuses to start unless LENSRACK_ALLOW_OPEN says that this has been thought of.

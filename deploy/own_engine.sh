@@ -8,6 +8,8 @@
 # its own, so the machine's bridges and firewall rules stay as they are; what compose publishes on 127.0.0.1 is
 # published there, where COMMAND runs too.
 #
+# Debian has no package of Grafana: unless WITHOUT says otherwise, COMMAND is told to leave it out.
+#
 # Needs: apt-get install docker.io docker-compose debootstrap iproute2 iptables
 # WHEELS: folder of wheels that the build takes instead of a package index (optional; required without a network).
 # KEEP_LOG: file that takes the log of the engine.
@@ -119,6 +121,7 @@ if [ -n "${WHEELS:-}" ]; then  # the build runs in the engine's network, where t
   INDEX=$!
   export BUILD_ARGS="--network=host --build-arg PIP_FIND_LINKS=http://127.0.0.1:8099/ --build-arg PIP_NO_INDEX=1 ${BUILD_ARGS:-}"
 fi
+export WITHOUT=${WITHOUT-grafana}
 "${inside[@]}" "$@" &  # in the background, so that a signal is heard while it runs
 COMMAND=$!
 wait "$COMMAND"

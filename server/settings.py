@@ -70,8 +70,8 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[
         str,
         Field(
-            description="Names by which clients may call the server, with commas. Empty: on a loopback address only "
-            "local names, elsewhere any."
+            description="Names by which clients may call the server, with commas; elsewhere than on a loopback address "
+            "they may call it by address too. Empty: on a loopback address only local names, elsewhere any."
         ),
     ] = ""
     max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 32 * MIB

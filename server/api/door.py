@@ -81,9 +81,13 @@ class Door:
         if "host" not in headers or "*" in self._named or not (self._named or self._local):
             return
         host, local = _name(headers["host"])
-        if host not in self._named and not local:
+        if host not in self._named and not local and not self._by_address(host):
             known = " or ".join(sorted(self._named) or ["localhost"])
             raise Misdirected(f"Host: expected {known} (LENSRACK_ALLOWED_HOSTS can name others), got {host[:100]!r}")
+
+    def _by_address(self, host: str) -> bool:
+        """Probes and Prometheus call by address, and no page of a foreign name can; to loopback nobody comes so."""
+        return not self._local and guard.is_address(host)
 
 
 # --- Host and Origin --------------------------------------------------------------------------------------------------

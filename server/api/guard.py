@@ -61,6 +61,15 @@ def is_loopback(host: str) -> bool:
         return False  # a name may resolve to anything
 
 
+def is_address(host: str) -> bool:
+    """Whether it is written as an address, bare of port and brackets, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def task_name(task: str) -> str:
     """A task's name from a path. Raises BadRequest (bad_task_name)."""
     if not TASK.fullmatch(task):

@@ -226,6 +226,15 @@ def test_other_names_are_answered_when_they_are_named(tmp_path: Path) -> None:
             assert api.raw(head=head)[0] == status
 
 
+def test_probes_that_call_by_address_are_answered_beyond_loopback(tmp_path: Path) -> None:
+    """A kubelet and Prometheus have no name to call, and a foreign page's name is never an address."""
+    with serving(tmp_path, host="0.0.0.0", allow_open=True, allowed_hosts="lens.example") as api:
+        for host in ("10.0.0.1:8000", "[fd00::7]:8000", "lens.example", "127.0.0.1"):
+            assert api.raw(head=f"GET /readyz HTTP/1.1\nHost: {host}")[0] == 200, host
+        for host in ("server:8000", "10.0.0.1.evil.example", "0x0a000001", "10.1"):
+            assert api.raw(head=f"GET /readyz HTTP/1.1\nHost: {host}")[0] == 421, host
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,27 @@ def test_the_image_is_not_roots() -> None:
 def test_every_stage_that_installs_knows_where_packages_come_from() -> None:
     """An ARG ends with its stage, and a stage that has none of them would ask the public index."""
     for stage in DOCKERFILE.split("\nFROM ")[1:]:
-        if "pip --python" in stage:
+        if "/bin/pip " in stage:
             named = set(re.findall(r"^ARG (PIP_\w+)$", stage, re.MULTILINE))
             assert named == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"}
+
+
+def test_the_image_takes_torch_as_the_project_does() -> None:
+    """It is installed before pyproject.toml is there, so that its layer outlives a change of that file."""
+    server = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["server"]
+    asked = [each for each in server if each.startswith("torch")]
+    assert len(asked) == 2
+    assert all(f"'{each}'" in DOCKERFILE for each in asked)
+
+
+def test_the_image_lists_what_it_holds_and_not_what_lists_it() -> None:
+    """verify.sh reads the list in the image; here only that it gets there, and its tool does not."""
+    *_, inventory, last = DOCKERFILE.split("\nFROM ")
+    assert "cyclonedx-bom" in inventory
+    assert "cyclonedx-bom" not in last
+    (place,) = re.findall(r'lensrack\.sbom="([^"]+)"', last)
+    assert re.search(rf"^COPY --from=inventory \S+ {re.escape(place)}$", last, re.MULTILINE)
+    assert not re.search(r"^COPY --from=inventory (?!/build/sbom)", last, re.MULTILINE)
 
 
 def test_the_image_is_open_to_nobody_by_itself() -> None:
@@ -241,7 +260,8 @@ def test_metrics_do_not_leave_through_the_proxy() -> None:
 
 def test_everything_copied_into_the_image_is_sent_to_the_engine() -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = set(re.findall(r"^COPY (?!--from)(\S+)", DOCKERFILE, re.MULTILINE))
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    copied = {source for line in lines for source in line.split()}
     assert copied == sent
     assert all((ROOT / source).exists() for source in copied)
 

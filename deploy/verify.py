@@ -26,6 +26,7 @@ from verify_containers import (
     docker,
     every,
     healthy,
+    inspect,
     kill,
     name,
     run,
@@ -49,6 +50,8 @@ Answers = dict[str, list[tuple[str, float]]]
 
 def all_up() -> bool:
     running = [each for service in SERVICES if service != "secrets" for each in containers(service)]
+    for each in running:
+        assert inspect(each)["RestartCount"] < 5, f"{name(each)} does not stay up"
     return all(map(healthy, running)) and answers_http(f"{URL}/readyz")
 
 

@@ -24,10 +24,13 @@ export LENSRACK_LEASE_S=6 LENSRACK_THREADS=1 LENSRACK_WORKER_THREADS=1 LENSRACK_
 export LENSRACK_ALLOWED_HOSTS=lens.example
 unset LENSRACK_BACKBONE LENSRACK_BACKBONE_WEIGHTS LENSRACK_SAMPLE_TASKS LENSRACK_DTYPE LENSRACK_API_KEY LENSRACK_URL
 
+STORY=''
+
 down() { "${compose[@]}" down --volumes --remove-orphans --timeout 50 >/dev/null 2>&1 || true; }
 finish() {
   local status=$?
   trap - EXIT INT TERM
+  if [ -n "$STORY" ]; then kill "$STORY" 2>/dev/null || true; wait "$STORY" || true; fi
   if [ "$status" != 0 ]; then
     echo "--- the last words of each container" >&2
     for id in $(docker ps -aq --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME"); do
@@ -46,4 +49,7 @@ echo "building the image (VARIANT=cpu)"
 # shellcheck disable=SC2086  # several arguments
 docker build ${BUILD_ARGS:-} --build-arg VARIANT=cpu --tag "$IMAGE_NAME:cpu" . >"${BUILD_LOG:-/dev/null}" 2>&1 \
   || { echo "the image cannot be built: set BUILD_LOG=FILE to see why" >&2; exit 1; }
-"$python" deploy/verify.py "${compose[@]}"
+"$python" deploy/verify.py "${compose[@]}" &  # in the background, so that a signal is heard while it runs
+STORY=$!
+wait "$STORY"
+STORY=''

@@ -16,7 +16,18 @@ from rich.console import Console
 from rich.table import Table
 
 from . import wire
-from .errors import ApiError, AuthenticationError, ConnectError, LensrackError, RequestTimeout, ServerError
+from .errors import (
+    ApiError,
+    AuthenticationError,
+    ConnectError,
+    DeadlineError,
+    InvalidInput,
+    LensrackError,
+    RateLimitedError,
+    RequestTimeout,
+    ServerError,
+    UnavailableError,
+)
 
 COPIES_SHOWN = 5  # of the pictures that a warning is about; --json tells all that the server lists
 PIPED_WIDTH = 400  # nobody looks at a pipe: no column needs to be cut
@@ -56,7 +67,7 @@ def say(text: str) -> None:
     print(plain(text), file=sys.stderr)
 
 
-def print_json(value: BaseModel | Sequence[BaseModel] | list[dict[str, Any]]) -> None:
+def print_json(value: BaseModel | Sequence[BaseModel] | dict[str, Any] | list[dict[str, Any]]) -> None:
     print(json.dumps(_dumped(value), ensure_ascii=False, indent=2))
 
 
@@ -90,6 +101,14 @@ def _print_table(table: Table) -> None:
     with stdout.capture() as drawn:
         stdout.print(table)
     print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+
+
+def exit_code(error: LensrackError | OSError) -> int:
+    """1: it failed. 2: the command is wrong, nothing was sent. 3: no answer now, try again later."""
+    if isinstance(error, InvalidInput):
+        return 2
+    later = (ConnectError, RequestTimeout, RateLimitedError, UnavailableError, DeadlineError)
+    return 3 if isinstance(error, later) else 1
 
 
 def print_error(error: LensrackError | OSError, about: str = "") -> None:

@@ -1,7 +1,12 @@
 """`lensrack`: the whole story from a shell.
 
-Answers go to stdout, progress and errors to stderr. Exit code 0: done; 1: it failed; 2: the command itself is wrong;
-130: interrupted.
+Answers go to stdout, progress and errors to stderr; with --json, before or after the command, answers are JSON.
+Exit codes:
+    0    done
+    1    it failed: the server refused or broke, a job failed, an image got no answer
+    2    the command itself is wrong; nothing was sent
+    3    no answer now: the server is away, busy or too slow; the same may work later
+    130  interrupted
 """
 
 from __future__ import annotations
@@ -9,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +21,11 @@ from typing import Annotated, Any, BinaryIO, cast
 
 import typer
 
-from . import Client, JobHandle, LensrackError, __version__, wire
+from . import Client, JobHandle, LensrackError, __version__, _asking, _completion, wire
 from . import _terminal as term
 from ._watch import upload_bar, watch
-from .answers import Answer
-from .errors import ApiError, ConnectError, InvalidInput, RequestTimeout, ServerError
+from .errors import ConnectError, InvalidInput, RequestTimeout, ServerError
 from .picture import HEAD, cells, draw, ranked
-
-ASK_AT_ONCE = 8  # the server makes one batch of what comes together
 
 app = typer.Typer(name="lensrack", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 tasks = typer.Typer(help="The tasks there are.")
@@ -47,25 +48,25 @@ class Session:
 
 Context = typer.Context
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=_completion.tasks)]
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or the unique beginning of it.")]
 SourcePath = Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")]
 DatasetName = Annotated[str | None, typer.Option("--name", help="What people call it.")]
 Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Go on with an upload that broke off.")]
-DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="The dataset's id.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+DatasetId = Annotated[
+    str, typer.Argument(metavar="DATASET", help="The dataset's id.", autocompletion=_completion.datasets)
+]
+DatasetOption = Annotated[str, typer.Option("--dataset", help="The dataset's id.", autocompletion=_completion.datasets)]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", autocompletion=_completion.jobs)]
 
 
 def main() -> None:
     """The console script. Everything that can go wrong ends as one line."""
     try:
         app()
-    except InvalidInput as error:
-        term.print_error(error)
-        sys.exit(2)
     except (LensrackError, OSError) as error:
         term.print_error(error)
-        sys.exit(1)
+        sys.exit(term.exit_code(error))
 
 
 def _print_version(asked: bool) -> None:
@@ -84,7 +85,11 @@ def session(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Train, publish and ask many vision tasks that share one frozen backbone."""
+    """Train, publish and ask many vision tasks that share one frozen backbone.
+
+    Exit codes: 0 done; 1 it failed; 2 the command is wrong, nothing was sent; 3 the server is away, busy or too slow,
+    try again later; 130 interrupted.
+    """
     client = Client(url, api_key)
     context.call_on_close(client.close)
     context.obj = Session(client, as_json)
@@ -139,10 +144,17 @@ def show_task(context: Context, task: TaskName, as_json: Json = False) -> None:
 
 
 @tasks.command("delete")
-def delete_task(context: Context, task: TaskName) -> None:
+def delete_task(context: Context, task: TaskName, as_json: Json = False) -> None:
     """Forget a task with all its versions."""
     _client(context).tasks.delete(task)
-    term.say(f"task {task} deleted")
+    _show_deleted(context, "task", task, as_json=as_json)
+
+
+def _show_deleted(context: Context, what: str, name: str, *, as_json: bool) -> None:
+    if _wants_json(context, as_json):
+        term.print_json({"deleted": name})
+    else:
+        term.say(f"{what} {name} deleted")
 
 
 @app.command()
@@ -183,10 +195,12 @@ def rollback(
 @bundles.command("download")
 def download(
     context: Context,
+    *,
     task: TaskName,
     version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Without it, the live one.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Save a bundle; prints the file's name."""
     version = version or _client(context).tasks.get(task).live
@@ -196,7 +210,10 @@ def download(
     path = output or Path(f"{task}-{version[:12]}.safetensors")
     with path.open("wb" if force else "xb") as file:
         file.write(data)
-    print(path)
+    if _wants_json(context, as_json):
+        term.print_json({"task": task, "version": version, "path": str(path), "bytes": len(data)})
+    else:
+        print(path)
 
 
 @bundles.command("upload")
@@ -205,9 +222,11 @@ def upload_bundle(
     task: TaskName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.", exists=True, dir_okay=False)],
     name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Store a bundle; prints its version."""
-    print(_client(context).tasks.upload(task, file, alias=name).version)
+    stored = _client(context).tasks.upload(task, file, alias=name)
+    term.print_json(stored) if _wants_json(context, as_json) else print(stored.version)
 
 
 @app.command("import")
@@ -222,6 +241,7 @@ def import_checkpoint(
     ] = None,
     preprocess: Annotated[str | None, typer.Option(help="JSON: mean, std, interpolation, crop_pct, crop_mode.")] = None,
     name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Store another tool's checkpoint as a version; prints it.
 
@@ -239,7 +259,7 @@ def import_checkpoint(
     )
     told = stored.recipe
     term.say(f"read as {told.get('imported_from')}, {stored.method}; backbone {told.get('backbone')}")
-    print(stored.version)
+    term.print_json(stored) if _wants_json(context, as_json) else print(stored.version)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -338,10 +358,10 @@ def show_dataset(context: Context, dataset: DatasetId, as_json: Json = False) ->
 
 
 @datasets.command("delete")
-def delete_dataset(context: Context, dataset: DatasetId) -> None:
+def delete_dataset(context: Context, dataset: DatasetId, as_json: Json = False) -> None:
     """Forget a dataset."""
     _client(context).datasets.delete(dataset)
-    term.say(f"dataset {dataset} deleted")
+    _show_deleted(context, "dataset", dataset, as_json=as_json)
 
 
 # --- feedback ---------------------------------------------------------------------------------------------------------
@@ -366,16 +386,21 @@ def feedback(
     """
     if bool(images) != (label is not None):
         raise InvalidInput("give images and their --label, or neither to see what has been said")
+    said: list[dict[str, Any]] = []
     if withdraw is not None:
         _client(context).tasks.delete_feedback(task, withdraw)
         term.say(f"feedback {withdraw} withdrawn")
+        said.append({"withdrawn": withdraw})
     for image in images or ():
         [item] = _client(context).feedback(task, image, cast(str, label), new_label=new_label).items
         before = f", before {item.previous}" if item.previous not in (None, item.label) else ""
         term.say(f"{image}: {item.label}{before}")
+        said.append({"image": str(image), **item.model_dump()})
     if not images and withdraw is None:
         page = _client(context).tasks.feedback(task)
         term.print_json(page) if _wants_json(context, as_json) else term.show_feedback(page)
+    elif _wants_json(context, as_json):
+        term.print_json(said)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -386,7 +411,7 @@ def train(
     context: Context,
     *,
     task: TaskName,
-    dataset: Annotated[str, typer.Option(help="The dataset's id.")],
+    dataset: DatasetOption,
     method: Annotated[str, typer.Option(help="auto, vpt_deep, vpt_shallow, linear, ...")] = "auto",
     search: Annotated[str | None, typer.Option(help="auto, quick (a first answer in seconds) or none.")] = None,
     budget: Annotated[int | None, typer.Option(help="Images through the backbone for a search.")] = None,
@@ -504,7 +529,7 @@ def compare(
     context: Context,
     *,
     task: TaskName,
-    dataset: Annotated[str, typer.Option(help="The dataset's id.")],
+    dataset: DatasetOption,
     methods: Annotated[
         list[str] | None, typer.Option("--method", help="A method or a baseline; repeatable. Default: all methods.")
     ] = None,
@@ -528,7 +553,7 @@ def compare(
         task, dataset, methods, seeds=seeds or (0, 1, 2), recipe=recipe, priority=priority
     )
     if detach:
-        print(handle.id)
+        term.print_json(handle.job) if _wants_json(context, as_json) else print(handle.id)
         return
     term.say(f"job {handle.id}")
     _watch(handle)
@@ -586,15 +611,20 @@ def show_job(context: Context, job: JobId, as_json: Json = False) -> None:
 
 
 @jobs.command("watch")
-def watch_job(context: Context, job: JobId) -> None:
+def watch_job(context: Context, job: JobId, as_json: Json = False) -> None:
     """Follow a job to its end; exit code 1 where it fails."""
-    _follow(_client(context).jobs.handle(job))
+    handle = _client(context).jobs.handle(job)
+    _follow(handle)
+    if _wants_json(context, as_json):
+        term.print_json(handle.job)
 
 
 @jobs.command("cancel")
-def cancel_job(context: Context, job: JobId) -> None:
+def cancel_job(context: Context, job: JobId, as_json: Json = False) -> None:
     """End a job: a waiting one at once, a running one within a step."""
     asked = _client(context).jobs.cancel(job)
+    if _wants_json(context, as_json):
+        term.print_json(asked)
     term.say(f"job {job} is cancelled" if asked.finished else f"job {job} will end within a step")
 
 
@@ -604,62 +634,39 @@ def cancel_job(context: Context, job: JobId) -> None:
 @app.command()
 def predict(
     context: Context,
+    *,
     task: Annotated[
-        str, typer.Argument(metavar="TASK", help="A task, optionally @alias, @version or @several+together.")
+        str,
+        typer.Argument(
+            metavar="TASK",
+            help="A task, optionally @alias, @version or @several+together.",
+            autocompletion=_completion.tasks,
+        ),
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", exists=True, dir_okay=False)],
-    top_k: Annotated[int, typer.Option(min=1, help="Labels for each image, best first.")] = 5,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", exists=True, help="Images, or folders of them.")],
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Labels for each image, best first.")] = 5,
+    csv: Annotated[Path | None, typer.Option(help="A file to write, a row an image, as the answers come.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a CSV that broke off.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a CSV that is there.")] = False,
+    in_flight: Annotated[int, typer.Option(min=1, max=100, help="Images that are asked about at once.")] = 8,
+    client_resize: Annotated[
+        bool, typer.Option("--client-resize", help="Cut images to the model's size before they are sent.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a task about images.
+    """Ask a task about images, or about all that are in folders.
 
-    Exit code 1 where one of them got no answer.
+    Exit code 1 where one of them got no answer. With --csv a run that broke off is gone on with by --resume: images
+    that have their row are not asked about again, those that got no answer are.
     """
-
-    def ask(image: Path) -> Answer | LensrackError:
-        try:
-            return _client(context).predict(task, image, top_k=top_k)
-        except LensrackError as error:
-            return error
-
-    with ThreadPoolExecutor(ASK_AT_ONCE) as pool:
-        answers = list(pool.map(ask, images))
-    _show_answers(images, answers, as_json=_wants_json(context, as_json))
-
-
-def _show_answers(images: list[Path], answers: list[Answer | LensrackError], *, as_json: bool) -> None:
-    told = list(zip(images, answers, strict=True))
-    failed = [error for error in answers if isinstance(error, LensrackError)]
-    if as_json:
-        term.print_json([_as_dict(image, answer) for image, answer in told])
-    elif len(failed) < len(told):
-        rows = [
-            (image if best is answer.best else "", best.label, f"{best.score:.4f}")
-            for image, answer in told
-            if isinstance(answer, Answer)
-            for best in answer
-        ]
-        term.print_table(("image", "label", "score"), rows, "no answers")
-    _say_failures(told)
-    raise typer.Exit(1 if failed else 0)
-
-
-def _say_failures(told: list[tuple[Path, Answer | LensrackError]]) -> None:
-    """Each image's own; a failure that all share, such as a server that is away, once."""
-    seen: set[str] = set()
-    for image, error in told:
-        if isinstance(error, LensrackError) and str(error) not in seen:
-            seen.add(str(error))
-            term.print_error(error, about=str(image) if len(told) > 1 else "")
-
-
-def _as_dict(image: Path, answer: Answer | LensrackError) -> dict[str, Any]:
-    if isinstance(answer, Answer):
-        best = [prediction.model_dump() for prediction in answer]
-        told = {"image": str(image), "task": answer.task, "version": answer.version, "predictions": best}
-        return {**told, "versions": list(answer.versions)} if len(answer.versions) > 1 else told
-    code = answer.code if isinstance(answer, ApiError) else type(answer).__name__
-    return {"image": str(image), "error": {"code": code, "detail": str(answer)}}
+    client = _client(context).with_options(client_resize=client_resize)
+    question = _asking.Question(client, task, top_k, in_flight, _wants_json(context, as_json))
+    if csv is not None:
+        _asking.to_csv(question, images, csv, resume=resume, force=force)
+    elif resume or force:
+        raise InvalidInput("--resume and --force are for a file: expected --csv FILE")
+    else:
+        _asking.to_terminal(question, images)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The real console script, in a process of its own, against a rack on a real socket."""
+"""The command line against a rack on a real socket; where it matters the console script, in a process of its own."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -10,17 +11,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from lensrack.cli import app, main
 from tests.contract.scripted_rack import VERSION, Rack, Told, problem, serve, told
 
 SCRIPT = Path(sys.executable).with_name("lensrack")
 PIXELS = b"\xff\xd8\xff" + b"not much of a jpeg"
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., "Done"]
 
 
 @pytest.fixture
@@ -40,9 +46,45 @@ def environment(url: str) -> dict[str, str]:
     return {**kept, "LENSRACK_URL": url, "COLUMNS": "200"}
 
 
+@dataclass(frozen=True)
+class Done:
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def run(environment: dict[str, str], tmp_path: Path) -> Run:
-    def run(*arguments: object, code: int = 0, **options: str) -> subprocess.CompletedProcess[str]:
+def run(
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """The command line in this process, with an environment of its own: a process for each would take a second."""
+
+    def run(*arguments: object, code: int = 0, **options: str) -> Done:
+        capsys.readouterr()
+        with monkeypatch.context() as outside:
+            outside.chdir(tmp_path)
+            outside.setattr(os, "environ", {**environment, **options})
+            outside.setattr(sys, "argv", ["lensrack", *map(str, arguments)])
+            try:
+                main()
+                left = 0
+            except SystemExit as leaving:
+                left = leaving.code or 0
+        done = Done(*capsys.readouterr())
+        assert left == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def script(environment: dict[str, str], tmp_path: Path) -> Run:
+    """The real console script, in a process of its own."""
+
+    def script(*arguments: object, code: int = 0, **options: str) -> Done:
         done = subprocess.run(
             [SCRIPT, *map(str, arguments)],
             capture_output=True,
@@ -54,9 +96,9 @@ def run(environment: dict[str, str], tmp_path: Path) -> Run:
         )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
-        return done
+        return Done(done.stdout, done.stderr)
 
-    return run
+    return script
 
 
 @pytest.fixture
@@ -362,7 +404,199 @@ class TestPredictions:
         assert "bad_image: truncated - check that the file opens" in done.stderr
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class TestFolders:
+    """A folder into a CSV, and going on where it broke off."""
+
+    @pytest.fixture
+    def pictures(self, tmp_path: Path) -> Path:
+        """Five pictures, one of them with a name that needs quotes, and what is none of them."""
+        for name in ("a.jpg", "b/1.PNG", "b/2.webp", 'c/odd, "name".bmp', "c/last.jpeg"):
+            path = tmp_path / "pictures" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(PIXELS)
+        (tmp_path / "pictures" / "notes.txt").write_text("none")
+        (tmp_path / "pictures" / ".hidden.jpg").write_bytes(PIXELS)
+        (tmp_path / "pictures" / "link.jpg").symlink_to(tmp_path / "pictures" / "a.jpg")
+        return tmp_path / "pictures"
+
+    def names(self, pictures: Path) -> list[str]:
+        return [str(pictures / name) for name in ("a.jpg", "b/1.PNG", "b/2.webp", "c/last.jpeg", 'c/odd, "name".bmp')]
+
+    def test_every_picture_has_its_row(self, run: Run, pictures: Path, tmp_path: Path) -> None:
+        run("predict", "trash", pictures, "--csv", "out.csv", "--top-k", 2)
+        rows = rows_of(tmp_path / "out.csv")
+        assert [row["image"] for row in rows] == self.names(pictures)
+        first = {"task": "trash", "version": VERSION, "label": "glass", "score": "0.7", "error": ""}
+        assert all(row.items() >= {**first, "label_2": "metal", "score_2": "0.35"}.items() for row in rows)
+
+    def test_a_folder_to_the_terminal(self, run: Run, pictures: Path, tmp_path: Path) -> None:
+        told = json.loads(run("predict", "trash", pictures, "--json").stdout)
+        assert [one["image"] for one in told] == self.names(pictures)
+        (tmp_path / "empty").mkdir()
+        assert "found none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
+
+    def test_an_image_without_an_answer_is_asked_again(
+        self, run: Run, rack: Rack, pictures: Path, tmp_path: Path
+    ) -> None:
+        rack.misbehave("/predict/trash", problem(400, "bad_image", "truncated"))
+        done = run("--json", "predict", "trash", pictures, "--csv", "out.csv", "--in-flight", 1, code=1)
+        assert json.loads(done.stdout) == {"csv": "out.csv", "images": 5, "asked": 5, "failed": 1}
+        assert rows_of(tmp_path / "out.csv")[0]["error"] == "bad_image: truncated (bad_image, HTTP 400)"
+        before = len(rack.asked)
+        done = run("--json", "predict", "trash", pictures, "--csv", "out.csv", "--resume")
+        assert json.loads(done.stdout) == {"csv": "out.csv", "images": 5, "asked": 1, "failed": 0}
+        assert len(rack.asked) == before + 1
+        assert sorted(row["image"] for row in rows_of(tmp_path / "out.csv")) == sorted(self.names(pictures))
+
+    def test_what_concerns_all_ends_the_run(self, run: Run, rack: Rack, pictures: Path, tmp_path: Path) -> None:
+        rack.misbehave("/predict/trash", Told(200, *_answer()), problem(401, "unauthenticated"))
+        done = run("predict", "trash", pictures, "--csv", "out.csv", "--in-flight", 1, code=1)
+        assert "the same command with --resume goes on" in done.stderr
+        assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)[:1]
+        run("predict", "trash", pictures, "--csv", "out.csv", "--resume")
+        assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)
+
+    @pytest.mark.parametrize("cut", [1, 20, 70, 90, 120])
+    def test_a_row_that_was_half_written_is_written_anew(
+        self, run: Run, pictures: Path, tmp_path: Path, cut: int
+    ) -> None:
+        """As a run leaves the file that was killed while it wrote: within the last row, or within the one before."""
+        out = tmp_path / "out.csv"
+        run("predict", "trash", pictures, "--csv", out)
+        whole = out.read_bytes()
+        out.write_bytes(whole[:-cut])
+        run("predict", "trash", pictures, "--csv", out, "--resume")
+        assert out.read_bytes() == whole
+
+    def test_a_run_that_is_killed_goes_on(
+        self, environment: dict[str, str], run: Run, rack: Rack, pictures: Path, tmp_path: Path
+    ) -> None:
+        rack.misbehave("/predict/trash", *[Told(200, *_answer())] * 2, Told(200, *_answer(), delay_s=60))
+        out = tmp_path / "out.csv"
+        command = [SCRIPT, "predict", "trash", pictures, "--csv", out, "--in-flight", "1"]
+        running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        _until(lambda: len(rack.to("/predict/trash")) == 3)
+        running.kill()
+        running.wait(20)
+        assert len(rows_of(out)) == 2
+        rack.behave()
+        run("predict", "trash", pictures, "--csv", out, "--resume")
+        assert [row["image"] for row in rows_of(out)] == self.names(pictures)
+        assert len(rack.to("/predict/trash")) == 3 + 3
+
+    def test_what_is_there_is_not_overwritten_unasked(self, run: Run, pictures: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.csv"
+        out.write_text("precious\n")
+        assert "--resume goes on with it" in run("predict", "trash", pictures, "--csv", out, code=2).stderr
+        assert "of another question" in run("predict", "trash", pictures, "--csv", out, "--resume", code=2).stderr
+        assert out.read_text() == "precious\n"
+        run("predict", "trash", pictures, "--csv", out, "--force")
+        assert "of another question" in run("predict", "signs", pictures, "--csv", out, "--resume", code=2).stderr
+        assert "expected --csv FILE" in run("predict", "trash", pictures, "--resume", code=2).stderr
+
+    def test_a_bar_where_somebody_looks(self, environment: dict[str, str], pictures: Path, tmp_path: Path) -> None:
+        command = [SCRIPT, "predict", "trash", pictures, "--csv", tmp_path / "out.csv"]
+        code, text = _in_terminal(command, environment)
+        assert (code, "5/5" in text) == (0, True)
+
+
+def _answer() -> tuple[bytes, dict[str, str]]:
+    best = {"label": "glass", "index": 0, "score": 0.5}
+    good = told({"task": "trash", "version": VERSION, "predictions": [[best]]})
+    return good.body, good.headers
+
+
+def _until(holds: Callable[[], bool], deadline_s: float = 60) -> None:
+    end = time.monotonic() + deadline_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def commands() -> dict[tuple[str, ...], Any]:
+    """Every command, by its words."""
+
+    def under(group: Any, words: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
+        found: dict[tuple[str, ...], Any] = {}
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                found |= under(command, (*words, name))
+            else:
+                found[(*words, name)] = command
+        return found
+
+    return under(typer.main.get_command(app), ())
+
+
+class TestEverywhere:
+    @pytest.mark.parametrize("words", sorted(commands()), ids=" ".join)
+    def test_every_command_speaks_json(self, words: tuple[str, ...]) -> None:
+        assert any("--json" in getattr(one, "opts", ()) for one in commands()[words].params)
+
+    def test_what_only_said_something_speaks_json_too(self, run: Run, image: Path) -> None:
+        def told(*arguments: object) -> Any:
+            return json.loads(run("--json", *arguments).stdout)
+
+        assert told("tasks", "delete", "signs") == {"deleted": "signs"}
+        assert told("datasets", "delete", "d1") == {"deleted": "d1"}
+        saved = told("bundle", "download", "trash")
+        assert told("bundle", "upload", "trash", saved["path"])["version"] == VERSION
+        assert told("feedback", "trash", image, "--label", "glass")[0]["label"] == "glass"
+        job = told("train", "trash", "--dataset", "d1")["id"]
+        assert told("jobs", "watch", job)["state"] == "succeeded"
+        assert told("jobs", "cancel", job)["id"] == job
+        assert told("compare", "trash", "--dataset", "d1", "--detach")["method"] == "compare"
+
+    @pytest.mark.parametrize(
+        ("line", "offered"),
+        [
+            ("predict ", {"trash", "signs"}),
+            ("versions tr", {"trash"}),
+            ("datasets show ", {"d1"}),
+            ("jobs show x", {*()}),
+        ],
+    )
+    def test_the_shell_completes_names(self, script: Run, line: str, offered: set[str]) -> None:
+        words = f"lensrack {line}"
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert set(script(_LENSRACK_COMPLETE="complete_bash", **asked).stdout.split()) == offered
+
+    def test_a_server_that_is_away_completes_nothing(self, script: Run) -> None:
+        asked = {"COMP_WORDS": "lensrack predict ", "COMP_CWORD": "2", "LENSRACK_URL": "http://127.0.0.1:1"}
+        assert not script(_LENSRACK_COMPLETE="complete_bash", **asked).stdout.strip()
+
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_the_shell_gets_its_script(self, script: Run, shell: str) -> None:
+        assert f"complete_{shell}" in script(_LENSRACK_COMPLETE=f"source_{shell}").stdout
+
+
 class TestFailures:
+    @pytest.mark.parametrize(
+        ("answer", "code"),
+        [
+            (problem(404, "task_not_found"), 1),
+            (problem(409, "conflict"), 1),
+            (problem(422, "invalid_request"), 1),
+            (problem(500, "internal"), 1),
+            (problem(429, "queue_full", **{"Retry-After": "0"}), 3),
+            (problem(503, "not_ready", **{"Retry-After": "0"}), 3),
+            (problem(504, "deadline_exceeded", **{"Retry-After": "0"}), 3),
+            (Told(200, b"{", drop=True), 3),
+        ],
+    )
+    def test_exit_codes(self, run: Run, rack: Rack, image: Path, answer: Told, code: int) -> None:
+        rack.misbehave("/predict/trash", *[answer] * 9)
+        run("predict", "trash", image, code=code)
+
+    def test_exit_codes_are_told(self, run: Run) -> None:
+        told = " ".join(run("--help").stdout.split())
+        assert "0 done; 1 it failed; 2 the command is wrong, nothing was sent; 3 the server is away" in told
+
     def test_an_error_is_one_line_with_the_next_step(self, run: Run, image: Path) -> None:
         done = run("predict", "nothing", image, code=1)
         assert done.stderr == (
@@ -370,7 +604,7 @@ class TestFailures:
         )
 
     def test_nobody_there(self, run: Run) -> None:
-        done = run("--url", "http://127.0.0.1:1", "tasks", code=1)
+        done = run("--url", "http://127.0.0.1:1", "tasks", code=3)
         assert "is the server running? Start it with `make serve`" in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
@@ -409,9 +643,14 @@ class TestFailures:
         run("tasks", LENSRACK_API_KEY="two")
         assert [asked.headers["authorization"] for asked in rack.asked] == ["Bearer one", "Bearer two"]
 
-    def test_help_and_version(self, run: Run) -> None:
-        assert "predict" in run("--help").stdout
-        assert run("--version").stdout.strip()
+    def test_help_and_version(self, script: Run) -> None:
+        assert "predict" in script("--help").stdout
+        assert script("--version").stdout.strip()
+
+    def test_the_console_script_itself(self, script: Run, image: Path) -> None:
+        assert "glass" in script("predict", "trash", image).stdout
+        assert "task_not_found" in script("predict", "nothing", image, code=1).stderr
+        assert "is the server running" in script("tasks", code=3, LENSRACK_URL="http://127.0.0.1:1").stderr
 
 
 def _in_terminal(command: list[object], environment: dict[str, str]) -> tuple[int, str]:

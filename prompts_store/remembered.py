@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from prompts_store.bundle import Bundle
-from prompts_store.errors import StoreUnavailable, TaskNotFound
+from prompts_store.errors import CorruptAliases, StoreUnavailable, TaskNotFound
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Answers(Generic[T]):
         return known.value if known is not None and known.fresh else None
 
     def read(self, key: str, load: Callable[[], T]) -> T:
-        """The fresh answer, or a loaded one; when the store is unavailable, the last one known."""
+        """The fresh answer, or a loaded one; when the store is unavailable or damaged, the last one known."""
         with self._lock:
             known, epoch = self._known.get(key), self._epoch
         if known is not None and known.fresh:
@@ -50,9 +52,11 @@ class Answers(Generic[T]):
         except TaskNotFound:
             self.drop(key)
             raise
-        except StoreUnavailable:
+        except (StoreUnavailable, CorruptAliases) as error:
             if known is None:
                 raise
+            if isinstance(error, CorruptAliases):  # an outage has been told of by who watches the store
+                log.error("answering with what was last known: %s", error.detail)
             return known.value
         self._keep(key, value, epoch, watched)
         return value

@@ -227,7 +227,7 @@ def build_server(settings: Settings) -> Server:
         meter=open_meter(settings),
     )
     measured.process(settings, backbone)
-    measured.server(settings, batcher, rack, workers)
+    measured.server(settings, batcher, rack, workers, predictor.quarantine)
     app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s)
     return Server(
         settings,

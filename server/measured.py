@@ -14,6 +14,7 @@ from server.batching.batcher import Batcher
 from server.engine.backbone import Backbone
 from server.engine.device_memory import device_memory
 from server.engine.rack import Rack
+from server.quarantine import Quarantine
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.training.array_file import Array
@@ -32,7 +33,7 @@ def process(settings: Settings, backbone: Backbone) -> None:
         metrics.gpu_memory(partial(device_memory, backbone.device))
 
 
-def server(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:
+def server(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor, quarantine: Quarantine) -> None:
     """What a server's gauges say when they are read. A process has one server."""
     metrics.QUEUE_PLACES.set(settings.max_queue)
     metrics.read_when_asked(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
@@ -40,6 +41,7 @@ def server(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor
     metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)
     metrics.read_when_asked(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
     metrics.read_when_asked(metrics.RACK_LENSES, lambda: rack.used_slots)
+    metrics.read_when_asked(metrics.QUARANTINED, quarantine.count)
     metrics.WORKERS.labels("wanted").set(settings.workers)
     metrics.read_when_asked(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
 

@@ -1,7 +1,6 @@
 """One /predict, from bytes to labels.
 
-    "cats@live" ─▶ which version?      alias, digest or prefix; a canary by the request's key
-        version ─▶ its seat            on the rack already, or loaded once for everybody who asks; pinned
+    "cats@live" ─▶ version and seat    see `server.seating`
          images ─▶ pixels              decoded and cut to the seat's geometry, in threads
          pixels ─▶ rows ─▶ logits      queued among the rows of all tasks, answered by one forward
          logits ─▶ labels              softmax and the best k, in float64
@@ -19,7 +18,7 @@ import asyncio
 import copy
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,18 +27,14 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from prompts_store import Alias, AliasNotFound, VersionInfo, VersionNotFound
 from server import metrics, tracing
 from server.batching.batcher import Batcher, Room
 from server.batching.row import Row
 from server.engine.images import Geometry
-from server.errors import BadRequest, Conflict, DeadlineExceeded, Internal, Unprocessable
+from server.errors import Conflict, DeadlineExceeded, Internal, Unprocessable
 from server.pictures import Image, Pictures, Pixels
-
-TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-TOGETHER = "+"  # between the versions of an ensemble
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_PREFIX = re.compile(r"[0-9a-f]{8,63}")
+from server.quarantine import Quarantine
+from server.seating import TOGETHER, Catalogue, Rack, Ref, Seating
 
 T = TypeVar("T")
 Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C], adding up to 1
@@ -52,20 +47,6 @@ class SeatLike(Protocol):
     def labels(self) -> Sequence[str]: ...
     @property
     def geometry(self) -> Geometry: ...
-
-
-class Rack(Protocol):
-    """Where seats come from: `server.engine.residency.Residency`."""
-
-    async def acquire(self, task: str, version: str) -> Any: ...
-    def release(self, seat: Any) -> None: ...
-
-
-class Catalogue(Protocol):
-    """What a prediction asks of the store."""
-
-    def aliases(self, task: str) -> Mapping[str, Alias]: ...
-    def versions(self, task: str) -> Sequence[VersionInfo]: ...
 
 
 @dataclass(frozen=True)
@@ -116,40 +97,6 @@ class Features:
     timings: Timings
 
 
-@dataclass(frozen=True)
-class Ref:
-    """What a client names: a task, and an alias, a version or the beginning of one."""
-
-    task: str
-    name: str = "live"
-
-    @classmethod
-    def parse(cls, text: str) -> Ref:
-        """`task` or `task@name`. Raises BadRequest (bad_task_name), also for an ensemble."""
-        refs = cls.parse_all(text)
-        if len(refs) > 1:
-            raise BadRequest(f"expected one version of a task, got {text[:100]!r}", code="bad_task_name")
-        return refs[0]
-
-    @classmethod
-    def parse_all(cls, text: str) -> tuple[Ref, ...]:
-        """`task`, `task@name` or `task@name+name`. A plus sign that a query has turned into a blank is one, too: no
-        name holds either. Raises BadRequest (bad_task_name)."""
-        task, at, names = text.partition("@")
-        each = re.split("[+ ]", names) if at else ["live"]
-        if not TASK.fullmatch(task) or not all(each):
-            raise BadRequest(
-                f"expected a task name like {TASK.pattern}, optionally followed by @alias or @version, several of them "
-                f"with + between, got {text[:100]!r}",
-                code="bad_task_name",
-            )
-        return tuple(cls(task, name) for name in each)
-
-    @property
-    def is_version(self) -> bool:
-        return _DIGEST.fullmatch(self.name) is not None
-
-
 def versions_in(text: str) -> int:
     """How many versions a reference asks, and so how many rows a picture costs; of a wrong one anything."""
     return len(re.split("[+ ]", text.partition("@")[2]))
@@ -181,14 +128,16 @@ class Predictor:
         fingerprint: str,
     ) -> None:
         """`geometry` and `fingerprint` are the bare backbone's, for `embed`."""
-        self._store, self._residency, self._batcher, self._pool = store, residency, batcher, pool
+        self.quarantine = Quarantine()
+        self._seating = Seating(store, residency, self.quarantine)
+        self._batcher, self._pool = batcher, pool
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
         self._asked: dict[str, Counter[str]] = {}
 
     def within(self, store: Catalogue, residency: Rack) -> Predictor:
         """The same predictor as who may see only a part of store and rack is to have it."""
         narrowed = copy.copy(self)
-        narrowed._store, narrowed._residency = store, residency
+        narrowed._seating = self._seating.within(store, residency)
         return narrowed
 
     async def predict(
@@ -231,35 +180,12 @@ class Predictor:
         return self._asked.get(task, Counter())
 
     async def resolve(self, ref: Ref, key: str) -> str:
-        """The version that answers. Raises TaskNotFound, AliasNotFound, VersionNotFound, BadRequest (ambiguous)."""
-        if ref.is_version:
-            return ref.name
-        alias = (await self._aliases(ref.task)).get(ref.name)
-        if alias is not None:
-            return alias.choose(key)
-        if _PREFIX.fullmatch(ref.name):
-            return await self.version_like(ref.task, ref.name)
-        raise AliasNotFound(ref.task, ref.name)
+        """See `Seating.resolve`."""
+        return await self._seating.resolve(ref, key)
 
     async def version_like(self, task: str, text: str) -> str:
-        """A version by its digest, which may not exist, or by its unique beginning of at least 8 digits, which does.
-
-        Raises TaskNotFound, VersionNotFound, BadRequest (ambiguous_version).
-        """
-        if _DIGEST.fullmatch(text):
-            return text
-        if not _PREFIX.fullmatch(text):
-            raise VersionNotFound(task, text)
-        infos = await asyncio.to_thread(self._store.versions, task)
-        found = [info.version for info in infos if info.version.startswith(text)]
-        if not found:
-            raise VersionNotFound(task, text)
-        if len(found) > 1:
-            raise BadRequest(
-                f"expected the beginning of one version, got {text!r}, with which {len(found)} versions begin",
-                code="ambiguous_version",
-            )
-        return found[0]
+        """See `Seating.version_like`."""
+        return await self._seating.version_like(task, text)
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
@@ -276,8 +202,8 @@ class Predictor:
             versions, members = [], []
             for ref in refs:
                 with tracing.span("seat"):
-                    version, seat = await self._take_seat(ref, asking.key)
-                hold = _Hold(partial(self._residency.release, seat))
+                    version, seat = await self._seating.take(ref, asking.key)
+                hold = _Hold(partial(self._seating.release, seat))
                 seats.callback(hold.drop)
                 self._asked.setdefault(ref.task, Counter())[version] += 1
                 versions.append(version)
@@ -299,12 +225,12 @@ class Predictor:
         return rows
 
     async def _aside(self, ref: Ref, work: Callable[[Pixels, Any], T], asking: _Asking) -> tuple[str, Any, T]:
-        version, seat = await self._take_seat(ref, asking.key)
+        version, seat = await self._seating.take(ref, asking.key)
         try:
             [pixels] = await asking.pictures.fitted(seat.geometry)
             return version, seat, await self._batcher.aside(lambda: work(pixels, seat))
         finally:
-            self._residency.release(seat)
+            self._seating.release(seat)
 
     async def _embed(self, asking: _Asking) -> Features:
         pixels = await asking.pictures.fitted(self._geometry)
@@ -313,17 +239,6 @@ class Predictor:
         _check_finite(vectors)
         return Features(self._fingerprint, vectors, _timings(asking, rows))
 
-    async def _take_seat(self, ref: Ref, key: str) -> tuple[str, Any]:
-        version = await self.resolve(ref, key)
-        try:
-            return version, await self._residency.acquire(ref.task, version)
-        except VersionNotFound:
-            if ref.is_version:
-                raise
-        # the alias moved on and the version was deleted between the two steps: ask once more
-        version = await self.resolve(ref, key)
-        return version, await self._residency.acquire(ref.task, version)
-
     def _row(self, task: str, seat: Any, image: Pixels, hold: _Hold, asking: _Asking) -> Row:
         reply = asyncio.get_running_loop().create_future()
         row = Row(task, asking.tenant, seat, image, asking.deadline, self._batcher.clock(), reply)
@@ -331,12 +246,6 @@ class Predictor:
         return row
 
     # --- what the steps lean on -------------------------------------------------------------------------------------
-
-    async def _aliases(self, task: str) -> Mapping[str, Alias]:
-        """From memory where the store remembers them; otherwise in a thread, for a store may touch a disk or a wire."""
-        known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store, "known_aliases", None)
-        aliases = known(task) if known is not None else None
-        return aliases if aliases is not None else await asyncio.to_thread(self._store.aliases, task)
 
     def _check_size(self, images: int, tasks: int) -> None:
         if not 1 <= images <= self._limits.max_images:

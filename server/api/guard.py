@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
 from server.errors import BadRequest, Silent, TooLarge, UnsupportedMedia
-from server.predictor import TASK
+from server.seating import TASK
 from server.settings import Settings
 
 IMAGE_TYPES: Final = ("image/jpeg", "image/png", "image/webp", "image/bmp")

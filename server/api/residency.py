@@ -9,7 +9,8 @@ from fastapi import APIRouter
 from lensrack import wire
 from server.api import views
 from server.api.services import Services, ServicesOf
-from server.predictor import Ref, in_time
+from server.predictor import in_time
+from server.seating import Ref
 
 router = APIRouter(tags=["residency"])
 

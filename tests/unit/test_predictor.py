@@ -16,7 +16,8 @@ import pytest
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unprocessable
-from server.predictor import Answer, Ref, best, probabilities
+from server.predictor import Answer, best, probabilities
+from server.seating import Ref
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -114,7 +115,7 @@ async def test_a_prefix_of_two_versions_is_ambiguous():
             def versions(self, task: str) -> list[Any]:
                 return infos * 2
 
-        built.predictor._store = Twins()
+        built.predictor._seating._store = Twins()
         with pytest.raises(BadRequest) as caught:
             await ask(built, f"fish@{infos[0].version[:10]}")
         assert caught.value.code == "ambiguous_version"

@@ -35,6 +35,7 @@ class FrozenBlock:
         self._fc2: Linear = kind(block.mlp.fc2.weight, block.mlp.fc2.bias)
         self.act, self._mlp_norm = block.mlp.act, block.mlp.norm
         self._gate_last: bool | None = block.mlp.gate_last if isinstance(block.mlp, GluMlp) else None
+        self._gelu = self._gate_last is None and type(self.act) is nn.GELU and self.act.approximate == "none"
         self._by_products = packed and weight.dtype == torch.bfloat16
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +59,16 @@ class FrozenBlock:
         """Of readers: scores [B, H, Q, N] → what each query gives to each key, 1 in all."""
         return scores.softmax(dim=-1)
 
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x + what attention made of it, both [..., D]."""
+        return self.project.onto(x, mixed) if _nothing(self.ls1) else x + self.ls1(self.project(mixed))
+
+    def after_mlp(self, x: Tensor) -> Tensor:
+        """x + what the MLP makes of it, [..., D]: where no row has a say in between."""
+        hidden = self.hidden.gelu(self.norm2(x)) if self._gelu else self._activated(self.hidden(self.norm2(x)))
+        hidden = self._mlp_norm(hidden)
+        return self._fc2.onto(x, hidden) if _nothing(self.ls2) else x + self.ls2(self._fc2(hidden))
+
     def behind_hidden(self, hidden: Tensor) -> Tensor:
         """The MLP's other half: what `hidden` gave [..., H] → [..., D]."""
         return self._fc2(self._mlp_norm(self._activated(hidden)))
@@ -71,7 +82,7 @@ class FrozenBlock:
 
     def per_head(self, x: Tensor, norm: nn.Module) -> Tensor:
         """The query or key norm, which works on each head by itself (identity in most backbones)."""
-        if isinstance(norm, nn.Identity):
+        if _nothing(norm):
             return x
         return norm(x.unflatten(-1, (self.heads, -1))).flatten(-2)
 
@@ -81,6 +92,10 @@ class FrozenBlock:
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, D] → [B, H, N, d]
+
+
+def _nothing(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity)
 
 
 def _by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -243,9 +243,11 @@ def _behind_attention(
     block: FrozenBlock, flat: Tensor, mixed: Tensor, shapes: Sequence[Shape], brought: Brought
 ) -> Tensor:
     """The rest of a block, token by token: projection, MLP and what the lanes add. flat, mixed: [ΣB·N, D]."""
-    flat = flat + block.ls1(block.project(mixed))
+    flat = block.after_attention(flat, mixed)
     for own, x in _of(brought, shapes, flat):
         own.after_attention(block, x)
+    if all(own is None for own in brought):
+        return block.after_mlp(flat)
     normed = block.norm2(flat)
     hidden = block.hidden(normed)
     for own, part in _of(brought, shapes, hidden):

@@ -127,6 +127,34 @@ def test_a_product_is_exact_to_rounding_for_any_rows(rows: tuple[int, ...], bias
     torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", [PlainLinear, pytest.param(PackedLinear, marks=needs_float32)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_done_behind_a_product_on_the_way_is_exact_to_rounding(bias: bool, kind: type[PlainLinear]) -> None:
+    x, weight, own_bias = products((2, 3, 7), bias)
+    base = torch.randn(2, 3, 7, 112)
+    product, kept = F.linear(x.double(), weight.double(), None if own_bias is None else own_bias.double()), base.clone()
+    linear = kind(weight, own_bias)
+    torch.testing.assert_close(linear.onto(base, x).double(), base + product, atol=2e-5, rtol=0)
+    torch.testing.assert_close(linear.gelu(x).double(), F.gelu(product), atol=2e-5, rtol=0)
+    assert torch.equal(base, kept)
+
+
+@pytest.mark.parametrize("kind", [PlainLinear, pytest.param(PackedLinear, marks=needs_float32)])
+def test_gradients_pass_through_what_is_done_behind_a_product(kind: type[PlainLinear]) -> None:
+    x, weight, bias = products((4, 5))
+    for base_too, x_too in (True, True), (True, False), (False, True):
+        leaves = [torch.randn(4, 5, 112).requires_grad_(base_too), x.clone().requires_grad_(x_too)]
+        true = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        linear = kind(weight, bias)
+        (linear.onto(*leaves) + linear.gelu(leaves[1])).square().sum().backward()
+        product = F.linear(true[1], weight.double(), bias.double())
+        (true[0] + product + F.gelu(product)).square().sum().backward()
+        for found, truth in zip(leaves, true, strict=True):
+            if found.requires_grad:
+                torch.testing.assert_close(found.grad.double(), truth.grad, atol=5e-3, rtol=1e-4)
+            assert (found.grad is None) is (truth.grad is None)
+
+
 @needs_float32
 def test_rows_that_do_not_lie_in_one_piece() -> None:
     wide, weight, bias = torch.randn(5, 20, 100), *products((1,))[1:]

@@ -148,14 +148,14 @@ def test_a_class_tokens_rows_ask_the_last_block_for_one_token_whatever_their_nei
     eye = an_eye("class token")
     bench, seen = Bench(eye), []
     seats = [bench.seat(a_lens(eye, "vpt_deep", pool)) for pool in (None, "image", "image_and_prompts")]
-    hidden = FrozenBlock.behind_hidden
+    after_attention = FrozenBlock.after_attention
 
-    def note(self: FrozenBlock, x: Tensor) -> Tensor:
+    def note(self: FrozenBlock, x: Tensor, mixed: Tensor) -> Tensor:
         if self is eye.blocks[-1]:
             seen.append(len(x))
-        return hidden(self, x)
+        return after_attention(self, x, mixed)
 
-    monkeypatch.setattr(FrozenBlock, "behind_hidden", note)
+    monkeypatch.setattr(FrozenBlock, "after_attention", note)
     x = vit.embed(eye, images(2).double())
     tokens, prompts = eye.spec.tokens, LENGTHS[-1]
     for asked, count in ([0], 1), ([0, 1], 1 + tokens), ([0, 1, 2], 1 + tokens + tokens + prompts):

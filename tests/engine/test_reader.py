@@ -111,9 +111,9 @@ def test_readers_take_no_entry(eye: Backbone) -> None:
 def tokens_through(bench: Bench, work: Sequence[tuple[np.ndarray, object]], patch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each block's MLP sees."""
     seen: list[int] = []
-    real = FrozenBlock.behind_hidden
+    real = FrozenBlock.after_attention
     with patch.context() as patched:
-        patched.setattr(FrozenBlock, "behind_hidden", lambda self, x: seen.append(len(x)) or real(self, x))
+        patched.setattr(FrozenBlock, "after_attention", lambda *own: seen.append(len(own[1])) or real(*own))
         bench.engine.run(work)
     return seen
 
@@ -228,14 +228,14 @@ def test_no_gradient_runs_through_the_trunk(eye: Backbone, monkeypatch: pytest.M
     own = a_task("readonly", (2, 0, 1, 2), 3, 1)
     x = vit.embed(eye, torch.randn(5, 3, 64, 64).double())
     gradients, tokens = [], []
-    real = FrozenBlock.behind_hidden
+    real = FrozenBlock.after_attention
 
-    def counted(self: FrozenBlock, hidden: Tensor) -> Tensor:
-        if hidden.requires_grad:
-            tokens.append(hidden[..., 0].numel())
-        return real(self, hidden)
+    def counted(self: FrozenBlock, x: Tensor, mixed: Tensor) -> Tensor:
+        if mixed.requires_grad:
+            tokens.append(mixed[..., 0].numel())
+        return real(self, x, mixed)
 
-    monkeypatch.setattr(FrozenBlock, "behind_hidden", counted)
+    monkeypatch.setattr(FrozenBlock, "after_attention", counted)
     for kept in (None, together.Kept(vit.record(eye, x, 0), None)):
         params = {name: value.clone().requires_grad_() for name, value in own.params.items()}
         lens = Registry().get("readonly").lower(eye, params, own.lengths)

@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
 	@touch $@
 
-$(EXTRAS): $(STAMP)  # tracing and the chart's renderer: where they cannot be installed, their tests skip
+$(EXTRAS): $(STAMP)  # tracing, the chart's renderer, foreign clients: where they cannot be installed, their tests skip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[otel,deploy]' || echo "without the extras"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[clients]' || echo "without foreign clients"
 	@touch $@
 
 serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000

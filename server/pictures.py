@@ -1,4 +1,4 @@
-"""The images of one request on their way from bytes to pixels, in threads."""
+"""The images of one request on their way to pixels, in threads: from files, from pixels, or ready already."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from server.engine.images import Geometry
 from server.errors import Conflict, ServiceError, Unprocessable
 
 Pixels = npt.NDArray[np.uint8]
+Fitted = Pixels | npt.NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that came normalised
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,21 @@ class Cut:
         return self.pixels
 
 
-Image = bytes | Cut  # an encoded file, or what a client has decoded and cut itself
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An image that came as pixels of any size, uint8 [H, W, 3], to be cut as an encoded one would be."""
+
+    pixels: Pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """An image as the network takes it, float32 [3, S, S], cut and normalised by whoever sent it."""
+
+    values: npt.NDArray[np.float32]
+
+
+Image = bytes | Cut | Decoded | Normalised  # an encoded file, or what a client has made of it
 
 
 class Pictures:
@@ -55,11 +70,11 @@ class Pictures:
 
     def __init__(self, given: Sequence[Image], pool: Executor, max_pixels: int) -> None:
         self._given, self._pool, self._max_pixels = given, pool, max_pixels
-        self._fitted: dict[Geometry, asyncio.Future[list[Pixels]]] = {}
+        self._fitted: dict[Geometry, asyncio.Future[list[Fitted]]] = {}
         self._shown: list[list[Row]] = [[] for _ in given]
         self.decode_s = 0.0
 
-    async def fitted(self, geometry: Geometry) -> list[Pixels]:
+    async def fitted(self, geometry: Geometry) -> list[Fitted]:
         """uint8 [S, S, 3] per image; the same arrays for everybody who asks for this geometry."""
         if geometry not in self._fitted:
             self._fitted[geometry] = asyncio.ensure_future(self._fit(geometry))
@@ -80,7 +95,7 @@ class Pictures:
             elif not fitting.cancelled():
                 fitting.exception()  # those who asked have been told
 
-    async def _fit(self, geometry: Geometry) -> list[Pixels]:
+    async def _fit(self, geometry: Geometry) -> list[Fitted]:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [loop.run_in_executor(self._pool, self._fit_one, i, geometry) for i in range(len(self._given))]
@@ -91,15 +106,24 @@ class Pictures:
                 job.cancel()
             self.decode_s = max(self.decode_s, time.perf_counter() - started)
 
-    def _fit_one(self, index: int, geometry: Geometry) -> Pixels:
+    def _fit_one(self, index: int, geometry: Geometry) -> Fitted:
         image = self._given[index]
         try:
-            if isinstance(image, Cut):
-                return image.fitted(geometry)
-            return images.pixels(image, geometry, max_pixels=self._max_pixels)
+            return fitted(image, geometry, self._max_pixels)
         except ServiceError as error:
             if len(self._given) > 1:
                 error.detail = f"image {index}: {error.detail}"
                 error.args = (error.detail,)
                 error.extra["image"] = index
             raise
+
+
+def fitted(image: Image, geometry: Geometry, max_pixels: int) -> Fitted:
+    """What the engine takes of it. Errors: as `images`, and of pixels that are cut another way."""
+    if isinstance(image, Cut):
+        return image.fitted(geometry)
+    if isinstance(image, Decoded):
+        return images.of_picture(image.pixels, geometry, max_pixels=max_pixels)
+    if isinstance(image, Normalised):
+        return images.of_tensor(image.values, geometry)
+    return images.pixels(image, geometry, max_pixels=max_pixels)

@@ -32,12 +32,12 @@ from server.batching.batcher import Batcher, Room
 from server.batching.row import Row
 from server.engine.images import Geometry
 from server.errors import Conflict, DeadlineExceeded, Internal, Unprocessable
-from server.pictures import Image, Pictures, Pixels
+from server.pictures import Fitted, Image, Pictures
 from server.quarantine import Quarantine
 from server.seating import TOGETHER, Catalogue, Rack, Ref, Seating
 
 T = TypeVar("T")
-Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C], adding up to 1
+Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C] or [n, C], adding up to 1
 
 
 class SeatLike(Protocol):
@@ -89,6 +89,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """All that a version says of n images: `logits` [n, C], and the `probabilities` [n, C] that they mean."""
+
+    task: str
+    version: str
+    labels: tuple[str, ...]
+    logits: np.ndarray[Any, np.dtype[np.float64]]
+    probabilities: Scores
+    timings: Timings
+
+
+@dataclass(frozen=True)
 class Features:
     """`vectors` [n, D]: the frozen backbone's features of n images."""
 
@@ -100,6 +112,17 @@ class Features:
 def versions_in(text: str) -> int:
     """How many versions a reference asks, and so how many rows a picture costs; of a wrong one anything."""
     return len(re.split("[+ ]", text.partition("@")[2]))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the engine gave: `logits` are the first version's of each image, then the second's, …; `labels` are each
+    version's."""
+
+    versions: tuple[str, ...]
+    labels: list[Sequence[str]]
+    logits: list[np.ndarray[Any, Any]]
+    timings: Timings
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,15 @@ class Predictor:
         """
         refs = Ref.parse_all(task_ref)
         with self._asking(images, len(refs), key, tenant, timeout_s) as asking:
-            return await in_time(timeout_s, self._ask(refs, top_k, asking))
+            return await in_time(timeout_s, self._answer(refs, top_k, asking))
+
+    async def outputs(self, ref: Ref, images: Sequence[Image], *, key: str, tenant: str, timeout_s: float) -> Outputs:
+        """Ask one version about images, and be told all that it says of them. Raises like `predict`."""
+        with self._asking(images, 1, key, tenant, timeout_s) as asking:
+            given = await in_time(timeout_s, self._ask([ref], asking))
+        scores = np.stack([probabilities(row) for row in given.logits])
+        logits = np.stack(given.logits).astype(np.float64)
+        return Outputs(ref.task, given.versions[0], tuple(given.labels[0]), logits, scores, given.timings)
 
     async def predict_many(
         self, task_refs: Sequence[str], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
@@ -157,7 +188,7 @@ class Predictor:
         """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
         refs = {text.replace(" ", TOGETHER): Ref.parse_all(text) for text in task_refs}
         with self._asking(images, sum(map(len, refs.values())), key, tenant, timeout_s) as asking:
-            asked = [in_time(timeout_s, self._ask(together, top_k, asking)) for together in refs.values()]
+            asked = [in_time(timeout_s, self._answer(together, top_k, asking)) for together in refs.values()]
             results = await asyncio.gather(*asked, return_exceptions=True)
         return {text: _result(result) for text, result in zip(refs, results, strict=True)}
 
@@ -167,7 +198,7 @@ class Predictor:
             return await in_time(timeout_s, self._embed(asking))
 
     async def aside(
-        self, task_ref: str, image: Image, work: Callable[[Pixels, Any], T], *, key: str, tenant: str, timeout_s: float
+        self, task_ref: str, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
     ) -> tuple[str, Any, T]:
         """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
         the seat. For what is no prediction, such as where the network looks."""
@@ -189,15 +220,21 @@ class Predictor:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    async def _ask(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+        given = await self._ask(refs, asking)
+        scores = mean_scores([probabilities(row) for row in given.logits], given.labels)
+        predictions = [best(of_image, given.labels[0], top_k) for of_image in scores]
+        return Answer(refs[0].task, given.versions, predictions, given.timings)
+
+    async def _ask(self, refs: Sequence[Ref], asking: _Asking) -> _Given:
         """`refs` are of one task."""
         began, task = self._batcher.clock(), refs[0].task
         with tracing.span("predict", {"lensrack.task": task}):
-            answer = await self._answer(refs, top_k, asking)
+            given = await self._given(refs, asking)
         metrics.TASK_S.labels(metrics.TASKS.label(task)).observe(self._batcher.clock() - began)
-        return answer
+        return given
 
-    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+    async def _given(self, refs: Sequence[Ref], asking: _Asking) -> _Given:
         with ExitStack() as seats:
             versions, members = [], []
             for ref in refs:
@@ -211,10 +248,8 @@ class Predictor:
             require_same_labels([seat for seat, _ in members], versions)
             rows = [row for seat, hold in members for row in await self._rows(refs[0].task, seat, hold, asking)]
             logits = await _answers(rows, asking.room)
-        labels = members[0][0].labels
-        scores = mean_scores([probabilities(row) for row in logits], [seat.labels for seat, _ in members])
-        predictions = [best(of_image, labels, top_k) for of_image in scores]
-        return Answer(refs[0].task, tuple(versions), predictions, _timings(asking, rows))
+        labels = [seat.labels for seat, _ in members]
+        return _Given(tuple(versions), labels, logits, _timings(asking, rows))
 
     async def _rows(self, task: str, seat: Any, hold: _Hold, asking: _Asking) -> list[Row]:
         """A row an image, cut as this version asks."""
@@ -224,7 +259,7 @@ class Predictor:
         asking.pictures.show(rows)
         return rows
 
-    async def _aside(self, ref: Ref, work: Callable[[Pixels, Any], T], asking: _Asking) -> tuple[str, Any, T]:
+    async def _aside(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Asking) -> tuple[str, Any, T]:
         version, seat = await self._seating.take(ref, asking.key)
         try:
             [pixels] = await asking.pictures.fitted(seat.geometry)
@@ -239,7 +274,7 @@ class Predictor:
         _check_finite(vectors)
         return Features(self._fingerprint, vectors, _timings(asking, rows))
 
-    def _row(self, task: str, seat: Any, image: Pixels, hold: _Hold, asking: _Asking) -> Row:
+    def _row(self, task: str, seat: Any, image: Fitted, hold: _Hold, asking: _Asking) -> Row:
         reply = asyncio.get_running_loop().create_future()
         row = Row(task, asking.tenant, seat, image, asking.deadline, self._batcher.clock(), reply)
         row.leave = hold.share()

@@ -37,6 +37,7 @@ from server.api import (
     uploads,
 )
 from server.api.door import Door
+from server.api.oip import routes as oip
 from server.api.services import Services
 from server.api.tenancy import narrowing
 from server.api.trace import Trace
@@ -52,7 +53,7 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 _ROOMS: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
-    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui),
+    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui, oip),
 )
 
 
@@ -74,6 +75,7 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
     )
     app.state.services, app.state.ring = narrowing(services), ring
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
+    app.state.parsing = anyio.CapacityLimiter(oip.PARSING)
     app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
     problems.install(app)
     for room in _ROOMS:

@@ -54,7 +54,7 @@ class Door:
             await self._admit(scope)
         except ServiceError as error:
             scope["route"] = _Refused(scopes.template(scope["method"], scope["path"]) or "unmatched")
-            await problems.answer(error, scope["state"]["request_id"])(scope, receive, send)
+            await problems.answer(error, scope)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

@@ -27,7 +27,9 @@ ARCHIVE_TYPES: Final = (
     "application/vnd.apache.parquet",
     "application/octet-stream",
 )
-_IMAGES_COME_TO: Final = re.compile(r"/predict(/.*)?|/embed|/tasks/[^/]+/(feedback|attention)")
+_IMAGES_COME_TO: Final = re.compile(
+    r"/predict(/.*)?|/embed|/tasks/[^/]+/(feedback|attention)|/v2/models/[^/]+(/versions/[^/]+)?/infer"
+)
 _UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
 _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 
@@ -141,7 +143,7 @@ class BodyLimit:
             if not reading.cut:
                 raise
         if reading.cut:
-            await problems.answer(reading.error, scope["state"]["request_id"])(scope, receive, send)
+            await problems.answer(reading.error, scope)(scope, receive, send)
 
 
 class _Reading:

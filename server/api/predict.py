@@ -11,7 +11,6 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
-from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -215,13 +214,7 @@ def require_whole(body: bytes, content_type: str) -> None:
 
 
 def _from_json(body: bytes) -> list[bytes]:
-    try:
-        asked = wire.PredictRequest.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        if found[0]["type"] == "json_invalid":
-            raise BadRequest(f"expected a JSON body, got something else: {found[0]['msg']}") from error
-        raise problems.unprocessable(found) from error
+    asked = problems.parsed(wire.PredictRequest, body)
     return [_decoded(image.b64, index) for index, image in enumerate(asked.images)]
 
 
@@ -314,7 +307,10 @@ def _response(
     timings: Timings,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    steps = {"decode": timings.decode_s, "queue": timings.queue_s, "compute": timings.compute_s}
-    told = ", ".join(f"{name};dur={1000 * seconds:.3f}" for name, seconds in steps.items())
     text = body.model_dump_json(exclude_none=True)
-    return Response(text, media_type="application/json", headers={"Server-Timing": told, **(headers or {})})
+    return Response(text, media_type="application/json", headers={**server_timing(timings), **(headers or {})})
+
+
+def server_timing(timings: Timings) -> dict[str, str]:
+    steps = {"decode": timings.decode_s, "queue": timings.queue_s, "compute": timings.compute_s}
+    return {"Server-Timing": ", ".join(f"{name};dur={1000 * seconds:.3f}" for name, seconds in steps.items())}

@@ -1,23 +1,37 @@
-"""Every failure as an RFC 9457 problem document: `application/problem+json`, a stable code, the request's id."""
+"""Every failure as an RFC 9457 problem document: `application/problem+json`, a stable code, the request's id.
+
+Under the paths of a dialect it is the dialect's error body instead, and the code goes into `Lensrack-Code`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 import prompts_store as stored
 from lensrack import wire
 from server import errors
+from server.api.oip import faults as oip
+from server.api.openai import faults as openai
 from server.errors import ServiceError
 
 MEDIA_TYPE: Final = "application/problem+json"
+CODE: Final = "Lensrack-Code"
+_SHORT: Final = reprlib.Repr()  # of what may hold megabytes
+
+Model = TypeVar("Model", bound=BaseModel)
+_DIALECTS: Final[Mapping[str, Callable[[ServiceError], Mapping[str, Any]]]] = {"v1": openai.told, "v2": oip.told}
 
 # where the store's failures stand among the service's; the first that fits counts, and what is not here is internal
 _STORE: Final[Mapping[type[stored.StoreError], type[ServiceError]]] = {
@@ -71,11 +85,30 @@ def problem(error: ServiceError, request_id: str) -> wire.Problem:
     )
 
 
-def answer(error: ServiceError, request_id: str) -> Answered:
+def answer(error: ServiceError, scope: Scope) -> Response:
+    """The answer to this request that it failed, in the words of whoever it is from."""
+    headers = _headers(error)
+    if (told := _DIALECTS.get(scope["path"].removeprefix("/").partition("/")[0])) is not None:
+        return Response(json.dumps(told(error)), error.status, {**headers, CODE: error.code}, "application/json")
+    return Answered(problem(error, scope["state"]["request_id"]), headers)
+
+
+def _headers(error: ServiceError) -> dict[str, str]:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="lensrack"'
-    return Answered(problem(error, request_id), headers)
+    return headers
+
+
+def parsed(model: type[Model], body: bytes) -> Model:
+    """A JSON body. Raises BadRequest for what is no JSON, Unprocessable for another than the model's."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        if found[0]["type"] == "json_invalid":
+            raise errors.BadRequest(f"expected a JSON body, got something else: {found[0]['msg']}") from error
+        raise unprocessable(found) from error
 
 
 def install(app: FastAPI) -> None:
@@ -87,7 +120,7 @@ def install(app: FastAPI) -> None:
 
 
 def _service(request: Request, error: Exception) -> Response:
-    return answer(service_error(error), request.state.request_id)
+    return answer(service_error(error), request.scope)
 
 
 def _http(request: Request, error: Exception) -> Response:
@@ -98,7 +131,7 @@ def _http(request: Request, error: Exception) -> Response:
     }
     told = ServiceError(said.get(failure.status_code, str(failure.detail)))
     told.status, told.code = failure.status_code, _CODES.get(failure.status_code, "http_error")
-    response = answer(told, request.state.request_id)
+    response = answer(told, request.scope)
     response.headers.update(failure.headers or {})
     return response
 
@@ -109,7 +142,7 @@ def _validation(request: Request, error: Exception) -> Response:
         told: ServiceError = errors.BadRequest(f"expected a JSON body, got something else: {_syntax(found[0])}")
     else:
         told = unprocessable(found)
-    return answer(told, request.state.request_id)
+    return answer(told, request.scope)
 
 
 def unprocessable(found: Sequence[Any]) -> errors.Unprocessable:
@@ -141,5 +174,8 @@ def _expected(found: Mapping[str, Any]) -> str:
 
 def _actual(value: object) -> str:
     """What came, short enough for an error."""
-    text = repr(value[:101] if isinstance(value, str | bytes | list) else value)
+    if isinstance(value, dict | list):
+        text = _SHORT.repr(value)
+    else:
+        text = repr(value[:101] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -18,7 +18,8 @@ router = APIRouter(tags=["residency"])
 @router.post("/tasks/{task}/load")
 async def load(services: ServicesOf, task: str) -> wire.Residency:
     """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
-    ref, version = await _one_version(services, task)
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
     await in_time(services.settings.request_timeout_s, services.residency.load(ref.task, version))
     return views.residency(services, ref.task, version)
 
@@ -26,7 +27,8 @@ async def load(services: ServicesOf, task: str) -> wire.Residency:
 @router.post("/tasks/{task}/unload")
 async def unload(services: ServicesOf, task: str) -> wire.Residency:
     """Free the version's memory on the device; answers when the last request that needs it has been served."""
-    ref, version = await _one_version(services, task)
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
     await services.residency.unload(ref.task, version)
     return views.residency(services, ref.task, version)
 
@@ -34,7 +36,8 @@ async def unload(services: ServicesOf, task: str) -> wire.Residency:
 @router.post("/tasks/{task}/pin")
 async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = None) -> wire.Residency:
     """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
-    ref, version = await _one_version(services, task)
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
     if (body or wire.PinRequest()).pinned:
         acquiring = services.residency.acquire(ref.task, version)
         seat = await in_time(services.settings.request_timeout_s, acquiring)  # while it is held, nothing can evict it
@@ -45,10 +48,9 @@ async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = No
     return views.residency(services, ref.task, version)
 
 
-async def _one_version(services: Services, text: str) -> tuple[Ref, str]:
+async def one_version(services: Services, ref: Ref) -> str:
     """The version that a reference means; of a split alias the one with most of the requests."""
-    ref = Ref.parse(text)
     aliases = await asyncio.to_thread(services.store.aliases, ref.task)
     if ref.name in aliases:
-        return ref, views.heaviest(aliases[ref.name])
-    return ref, await services.predictor.resolve(ref, key="")
+        return views.heaviest(aliases[ref.name])
+    return await services.predictor.resolve(ref, key="")

@@ -54,7 +54,7 @@ class _Tus(APIRoute):
                 _require_version(request)
                 response = await handle(request)
             except ServiceError as error:
-                response = problems.answer(error, request.state.request_id)
+                response = problems.answer(error, request.scope)
             response.headers.update({"Tus-Resumable": VERSION, "Tus-Version": VERSION})
             return response
 

@@ -22,6 +22,8 @@ _LISTED: Final[Mapping[Need, str]] = {
     "open": """
         GET /healthz
         GET /readyz
+        GET /v2/health/live
+        GET /v2/health/ready
         GET /
         GET /ui/{path:path}
         GET /session
@@ -44,11 +46,19 @@ _LISTED: Final[Mapping[Need, str]] = {
         GET /tasks/{task}/versions/{version}
         GET /tasks/{task}/aliases/{alias}
         GET /tasks/{task}/aliases/{alias}/history
+        GET /v2
+        GET /v2/models/{task}
+        GET /v2/models/{task}/ready
+        GET /v2/models/{task}/versions/{version}
+        GET /v2/models/{task}/versions/{version}/ready
+        POST /v2/repository/index
     """,
     "predict": """
         POST /predict
         POST /predict/{task}
         POST /embed
+        POST /v2/models/{task}/infer
+        POST /v2/models/{task}/versions/{version}/infer
         POST /tasks/{task}/attention
         POST /tasks/{task}/feedback
     """,
@@ -86,6 +96,8 @@ _LISTED: Final[Mapping[Need, str]] = {
         POST /tasks/{task}/load
         POST /tasks/{task}/unload
         POST /tasks/{task}/pin
+        POST /v2/repository/models/{task}/load
+        POST /v2/repository/models/{task}/unload
     """,
 }
 NEEDS: Final[Mapping[tuple[str, str], Need]] = {

@@ -49,7 +49,7 @@ class Trace:
             log.exception("request %s failed", traced.id)
             if traced.status:
                 raise  # half an answer is out: the connection must break, so that nobody takes it for a whole one
-            await problems.answer(problems.service_error(error), traced.id)(scope, traced.receive, traced.send)
+            await problems.answer(problems.service_error(error), scope)(scope, traced.receive, traced.send)
         finally:
             traced.record()
 

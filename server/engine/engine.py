@@ -23,7 +23,7 @@ from .rack import Rack
 from .reader import Passing, Pieces, Reads, hidden_tokens
 from .residency import Seat
 
-Pixels = NDArray[np.uint8]  # [S, S, 3]
+Pixels = NDArray[np.uint8] | NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that is normalised already
 Logits = NDArray[np.float64]  # [C]
 Work = tuple[Pixels, Seat]
 Item = TypeVar("Item")
@@ -99,19 +99,40 @@ class Engine:
         return vit.Lane.reading(condition, trunk.reads(pictures))
 
     def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
-        """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, N, D]
-
-        Raises ValueError for what `images.fit` would not give: a NaN cannot come in, nor a picture of another size.
-        """
+        """→ [n, N, D]. Raises ValueError for what `images` would not give, a picture of another size above all."""
         size = self.backbone.spec.image_size
         for pixels, _, _ in pictures:
-            if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
+            if not _whole(pixels, size):
                 raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
-        device, dtype = self.backbone.device, self.backbone.dtype
+        sent = [at for at, (pixels, _, _) in enumerate(pictures) if pixels.dtype == np.float32]
+        return vit.embed(self.backbone, self._mixed(pictures, sent) if sent else self._normalised(pictures))
+
+    def _normalised(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
+        """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, 3, S, S]"""
+        device = self.backbone.device
         stack = torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])).to(device)
         mean = torch.tensor([mean for _, mean, _ in pictures], device=device)
         std = torch.tensor([std for _, _, std in pictures], device=device)
-        return vit.embed(self.backbone, normalise(stack, mean, std, dtype))
+        return normalise(stack, mean, std, self.backbone.dtype)
+
+    def _mixed(
+        self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]], sent: Sequence[int]
+    ) -> Tensor:
+        """Those at `sent` came normalised and are only rounded to the backbone's dtype. → [n, 3, S, S]"""
+        own = [at for at in range(len(pictures)) if at not in set(sent)]
+        stack = torch.from_numpy(np.stack([pictures[at][0] for at in sent]))
+        given = stack.to(self.backbone.device, self.backbone.dtype)
+        x = given.new_empty(len(pictures), *given.shape[1:])
+        x[list(sent)] = given
+        if own:
+            x[own] = self._normalised([pictures[at] for at in own])
+        return x
+
+
+def _whole(pixels: Pixels, size: int) -> bool:
+    if pixels.dtype == np.float32:
+        return pixels.shape == (3, size, size)
+    return pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from server.engine.image_files import check_size, damaged, sniff, strip, truncated
-from server.errors import BadRequest, TooLarge, UnsupportedMedia
+from server.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,6 +45,7 @@ _INTERPOLATIONS = {
 }
 _CROP_MODES = ("center", "squash", "border")
 _MAX_SIDE = 8192  # of the resized picture's side that counts: bounds what a bundle can make the server allocate
+MAX_NORMALISED = 1000.0  # of a pixel that came normalised; real ones are within a few units of 0
 _MAX_WHOLE = 2**24  # pixels of a resized picture (64 MiB); of a larger one only what the crop keeps is made
 
 
@@ -95,6 +96,26 @@ def _expect(holds: bool, name: str, actual: object, expected: object) -> None:
 def pixels(data: bytes, geometry: Geometry, *, max_pixels: int) -> Pixels:
     """The pixels of an encoded image, uint8 [S, S, 3]. Errors: as `decode`."""
     return fit(decode(data, max_pixels=max_pixels), geometry)
+
+
+def of_picture(picture: Pixels, geometry: Geometry, *, max_pixels: int) -> Pixels:
+    """The same of a picture that came decoded, uint8 [H, W, 3]. Errors: bad_image, image_too_large."""
+    height, width = picture.shape[:2]
+    check_size(width, height, max_pixels)
+    return fit(Image.fromarray(picture), geometry)
+
+
+def of_tensor(tensor: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArray[np.float32]:
+    """What came as the network takes it, float32 [3, S, S], normalised by whoever sent it: checked, and left as it is.
+
+    Errors: invalid_request for another size, or for numbers that no normalised picture has: they could overflow.
+    """
+    expected = (3, geometry.size, geometry.size)
+    if tensor.shape != expected:
+        raise Unprocessable(f"expected a normalised picture of shape {list(expected)}, got {list(tensor.shape)}")
+    if not (np.abs(tensor) <= MAX_NORMALISED).all():  # so that NaN fails, too
+        raise Unprocessable(f"expected numbers from -{MAX_NORMALISED:g} to {MAX_NORMALISED:g}, got others or NaN")
+    return tensor
 
 
 # --- bytes to picture -------------------------------------------------------------------------------------------------

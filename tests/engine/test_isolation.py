@@ -86,6 +86,25 @@ def test_every_composition_of_a_batch_gives_the_literal_answers(eye: Backbone) -
                 np.testing.assert_allclose(row, answers[pair], atol=EXACT, rtol=0)
 
 
+def test_pictures_that_came_normalised_are_answered_literally_beside_others(eye: Backbone) -> None:
+    """The same numbers go into the literal forward; a neighbour's mean and std do not touch them."""
+    bench = Bench(eye)
+    seats = [bench.seat(own.lens(eye)) for own in TASKS]
+    sent = [np.random.default_rng(n).standard_normal((3, 64, 64), np.float32) for n in range(2)]
+    work = [(pixels, at) for at in range(len(TASKS)) for pixels in (sent[at % 2], picture(at % 3))]
+    for share in (work, [row for row in work if row[0].dtype == np.float32]):
+        answers = bench.engine.run([(pixels, seats[at]) for pixels, at in share])
+        for (pixels, at), row in zip(share, answers, strict=True):
+            own = TASKS[at]
+            if pixels.dtype == np.float32:
+                images = torch.from_numpy(pixels[None]).double()
+                with torch.inference_mode():
+                    expected = reference.logits(own.method, eye, images, own.params, own.lengths)[0].numpy()
+            else:
+                expected = truth(eye, own, pixels)
+            np.testing.assert_allclose(row, expected, atol=EXACT, rtol=0)
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_huge_neighbours_change_nothing(eye: Backbone, scale: float) -> None:
     """Prompts of enormous size saturate their own softmax only."""

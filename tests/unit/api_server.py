@@ -145,6 +145,26 @@ def serving(
     assert not thread.is_alive(), "the server did not stop"
 
 
+def assert_refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The same in the words of whoever is asked: a dialect's error body has the code in a header."""
+    dialect = response.url.path.split("/")[1]
+    if dialect not in ("v1", "v2"):
+        return assert_problem(response, status, code)
+    assert response.status_code == status, response.text
+    assert response.headers["lensrack-code"] == code
+    assert response.headers["content-type"] == "application/json"
+    told: dict[str, Any] = response.json()
+    assert told.keys() == {"error"}
+    if dialect == "v1":
+        assert told["error"].keys() == {"message", "type", "param", "code"}
+        assert told["error"]["code"] == code
+    else:
+        assert isinstance(told["error"], str)
+        assert told["error"]
+    assert not any(secret in response.text for secret in ("Traceback", "/work", "/tmp"))
+    return told
+
+
 def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     """The response is an RFC 9457 problem with this status and code, and gives nothing away."""
     assert response.status_code == status, response.text

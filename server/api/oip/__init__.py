@@ -1,0 +1,1 @@
+"""The Open Inference Protocol (KServe, Triton): a dialect over predictor, store and residency."""

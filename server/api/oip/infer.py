@@ -1,0 +1,52 @@
+"""One inference in the protocol's terms: model and version are a task and one of its versions, however they came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from server.api.guard import task_name
+from server.api.oip import tensors
+from server.api.services import Services
+from server.pictures import Image
+from server.predictor import Outputs
+from server.seating import Ref
+
+LIVE: Final = "live"  # the version that answers where none is named
+MICROSECONDS: Final = 1e6  # in a second: the unit of the parameter `timeout`
+
+
+@dataclass(frozen=True)
+class Question:
+    """`wanted`: nothing means all outputs. `timeout_us`: the client's, 0 for none. `key` chooses a canary's side."""
+
+    model: str
+    version: str
+    images: Sequence[Image]
+    wanted: Sequence[tensors.Wanted]
+    timeout_us: int
+    key: str
+
+
+def ref(model: str, version: str = "") -> Ref:
+    """A version is a digest, the unique beginning of one, or an alias. Raises BadRequest bad_task_name."""
+    return Ref(task_name(model), version or LIVE)
+
+
+def timeout_s(services: Services, timeout_us: int) -> float:
+    """A client cannot wait longer than the server lets any."""
+    most = services.settings.request_timeout_s
+    return min(most, timeout_us / MICROSECONDS) if timeout_us > 0 else most
+
+
+async def answer(services: Services, asked: Question) -> Outputs:
+    """Raises ServiceError kinds and the store's errors, as `Predictor.predict`."""
+    await services.meter.images(services.key, len(asked.images))
+    return await services.predictor.outputs(
+        ref(asked.model, asked.version),
+        asked.images,
+        key=asked.key,
+        tenant=services.tenant,
+        timeout_s=timeout_s(services, asked.timeout_us),
+    )

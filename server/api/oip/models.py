@@ -1,0 +1,85 @@
+"""What the protocol asks of models: a task is a model, and every stored version of it can be asked.
+
+Nothing has to be loaded before it answers: a version that is not on the device gets there when somebody asks. So a
+model is ready when it exists, `load` only spares its first request the wait, and `unload` frees memory without putting
+the model out of service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import prompts_store as stored
+from server import __version__
+from server.api import residency
+from server.api.oip import tensors
+from server.api.oip.infer import ref
+from server.api.services import Services
+from server.errors import Unprocessable
+from server.predictor import in_time
+
+PLATFORM: Final = "lensrack"
+EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "parameters")
+READY: Final = "READY"
+
+
+def server() -> dict[str, Any]:
+    return {"name": PLATFORM, "version": __version__, "extensions": list(EXTENSIONS)}
+
+
+async def find(services: Services, model: str, version: str = "") -> stored.VersionInfo:
+    """The version that a name means. Raises BadRequest, and the store's errors for what is not there."""
+    asked = ref(model, version)
+    full = await residency.one_version(services, asked)
+    for info in await asyncio.to_thread(services.store.versions, asked.task):
+        if info.version == full:
+            return info
+    raise stored.VersionNotFound(asked.task, full)
+
+
+async def metadata(services: Services, model: str, version: str = "") -> dict[str, Any]:
+    manifest = (await find(services, model, version)).manifest
+    versions = await asyncio.to_thread(services.store.versions, model)
+    return {
+        "name": model,
+        "versions": [info.version for info in versions],
+        "platform": PLATFORM,
+        "inputs": _listed(tensors.inputs(manifest.preprocess.size)),
+        "outputs": _listed(tensors.outputs(len(manifest.labels))),
+    }
+
+
+async def index(services: Services) -> list[dict[str, str]]:
+    """Every version of every task; the key's own."""
+    return await asyncio.to_thread(_index, services.store)
+
+
+async def load(services: Services, model: str, parameters: object) -> None:
+    """Make what is live resident before anybody asks for it. Raises Unprocessable for a configuration."""
+    if parameters:
+        raise Unprocessable("parameters: expected none, models come from the store with all that belongs to them")
+    asked = ref(model)
+    version = await residency.one_version(services, asked)
+    await in_time(services.settings.request_timeout_s, services.residency.load(asked.task, version))
+
+
+async def unload(services: Services, model: str) -> None:
+    """Free the device memory of all its versions."""
+    for info in await asyncio.to_thread(services.store.versions, ref(model).task):
+        await services.residency.unload(model, info.version)
+
+
+def _listed(forms: dict[str, tensors.Form]) -> list[dict[str, Any]]:
+    return [{"name": name, "datatype": form.datatype, "shape": list(form.shape)} for name, form in forms.items()]
+
+
+def _index(store: stored.Store) -> list[dict[str, str]]:
+    found = []
+    for task in store.tasks():
+        try:
+            versions = store.versions(task)
+        except stored.TaskNotFound:
+            continue  # deleted since the list was read
+        found += [{"name": task, "version": info.version, "state": READY, "reason": ""} for info in versions]
+    return found

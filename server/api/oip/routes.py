@@ -1,0 +1,171 @@
+"""The Open Inference Protocol over HTTP, at /v2: see https://github.com/kserve/open-inference-protocol.
+
+Triton's extensions for binary tensors, classification and the model repository are spoken as well. `docs/howto-oip.md`
+is the page for who asks, `server.grpc_front` the same over gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import partial
+from typing import Any, Final
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.api import predict
+from server.api.oip import body, infer, models, tensors
+from server.api.services import Services, ServicesOf, request_id
+from server.errors import BadRequest
+
+INLINE_BYTES: Final = 64 * 1024  # a shorter JSON is read where it comes; a longer one in a thread
+PARSING: Final = 2  # of the long ones at once: a list of numbers takes ten times the memory of its text
+
+_ERROR: Final[dict[int | str, dict[str, Any]]] = {
+    "default": {
+        "description": "What went wrong; `Lensrack-Code` holds its stable code.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+            }
+        },
+    }
+}
+_INFER: Final[dict[str, Any]] = {
+    "parameters": [
+        {
+            "name": body.LENGTH,
+            "in": "header",
+            "description": "Bytes of the JSON, where tensors' own bytes come behind it.",
+            "schema": {"type": "integer"},
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+}
+
+router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=_ERROR)
+
+
+@router.get("")
+async def server_metadata() -> dict[str, Any]:
+    return models.server()
+
+
+@router.get("/health/live")
+async def live() -> dict[str, bool]:
+    """The process answers."""
+    return {"live": True}
+
+
+@router.get("/health/ready", response_model=dict[str, bool])
+async def ready(services: ServicesOf) -> Response:
+    """Predictions can be answered; otherwise 503."""
+    told = await asyncio.to_thread(services.ready)
+    return JSONResponse({"ready": told.ready}, 200 if told.ready else 503)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/models/{task}")
+async def model_metadata(services: ServicesOf, task: str) -> dict[str, Any]:
+    return await models.metadata(services, task)
+
+
+@router.get("/models/{task}/versions/{version}")
+async def version_metadata(services: ServicesOf, task: str, version: str) -> dict[str, Any]:
+    return await models.metadata(services, task, version)
+
+
+@router.get("/models/{task}/ready")
+async def model_ready(services: ServicesOf, task: str) -> dict[str, Any]:
+    """It exists: what is not on the device gets there when somebody asks for it."""
+    await models.find(services, task)
+    return {"name": task, "ready": True}
+
+
+@router.get("/models/{task}/versions/{version}/ready")
+async def version_ready(services: ServicesOf, task: str, version: str) -> dict[str, Any]:
+    await models.find(services, task, version)
+    return {"name": task, "ready": True}
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+@router.post("/models/{task}/infer", response_model=dict[str, Any], openapi_extra=_INFER)
+async def model_infer(request: Request, services: ServicesOf, task: str) -> Response:
+    """Ask the live version, with one of the inputs `image`, `pixels` and `tensor`."""
+    return await _infer(request, services, task, "")
+
+
+@router.post("/models/{task}/versions/{version}/infer", response_model=dict[str, Any], openapi_extra=_INFER)
+async def version_infer(request: Request, services: ServicesOf, task: str, version: str) -> Response:
+    """Ask a version by its digest, the unique beginning of it, or an alias."""
+    return await _infer(request, services, task, version)
+
+
+async def _infer(request: Request, services: Services, task: str, version: str) -> Response:
+    asked = await _read(request, services)
+    key = request.headers.get("Lensrack-Key") or request_id(request)
+    question = infer.Question(task, version, asked.images, asked.wanted, asked.timeout_us, key)
+    found = await predict.unless_gone(request, infer.answer(services, question))
+    about: dict[str, Any] = {"model_name": task, "model_version": found.version}
+    if asked.id:
+        about["id"] = asked.id
+    headers = {**predict.server_timing(found.timings), "Lensrack-Version": found.version}
+    return body.respond(about, tensors.told(found, asked.wanted), headers)
+
+
+async def _read(request: Request, services: Services) -> body.Parsed:
+    whole, settings = await request.body(), services.settings
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding != "identity":
+        whole = await asyncio.to_thread(body.inflated, whole, encoding, settings.max_body_bytes)
+    length = body.header_length(request.headers, whole)
+    parse = partial(body.parse, whole, length, settings.max_images)
+    if length <= INLINE_BYTES:
+        return parse()
+    return await anyio.to_thread.run_sync(parse, limiter=request.app.state.parsing)
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+@router.post("/repository/index")
+async def repository_index(services: ServicesOf) -> list[dict[str, str]]:
+    """All versions of all tasks. Each is READY, since each can be asked."""
+    return await models.index(services)
+
+
+@router.post("/repository/models/{task}/load", response_class=Response)
+async def load(request: Request, services: ServicesOf, task: str) -> Response:
+    """Make the live version resident, so that its first request need not wait for it."""
+    await models.load(services, task, await _parameters(request))
+    return Response()
+
+
+@router.post("/repository/models/{task}/unload", response_class=Response)
+async def unload(services: ServicesOf, task: str) -> Response:
+    """Free the device memory of the task's versions. The next request brings its version back."""
+    await models.unload(services, task)
+    return Response()
+
+
+async def _parameters(request: Request) -> object:
+    text = await request.body()
+    try:
+        told = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("expected a JSON body, got something else") from error
+    if not isinstance(told, dict):
+        raise BadRequest(f"expected a JSON object, got {type(told).__name__}")
+    return told.get("parameters")

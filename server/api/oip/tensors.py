@@ -1,0 +1,249 @@
+"""Tensors in and out, whichever way they travel: as raw bytes (little-endian, row-major) or as lists of values.
+
+    image   BYTES [N]            encoded pictures: files in raw bytes, base64 text in JSON
+    pixels  UINT8 [N, H, W, 3]   decoded pictures of any size, cut as encoded ones are
+    tensor  FP32  [N, 3, S, S]   what the network takes, normalised by whoever sends it
+                                             one of these ─► images ─► predictor ─► outputs
+    logits, probabilities  FP32 [N, C]       label  BYTES [N], the best of each picture
+
+BYTES elements lie in raw bytes one behind the other, each behind its length in four bytes: the binary tensor
+data extension.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from server.errors import BadRequest, Unprocessable
+from server.pictures import Decoded, Image, Normalised
+from server.predictor import Outputs
+
+Shape = tuple[int, ...]
+Values = npt.NDArray[np.float32] | list[bytes]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an input or output looks; -1 is a side that differs from request to request."""
+
+    datatype: str
+    shape: Shape
+
+
+def inputs(size: int) -> dict[str, Form]:
+    """`size`: the side S of what the network takes."""
+    tensor = Form("FP32", (-1, 3, size, size))
+    return {"image": Form("BYTES", (-1,)), "pixels": Form("UINT8", (-1, -1, -1, 3)), "tensor": tensor}
+
+
+def outputs(classes: int) -> dict[str, Form]:
+    numbers = Form("FP32", (-1, classes))
+    return {"logits": numbers, "probabilities": numbers, "label": Form("BYTES", (-1,))}
+
+
+INPUTS: Final = {name: form.datatype for name, form in inputs(-1).items()}
+OUTPUTS: Final = tuple(outputs(-1))
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """An input as it came: `raw`, or `data`, flat or nested as the shape says."""
+
+    name: str
+    datatype: str
+    shape: Shape
+    raw: memoryview | None = None
+    data: Sequence[Any] | None = None
+
+
+def images(given: Sequence[Given], max_images: int) -> list[Image]:
+    """The pictures of a request. Raises BadRequest where bytes and shape disagree, Unprocessable for a wrong input."""
+    if len(given) != 1:
+        raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {len(given)} inputs")
+    [one] = given
+    _check(one, max_images)
+    if (one.raw is None) == (one.data is None):
+        how = "no data" if one.raw is None else "data twice, as values and as bytes"
+        raise BadRequest(f"input {one.name!r}: expected its data once, got {how}")
+    return _READERS[one.datatype](one)
+
+
+def _check(one: Given, max_images: int) -> None:
+    name = one.name[:100]
+    if one.name not in INPUTS:
+        raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {name!r}")
+    expected, form = INPUTS[one.name], inputs(-1)[one.name]
+    if one.datatype != expected:
+        raise Unprocessable(f"input {name!r}: expected datatype {expected}, got {one.datatype[:20]!r}")
+    shape = one.shape[:1] if one.datatype == "BYTES" and one.shape[1:] == (1,) else one.shape  # batches of one element
+    if len(shape) != len(form.shape) or any(b not in (-1, a) for a, b in zip(shape, form.shape, strict=True)):
+        raise Unprocessable(f"input {name!r}: expected shape {list(form.shape)}, got {list(one.shape[:10])}")
+    if min(shape) < 1 or shape[0] > max_images:
+        expects = f"sides of 1 or more, and the first, the number of images, up to {max_images}"
+        raise Unprocessable(f"input {name!r}: expected {expects}, got {list(one.shape)}")
+
+
+def _files(one: Given) -> list[Image]:
+    if one.raw is not None:
+        return [*_elements(one, one.raw)]
+    return [_encoded(element, at) for at, element in enumerate(_flat(one))]
+
+
+def _elements(one: Given, raw: memoryview) -> list[bytes]:
+    """BYTES elements, each behind its length."""
+    found: list[bytes] = []
+    at, count = 0, math.prod(one.shape)
+    for _ in range(count):
+        if len(raw) - at < 4:
+            raise BadRequest(f"input {one.name!r}: expected {count} elements, its bytes end behind {len(found)}")
+        (length,) = struct.unpack_from("<I", raw, at)
+        at += 4
+        if len(raw) - at < length:
+            raise BadRequest(f"input {one.name!r}: element {len(found)} has {length} bytes, {len(raw) - at} are there")
+        found.append(bytes(raw[at : at + length]))
+        at += length
+    if at != len(raw):
+        raise BadRequest(f"input {one.name!r}: {len(raw) - at} bytes are left behind its {count} elements")
+    return found
+
+
+def _encoded(element: object, at: int) -> bytes:
+    """A picture in a list: bytes in gRPC, where a list can hold them, and base64 in JSON."""
+    if isinstance(element, bytes):
+        return element
+    if not isinstance(element, str):
+        raise Unprocessable(f"element {at}: expected base64 text, got {type(element).__name__}")
+    try:
+        return base64.b64decode(element, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Unprocessable(f"element {at}: expected base64 (RFC 4648, padded), got {element[:40]!r}") from error
+
+
+def _pixels(one: Given) -> list[Image]:
+    if one.raw is not None:
+        return [Decoded(each) for each in _shaped(one, one.raw, np.dtype(np.uint8))]
+    numbers = _numbers(one)
+    if not ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
+        raise Unprocessable(f"input {one.name!r}: expected whole numbers from 0 to 255, got others")
+    return [Decoded(each) for each in numbers.astype(np.uint8).reshape(one.shape)]
+
+
+def _tensors(one: Given) -> list[Image]:
+    if one.raw is not None:
+        return [Normalised(each.astype(np.float32)) for each in _shaped(one, one.raw, np.dtype("<f4"))]  # now aligned
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        return [Normalised(each) for each in _numbers(one).astype(np.float32).reshape(one.shape)]
+
+
+def _shaped(one: Given, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    expected = math.prod(one.shape) * dtype.itemsize
+    if len(raw) != expected:
+        detail = f"shape {list(one.shape)} of {one.datatype} takes {expected} bytes, got {len(raw)}"
+        raise BadRequest(f"input {one.name!r}: {detail}")
+    return np.frombuffer(raw, dtype).reshape(one.shape)
+
+
+def _numbers(one: Given) -> npt.NDArray[np.float64]:
+    try:
+        return np.frombuffer(array("d", _flat(one)), np.float64)
+    except (TypeError, OverflowError) as error:
+        raise Unprocessable(f"input {one.name!r}: expected numbers, got something else among them") from error
+
+
+def _flat(one: Given) -> Sequence[Any]:
+    """The values in row-major order. Raises BadRequest where there are more or fewer than the shape says."""
+    data = one.data or ()
+    for side in one.shape[1:]:
+        if not any(isinstance(part, list) for part in data):
+            break
+        if not all(isinstance(part, list) and len(part) == side for part in data):
+            raise BadRequest(f"input {one.name!r}: its data is not nested as its shape {list(one.shape)} says")
+        data = list(chain.from_iterable(data))
+    if len(data) != math.prod(one.shape):
+        detail = f"shape {list(one.shape)} has {math.prod(one.shape)} values, got {len(data)}"
+        raise BadRequest(f"input {one.name!r}: {detail}")
+    return data
+
+
+_READERS: Final[Mapping[str, Callable[[Given], list[Image]]]] = {"BYTES": _files, "UINT8": _pixels, "FP32": _tensors}
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An output that is asked for; `classes` above 0 asks for so many `score:index:label` instead (classification
+    extension), best first."""
+
+    name: str
+    classes: int = 0
+    binary: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    name: str
+    datatype: str
+    shape: Shape
+    values: Values
+    binary: bool
+
+    def raw(self) -> bytes:
+        if isinstance(self.values, list):
+            return b"".join(struct.pack("<I", len(element)) + element for element in self.values)
+        return self.values.astype("<f4").tobytes()
+
+    def data(self) -> list[Any]:
+        """For JSON: row-major."""
+        if isinstance(self.values, list):
+            return [element.decode() for element in self.values]
+        return list(self.values.ravel().tolist())
+
+
+def check_wanted(wanted: Sequence[Wanted]) -> None:
+    """Before anything is computed. Raises Unprocessable."""
+    for one in wanted:
+        if one.name not in OUTPUTS:
+            raise Unprocessable(f"outputs: expected some of {', '.join(OUTPUTS)}, got {one.name[:100]!r}")
+        if one.classes < 0 or (one.classes and one.name == "label"):
+            expected = "classes of logits or probabilities, as a number of 0 or more"
+            raise Unprocessable(f"output {one.name!r}: expected {expected}, got {one.classes}")
+    if len({one.name for one in wanted}) < len(wanted):
+        raise Unprocessable("outputs: expected each once")
+
+
+def told(found: Outputs, wanted: Sequence[Wanted]) -> list[Told]:
+    return [_told(found, one) for one in wanted]
+
+
+def _told(found: Outputs, one: Wanted) -> Told:
+    images = len(found.logits)
+    if one.name == "label":
+        best = [found.labels[index].encode() for index in found.probabilities.argmax(axis=1)]
+        return Told(one.name, "BYTES", (images,), best, one.binary)
+    numbers = found.logits if one.name == "logits" else found.probabilities
+    if one.classes:
+        count = min(one.classes, len(found.labels))
+        ranked = [text for row in numbers for text in _ranked(row, found.labels, count)]
+        return Told(one.name, "BYTES", (images, count), ranked, one.binary)
+    return Told(one.name, "FP32", numbers.shape, numbers.astype(np.float32), one.binary)
+
+
+def _ranked(row: npt.NDArray[np.float64], labels: Sequence[str], count: int) -> list[bytes]:
+    order = np.argsort(-row, kind="stable")[:count]
+    return [f"{row[index]:f}:{index}:{labels[index]}".encode() for index in order]

@@ -1,0 +1,20 @@
+"""A failure as OpenAI's clients read it: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from server.errors import ServiceError
+
+_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def told(error: ServiceError) -> dict[str, Any]:
+    """`param` is the field that is to blame, where there is one."""
+    found: Any = error.extra.get("errors")
+    param = found[0]["field"] if found else error.extra.get("param")
+    return {"error": {"message": error.detail, "type": _type(error.status), "param": param, "code": error.code}}
+
+
+def _type(status: int) -> str:
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")

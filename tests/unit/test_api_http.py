@@ -198,7 +198,7 @@ def test_the_schema_documents_bodies_and_problems(api: Api):
     assert schema["openapi"].startswith("3.")
     paths = schema["paths"]
     bodies = paths["/predict/{task}"]["post"]["requestBody"]["content"]
-    assert set(guard.IMAGE_TYPES) | {"multipart/form-data", "application/json"} == set(bodies)
+    assert {*guard.IMAGE_TYPES, "application/x-npy", "multipart/form-data", "application/json"} == set(bodies)
     assert set(guard.ARCHIVE_TYPES) == set(paths["/datasets"]["post"]["requestBody"]["content"])
     for path, operations in paths.items():
         for method, operation in operations.items():

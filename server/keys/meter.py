@@ -1,7 +1,8 @@
 """How much a key has taken: images a second and jobs a day, by the `limits` library, in memory or in Redis.
 
 Images are counted over a minute, so a key may take a minute's worth at once. Several servers on one Redis count
-together. While Redis is away nobody is refused: predictions outlive it, and a limit is no lock.
+together. While Redis is away nobody is refused: predictions outlive it, and a limit is no lock. A Redis that hangs is
+waited for once, and then not asked until it has answered.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from server.keys.key import Key
 log = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 1.0
+PATIENCE_S: Final = 2.0  # TIMEOUT_S is for each step of the way, and not for looking the host's name up
 WINDOW_S: Final = 60
 
 
@@ -31,6 +33,7 @@ class Meter:
     def __init__(self, redis_url: str | None = None) -> None:
         self._shared = redis_url is not None
         self._limiter = SlidingWindowCounterRateLimiter(_storage(redis_url))
+        self._late: asyncio.Task[bool] | None = None
 
     async def images(self, key: Key, count: int) -> None:
         """Raises QueueFull rate_limited."""
@@ -54,10 +57,19 @@ class Meter:
             raise QueueFull(detail, code="quota_exceeded", retry_after_s=wait_s)
 
     async def _taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
-        try:
-            if self._shared:
-                return await asyncio.to_thread(self._limiter.hit, item, what, key_id, cost=cost)
+        if not self._shared:
             return self._limiter.hit(item, what, key_id, cost=cost)
+        if self._late is not None and not self._late.done():
+            return True
+        asked = asyncio.create_task(self._shared_taken(item, what, key_id, cost))
+        if (await asyncio.wait([asked], timeout=PATIENCE_S))[0]:
+            return asked.result()
+        self._late = asked
+        return True
+
+    async def _shared_taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
+        try:
+            return await asyncio.to_thread(self._limiter.hit, item, what, key_id, cost=cost)
         except StorageError as error:
             log.warning("limits are not counted: %s", type(error.storage_error).__name__)
             return True

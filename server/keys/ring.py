@@ -4,7 +4,8 @@
                 └─ no ─► its id ─► the key's hash ─► scrypt, one at a time ─► remembered under a keyed digest
 
 The store and the file are looked at again when what was read is older than FRESH_S, so that a revocation or a rotation
-holds everywhere within that time and without a restart. While the store is away the keys that were known go on.
+holds everywhere within that time and without a restart. While the store is away the keys that were known go on, and who
+asks waits PATIENCE_S for it at most, once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from server.keys.store import KeyStore
 log = logging.getLogger(__name__)
 
 FRESH_S: Final = 1.0
+PATIENCE_S: Final = 2.0  # to look a host's name up alone may take many seconds when the host has gone
 MISS_S: Final = 0.1  # an id that is not known may have been made a moment ago
 REMEMBERED: Final = 10_000  # tokens that matched, and as many that did not
 WAITING: Final = 32  # tokens that wait for their scrypt; beyond that they are sent away
@@ -53,6 +55,7 @@ class KeyRing:
         self._pepper = secrets.token_bytes(32)
         self._read_at, self._failing = float("-inf"), False
         self._reading: asyncio.Task[None] | None = None
+        self._asked_at = float("-inf")
         self._matched: _Seen = OrderedDict()
         self._refused: _Seen = OrderedDict()
         self._one_at_a_time, self._waiting = asyncio.Lock(), 0
@@ -123,13 +126,16 @@ class KeyRing:
     # --- all keys ---------------------------------------------------------------------------------------------------
 
     async def refresh(self, max_age_s: float = FRESH_S) -> None:
-        """See that what is known is no older. A store that failed is asked again, but not waited for."""
+        """See that what is known is no older. A store that failed or hangs is asked again, but not waited for."""
         if time.monotonic() - self._read_at <= max_age_s:
             return
         if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read())
-        if not self._failing:
-            await asyncio.shield(self._reading)
+            self._reading, self._asked_at = asyncio.create_task(self._read()), time.monotonic()
+        reading, left_s = self._reading, self._asked_at + PATIENCE_S - time.monotonic()
+        if not self._failing and left_s > 0:
+            await asyncio.wait([reading], timeout=left_s)
+            if reading.done():
+                reading.result()
 
     async def _read(self) -> None:
         asked_at = time.monotonic()

@@ -5,19 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from server.errors import QueueFull
 from server.keys import key as keys
+from server.keys import meter as meter_module
 from server.keys import ring as ring_module
 from server.keys.key import Allowance, Key
 from server.keys.keys_file import BadKeysFile, KeysFile
 from server.keys.meter import Meter
+from server.keys.redis_store import RedisKeyStore
 from server.keys.ring import KeyRing
 from server.keys.sqlite_store import SqliteKeyStore
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -273,6 +282,66 @@ async def test_keys_outlive_their_store(store: SqliteKeyStore, tmp_path: Path) -
             return
         await asyncio.sleep(0.02)
     pytest.fail("the revocation was never seen")
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A redis-server of the test's own, to be stopped in its tracks, and its URL."""
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.05), 400)) as client:
+        client.ping()
+    yield process, f"redis://127.0.0.1:{port}/0"
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.wait(20)
+
+
+async def test_nobody_waits_for_a_key_store_that_hangs(
+    hanging: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Redis behind a network that has gone does, or a host's name that nobody knows any more."""
+    monkeypatch.setattr(ring_module, "PATIENCE_S", 0.1)
+    process, url = hanging
+    store = RedisKeyStore(url)
+    token = keys.new_token("abc")
+    store.add(Key(id="abc", scopes=frozenset({"predict"}), hash=keys.hashed(token)))
+    ring = KeyRing(store)
+    ring.load()
+    assert await owner(ring, token) == "abc"
+    process.send_signal(signal.SIGSTOP)
+    for _ in range(3):
+        assert await owner(ring, token) == "abc"
+        assert ring._reading is not None
+        assert not ring._reading.done(), "who asked was answered before the store was"
+    process.send_signal(signal.SIGCONT)
+    await asyncio.wait_for(ring._reading, 60)
+    store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
+    monkeypatch.setattr(ring_module, "PATIENCE_S", 60.0)
+    assert await owner(ring, token) is None
+    ring.close()
+
+
+async def test_nobody_waits_for_counts_that_hang(
+    hanging: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meter_module, "TIMEOUT_S", 60.0)
+    process, url = hanging
+    meter, key = Meter(url), allowed(images_per_s=0.05)
+    monkeypatch.setattr(meter_module, "PATIENCE_S", 60.0)
+    await meter.images(key, 1)
+    monkeypatch.setattr(meter_module, "PATIENCE_S", 0.1)
+    process.send_signal(signal.SIGSTOP)
+    for _ in range(20):
+        await meter.images(key, 1)
+    assert meter._late is not None
+    assert not meter._late.done(), "all were let in before one was counted"
+    process.send_signal(signal.SIGCONT)
+    assert await asyncio.wait_for(meter._late, 60), "the one that asked is counted, the others never asked"
+    monkeypatch.setattr(meter_module, "PATIENCE_S", 60.0)
+    with pytest.raises(QueueFull):
+        await meter.images(key, 3)
 
 
 def test_a_server_does_not_start_without_the_keys_it_was_given(store: SqliteKeyStore, tmp_path: Path) -> None:

@@ -101,14 +101,16 @@ def require_kept(before: dict[str, object], after: dict[str, object]) -> None:
 
 
 @contextmanager
-def asking(client: Client, picture: Path) -> Iterator[list[str]]:
-    """Somebody who asks all the time, and gives the versions that answered; a failure is one of the story."""
-    stop, answered, failed = threading.Event(), list[str](), list[BaseException]()
+def asking(client: Client, picture: Path) -> Iterator[list[float]]:
+    """Somebody who asks all the time, and how many seconds each answer took; a failure is one of the story."""
+    stop, answered, failed = threading.Event(), list[float](), list[BaseException]()
 
     def ask_on() -> None:
         while not stop.wait(0.05):
+            asked_at = time.monotonic()
             try:
-                answered.append(client.predict("calm", picture).version)
+                client.predict("calm", picture)
+                answered.append(time.monotonic() - asked_at)
             except Exception as error:
                 failed.append(error)
 
@@ -120,6 +122,10 @@ def asking(client: Client, picture: Path) -> Iterator[list[str]]:
         stop.set()
         asker.join()
     assert not failed, f"{len(failed)} of {len(failed) + len(answered)} questions failed, the first: {failed[0]!r}"
+
+
+def meanwhile(answered: list[float]) -> str:
+    return f"{len(answered)} questions meanwhile, all answered, within {max(answered):.1f} s"
 
 
 def owner(job: str, workers: list[str]) -> str:
@@ -155,7 +161,7 @@ def break_servers(client: Client, picture: Path) -> None:
         time.sleep(3)
         start(second)
         time.sleep(2)
-    say(f"each server was killed and came back; {len(answered)} questions meanwhile, all answered")
+    say(f"each server was killed and came back; {meanwhile(answered)}")
     until("both servers answer", lambda: both_answer(client, picture, (first, second)))
 
 
@@ -207,7 +213,7 @@ def break_redis(client: Client, dataset: str, picture: Path) -> None:
         kill(redis)
         time.sleep(8)
         start(redis)
-    say(f"redis was killed for 8 s; {len(answered)} questions meanwhile, all answered from what the servers hold")
+    say(f"redis was killed for 8 s; {meanwhile(answered)}, from what the servers hold")
     ended = [job.wait(SOON_S) for job in jobs]
     say(
         "the jobs that were under way and waiting: "

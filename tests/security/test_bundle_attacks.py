@@ -221,6 +221,34 @@ def test_the_unharmed_file_passes() -> None:
     assert Bundle.parse(GOOD.data) == GOOD
 
 
+LIES = [None, True, -1, 1.5, 10**30, "", "\0", "../x", "a" * 2000, [], [None], [[1]], {}, {"a": 1}, {"": []}]
+
+
+@pytest.mark.parametrize("field", sorted(json.loads(GOOD.manifest.to_json())))
+def test_every_field_of_the_manifest_lied_about(field: str) -> None:
+    """Gone, or of another kind: refused. A few lies are words that the field may hold; then it is another version."""
+    honest = json.loads(GOOD.manifest.to_json())
+    lies = [{**honest, field: lie} for lie in LIES if lie != honest[field]]
+    refused = 0
+    for told in [{name: value for name, value in honest.items() if name != field}, *lies]:
+        try:
+            assert Bundle.parse(manifest(canonical(told))).version != GOOD.version
+        except BundleError:
+            refused += 1
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("field", ["size", "mean", "std", "interpolation", "crop_pct", "crop_mode"])
+def test_every_field_of_the_preprocessing_lied_about(field: str) -> None:
+    honest = json.loads(GOOD.manifest.to_json())
+    for lie in [*LIES, 0, [0, 0, 0], [1e400, 0, 0], float("1e300"), 2**31]:
+        told = {**honest, "preprocess": {**honest["preprocess"], field: lie}}
+        try:
+            assert Bundle.parse(manifest(canonical(told))).version != GOOD.version
+        except BundleError:
+            continue
+
+
 def test_a_file_above_the_limit_is_refused_unread() -> None:
     with pytest.raises(BundleError, match=f"at most {len(GOOD.data) - 1} bytes, got {len(GOOD.data)}"):
         Bundle.parse(GOOD.data, max_bytes=len(GOOD.data) - 1)

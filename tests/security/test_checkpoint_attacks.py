@@ -109,6 +109,14 @@ def copied() -> bytes:
     return zipped(program + b"ctorch\nSize\nq\x030(" + b"h\x03h\x02R" * 100_000 + b"e.")
 
 
+def endless() -> bytes:
+    """A list that holds a list ten times, which holds a list ten times, …: written out it has no end."""
+    program = b"]q\x00"
+    for level in range(1, 30):
+        program += b"]q" + bytes([level]) + b"(" + (b"h" + bytes([level - 1])) * 10 + b"e"
+    return program
+
+
 def deep() -> bytes:
     return zipped(
         b"\x80\x02}" + text("a") + b"}" * 0 + b"".join(b"}" + text("a") for _ in range(20)) + b"}" + b"s" * 21 + b"."
@@ -177,6 +185,10 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "dicts within dicts": (deep, "at most 8 deep"),
     "bytes made again and again": (doubled, "expected it to make at most"),
     "lists handed over again and again": (copied, "expected it to make at most"),
+    "an endless list called": (lambda: zipped(b"\x80\x02" + endless() + b")R."), "got one of a list"),
+    "an endless list as a key": (lambda: zipped(b"\x80\x02" + endless() + b"}h\x1dNs."), "got a list"),
+    "an endless list as an id": (lambda: zipped(b"\x80\x02" + endless() + b"Q."), "a persistent id"),
+    "nothing but an endless list": (lambda: zipped(b"\x80\x02" + endless() + b"."), "got a list"),
     "a million opcodes": (lambda: zipped(b"\x80\x02" + b"N0" * 600_000 + b"N."), "opcodes, got more"),
     "a dict under itself": (lambda: zipped(b"\x80\x02}q\x00" + text("a") + b"h\x00s."), "at most 8 deep"),
     "keys that hold themselves": (lambda: zipped(b"\x80\x02}K\x01\x85K\x01s."), "keys to be words or numbers"),

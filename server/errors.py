@@ -6,7 +6,8 @@
     ├── Unauthenticated 401   unauthenticated                       + WWW-Authenticate
     ├── Forbidden 403         forbidden, foreign_origin
     ├── NotFound 404          task_not_found, version_not_found, alias_not_found, dataset_not_found, job_not_found,
-    │                         upload_not_found, feedback_not_found, picture_not_found, key_not_found
+    │                         upload_not_found, feedback_not_found, picture_not_found, key_not_found,
+    │                         model_not_found
     ├── Silent 408            upload_silent, body_timeout
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
     │                         no_history, upload_busy, upload_offset_conflict, upload_incomplete, upload_finished,

@@ -38,6 +38,7 @@ from server.api import (
 )
 from server.api.door import Door
 from server.api.oip import routes as oip
+from server.api.openai import embeddings, files, jobs, models
 from server.api.services import Services
 from server.api.tenancy import narrowing
 from server.api.trace import Trace
@@ -53,7 +54,8 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 _ROOMS: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
-    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui, oip),
+    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui),
+    *(oip, files, jobs, models, embeddings),
 )
 
 

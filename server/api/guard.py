@@ -28,9 +28,10 @@ ARCHIVE_TYPES: Final = (
     "application/octet-stream",
 )
 _IMAGES_COME_TO: Final = re.compile(
-    r"/predict(/.*)?|/embed|/tasks/[^/]+/(feedback|attention)|/v2/models/[^/]+(/versions/[^/]+)?/infer"
+    r"/predict(/.*)?|/embed|/v1/embeddings|/tasks/[^/]+/(feedback|attention)|/v2/models/[^/]+(/versions/[^/]+)?/infer"
 )
 _UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
+_ARCHIVES_COME_TO: Final = ("/datasets", "/v1/files")
 _BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
 
 Cap = Callable[[str, str], int]
@@ -104,7 +105,8 @@ def caps(settings: Settings) -> Cap:
     def cap(method: str, path: str) -> int:
         if _IMAGES_COME_TO.fullmatch(path):
             return settings.max_body_bytes
-        if (method == "POST" and path == "/datasets") or (method == "PATCH" and _UPLOADS_GO_ON_AT.fullmatch(path)):
+        whole = method == "POST" and path in _ARCHIVES_COME_TO
+        if whole or (method == "PATCH" and _UPLOADS_GO_ON_AT.fullmatch(path)):
             return settings.max_dataset_bytes
         if method == "PUT" and _BUNDLES_COME_TO.fullmatch(path):
             return settings.max_bundle_bytes
@@ -117,7 +119,7 @@ def patience(settings: Settings) -> Patience:
     """How long a body may take in all, by method and path; None for archives, which may only not fall silent."""
 
     def most_s(method: str, path: str) -> float | None:
-        archive = (method == "POST" and path == "/datasets") or _UPLOADS_GO_ON_AT.fullmatch(path)
+        archive = (method == "POST" and path in _ARCHIVES_COME_TO) or _UPLOADS_GO_ON_AT.fullmatch(path)
         return None if archive else settings.body_timeout_s
 
     return most_s

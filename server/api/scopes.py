@@ -52,11 +52,14 @@ _LISTED: Final[Mapping[Need, str]] = {
         GET /v2/models/{task}/versions/{version}
         GET /v2/models/{task}/versions/{version}/ready
         POST /v2/repository/index
+        GET /v1/models
+        GET /v1/models/{task}
     """,
     "predict": """
         POST /predict
         POST /predict/{task}
         POST /embed
+        POST /v1/embeddings
         POST /v2/models/{task}/infer
         POST /v2/models/{task}/versions/{version}/infer
         POST /tasks/{task}/attention
@@ -85,6 +88,15 @@ _LISTED: Final[Mapping[Need, str]] = {
         GET /train/{job_id}/events
         POST /compare
         GET /compare/{job_id}
+        POST /v1/files
+        GET /v1/files
+        GET /v1/files/{dataset_id}
+        DELETE /v1/files/{dataset_id}
+        POST /v1/fine_tuning/jobs
+        GET /v1/fine_tuning/jobs
+        GET /v1/fine_tuning/jobs/{job_id}
+        GET /v1/fine_tuning/jobs/{job_id}/events
+        POST /v1/fine_tuning/jobs/{job_id}/cancel
     """,
     "admin": """
         DELETE /tasks/{task}

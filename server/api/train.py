@@ -39,15 +39,20 @@ async def train(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
+    job = await queued(services, asked, idempotency_key)
+    response.headers["Location"] = f"/train/{job.id}"
+    return told(job)
+
+
+async def queued(services: Services, asked: wire.TrainRequest, idempotency_key: str | None) -> Job:
+    """The job of a request, counted for its key. Raises ServiceError kinds and the store's errors."""
     asked = await condense.taken_over(services, asked)
     if asked.method in services.baselines:
         _check_baseline(services, asked)
     elif asked.method != AUTO:
         require_method(asked.method, {AUTO, *services.methods})
     await services.meter.job(services.key)
-    job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
-    response.headers["Location"] = f"/train/{job.id}"
-    return told(job)
+    return await asyncio.to_thread(_submit, services, asked, idempotency_key)
 
 
 @router.get("/train")
@@ -68,7 +73,7 @@ async def list_jobs(
 
 @router.get("/train/{job_id}")
 async def get_job(services: ServicesOf, job_id: str) -> wire.Job:
-    return told(await _current(services, job_id))
+    return told(await current(services, job_id))
 
 
 @router.post("/train/{job_id}/cancel")
@@ -99,7 +104,7 @@ async def events(
 async def _events(services: Services, job_id: str, after: int, wait_s: float) -> wire.JobEvents:
     until = time.monotonic() + wait_s
     while True:
-        job = await _current(services, job_id)  # before its events: an end that is seen here is among them
+        job = await current(services, job_id)  # before its events: an end that is seen here is among them
         found: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
         if found or job.finished or time.monotonic() >= until:
             break
@@ -154,7 +159,7 @@ def _recipe(services: Services, asked: wire.TrainRequest) -> dict[str, Any]:
     return {"search": "auto", **told} if asked.method == AUTO else told
 
 
-async def _current(services: Services, job_id: str) -> Job:
+async def current(services: Services, job_id: str) -> Job:
     """A job as it is. One that is told to have succeeded can be asked at once: its version is known here by then."""
 
     def read() -> Job:

@@ -29,11 +29,18 @@ async def received(request: Request, root: Path, *, silence_s: float) -> AsyncIt
 
     Raises ClientDisconnect, TooLarge, DiskFull, and Silent when nothing comes for `silence_s`.
     """
+    async with spooled(root) as (path, append):
+        await fill(request, append, silence_s=silence_s)
+        yield path
+
+
+@asynccontextmanager
+async def spooled(root: Path) -> AsyncIterator[tuple[Path, Callable[[bytes], None]]]:
+    """An empty file below `root`, deleted at the end, and what appends to it. Raises DiskFull, as appending does."""
     path = root / FOLDER / secrets.token_hex(16)
     file = await asyncio.to_thread(_created, path)
     try:
-        await fill(request, partial(_append, file), silence_s=silence_s)
-        yield path
+        yield path, partial(_append, file)
     finally:
         path.unlink(missing_ok=True)
         os.close(file)

@@ -44,3 +44,12 @@ def test_the_open_inference_protocol(server: ServerProcess, tmp_path: Path) -> N
     out = told("howto-oip.md", server, tmp_path)
     assert re.search(r'"datatype": "BYTES", "shape": \[1, 2\], "data": \["[01]\.\d+:7:7"', out), out
     assert "label 7" in out
+
+
+def test_openais_client(server: ServerProcess, tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="pip install openai")
+    out = told("howto-openai.md", server, tmp_path)
+    assert "info epoch:" in out
+    assert re.search(r"succeeded fruit@[0-9a-f]{64}", out), out
+    assert "192 numbers" in out
+    assert "lemon" in out

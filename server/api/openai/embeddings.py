@@ -1,0 +1,89 @@
+"""Embeddings of pictures: the frozen backbone's features, which belong to no task."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Any, Final, Literal
+
+import anyio.to_thread
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+from server.api import predict, problems
+from server.api.openai.faults import RESPONSES
+from server.api.openai.models import require_backbone
+from server.api.services import ServicesOf
+from server.errors import Unprocessable
+from server.predictor import Features
+
+_DATA_URI: Final = re.compile(r"data:[a-z0-9.+/;=-]{0,100};base64,", re.IGNORECASE)  # RFC 2397
+_ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_BODY: Final[dict[str, Any]] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+}
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
+
+
+class Asked(BaseModel):
+    """`user` is whom the client asks for, which concerns nobody here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: StrictStr
+    input: StrictStr | Annotated[list[StrictStr], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+
+@router.post("/embeddings", openapi_extra=_BODY, response_model=dict[str, Any])
+async def embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """`input`: a picture or several, as base64 or as data URIs."""
+    body = await request.body()
+    asked, images = await anyio.to_thread.run_sync(_read, body, limiter=request.app.state.parsing)
+    await require_backbone(services, asked.model)
+    await services.meter.images(services.key, len(images))
+    timeout_s = services.settings.request_timeout_s
+    work = services.predictor.embed(images, tenant=services.tenant, timeout_s=timeout_s)
+    return _told(asked, await predict.unless_gone(request, work))
+
+
+def _read(body: bytes) -> tuple[Asked, list[bytes]]:
+    asked = problems.parsed(Asked, body)
+    given = [asked.input] if isinstance(asked.input, str) else asked.input
+    return asked, [_picture(text, index) for index, text in enumerate(given)]
+
+
+def _picture(text: str, index: int) -> bytes:
+    if _ADDRESS.match(text):
+        raise _refused(index, "a picture itself, since this server fetches nothing", text)
+    found = _DATA_URI.match(text)
+    try:
+        return base64.b64decode(text[found.end() :] if found else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _refused(index, "a picture as base64 or as a data URI", text) from error
+
+
+def _refused(index: int, expected: str, got: str) -> Unprocessable:
+    return Unprocessable(f"input.{index}: expected {expected}, got {got[:40]!r}", param="input")
+
+
+def _told(asked: Asked, features: Features) -> dict[str, Any]:
+    vectors = features.vectors.astype("<f4")
+    if asked.dimensions not in (None, vectors.shape[1]):
+        detail = f"dimensions: expected {vectors.shape[1]}, as many as there are, got {asked.dimensions}"
+        raise Unprocessable(detail, param="dimensions")
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, asked.encoding_format)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": 0, "total_tokens": 0}  # pictures are not counted in tokens
+    return {"object": "list", "model": asked.model, "data": data, "usage": usage}
+
+
+def _encoded(vector: np.ndarray[Any, Any], encoding: str) -> list[float] | str:
+    return base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()

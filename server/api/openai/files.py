@@ -1,0 +1,102 @@
+"""Files: an archive of labelled pictures is a data set. Its id is the data set's; the archive itself is not kept."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Annotated, Any, Final, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+
+from server.api import uploads
+from server.api.openai import paging
+from server.api.openai.faults import RESPONSES
+from server.api.openai.form import FileForm
+from server.api.services import ServicesOf
+from server.datasets.dataset import Dataset
+from server.errors import BadRequest, Unprocessable
+
+PURPOSE: Final = "fine-tune"
+_FORM: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
+
+
+@router.post("/files", openapi_extra=_FORM)
+async def upload(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Store an archive in any form that /datasets takes."""
+    settings = services.settings
+    await asyncio.to_thread(services.datasets.require_room, 0)
+    async with uploads.spooled(settings.datasets_dir) as (archive, append):
+        form = FileForm(request.headers.get("content-type", ""), append)
+        await uploads.fill(request, form.feed, silence_s=settings.upload_silence_s)
+        form.finish()
+        _check(form.fields)
+        if not archive.stat().st_size:
+            raise BadRequest("expected an archive, got 0 bytes", code="bad_archive", param="file")
+        ingest = partial(services.datasets.ingest, archive, name=form.name)
+        return told(await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests))
+
+
+@router.get("/files")
+async def list_files(
+    services: ServicesOf,
+    *,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    found = await asyncio.to_thread(services.datasets.list) if purpose in (None, PURPOSE) else []
+    return paging.cut([told(one) for one in (found if order == "desc" else found[::-1])], after, limit)
+
+
+@router.get("/files/{dataset_id}")
+async def get_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
+    return told(await asyncio.to_thread(services.datasets.get, dataset_id))
+
+
+@router.delete("/files/{dataset_id}")
+async def delete_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
+    full = await asyncio.to_thread(services.datasets.whole_id, dataset_id)
+    await asyncio.to_thread(services.datasets.delete, full)
+    return {"id": full, "object": "file", "deleted": True}
+
+
+def _check(fields: dict[str, str]) -> None:
+    """Raises Unprocessable."""
+    if strangers := sorted(fields.keys() - {"purpose"}):
+        raise Unprocessable(f"expected the fields file and purpose, got {strangers[0][:100]!r}", param=strangers[0])
+    if fields.get("purpose") != PURPOSE:
+        got = repr(fields["purpose"][:100]) if "purpose" in fields else "none"
+        raise Unprocessable(f"purpose: expected {PURPOSE!r}, got {got}", param="purpose")
+
+
+def told(dataset: Dataset) -> dict[str, Any]:
+    """`bytes` are its pictures'."""
+    return {
+        "id": dataset.id,
+        "object": "file",
+        "bytes": dataset.bytes,
+        "created_at": int(dataset.created_at),
+        "filename": dataset.name,
+        "purpose": PURPOSE,
+        "status": "processed",
+    }

@@ -39,6 +39,7 @@ BENCHES = (
     "compare",
     "engine",
     "jobs",
+    "ladder",
     "prompts",
     "readers",
     "training-load",

@@ -1,0 +1,71 @@
+"""The ladder: every row that claims exactness is exact, and those that are not say by how much."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.bench import ladder, ladder_steps
+from server.engine.packed import can_pack
+
+EXACT = 1e-4  # float32 against float64, in standard deviations of the logits
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    bench = ladder_steps.Bench("vit_tiny_patch16_224", tasks=2, prompts=3)
+    return ladder.measure(bench, argparse.Namespace(rounds=1, compile=False))
+
+
+def test_every_step_in_float32_gives_the_literal_answer(report: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in report["rows"]}
+    exact = [name for name in rows if "bfloat16" not in name and "int8" not in name and rows[name]["drift"] is not None]
+    assert len(exact) >= 3
+    assert all(rows[name]["drift"] < EXACT and rows[name]["agree"] == 1 for name in exact), rows
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="PyTorch packs no bfloat16 weights here")
+def test_a_step_that_rounds_says_so(report: dict[str, Any]) -> None:
+    drifts = [row["drift"] for row in report["rows"] if "bfloat16" in row["name"]]
+    assert len(drifts) == 2
+    assert all(drift > 1e-3 for drift in drifts)
+
+
+def test_the_table_has_every_step_and_marks_those_that_are_taken(report: dict[str, Any]) -> None:
+    told = ladder.table(report).splitlines()
+    assert len(told) == 2 + len(ladder_steps.STEPS) + len(ladder_steps.RAGGED)
+    assert "| **prefix: prompts as keys and values** |" in ladder.table(report)
+    assert f"| {ladder_steps.STEPS[0].name} |" in told[2]
+    assert "| 1.00 |" in told[2]
+
+
+def test_what_this_machine_cannot_do_is_said_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder_steps, "can_pack", lambda *_: False)
+    bench = ladder_steps.Bench("vit_tiny_patch16_224", tasks=1, prompts=1)
+    with pytest.raises(ladder_steps.NotHere, match="packs no"):
+        bench.eye(packed=True)
+    step = ladder_steps.Step("packed", lambda own: own.served(own.eye(packed=True)), True)
+    monkeypatch.setattr(ladder, "STEPS", (ladder.STEPS[0], step))
+    monkeypatch.setattr(ladder, "RAGGED", ())
+    told = ladder.table(ladder.measure(bench, argparse.Namespace(rounds=1, compile=False)))
+    assert "| **packed** | – | – | – | – | not measured: this machine" in told
+
+
+def test_from_the_command_line_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(ladder, "STEPS", ladder.STEPS[:3])
+    monkeypatch.setattr(ladder, "RAGGED", ())
+    threads = torch.get_num_threads()
+    options = ["--arch", "vit_tiny_patch16_224", "--rounds", "1", "--tasks", "1", "--prompts", "1"]
+    try:
+        ladder.main([*options, "--json", str(tmp_path / "l.json"), "--picture", str(tmp_path / "l.svg")])
+    finally:
+        torch.set_num_threads(threads)
+    [report] = json.loads((tmp_path / "l.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [step.name for step in ladder.STEPS]
+    assert "literal, task by task" in (tmp_path / "l.svg").read_text()

@@ -125,7 +125,7 @@ def asking(client: Client, picture: Path) -> Iterator[list[float]]:
 
 
 def meanwhile(answered: list[float]) -> str:
-    return f"{len(answered)} questions meanwhile, all answered, within {max(answered):.1f} s"
+    return f"{len(answered)} questions meanwhile, all answered, within {max(answered, default=0.0):.1f} s"
 
 
 def owner(job: str, workers: list[str]) -> str:

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy
+.PHONY: serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 
 $(EXTRAS): $(STAMP)  # tracing, the chart's renderer, foreign clients: where they cannot be installed, their tests skip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[otel,deploy]' || echo "without the extras"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[clients]' || echo "without foreign clients"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[grpc,clients]' || echo "without gRPC and foreign clients"
 	@touch $@
 
 serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
@@ -54,6 +54,9 @@ check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+proto: $(STAMP)  ## the gRPC description, compiled again after a change of open_inference.proto (needs grpcio-tools)
+	cd server/grpc_front && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --descriptor_set_out=open_inference.pb open_inference.proto
 
 verify-deploy: $(STAMP)  ## the production shape in containers: up, broken in every part, down (needs a Docker engine)
 	deploy/verify.sh

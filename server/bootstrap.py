@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from prompts_store import CachedStore, Store, open_store
 from server import measured, metrics, sample_tasks
 from server.api.app import Services, create_app
 from server.api.guard import require_safe_bind
+from server.api.tenancy import narrowing
 from server.batching.batcher import Batcher
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
@@ -36,6 +38,7 @@ from server.engine.attention import look
 from server.engine.engine import Engine
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
+from server.errors import NotInstalled
 from server.importing.format import Width
 from server.importing.importer import Eye, Importer
 from server.jobs.redis_store import RedisJobStore
@@ -55,6 +58,9 @@ from server.training.low_priority import cap_memory
 from server.training.stored_images import Decoder
 from server.watch import Watch
 from server.watchdog import Watchdog
+
+if TYPE_CHECKING:  # its packages are an extra's
+    from server.grpc_front.front import GrpcFront
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +142,7 @@ class Server:
     ring: KeyRing
     workers: Supervisor
     watch: Watch
+    grpc: GrpcFront | None
     watchdog: Watchdog
     pools: tuple[ThreadPoolExecutor, ...]
 
@@ -143,12 +150,16 @@ class Server:
     async def running(self) -> AsyncIterator[None]:
         """Warm the engine, start the workers; afterwards drain the queue, stop the workers, close the stores."""
         await asyncio.to_thread(self._warm_up)
+        if self.grpc is not None:
+            log.info("gRPC on port %d", await self.grpc.start())
         self.workers.start()
         self.watch.start()
         self.watchdog.start()
         try:
             yield
         finally:
+            if self.grpc is not None:
+                await self.grpc.stop(0.0 if self.watchdog.lost else self.settings.drain_timeout_s)
             await self.batcher.drain(0.0 if self.watchdog.lost else self.settings.drain_timeout_s)
             await self.workers.stop()
             await self.watch.stop()
@@ -162,6 +173,18 @@ class Server:
     def _warm_up(self) -> None:
         """One forward before the first request pays for lazy set-up."""
         see_nothing(self.engine)
+
+
+def build_grpc(services: Services, ring: KeyRing) -> GrpcFront | None:
+    """None where no port is set. Raises NotInstalled."""
+    settings = services.settings
+    if not settings.grpc_port:
+        return None
+    try:
+        from server.grpc_front.front import GrpcFront
+    except ImportError as error:
+        raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
+    return GrpcFront(narrowing(services), ring, settings, settings.grpc_port)
 
 
 def see_nothing(engine: Engine) -> None:
@@ -240,6 +263,7 @@ def build_server(settings: Settings) -> Server:
         ring,
         workers,
         watch,
+        build_grpc(services, ring),
         watchdog,
         (loading, decoding),
     )

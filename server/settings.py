@@ -58,6 +58,12 @@ class Settings(BaseSettings):
     # --- HTTP -------------------------------------------------------------------------------------------------------
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
+    grpc_port: Annotated[
+        int,
+        Field(
+            ge=0, le=65535, description="Port at the same address for the Open Inference Protocol over gRPC; 0: none."
+        ),
+    ] = 0
     allow_open: Annotated[
         bool, Field(description="Allow an address other than loopback although the server has no API keys.")
     ] = False

@@ -147,7 +147,14 @@ def check(scope: Scope, route: str | None, *, given: bool) -> None:
     """
     key: Key | None = scope["state"]["key"]
     need = "any" if route is None else need_of(scope["method"], route)
-    if need == "open" or (need == "whole" and scope["state"]["open_metrics"]):
+    if need == "whole" and scope["state"]["open_metrics"]:
+        return
+    admit(key, need, f"{scope['method']} {scope['path'][:200]!r}", given=given)
+
+
+def admit(key: Key | None, need: Need, what: str, *, given: bool) -> None:
+    """Whether a key may do `what`, which needs this. Raises Unauthenticated, Forbidden."""
+    if need == "open":
         return
     if key is None:
         got = "one that is wrong, revoked or unknown" if given else "none"
@@ -155,8 +162,7 @@ def check(scope: Scope, route: str | None, *, given: bool) -> None:
     if need == "whole" and key.tasks:
         raise Forbidden("this tells of all tasks: expected a key for all of them, got one for some")
     if (lacking := _missing(key, need)) is not None:
-        detail = f"{scope['method']} {scope['path'][:200]!r} needs the scope {lacking!r}, which this key does not have"
-        raise Forbidden(detail, scope=lacking)
+        raise Forbidden(f"{what} needs the scope {lacking!r}, which this key does not have", scope=lacking)
 
 
 async def require(request: Request) -> None:

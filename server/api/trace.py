@@ -22,7 +22,7 @@ log = logging.getLogger("server.access")
 HEADER: Final = "X-Request-Id"
 CLIENT_GONE: Final = 499  # as nginx writes it: nobody was there to be answered
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_SANE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+SANE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Trace:
@@ -59,7 +59,7 @@ class _Traced:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get(HEADER, "")
-        self.id = given if _SANE.fullmatch(given) else uuid.uuid4().hex
+        self.id = given if SANE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
         self.scope, self._receive, self._send = scope, receive, send
         self._started, self._got_bytes = time.perf_counter(), 0

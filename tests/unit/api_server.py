@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import uvicorn
 from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
+from server.api.tenancy import narrowing
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
@@ -62,6 +64,7 @@ class Api:
     services: Services
     http: httpx.Client
     ready: dict[str, Any] = field(default_factory=lambda: {"ready": True})
+    grpc_port: int = 0
 
     def raw(self, *, head: str, body: bytes = b"") -> tuple[int, bytes]:
         """Speak HTTP by hand; the status and everything that came until the server closed or fell silent."""
@@ -85,8 +88,14 @@ def read_response(sock: socket.socket) -> bytes:
 
 @contextmanager
 def serving(
-    home: Path, *, max_batch: int = 8, configure: Callable[[Floor], None] = lambda floor: None, **settings: Any
+    home: Path,
+    *,
+    max_batch: int = 8,
+    configure: Callable[[Floor], None] = lambda floor: None,
+    grpc: bool = False,
+    **settings: Any,
 ) -> Iterator[Api]:
+    """`grpc`: with that front on the same event loop, as a real server has it."""
     options = Settings(home=home, **{"max_queue": 64, "max_images": 16, **settings})
     floor = Floor(open_store("memory://"), max_batch=max_batch, max_queue=options.max_queue)
     configure(floor)
@@ -125,8 +134,12 @@ def serving(
         uvicorn.Config(create_app(services, ring), log_config=None, lifespan="off", timeout_graceful_shutdown=2)
     )
 
+    grpc_port: Future[int] = Future()
+
     async def run() -> None:
-        await server.serve(sockets=[listener])
+        async with _front(services, ring) if grpc else nullcontext(0) as its_port:
+            grpc_port.set_result(its_port)
+            await server.serve(sockets=[listener])
         await floor.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), name="uvicorn")
@@ -134,7 +147,7 @@ def serving(
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=20) as client:
-            yield Api(url, port, floor, services, client, ready)
+            yield Api(url, port, floor, services, client, ready, grpc_port.result(20))
     finally:
         floor.engine.gate.set()
         server.should_exit = True
@@ -143,6 +156,15 @@ def serving(
         jobs.close()
         floor.store.close()
     assert not thread.is_alive(), "the server did not stop"
+
+
+@asynccontextmanager
+async def _front(services: Services, ring: KeyRing) -> AsyncIterator[int]:
+    from server.grpc_front.front import GrpcFront
+
+    front = GrpcFront(narrowing(services), ring, services.settings, 0)
+    yield await front.start()
+    await front.stop(5)
 
 
 def assert_refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
+.PHONY: docs reference serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,12 @@ proto: $(STAMP)  ## the gRPC description, compiled again after a change of open_
 
 verify-deploy: $(STAMP)  ## the production shape in containers: up, broken in every part, down (needs a Docker engine)
 	deploy/verify.sh
+
+reference: $(STAMP)  ## docs/reference and the pictures of the docs, made anew from the code
+	$(BIN)/python -m docs.generator
+
+docs: $(STAMP)   ## the site in build/site, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP) ## what the linters can mend by themselves
 	$(BIN)/ruff check --fix .

@@ -45,7 +45,7 @@ class AsyncClient:
     `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
     in seconds and covers a call with all its retries; file transfers may take longer, but not stay silent for longer.
     It defaults to LENSRACK_TIMEOUT, else 60, `max_retries` to LENSRACK_RETRIES, else 2. With `client_resize`, pictures
-    are cut to the size of the task's model before they are sent: the same answers from less to send and to decode.
+    are cut to the size of the task's model before they are sent: the same pixels, and less to send and to decode.
     """
 
     def __init__(

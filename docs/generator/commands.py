@@ -1,0 +1,85 @@
+"""The two command lines: every command, its arguments and options, read from the commands themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from docs.generator.markdown import table
+from lensrack import cli as client_cli
+from server import __main__ as server_cli
+
+CLIENT_HEAD = """# The command line
+
+`pip install lensrack` brings `lensrack`. Answers go to standard output, progress and errors to standard error.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | it failed: the server refused or broke, a job failed, an image got no answer |
+| 2 | the command itself is wrong; nothing was sent |
+| 3 | no answer now: the server is away, busy or too slow; the same may work later |
+| 130 | interrupted |
+
+`lensrack --install-completion` installs completion for bash, zsh, fish or PowerShell, of commands and options and of
+the names of tasks, data sets and jobs.
+"""
+SERVER_HEAD = """# The server's command line
+
+`python -m server COMMAND` runs from a checkout or in the image.
+"""
+HIDDEN = {"--install-completion", "--show-completion", "--help"}
+
+
+def client() -> str:
+    return CLIENT_HEAD + _options(typer.main.get_command(client_cli.app)) + _all(client_cli.app, "lensrack")
+
+
+def server() -> str:
+    return SERVER_HEAD + _all(server_cli.cli, "python -m server")
+
+
+def _all(app: typer.Typer, name: str) -> str:
+    return "".join(_command(command, words) for words, command in _under(typer.main.get_command(app), name))
+
+
+def _under(group: Any, words: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, command in group.commands.items():
+        found += _under(command, f"{words} {name}") if hasattr(command, "commands") else [(f"{words} {name}", command)]
+    return found
+
+
+def _command(command: Any, words: str) -> str:
+    arguments = [_name(one) for one in command.params if one.param_type_name == "argument"]
+    usage = " ".join([words, *arguments])
+    return f"\n## {words}\n\n```text\n{usage} [OPTIONS]\n```\n\n{_told(command)}{_options(command)}"
+
+
+def _told(command: Any) -> str:
+    """The help, without typer's own marks; paragraphs stay."""
+    paragraphs = (command.help or "").replace("\f", "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) + "\n"
+
+
+def _name(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    return name if argument.required or name.startswith("[") else f"[{name}]"
+
+
+def _options(command: Any) -> str:
+    rows = []
+    for one in command.params:
+        if one.param_type_name == "argument" or HIDDEN & set(one.opts):
+            continue
+        names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
+        rows.append((names, _default(one), one.help or ""))
+    return "\n" + table(("option", "default", "meaning"), rows) if rows else ""
+
+
+def _default(option: Any) -> str:
+    value = option.default
+    if option.required:
+        return "required"
+    return "" if value is None or value is False or callable(value) or value == () else f"`{value}`"

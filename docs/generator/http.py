@@ -1,0 +1,83 @@
+"""The HTTP interface: the OpenAPI document of the running code, and a page that a person can read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from docs.generator.markdown import table
+from server.api.app import create_app
+from server.api.scopes import need_of
+from server.api.services import Services
+from server.keys.ring import KeyRing
+from server.keys.url import open_keys
+from server.settings import Settings
+
+HEAD = """# HTTP
+
+A running server shows the same at `/docs`, and the schema at `/openapi.json`; [this version's schema](openapi.json).
+With keys in force every request carries `Authorization: Bearer lr_…`, and the key needs the scope that is named here.
+`HEAD` works wherever `GET` does.
+"""
+
+
+class _Nothing:
+    """Routes are described without being called: nothing stands behind them."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def schema() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as home:
+        settings = Settings(home=Path(home))
+        nothing = dict.fromkeys(Services.__dataclass_fields__, _Nothing())
+        given = {name: value for name, value in nothing.items() if name not in ("tenant", "key", "meter")}
+        services = Services(**cast(dict[str, Any], {**given, "settings": settings}))
+        app = create_app(services, KeyRing(open_keys(settings.keys_url), None))
+        return app.openapi()
+
+
+def text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def page(document: dict[str, Any]) -> str:
+    by_tag: dict[str, list[str]] = {}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            tag = (operation.get("tags") or ["the rest"])[0]
+            by_tag.setdefault(tag, []).append(_operation(method.upper(), path, operation))
+    return HEAD + "".join(f"\n## {tag[0].upper()}{tag[1:]}\n{''.join(parts)}" for tag, parts in by_tag.items())
+
+
+def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
+    told = operation.get("description") or operation.get("summary", "")
+    body = operation.get("requestBody", {}).get("content", {})
+    lines = [f"\n### {method} {path}\n", f"Scope: {need_of(method, path)}.", "", told, ""]
+    if body:
+        kinds = [f"`{kind}`{_named(what)}" for kind, what in body.items()]
+        lines += [f"Body: {', '.join(kinds)}", ""]
+    rows = [_parameter(one) for one in operation.get("parameters", []) if one["in"] != "path"]
+    lines += [table(("parameter", "in", "meaning"), rows)] if rows else []
+    answers = [
+        f"{status}{_named(content)}"
+        for status, answer in operation["responses"].items()
+        if status.startswith("2")
+        for content in (answer.get("content") or {"": {}}).values()
+    ]
+    return "\n".join([*lines, f"Answers: {', '.join(answers)}; otherwise a [problem](errors.md).\n"])
+
+
+def _named(content: dict[str, Any]) -> str:
+    reference = content.get("schema", {}).get("$ref", "")
+    return f" {reference.rpartition('/')[2]}" if reference else ""
+
+
+def _parameter(one: dict[str, Any]) -> tuple[str, str, str]:
+    default = one.get("schema", {}).get("default")
+    told = one.get("description", "")
+    meaning = told if default is None else f"{told} Default: `{json.dumps(default)}`.".strip()
+    return f"`{one['name']}`{' (required)' if one.get('required') else ''}", one["in"], meaning

@@ -1,0 +1,15 @@
+"""One server for all pages: the bundled backbone with its ready tasks, as `make serve` starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.server_process import ServerProcess, serving
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serving(tmp_path_factory.mktemp("docs"), backbone="bundled") as running:
+        yield running

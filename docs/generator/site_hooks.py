@@ -15,6 +15,16 @@ from mkdocs.structure.files import File, Files
 LINK = re.compile(r"(\]\()(\.\./[^)#\s]+)")
 
 
+def on_config(config: Any) -> Any:
+    """New results need no entry in the menu: pages that it does not name come after those that it does, by name."""
+    [results] = [section["Results"] for section in config.nav if "Results" in section]
+    named = {page for entry in results for page in entry.values()}
+    folder = Path(config.docs_dir, "results")
+    found = sorted(f"results/{path.name}" for path in folder.glob("*.md"))
+    results += [page for page in found if page not in named]
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     root = Path(config.config_file_path).parent
     for page in [file for file in files if file.is_documentation_page()]:

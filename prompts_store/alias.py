@@ -161,7 +161,7 @@ class AliasBook:
     def from_json(cls, task: str, text: str | bytes) -> AliasBook:
         try:
             records = {name: _record(value) for name, value in json.loads(text or "{}").items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptAliases(f"task {task}: expected stored aliases, got {type(error).__name__}") from error
         return cls(task, records)
 

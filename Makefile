@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
+.PHONY: docs reference release serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ reference: $(STAMP)  ## docs/reference and the pictures of the docs, made anew f
 
 docs: $(STAMP)   ## the site in build/site, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release: $(STAMP) ## wheel and source archive into dist/, and the images' tags; IMAGES=1 builds these too
+	PYTHON=$(BIN)/python deploy/release.sh
 
 format: $(STAMP) ## what the linters can mend by themselves
 	$(BIN)/ruff check --fix .

@@ -1,3 +1,8 @@
 """The service: one frozen backbone, a rack of lenses, and the jobs that fit new ones."""
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("lensrack")  # pyproject.toml says it, for the SDK and for the service
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"

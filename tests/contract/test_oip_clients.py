@@ -18,6 +18,7 @@ triton_aio = pytest.importorskip("tritonclient.http.aio", reason="pip install tr
 
 Failed = triton.InferenceServerException
 TOKEN = "token-of-mine-" + "x" * 20
+KEY = {"id": "mine", "scopes": ["predict"], "token": TOKEN, "tasks": "acme-", "images_per_s": 0.1}  # 6 in a minute
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_from_asyncio(api: Api) -> None:
 def test_with_a_key(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A key sees its own tasks; of the others it is told that they do not exist."""
     home = tmp_path_factory.mktemp("keys")
-    (home / "keys").write_text(json.dumps({"id": "mine", "scopes": ["predict"], "token": TOKEN, "tasks": "acme-"}))
+    (home / "keys").write_text(json.dumps(KEY))
     with serving(home, keys_file=home / "keys") as api:
         publish(api.floor.store, "acme-fish")
         publish(api.floor.store, "zeta-fish")
@@ -179,3 +180,6 @@ def test_with_a_key(tmp_path_factory: pytest.TempPathFactory) -> None:
                 client.infer("zeta-fish", [files(1)], headers=mine)
             with pytest.raises(Failed, match="needs the scope 'admin'"):
                 client.unload_model("acme-fish", headers=mine)
+            with pytest.raises(Failed, match="this key may send") as limited:
+                client.infer("acme-fish", [files(*range(6))], headers=mine)
+            assert limited.value.status() == "429"

@@ -314,7 +314,7 @@ def test_a_taken_port_is_told(api: Api) -> None:
 def test_keys_and_tenancy(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("keys")
     rows = [
-        {"id": "acme", "scopes": ["predict"], "token": TOKENS["acme"], "tasks": "acme-"},
+        {"id": "acme", "scopes": ["predict"], "token": TOKENS["acme"], "tasks": "acme-", "images_per_s": 0.1},
         {"id": "train", "scopes": ["train"], "token": TOKENS["train"]},
     ]
     (home / "keys").write_text("\n".join(map(json.dumps, rows)))
@@ -333,6 +333,7 @@ def test_keys_and_tenancy(tmp_path_factory: pytest.TempPathFactory) -> None:
                 (lambda: client.get_server_metadata(**wrong), "UNAUTHENTICATED"),
                 (lambda: client.infer("acme-fish", [files(1)], **other), "PERMISSION_DENIED"),
                 (lambda: client.unload_model("acme-fish", **mine), "PERMISSION_DENIED"),
+                (lambda: client.infer("acme-fish", [files(*range(6))], **mine), "RESOURCE_EXHAUSTED"),
                 (lambda: client.infer("zeta-fish", [files(1)], **mine), "NOT_FOUND"),
                 (lambda: client.get_model_metadata("zeta-fish", **mine), "NOT_FOUND"),
             ):

@@ -326,7 +326,7 @@ def test_with_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("keys")
     rows = [
         {"id": "mine", "scopes": ["train", "predict"], "token": TOKENS["mine"], "tasks": "acme-"},
-        {"id": "predict", "scopes": ["predict"], "token": TOKENS["predict"]},
+        {"id": "predict", "scopes": ["predict"], "token": TOKENS["predict"], "images_per_s": 0.02},
     ]
     (home / "keys").write_text("\n".join(map(json.dumps, rows)))
     with serving(home, keys_file=home / "keys") as api:
@@ -342,6 +342,10 @@ def test_with_keys(tmp_path_factory: pytest.TempPathFactory) -> None:
         with client(TOKENS["predict"]) as lesser, pytest.raises(openai.PermissionDeniedError) as lacking:
             uploaded(lesser)
         assert lacking.value.type == "permission_error"
+        with client(TOKENS["predict"]) as lesser, pytest.raises(openai.RateLimitError) as limited:
+            lesser.embeddings.create(model=api.services.settings.backbone, input=[PICTURE] * 2)
+        assert (limited.value.code, limited.value.type) == ("rate_limited", "rate_limit_error")
+        assert int(limited.value.response.headers["retry-after"]) > 0
         with client(TOKENS["mine"]) as mine:
             model = api.services.settings.backbone
             assert [one.id for one in mine.models.list()] == [model, "acme-fish"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from server.engine.engine import Engine
 from server.engine.images import Geometry
 from server.engine.lens import Lens, Plain, condition
 from server.engine.packed import PackedLinear, can_pack
-from server.engine.rack import Rack
+from server.engine.rack import Rack, demand
 from server.engine.residency import Seat
 from server.methods.method import Method, Params
 from server.methods.registry import METHODS
@@ -74,6 +75,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=8, help="rows of a batch, each of its own task")
     parser.add_argument("--train-batch", type=int, default=32, help="pictures of a training step")
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
+    parser.add_argument("--residents", type=int, default=1000, help="tasks on the rack (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     return parser.parse_args(arguments)
 
@@ -94,6 +96,7 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
         f"lensrack {name}, {options.tasks} tasks": _served(eye, serving, options) for name, eye in eyes.items()
     }
     by_method = _by_method(eyes.get("packed float32", eyes["plain float32"]), serving, options)
+    residents = _by_residents(eyes.get("packed float32", eyes["plain float32"]), serving, options)
     step = {f"lensrack {name}": _fitted(eye, training, options) for name, eye in eyes.items()}
     return {
         "arch": arch,
@@ -101,6 +104,7 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
         "block_weight_bytes": sum(p.numel() * p.element_size() for p in model.blocks.parameters()),
         f"forward of {options.tasks} pictures": in_turns(forward, options.rounds),
         f"forward of {options.tasks} pictures, a task each, by method": in_turns(by_method, options.rounds),
+        f"forward of {options.tasks} pictures, tasks drawn from those on the rack": in_turns(residents, options.rounds),
         f"training step of {options.train_batch} pictures": in_turns(step, options.rounds),
     }
 
@@ -170,6 +174,23 @@ def _by_method(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Va
     changing = [method for method in methods if not _lens(eye, method, 0, options.prompts).head_only]
     mixed = [changing[task % len(changing)] for task in range(tasks)]
     return {**found, "mixed": _answered(eye, rack, pixels, mixed, options)}
+
+
+def _by_residents(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+    """Every forward draws its rows' tasks anew, uniformly, from all on the rack; the first variant has one to draw."""
+    lens = _lens(eye, METHOD, 0, options.prompts)
+    rack = Rack(dim=eye.spec.dim, slots=options.residents, vectors=options.residents * demand(lens), dtype=eye.dtype)
+    seats = [_seat(eye, rack, METHOD, task, options.prompts) for task in range(options.residents)]
+    engine, draw, pixels = Engine(eye, rack), random.Random(0), pixels.to(eye.dtype)
+
+    def drawn(residents: int) -> Callable[[], object]:
+        def run(x: Tensor) -> object:
+            rows = [(picture, seats[draw.randrange(residents)]) for picture in range(len(x))]
+            return engine.logits(vit.embed(eye, x), rows)
+
+        return _inferred(run, pixels)
+
+    return {f"{count:,} resident": drawn(count) for count in sorted({1, min(64, len(seats)), len(seats)})}
 
 
 def _answered(

@@ -40,6 +40,7 @@ BENCHES = (
     "engine",
     "jobs",
     "ladder",
+    "overhead",
     "prompts",
     "readers",
     "training-load",

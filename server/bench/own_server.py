@@ -21,16 +21,17 @@ STOP_S = 40.0
 
 
 @contextmanager
-def own_server() -> Iterator[tuple[str, Path]]:
-    """Its URL and its home. LENSRACK_ settings of the environment hold, except for where it lies and listens."""
+def own_server(module: str = "server") -> Iterator[tuple[str, Path, int]]:
+    """Its URL, its home and its process. LENSRACK_ settings of the environment hold, except for where it lies and
+    listens. `module`: what is run with the command line of `python -m server`."""
     with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
         home = Path(folder)
         with (home / "server.log").open("wb") as log:
-            command = [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0"]
+            command = [sys.executable, "-m", module, "serve", "--host", "127.0.0.1", "--port", "0"]
             process = subprocess.Popen(command, env=_environment(home), cwd=home, stdout=log, stderr=log)
         try:
             url = _url(process, home / "server.log")
-            yield url, home
+            yield url, home, process.pid
         finally:
             _stop(process)
 

@@ -48,7 +48,7 @@ class Phase:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    with own_server() as (url, home):
+    with own_server() as (url, home, _):
         bench = Bench(url, home, options)
         phases = bench.run()
         report = _report(bench.backbone, options, phases)

@@ -1,0 +1,22 @@
+"""A server like any other, but its engine answers at once: what is left is HTTP, decoding, batching and the rack.
+
+Run by `bench overhead`: `python -m server.bench.noop_server serve …`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from server.__main__ import cli
+from server.engine.engine import Engine, Logits, Work
+
+
+def _at_once(self: Engine, work: Sequence[Work]) -> list[Logits]:
+    return [np.zeros(len(seat.labels)) for _, seat in work]
+
+
+if __name__ == "__main__":
+    Engine.run = _at_once  # type: ignore[method-assign]
+    cli()

@@ -454,7 +454,7 @@ class Condense(Request):
     """Fewer prompts than were fitted (Prompt Condensation, arXiv 2305.17223): the best of all layers, fitted again.
 
     `keep`: shares of the prompts that are tried, the smallest first, until one loses no more than `epsilon` of the
-    validation accuracy (0.005 is half a point). `epochs`: of each refit; left out, a quarter of the fit's.
+    validation accuracy (0.005 is half a point). `epochs`: of each refit; left out, three fifths of the fit's.
     `version`: a version of the task, the beginning of one, or an alias, to condense instead of fitting a new one: with
     its own method and recipe, and on its own dataset where none is named. Where no share is good enough it stays.
     """

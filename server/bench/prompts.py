@@ -99,7 +99,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="prompts of a layer")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--keep", type=float, nargs="*", default=[], help="shares of the prompts to condense to")
-    parser.add_argument("--refit-epochs", type=int, help="a quarter of the fit's where not given")
+    parser.add_argument("--refit-epochs", type=int, help="three fifths of the fit's where not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/prompts.jsonl"), help="one JSON line for each fit")

@@ -29,7 +29,7 @@ class Condense:
     """How prompts are made fewer once they are fitted (`condense.py`).
 
     `keep`: shares of all prompts that are tried, the smallest first. `epsilon`: validation accuracy that may be lost.
-    `epochs`: of each refit; None: a quarter of the recipe's. `version`: the stored one that is condensed, instead of
+    `epochs`: of each refit; None: three fifths of the recipe's. `version`: the stored one that is condensed, instead of
     what the job fits; None in a recipe whose own fit is.
     """
 

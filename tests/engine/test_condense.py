@@ -116,7 +116,7 @@ def test_how_many_are_tried() -> None:
 def test_the_refit_is_the_same_schedule_in_less_time() -> None:
     recipe = resolve({}, {"epochs": 20, "warmup_epochs": 4, "patience": 3, "init": "tokens", "condense": True})
     short = refit_recipe(recipe)
-    assert (short.epochs, short.warmup_epochs, short.patience, short.init) == (5, 1, 0, "uniform")
+    assert (short.epochs, short.warmup_epochs, short.patience, short.init) == (12, 2.4, 0, "uniform")
     assert refit_recipe(resolve({}, {"epochs": 2, "condense": {"epochs": 7}})).epochs == 7
 
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from server import logs, metrics
 from server.api import problems, scopes, trace
 from server.api.services import Services
-from server.errors import ServiceError
+from server.errors import BadRequest, ServiceError
 from server.grpc_front.calls import CALLS, Answer, Call
 from server.grpc_front.messages import SERVICE, methods
 from server.keys.key import NOBODY, Key
@@ -100,9 +101,8 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries n
             return grpc.stream_unary_rpc_method_handler(refuse)  # which reads nothing of what is sent
 
         request, response = self._messages[name]
-        return grpc.unary_unary_rpc_method_handler(
-            _call(answer, services, told), request.FromString, response.SerializeToString
-        )
+        call = _call(answer, request, services, told)
+        return grpc.unary_unary_rpc_method_handler(call, None, response.SerializeToString)
 
     async def _admitted(self, details: Any, need: scopes.Need) -> Key | None:
         """Raises Unauthenticated, Forbidden."""
@@ -115,12 +115,20 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries n
         return key
 
 
-def _call(answer: Answer, services: Services, told: _Told) -> Callable[[Any, Any], Any]:
-    async def call(request: Any, context: Any) -> Any:
+def _call(answer: Answer, kind: Any, services: Services, told: _Told) -> Callable[[Any, Any], Any]:
+    async def call(sent: bytes, context: Any) -> Any:
         async with _answered(told, context):
-            return await answer(request, Call(services, context.time_remaining(), told.key))
+            return await answer(_read(kind, sent), Call(services, context.time_remaining(), told.key))
 
     return call
+
+
+def _read(kind: Any, sent: bytes) -> Any:
+    """Here rather than by grpc, which tells clients of an exception's class. Raises BadRequest."""
+    try:
+        return kind.FromString(sent)
+    except DecodeError as error:
+        raise BadRequest(f"expected a message {kind.DESCRIPTOR.name}, got {len(sent)} bytes that are none") from error
 
 
 @asynccontextmanager

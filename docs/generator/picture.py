@@ -27,7 +27,7 @@ def _literal(x: int) -> list[str]:
         _box(x, 110, 305, "MLP of all"),
         *_tokens(x, 50, 3, GONE, "✕"),
         *_tokens(x + 105, 50, 6, IMAGE, "x"),
-        _words(x, 285, "outputs of the prompts are replaced by the next layer's"),
+        _words(x, 285, "the next layer brings prompts of its own"),
         *_arrows(x, (222, 203), (157, 148), (102, 85)),
     ]
 
@@ -40,7 +40,7 @@ def _prefixed(x: int) -> list[str]:
         _box(x + 105, 165, 200, "attention: K = [kv; K(x)]"),
         _box(x + 105, 110, 200, "MLP"),
         *_tokens(x + 105, 50, 6, IMAGE, "x"),
-        _words(x, 285, "kv: made once, when the lens is made; the same for every image"),
+        _words(x, 285, "kv: made once with the lens, for every image"),
         *_arrows(x + 105, (222, 203), (157, 148), (102, 85)),
         f'<path d="M {x + 88} 183 H {x + 101}" stroke="{PROMPT}" stroke-width="2"/>',
     ]

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SERVED := $(VENV)/.served
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
@@ -11,9 +12,13 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(STAMP): pyproject.toml
+$(SERVED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server]'
+	@touch $@
+
+$(STAMP): $(SERVED)  # for the people who work on the house, and for tests
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
 	@touch $@
 
@@ -22,7 +27,7 @@ $(EXTRAS): $(STAMP)  # tracing, the chart's renderer, foreign clients: where the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[grpc,clients]' || echo "without gRPC and foreign clients"
 	@touch $@
 
-serve: $(STAMP)  ## install what is missing and serve on 127.0.0.1:8000
+serve: $(SERVED)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
 test: $(EXTRAS) redis chromium prometheus  ## all tests

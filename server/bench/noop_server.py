@@ -5,11 +5,11 @@ Run by `bench overhead`: `python -m server.bench.noop_server serve …`.
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Sequence
 
 import numpy as np
 
-from server.__main__ import cli
 from server.engine.engine import Engine, Logits, Work
 
 
@@ -19,4 +19,4 @@ def _at_once(self: Engine, work: Sequence[Work]) -> list[Logits]:
 
 if __name__ == "__main__":
     Engine.run = _at_once  # type: ignore[method-assign]
-    cli()
+    runpy.run_module("server", run_name="__main__")

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from lensrack import Client
 from server.samples import draw
 
 from .own_server import own_server
+from .plain_client import PlainClient
 
 TASK = "fruit"
 START_S = 120.0
@@ -135,11 +135,11 @@ def _cpu_s(pid: int) -> float:
 @contextmanager
 def _ours() -> Iterator[list[Asked]]:
     """With one task, fitted before: its worker has nothing to do afterwards."""
-    with own_server("server.bench.noop_server") as (url, home, pid), Client(url) as client:
+    with own_server("server.bench.noop_server") as (url, home, pid), closing(PlainClient(url)) as client:
         draw(home / "pictures")
-        dataset = client.datasets.upload(home / "pictures" / TASK / "train")
-        client.train(TASK, dataset.id, method="linear", recipe={"epochs": 1}).wait(timeout=300)
-        size = httpx.get(f"{url}/readyz").json()["backbone"]["image_size"]
+        dataset = client.upload(home / "pictures" / TASK / "train")
+        client.ended(client.train(TASK, dataset, "linear", {"epochs": 1}))
+        size = client.get("/readyz")["backbone"]["image_size"]
         pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
         yield [
             Asked("lensrack, pixels", f"{url}/predict/{TASK}", _npy(pixels), "application/x-npy", pid),

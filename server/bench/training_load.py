@@ -8,13 +8,11 @@ due, not from when a late client got round to sending it. Nothing is asserted.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,10 +28,9 @@ from rich.table import Table
 from lensrack import wire
 from server import __version__
 from server.bench.own_server import own_server
+from server.bench.plain_client import WAIT_S, PlainClient
 from server.samples import SETS, draw
 
-WAIT_S = 600.0
-LOOK_AGAIN_S = 0.1
 KINDS = ("without a job", "with a job")
 
 
@@ -79,17 +76,17 @@ class Bench:
     """One server, its tasks and its clients."""
 
     def __init__(self, url: str, home: Path, options: argparse.Namespace) -> None:
-        self._http = httpx.Client(base_url=url, timeout=WAIT_S)
+        self._server = PlainClient(url)
         self._url, self._options = url, options
-        self.backbone = wire.Ready.model_validate(self._get("/readyz")).backbone
+        self.backbone = wire.Ready.model_validate(self._server.get("/readyz")).backbone
         self._pictures = home / "pictures"
         draw(self._pictures)
         self._tasks = sorted(SETS)[: options.tasks]
 
     def run(self) -> dict[str, Phase]:
-        datasets = {task: self._upload(task) for task in self._tasks}
+        datasets = {task: self._server.upload(self._pictures / task / "train") for task in self._tasks}
         for task, dataset in datasets.items():
-            self._ended(self._train(task, dataset, "linear", {"epochs": 20}))
+            self._server.ended(self._server.train(task, dataset, "linear", {"epochs": 20}))
         phases = {kind: Phase() for kind in KINDS}
         self._ask(1.0, Phase())  # whatever is set up lazily is not measured
         for _ in range(self._options.rounds):
@@ -98,7 +95,7 @@ class Bench:
                 before = steps()
                 self._ask(self._options.seconds, phases[KINDS[1]])
                 phases[KINDS[1]].steps += steps() - before
-        self._http.close()
+        self._server.close()
         return phases
 
     # --- asking -------------------------------------------------------------------------------------------------------
@@ -133,54 +130,18 @@ class Bench:
     def _training(self, dataset: str) -> Iterator[Callable[[], int]]:
         """A job under way, and how many steps it has made; cancelled afterwards."""
         recipe = {"epochs": 1000, "batch_size": self._options.batch_size}
-        job = self._train("load", dataset, self._options.method, recipe, publish="never")
+        job = self._server.train("load", dataset, self._options.method, recipe, publish="never")
 
         def steps() -> int:
-            progress = self._job(job).progress
+            progress = self._server.job(job).progress
             return max(0, progress.epoch - 1) * progress.steps + progress.step
 
-        self._until(lambda: steps() > 0)
+        self._server.until(lambda: steps() > 0)
         try:
             yield steps
         finally:
-            self._http.post(f"/train/{job}/cancel")
-            self._until(lambda: self._job(job).finished)
-
-    def _train(self, task: str, dataset: str, method: str, recipe: dict[str, Any], publish: str = "always") -> str:
-        asked = {"task": task, "dataset": dataset, "method": method, "recipe": recipe, "publish": publish}
-        return str(_answer(self._http.post("/train", json=asked))["id"])
-
-    def _upload(self, task: str) -> str:
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w") as archive:
-            for file in sorted((self._pictures / task / "train").rglob("*.png")):
-                archive.write(file, file.relative_to(self._pictures / task / "train"))
-        headers = {"Content-Type": "application/zip"}
-        return str(_answer(self._http.post("/datasets", content=packed.getvalue(), headers=headers))["id"])
-
-    def _ended(self, job: str) -> None:
-        self._until(lambda: self._job(job).finished)
-        if (found := self._job(job)).state != "succeeded":
-            raise RuntimeError(f"the job that makes task {found.task} ended as {found.state}: {found.error}")
-
-    def _job(self, job: str) -> wire.Job:
-        return wire.Job.model_validate(self._get(f"/train/{job}"))
-
-    def _get(self, path: str) -> Any:
-        return _answer(self._http.get(path))
-
-    def _until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not condition():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not come so far within {WAIT_S:g} s")
-            time.sleep(LOOK_AGAIN_S)
-
-
-def _answer(response: httpx.Response) -> Any:
-    if response.is_error:
-        raise RuntimeError(f"the server answered {response.status_code}: {response.text[:500]}")
-    return response.json()
+            self._server.cancel(job)
+            self._server.until(lambda: self._server.job(job).finished)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference release serve test test-long redis chromium prometheus screenshots check format clean help verify-deploy proto
+.PHONY: docs reference release serve test test-long fuzz guards redis chromium prometheus screenshots check format clean help verify-deploy proto
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,17 @@ test: $(EXTRAS) redis chromium prometheus  ## all tests
 
 test-long: $(EXTRAS) redis  ## the proofs that take minutes each
 	$(BIN)/python -m pytest -m long
+
+FUZZ ?= 100
+FUZZ_S ?= 300
+fuzz: $(EXTRAS)  ## FUZZ times as many strange inputs as `test` tries; then FUZZ_S seconds of libFuzzer for each reader
+	LENSRACK_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz --timeout 0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]' || echo "without atheris"
+	! $(BIN)/python -c 'import atheris' 2>/dev/null || for reader in $$($(BIN)/python -m tests.fuzz.readers); do \
+	  $(BIN)/python -m tests.fuzz.atheris_readers $$reader $(FUZZ_S) || exit 1; done
+
+guards: $(EXTRAS) redis  ## break the code in each of the ways of tests/guards, and see its test fail
+	$(BIN)/python -m tests.guards
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
 	@command -v redis-server >/dev/null || { \

@@ -2,7 +2,7 @@
 
     read   fresh? ── yes ─────────────────────────► from memory
               └─ no ── inner store ── answers ────► remembered, fresh while the watch stands
-                             └─ unavailable, known? ► what was last known
+                             └─ unavailable, known? ► what was last known; one that hangs is waited for once
     write  inner store, then what is remembered of the task is stale (the alias just set is known)
     watch  a task changed ── stale ── then told to those who watch this store
 
@@ -21,7 +21,7 @@ from prompts_store.alias import ANY, Alias, Expect, Targets
 from prompts_store.broadcast import Broadcast
 from prompts_store.bundle import Bundle
 from prompts_store.errors import StoreUnavailable, TaskNotFound
-from prompts_store.remembered import Answers, Bundles
+from prompts_store.remembered import Answers, Bundles, Patience
 from prompts_store.store import Change, Store, VersionInfo
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,10 @@ class CachedStore:
         self._inner = inner
         self._bundles = Bundles(max_bytes)
         self._watched, self._stop = threading.Event(), threading.Event()
-        self._tasks: Answers[list[str]] = Answers(self._watched)
-        self._versions: Answers[list[VersionInfo]] = Answers(self._watched)
-        self._aliases: Answers[dict[str, Alias]] = Answers(self._watched)
+        self._patience = Patience()
+        self._tasks: Answers[list[str]] = Answers(self._watched, self._patience)
+        self._versions: Answers[list[VersionInfo]] = Answers(self._watched, self._patience)
+        self._aliases: Answers[dict[str, Alias]] = Answers(self._watched, self._patience)
         self._broadcast = Broadcast()
         changes = self._first_watch()
         self._watcher = threading.Thread(target=self._follow, args=(changes,), name="store-watch", daemon=True)
@@ -160,6 +161,7 @@ class CachedStore:
     def close(self) -> None:
         self._stop.set()
         self._watcher.join()
+        self._patience.close()
         self._inner.close()
 
     def _first_watch(self) -> Iterator[Change] | None:

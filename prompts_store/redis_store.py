@@ -233,17 +233,20 @@ class RedisStore:
         due = time.monotonic() + self._reconcile_s
         with closing(channel):
             while not stop.is_set():
+                gone: list[str] = []
                 with _server():
                     message = channel.get_message(timeout=STOP_CHECK_S)
                     if message is not None:
                         now = self._stamp(_text(message["data"]))
                     elif time.monotonic() >= due:
                         now = self._all_stamps()
+                        gone = sorted(seen.keys() - now.keys())  # the server was flushed, or lost what it held
                         due = time.monotonic() + self._reconcile_s
                     else:
                         continue
                 changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task))
-                seen |= now
+                seen = {task: stamp for task, stamp in (seen | now).items() if task not in gone}
+                yield from map(Change, gone)
                 yield from map(Change, changed)
 
 

@@ -6,14 +6,45 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from prompts_store.bundle import Bundle
 from prompts_store.errors import CorruptAliases, StoreUnavailable, TaskNotFound
 
 T = TypeVar("T")
+PATIENCE_S: Final = 2.0  # where there is an answer that may have gone stale
 log = logging.getLogger(__name__)
+
+
+class Patience:
+    """For a store that hangs: it is waited for PATIENCE_S, and as long as that question is open nobody waits again."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="store-read")
+        self._open: Future[Any] | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether a question has been open for too long."""
+        return self._open is not None and not self._open.done()
+
+    def ask(self, load: Callable[[], T]) -> T:
+        """What `load` gives. Raises what it raises, or StoreUnavailable when it takes too long."""
+        if self.late:
+            raise StoreUnavailable("the store has not answered yet")
+        asked = self._pool.submit(load)
+        try:
+            return asked.result(PATIENCE_S)
+        except TimeoutError:
+            if asked.done():  # its own, not ours
+                raise
+            self._open = asked
+            raise StoreUnavailable(f"the store did not answer within {PATIENCE_S:g} s") from None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -28,17 +59,17 @@ class Answers(Generic[T]):
     `watched` tells whether changes are being heard of; whoever clears it must call `all_stale` afterwards.
     """
 
-    def __init__(self, watched: threading.Event) -> None:
-        self._watched = watched
+    def __init__(self, watched: threading.Event, patience: Patience) -> None:
+        self._watched, self._patience = watched, patience
         self._lock = threading.Lock()
         self._known: dict[str, _Known[T]] = {}
         self._epoch = 0  # counts changes: an answer that was under way during one is not fresh
 
     def fresh(self, key: str) -> T | None:
-        """The answer, if it is fresh."""
+        """The answer, if it is fresh, or if the store hangs."""
         with self._lock:
             known = self._known.get(key)
-        return known.value if known is not None and known.fresh else None
+        return known.value if known is not None and (known.fresh or self._patience.late) else None
 
     def read(self, key: str, load: Callable[[], T]) -> T:
         """The fresh answer, or a loaded one; when the store is unavailable or damaged, the last one known."""
@@ -48,7 +79,7 @@ class Answers(Generic[T]):
             return known.value
         watched = self._watched.is_set()  # after the epoch: a watch that broke before now has moved it by then
         try:
-            value = load()
+            value = load() if known is None else self._patience.ask(load)
         except TaskNotFound:
             self.drop(key)
             raise

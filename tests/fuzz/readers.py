@@ -129,3 +129,7 @@ READERS: dict[str, Reader] = {
     "npy": Reader(read_npy, (BadRequest, Unprocessable), lambda: [npy((2, 4, 4, 3)), npy((4, 4, 3))]),
     "aliases": Reader(read_aliases, (CorruptAliases,), lambda: [ALIASES]),
 }
+
+
+if __name__ == "__main__":
+    print(*READERS)

@@ -1,0 +1,139 @@
+"""Ways to break what the most important tests guard: a few words of a file replaced, and the test that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` stands exactly once in `file`; with `new` in its place the code breaks a promise, and `test` fails."""
+
+    guards: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation(
+        "A row is answered with its own task's lens, whoever shares its batch",
+        "server/engine/engine.py",
+        "return self.rack.heads(features[trunk.index], [",
+        "return self.rack.heads(features[sorted(trunk.index)][::-1], [",
+        "tests/engine/test_isolation.py::test_every_composition_of_a_batch_gives_the_literal_answers",
+    ),
+    Mutation(
+        "Padding of ragged prompts is masked",
+        "server/engine/gathered.py",
+        "return Prefix(keys, values, _mask(self._memory, lengths))",
+        "return Prefix(keys, values, None)",
+        "tests/engine/test_isolation.py::test_every_composition_of_a_batch_gives_the_literal_answers",
+    ),
+    Mutation(
+        "A seat that outlived its lens is noticed",
+        "server/engine/rack.py",
+        "if not slot.used or slot.generation != place.generation:",
+        "if not slot.used:",
+        "tests/engine/test_rack.py",
+    ),
+    Mutation(
+        "A noisy task does not hold up a quiet one",
+        "server/batching/scheduler.py",
+        "            flow.start += flow.step\n",
+        "            pass\n",
+        "tests/unit/test_batcher.py::test_a_noisy_task_does_not_hold_up_a_quiet_one",
+    ),
+    Mutation(
+        "Rows that nobody waits for never reach the engine",
+        "server/batching/scheduler.py",
+        "served = row.deadline > now and not row.departed",
+        "served = row.deadline > now",
+        "tests/unit/test_batcher.py::test_departed_rows_never_reach_the_engine",
+    ),
+    Mutation(
+        "A batch that fails is halved: the culprit alone gets the error",
+        "server/batching/engine_thread.py",
+        "            if len(rows) > 1:\n",
+        "            if len(rows) > 10**9:\n",
+        "tests/unit/test_batcher.py::test_the_culprit_alone_gets_the_error",
+    ),
+    Mutation(
+        "An engine that hangs turns readiness off and its clients are answered",
+        "server/watchdog.py",
+        "if thread.busy_s() > self._timeout_s:",
+        "if False:",
+        "tests/unit/test_watchdog.py::test_an_engine_that_hangs_is_told_and_everybody_is_answered",
+    ),
+    Mutation(
+        "A late worker cannot touch the job of its successor",
+        "server/jobs/lifecycle.py",
+        'if job.state != "running" or job.attempt != attempt:',
+        'if job.state != "running":',
+        "tests/contract/test_job_store.py::test_a_lease_expires_at_its_second_and_the_old_attempt_is_fenced",
+    ),
+    Mutation(
+        "An alias moves only from where its mover saw it",
+        "prompts_store/alias.py",
+        "if expect is not ANY and expect != actual:",
+        "if False:",
+        "tests/contract/test_stores.py::test_set_alias_counts_revisions_and_compares",
+    ),
+    Mutation(
+        "Writers of a task take turns",
+        "prompts_store/file_store.py",
+        "                fcntl.flock(lock, fcntl.LOCK_EX)\n",
+        "                pass\n",
+        "tests/contract/test_stores.py::test_threads_lose_no_update",
+    ),
+    Mutation(
+        "What is damaged in a store is never served",
+        "prompts_store/bundle.py",
+        "        if digest != version:\n",
+        "        if False:\n",
+        "tests/contract/test_stores.py::test_a_damaged_file_is_told_and_mended_by_putting_it_again",
+    ),
+    Mutation(
+        "A file is whole and durable before it has its name",
+        "prompts_store/file_store.py",
+        "            os.fsync(file.fileno())\n",
+        "            pass\n",
+        "tests/contract/test_stores.py::test_a_file_is_durable_before_it_has_its_name",
+    ),
+    Mutation(
+        "The version before a damaged one goes on answering",
+        "server/seating.py",
+        "            return await self._earlier(ref, key, version, error)\n",
+        "            raise\n",
+        "tests/unit/test_quarantine.py::test_the_version_before_a_damaged_one_answers_and_says_so",
+    ),
+    Mutation(
+        "A key sees only its own tasks",
+        "server/api/tenancy.py",
+        "        if not self.owns(task):\n            raise stored.TaskNotFound(task)\n        return self._inner\n",
+        "        return self._inner\n",
+        "tests/security/test_tenancy.py::test_no_route_tells_what_is_theirs_from_what_does_not_exist",
+    ),
+    Mutation(
+        "An archive writes nowhere but into its data set",
+        "server/datasets/member_names.py",
+        'if ".." in parts:',
+        "if False:",
+        "tests/security/test_archive_attacks.py",
+    ),
+    Mutation(
+        "A checkpoint runs nothing: names beyond the closed list are refused",
+        "server/importing/pickled.py",
+        "        if found not in self._known:\n",
+        "        if False:\n",
+        "tests/security/test_checkpoint_attacks.py",
+    ),
+    Mutation(
+        "A body is cut off at its cap while it is read",
+        "server/api/guard.py",
+        "            if self._got > self._cap:\n",
+        "            if False:\n",
+        "tests/unit/test_api_http.py::test_each_route_has_its_cap",
+    ),
+)

@@ -1,0 +1,124 @@
+"""More than the engine can do: everybody is answered, in time or with when to come back; the queue stays bounded, and
+nothing is left of those who went away or never came whole."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server import metrics
+from tests.unit.api_server import Api, serving
+from tests.unit.serving import png, publish
+
+PLACES, CLIENTS = 16, 300
+HEADERS = {"content-type": "image/png"}
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Iterator[Api]:
+    """An engine that takes a few milliseconds a batch of four, and sixteen places before it."""
+    with serving(tmp_path, max_batch=4, max_queue=PLACES, max_images=4) as api:
+        publish(api.floor.store)
+        run = api.floor.engine.run
+
+        def slower(work):
+            time.sleep(0.01)
+            return run(work)
+
+        api.floor.engine.run = slower  # type: ignore[method-assign]
+        yield api
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def nothing_is_left(api: Api) -> bool:
+    batcher = api.floor.batcher
+    return (len(batcher), len(batcher._promised), api.floor.shelf.in_use) == (0, 0, 0)
+
+
+def answered() -> float:
+    return metrics.REGISTRY.get_sample_value("lensrack_rows_total", {"outcome": "answered"}) or 0.0
+
+
+async def flood(url: str, watch: Callable[[], None]) -> list[httpx.Response]:
+    """All at once, over as many connections."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, headers=HEADERS) as client:
+        asked = [asyncio.create_task(client.post("/predict/fish", content=png(grey % 200))) for grey in range(CLIENTS)]
+        while not all(task.done() for task in asked):
+            watch()
+            await asyncio.sleep(0.001)
+        return [task.result() for task in asked]
+
+
+def test_a_flood_is_answered_to_the_last(narrow: Api) -> None:
+    longest, before = 0, answered()
+
+    def watch() -> None:
+        nonlocal longest
+        longest = max(longest, len(narrow.floor.batcher))
+
+    got = asyncio.run(flood(narrow.url, watch))
+    told = Counter(answer.status_code for answer in got)
+    assert set(told) == {200, 429}
+    assert sum(told.values()) == CLIENTS
+    assert told[200] >= PLACES
+    assert answered() - before == told[200], "a row was lost, or computed for nobody"
+    assert 0 < longest <= PLACES
+    for answer in got:
+        if answer.status_code == 429:
+            assert answer.json()["code"] == "queue_full"
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        else:
+            assert answer.json()["version"] == answer.headers["Lensrack-Version"]
+    until(lambda: nothing_is_left(narrow), "something is left in the queue")
+    narrow.floor.batcher.check_integrity()
+
+
+def test_sockets_that_are_half_open_hold_no_rows(narrow: Api) -> None:
+    head = b"POST /predict/fish HTTP/1.1\r\nHost: [::1]\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
+    held = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(5 * PLACES)]
+    try:
+        for number, sock in enumerate(held):
+            sock.sendall((head + b"\x89PNG")[: 20 + 3 * number])
+        for _ in range(PLACES):
+            assert narrow.http.post("/predict/fish", content=png(), headers=HEADERS).status_code == 200
+        assert nothing_is_left(narrow)
+    finally:
+        for sock in held:
+            sock.close()
+
+
+@pytest.mark.parametrize("stage", ["the body", "the queue", "the engine"])
+def test_who_leaves_takes_the_row_along(narrow: Api, stage: str) -> None:
+    body = png()
+    head = (
+        f"POST /predict/fish HTTP/1.1\r\nHost: [::1]\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    sent = head.encode() + (body[:20] if stage == "the body" else body)
+    engine = narrow.floor.engine
+    engine.gate.clear()
+    clients = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(8)]
+    for sock in clients:
+        sock.sendall(sent)
+    if stage != "the body":
+        assert engine.entered.wait(20)
+    if stage == "the queue":
+        until(lambda: len(narrow.floor.batcher) > 0, "no row waits")
+    for sock in clients:
+        sock.close()
+    engine.gate.set()
+    until(lambda: nothing_is_left(narrow), f"a row is left by who left in {stage}")
+    assert narrow.http.post("/predict/fish", content=body, headers=HEADERS).status_code == 200

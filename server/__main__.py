@@ -43,6 +43,7 @@ BENCHES = (
     "overhead",
     "prompts",
     "readers",
+    "swap",
     "training-load",
 )  # modules of `server.bench`
 

@@ -21,14 +21,14 @@ STOP_S = 40.0
 
 
 @contextmanager
-def own_server(module: str = "server") -> Iterator[tuple[str, Path, int]]:
+def own_server(module: str = "server", store: str = "") -> Iterator[tuple[str, Path, int]]:
     """Its URL, its home and its process. LENSRACK_ settings of the environment hold, except for where it lies and
-    listens. `module`: what is run with the command line of `python -m server`."""
+    listens. `module`: what is run with the command line of `python -m server`; `store`: another's URL."""
     with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
         home = Path(folder)
         with (home / "server.log").open("wb") as log:
             command = [sys.executable, "-m", module, "serve", "--host", "127.0.0.1", "--port", "0"]
-            process = subprocess.Popen(command, env=_environment(home), cwd=home, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=_environment(home, store), cwd=home, stdout=log, stderr=log)
         try:
             url = _url(process, home / "server.log")
             yield url, home, process.pid
@@ -36,9 +36,9 @@ def own_server(module: str = "server") -> Iterator[tuple[str, Path, int]]:
             _stop(process)
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _environment(home: Path, store: str) -> dict[str, str]:
     path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
-    own = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": "", "LENSRACK_JOBS": ""}
+    own = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": store, "LENSRACK_JOBS": ""}
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **own}
 
 

@@ -1,0 +1,214 @@
+"""`python -m server bench swap`: how long until a published version answers, and what its neighbours notice of it.
+
+A server of its own, two tasks. This process stands for a worker: it puts a version that no server has seen into the
+store and points `live` at it, while one client asks that task without a pause and another asks the second task at a
+steady rate. Told are the times from the moment the alias has moved to the first answer of the new version, which holds
+everything in between: the notice, reading the bundle, making the lens, writing it to the rack, one forward. And the
+second task's latencies from the intended moment, in rounds without and with swaps, in turns. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from prompts_store import Bundle, Store, open_store
+from server.samples import draw
+
+from .own_server import own_server
+from .plain_client import WAIT_S, PlainClient
+
+SWAPPED, NEIGHBOUR = "fruit", "weather"
+
+
+@dataclass
+class Seen:
+    """ms. `first_answer`: of each swap; `calm` and `busy`: the neighbour's latencies."""
+
+    first_answer: list[float] = field(default_factory=list)
+    calm: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    failures: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    with ExitStack() as stack:
+        url = stack.enter_context(_redis()) if options.redis else ""
+        server, home, _ = stack.enter_context(own_server(store=url))
+        client = stack.enter_context(closing(PlainClient(server)))
+        _fit(client, home, options)
+        store = stack.enter_context(closing(open_store(url or f"file://{home / 'store'}")))
+        report = _report(Bench(server, home, store, options).run(), client, options)
+    print(table(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about = (__doc__ or "").split("\n\n")[1]
+    parser = argparse.ArgumentParser(prog="python -m server bench swap", description=about)
+    parser.add_argument("--redis", action="store_true", help="a redis-server of its own instead of files")
+    parser.add_argument("--method", default="vpt_deep", help="of the task that is published (default: %(default)s)")
+    parser.add_argument("--swaps", type=int, default=20, help="of a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of calm and swaps (default: %(default)s)")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds between swaps (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=20.0, help="the neighbour's requests a second")
+    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    return parser.parse_args(arguments)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    first, calm, busy = (report[name] for name in ("first_answer_ms", "neighbour_calm_ms", "neighbour_swapping_ms"))
+    rows = [
+        ("published → first answer of the new version", first),
+        ("neighbour, calm", calm),
+        ("neighbour, beside swaps", busy),
+    ]
+    lines = [
+        f"| {report['store']} store, {report['backbone']} | p50 ms | p99 ms | worst ms | of |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join(
+        lines
+        + [f"| {name} | {at['p50']:.1f} | {at['p99']:.1f} | {at['worst']:.1f} | {at['count']} |" for name, at in rows]
+    )
+
+
+def _fit(client: PlainClient, home: Path, options: argparse.Namespace) -> None:
+    draw(home / "pictures")
+    for task, method in (SWAPPED, options.method), (NEIGHBOUR, "linear"):
+        dataset = client.upload(home / "pictures" / task / "train")
+        client.ended(client.train(task, dataset, method, {"epochs": 1}))
+
+
+class Bench:
+    """A server, the store that it reads, and pictures to ask it about."""
+
+    def __init__(self, url: str, home: Path, store: Store, options: argparse.Namespace) -> None:
+        self._url, self._store, self._options, self.seen = url, store, options, Seen()
+        tests = home / "pictures"
+        self._pictures = {
+            task: next((tests / task / "test").rglob("*.png")).read_bytes() for task in (SWAPPED, NEIGHBOUR)
+        }
+
+    def run(self) -> Seen:
+        seconds = self._options.swaps * (self._options.pause + 0.05)
+        self._neighbour(1.0, [])  # what is set up lazily is not measured
+        for turn in range(self._options.rounds):
+            self._neighbour(seconds, self.seen.calm)
+            beside = threading.Thread(target=self._neighbour, args=(seconds, self.seen.busy))
+            beside.start()
+            self._swap(turn * self._options.swaps)
+            beside.join()
+        return self.seen
+
+    def _swap(self, done: int) -> None:
+        """Publish so many versions, one after the other, and ask until each answers."""
+        live = self._store.aliases(SWAPPED)["live"].targets[0].version
+        parent = self._store.get(SWAPPED, live)
+        with httpx.Client(base_url=self._url, timeout=WAIT_S) as http:
+            for number in range(done + 1, done + 1 + self._options.swaps):
+                version = self._store.put(_changed(parent, 1e-3 * number))
+                self._store.set_alias(SWAPPED, "live", version)
+                moved = time.perf_counter()
+                while self._answering(http, SWAPPED) != version:
+                    if time.perf_counter() - moved > WAIT_S:
+                        raise RuntimeError(f"version {version[:12]} does not answer")
+                self.seen.first_answer.append((time.perf_counter() - moved) * 1e3)
+                time.sleep(self._options.pause)
+
+    def _neighbour(self, seconds: float, into: list[float]) -> None:
+        """Asks at a steady rate; a latency counts from when it should have been asked."""
+        rate = self._options.rate
+        with httpx.Client(base_url=self._url, timeout=WAIT_S) as http:
+            start = time.perf_counter()
+            for number in range(max(1, math.floor(seconds * rate))):
+                due = start + number / rate
+                time.sleep(max(0.0, due - time.perf_counter()))
+                try:
+                    self._answering(http, NEIGHBOUR)
+                except httpx.HTTPError:
+                    self.seen.failures += 1
+                into.append((time.perf_counter() - due) * 1e3)
+
+    def _answering(self, http: httpx.Client, task: str) -> str:
+        """The version that answers."""
+        answer = http.post(f"/predict/{task}", content=self._pictures[task], headers={"Content-Type": "image/png"})
+        answer.raise_for_status()
+        return str(answer.json()["version"])
+
+
+def _changed(parent: Bundle, by: float) -> Bundle:
+    """A version that differs in its head's bias."""
+    tensors = {name: value.copy() for name, value in parent.tensors.items()}
+    tensors["head.bias"] = tensors["head.bias"] + tensors["head.bias"].dtype.type(by)
+    return Bundle.build(parent.manifest, tensors)
+
+
+def _report(seen: Seen, client: PlainClient, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "store": "Redis" if options.redis else "file",
+        "backbone": client.get("/readyz")["backbone"]["arch"],
+        "method": options.method,
+        "failures": seen.failures,
+        "first_answer_ms": _figures(seen.first_answer),
+        "neighbour_calm_ms": _figures(seen.calm),
+        "neighbour_swapping_ms": _figures(seen.busy),
+    }
+
+
+def _figures(latencies: Sequence[float]) -> dict[str, float]:
+    """By nearest rank: latencies that were measured."""
+    ordered = sorted(latencies)
+    p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99))
+    return {"p50": round(p50, 2), "p99": round(p99, 2), "worst": round(ordered[-1], 2), "count": len(ordered)}
+
+
+@contextmanager
+def _redis() -> Iterator[str]:
+    """A redis-server of its own on a free port, with nothing on a disk."""
+    if shutil.which("redis-server") is None:
+        raise SystemExit("--redis needs redis-server (Debian: apt-get install redis-server)")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            _until_open(port)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _until_open(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError("redis-server did not start")
+
+
+if __name__ == "__main__":
+    main()

@@ -57,6 +57,7 @@ TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "tas
 TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
 
 ENGINE_UP = _gauge("engine_up", "0 while the engine hangs, or fails at everything that it is asked.")
+ENGINE_UP.set(1)  # where no engine is watched, as in a worker, none is down
 
 # --- the rack ---------------------------------------------------------------------------------------------------------
 RACK_LENSES = _gauge("rack_lenses", "Lenses resident on the device.")

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference release serve test test-long fuzz guards redis chromium prometheus screenshots check format clean help verify-deploy proto
+.PHONY: docs reference release serve test test-long fuzz guards soak redis chromium prometheus screenshots check format clean help verify-deploy proto
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ fuzz: $(EXTRAS)  ## FUZZ times as many strange inputs as `test` tries; then FUZZ
 
 guards: $(EXTRAS) redis  ## break the code in each of the ways of tests/guards, and see its test fail
 	$(BIN)/python -m tests.guards
+
+SOAK ?=
+soak: $(EXTRAS)  ## many predictions, load cycles and jobs: does a server grow? SOAK="--predictions 5000 …" for less
+	$(BIN)/python -m tests.soak $(SOAK)
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
 	@command -v redis-server >/dev/null || { \

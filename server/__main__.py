@@ -41,6 +41,7 @@ BENCHES = (
     "jobs",
     "ladder",
     "overhead",
+    "overload",
     "prompts",
     "readers",
     "swap",

@@ -1,0 +1,188 @@
+"""Asks one question over and over, in a process of its own, so that asking does not wait for what is measured.
+
+A plan comes as JSON on stdin, what was seen goes as JSON to stdout. Closed loop (no `rate`): `clients` ask, each again
+once it has its answer; how fast they ask is up to the server. Open loop: questions fall due by a Poisson process of
+`rate` a second, whether or not earlier ones are answered, as a crowd's do; each takes an idle connection or a new one.
+A latency counts from the moment the question was due, so a late answer is not hidden by a late question (coordinated
+omission). Raw sockets and standard library only: on two cores a comfortable client would take the server's share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ANSWER_S = 120.0  # beyond the server's own limit: then nothing will come
+NO_ANSWER = 0  # instead of a status
+TOGETHER = 256  # connections being opened at once, well below the server's backlog
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`seconds` and `requests` both end the asking, whichever comes first; 0: does not."""
+
+    host: str
+    port: int
+    path: str
+    picture: str  # a file: the body
+    content_type: str
+    seconds: float = 0.0
+    requests: int = 0
+    clients: int = 1
+    rate: float = 0.0  # questions a second; 0: closed loop
+    seed: int = 0
+
+
+class Answer(NamedTuple):
+    """Seconds since the start."""
+
+    due_s: float
+    sent_s: float
+    done_s: float
+    status: int
+    retry_after: str | None
+
+
+@dataclass
+class Seen:
+    answers: list[Answer]
+    cpu_s: float  # the generator's own
+    connections: int  # opened in all
+
+
+def generate(plan: Plan) -> Seen:
+    """Run the plan in a process of its own. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(
+        command, input=json.dumps(asdict(plan)), capture_output=True, text=True, check=False, cwd=_root()
+    )
+    if done.returncode:
+        raise RuntimeError(f"the load generator ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout)
+    return Seen([Answer(*one) for one in found["answers"]], found["cpu_s"], found["connections"])
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+class Connection:
+    """One kept-alive HTTP/1.1 connection, one question at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.open = True
+
+    @property
+    def usable(self) -> bool:
+        return self.open and not self._reader.at_eof()
+
+    async def ask(self, request: bytes) -> tuple[int, str | None]:
+        """The status and what Retry-After says. The answer's body is read and thrown away."""
+        self._writer.write(request)
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+        await self._reader.readexactly(int(headers["content-length"]))
+        self.open = headers.get("connection", "").lower() != "close"
+        return int(head[0].split()[1]), headers.get("retry-after")
+
+    def close(self) -> None:
+        self.open = False
+        self._writer.close()
+
+
+class Crowd:
+    """Asks as the plan says and notes every answer, or that there was none."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        body = Path(plan.picture).read_bytes()
+        head = (
+            f"POST {plan.path} HTTP/1.1\r\nHost: {plan.host}:{plan.port}\r\n"
+            f"Content-Type: {plan.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        self._request = head.encode() + body
+        self._idle: list[Connection] = []
+        self._opening = asyncio.Semaphore(TOGETHER)
+        self.opened = 0
+        self.answers: list[Answer] = []
+        self._start = 0.0
+
+    async def run(self) -> None:
+        self._start = time.perf_counter()
+        await (self._open_loop() if self._plan.rate else self._closed_loop())
+        for connection in self._idle:
+            connection.close()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    async def _open_loop(self) -> None:
+        plan, chance, due = self._plan, random.Random(self._plan.seed), 0.0
+        async with asyncio.TaskGroup() as group:
+            for _ in range(plan.requests or sys.maxsize):
+                due += chance.expovariate(plan.rate)
+                if plan.seconds and due >= plan.seconds:
+                    return
+                await asyncio.sleep(max(0.0, due - self._now()))
+                group.create_task(self._ask(due))
+
+    async def _closed_loop(self) -> None:
+        plan = self._plan
+        left = iter(range(plan.requests or sys.maxsize))
+
+        async def client() -> None:
+            for _ in left:
+                if plan.seconds and self._now() >= plan.seconds:
+                    return
+                await self._ask(self._now())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(plan.clients):
+                group.create_task(client())
+
+    async def _ask(self, due_s: float) -> None:
+        status, retry_after, sent_s, connection = NO_ANSWER, None, self._now(), None
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                connection = await self._connection()
+                status, retry_after = await connection.ask(self._request)
+        except (OSError, EOFError, TimeoutError):  # an IncompleteReadError is an EOFError
+            if connection is not None:
+                connection.close()
+        if connection is not None and connection.open:
+            self._idle.append(connection)
+        self.answers.append(Answer(due_s, sent_s, self._now(), status, retry_after))
+
+    async def _connection(self) -> Connection:
+        """The one that was used last, as the longer idle ones may be about to be closed by the server."""
+        while self._idle:
+            if (connection := self._idle.pop()).usable:
+                return connection
+            connection.close()
+        async with self._opening:
+            opened = Connection(*await asyncio.open_connection(self._plan.host, self._plan.port))
+        self.opened += 1
+        return opened
+
+
+def main() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    crowd = Crowd(Plan(**json.load(sys.stdin)))
+    before = time.process_time()  # starting Python is not asking
+    asyncio.run(crowd.run())
+    seen = Seen(crowd.answers, round(time.process_time() - before, 3), crowd.opened)
+    json.dump(asdict(seen), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ Run by `bench overhead`: `python -m server.bench.noop_server serve …`.
 
 from __future__ import annotations
 
-import runpy
+import importlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,4 +19,4 @@ def _at_once(self: Engine, work: Sequence[Work]) -> list[Logits]:
 
 if __name__ == "__main__":
     Engine.run = _at_once  # type: ignore[method-assign]
-    runpy.run_module("server", run_name="__main__")
+    importlib.import_module("server.__main__").cli()

@@ -68,7 +68,7 @@ def test_the_samples_were_fitted_on_it(eye: backbone.Backbone) -> None:
         assert bundle.manifest.metrics["test_accuracy"] > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whoever_makes_them_anew_gets_as_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_making, "TASKS", {"faces": sample_making.TASKS["faces"]})
     found = sample_making.make(tmp_path)

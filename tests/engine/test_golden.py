@@ -77,8 +77,15 @@ def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
     torch.testing.assert_close(logits, expected(case, "logits", dtype), atol=tolerance(case, dtype), rtol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", ["vit_nano", "deit_tiny_patch16_224", "vit_base_patch16_224"])
+def backbones() -> list[Any]:
+    found = []
+    for arch, dtype in itertools.product(("vit_nano", "deit_tiny_patch16_224", "vit_base_patch16_224"), DTYPES):
+        long = arch == "vit_base_patch16_224" and dtype == torch.float64
+        found.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return found
+
+
+@pytest.mark.parametrize(("arch", "dtype"), backbones())
 def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtype) -> None:
     """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes."""
     found = [case for case in cases("forward") if case["arch"] == arch]
@@ -138,7 +145,7 @@ def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
 def traces() -> list[Any]:
     found = []
     for case, dtype in itertools.product(cases("train"), DTYPES):
-        long = case["arch"] == "vit_base_patch16_224" and dtype == torch.float64  # a minute each
+        long = case["arch"] == "vit_base_patch16_224" and (dtype == torch.float64 or "slow" in case["name"])
         found.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
     return found
 

@@ -13,23 +13,18 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
-import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
-
-from server.errors import BadRequest, DiskFull, NotFound, Unavailable
+from server.errors import BadRequest, NotFound, Unavailable
 from server.jobs import lifecycle, redis_scripts
 from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
 from server.jobs.lifecycle import Step
 from server.jobs.stepwise import StepwiseJobStore
 from server.jobs.store import Events, Jobs
+from server.redis_server import answering, connect
 
-TIMEOUT_S: Final = 5.0
 MAX_TRIES: Final = 1000  # changes lost to faster writers before giving up; one of them always wins
 BATCH: Final = 100  # jobs that one listing script reads: Redis does nothing else meanwhile
 
@@ -62,7 +57,7 @@ class RedisJobStore(StepwiseJobStore):
 
     def __init__(self, url: str, *, prefix: str = "lensrack", now: Callable[[], float] = time.time) -> None:
         self._prefix, self._now = prefix, now
-        self._redis = _connect(url)
+        self._redis = connect(url)
         self._change_script = self._redis.register_script(redis_scripts.CHANGE)
         self._submit_script = self._redis.register_script(redis_scripts.SUBMIT)
         self._next_script = self._redis.register_script(redis_scripts.NEXT)
@@ -112,14 +107,14 @@ class RedisJobStore(StepwiseJobStore):
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
         first, texts = max(after, 0), []
         if limit > 0 and is_id(job_id):
-            with _server():
+            with answering("job store"):
                 texts = self._redis.lrange(self._key(self.EVENTS, job_id), first, first + limit - 1)
         if not texts:
             self.get(job_id)
         return [Event(seq, *json.loads(text)) for seq, text in enumerate(texts, start=first + 1)]
 
     def counts(self) -> dict[State, int]:
-        with _server(), self._redis.pipeline(transaction=True) as pipe:
+        with answering("job store"), self._redis.pipeline(transaction=True) as pipe:
             for state in STATES:
                 pipe.zcard(self._key(self.STATE, state))
             return dict(zip(STATES, pipe.execute(), strict=True))
@@ -141,7 +136,7 @@ class RedisJobStore(StepwiseJobStore):
 
     def prune(self, older_than_s: float) -> Jobs:
         before = self._now() - older_than_s
-        with _server():
+        with answering("job store"):
             ids = sorted(map(str, self._redis.zrangebyscore(self._key(self.FINISHED), "-inf", f"({before!r}")))
         old = [kept.job for job_id in ids if (kept := self._find(job_id))]
         return [job for job in old if self._forgotten(job)]
@@ -155,7 +150,7 @@ class RedisJobStore(StepwiseJobStore):
         return template.format(self._prefix, part)
 
     def _find(self, job_id: str) -> _Kept | None:
-        with _server():
+        with answering("job store"):
             text, stamp = self._redis.hmget(self._key(self.JOB, job_id), "job", "stamp")
         return _kept(_str(text), _str(stamp))
 
@@ -179,7 +174,7 @@ class RedisJobStore(StepwiseJobStore):
 
     def _written(self, kept: _Kept, step: Step, now: float) -> int:
         """The number of the job's last event, or 0 when another writer was faster."""
-        with _server():
+        with answering("job store"):
             return int(self._change_script(self._keys(kept.job, step.job), _arguments(kept.stamp, step, now)))
 
     def _keys(self, before: Job, after: Job) -> tuple[str, ...]:
@@ -189,7 +184,7 @@ class RedisJobStore(StepwiseJobStore):
 
     def _next(self, now: float) -> _Kept | None:
         """The waiting job whose turn it is."""
-        with _server():
+        with answering("job store"):
             rows = self._next_script([self._key(self.WAITING), self._key(self.LEASES)], [now, self._key(self.JOB)])
         waiting = [kept for row in rows if (kept := _kept(*row))]
         return min(waiting, key=lambda kept: (-kept.job.priority, kept.job.id), default=None)
@@ -201,7 +196,7 @@ class RedisJobStore(StepwiseJobStore):
 
         In this order: whoever uses the key later has moved the newest id, and our submission is refused.
         """
-        with _server():
+        with answering("job store"):
             newest = _str(self._redis.get(self._key(self.NEWEST)))
             known = _str(self._redis.hget(self._key(self.KEYS, tenant), key)) if key is not None else None
         kept = self._find(known) if known else None
@@ -212,7 +207,7 @@ class RedisJobStore(StepwiseJobStore):
         keys = [*self._keys(job, job), self._key(self.NEWEST), *self._by_age(job)]
         if job.idempotency_key is not None:
             keys.append(self._key(self.KEYS, job.tenant))
-        with _server():
+        with answering("job store"):
             return bool(self._submit_script(keys, _arguments(newest or "", step, now)))
 
     def _by_age(self, job: Job) -> tuple[str, str, str]:
@@ -221,7 +216,7 @@ class RedisJobStore(StepwiseJobStore):
     def _forgotten(self, job: Job) -> bool:
         own = [self._key(self.JOB, job.id), self._key(self.EVENTS, job.id), self._key(self.KEYS, job.tenant)]
         indexes = [*self._by_age(job), self._key(self.FINISHED), self._key(self.STATE, job.state)]
-        with _server():
+        with answering("job store"):
             return bool(self._forget_script(own + indexes, [job.id, job.idempotency_key or ""]))
 
     # --- listing ------------------------------------------------------------------------------------------------------
@@ -232,13 +227,13 @@ class RedisJobStore(StepwiseJobStore):
         indexes = [self._key(templates[name], value) for name, value in wanted.items()] or [self._key(self.ALL)]
         if len(indexes) == 1:
             return indexes[0]
-        with _server():
+        with answering("job store"):
             return min(indexes, key=self._redis.zcard)
 
     def _newest_first(self, index: str, cursor: str | None) -> Iterator[Job]:
         below = f"({cursor}" if cursor else "+"
         while True:
-            with _server():
+            with answering("job store"):
                 texts = self._page_script([index], [below, BATCH, self._key(self.JOB)])
             jobs = [_job(text) for text in texts]
             yield from jobs
@@ -275,38 +270,6 @@ def _arguments(read: str, step: Step, now: float) -> list[str | float]:
     ended = job.finished_at if job.finished_at is not None else ""
     events = [to_json([type_, now, data]) for type_, data in step.events]
     return [read, secrets.token_hex(8), job.id, _text(job), waiting, lease, ended, job.idempotency_key or "", *events]
-
-
-# --- the server -------------------------------------------------------------------------------------------------------
-
-
-def _connect(url: str) -> redis.Redis:
-    with suppress(ValueError, TypeError):
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
-        )
-        client.connection_pool.make_connection()  # connects nothing, but refuses unknown options of the URL
-        return client
-    # What from_url says quotes pieces of the URL, which may be pieces of the password: it is not even chained.
-    raise ValueError("expected redis://[[user]:password@]host[:port][/database], got another form")
-
-
-@contextmanager
-def _server() -> Iterator[None]:
-    """Whatever the server or the way to it does, as a ServiceError that names neither host nor password."""
-    try:
-        yield
-    except redis.exceptions.OutOfMemoryError:
-        raise DiskFull("the Redis job store is out of memory") from None
-    except (redis.exceptions.RedisError, OSError) as error:
-        raise Unavailable(
-            f"the Redis job store did not answer ({type(error).__name__})", code="store_unavailable"
-        ) from None
 
 
 def _outrun() -> Unavailable:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Final, cast
 
-import redis
 from pydantic import ValidationError
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
-from server.errors import DiskFull, Unavailable
+from server.errors import Unavailable
 from server.keys import store
 from server.keys.key import Key
 from server.keys.store import Keys
+from server.redis_server import answering, connect
 
-TIMEOUT_S: Final = 5.0
 MAX_TRIES: Final = 100
 
 # KEYS: the hash; ARGV: id, what was read, what it becomes
@@ -34,32 +30,32 @@ class RedisKeyStore:
 
     def __init__(self, url: str, *, prefix: str = "lensrack") -> None:
         self._hash = self.KEYS.format(prefix)
-        self._redis = _connect(url)
+        self._redis = connect(url)
         self._change_script = self._redis.register_script(_CHANGE)
 
     def __repr__(self) -> str:
         return f"RedisKeyStore({self._hash!r})"
 
     def add(self, key: Key) -> None:
-        with _server():
+        with answering("key store"):
             added = self._redis.hsetnx(self._hash, key.id, key.model_dump_json())
         if not added:
             raise store.exists(key.id)
 
     def change(self, key_id: str, become: Callable[[Key], Key]) -> Key:
         for _ in range(MAX_TRIES):
-            with _server():
+            with answering("key store"):
                 text = cast("str | None", self._redis.hget(self._hash, key_id))
             if text is None:
                 raise store.unknown(key_id)
             changed = become(_key(text))
-            with _server():
+            with answering("key store"):
                 if self._change_script([self._hash], [key_id, text, changed.model_dump_json()]):
                     return changed
         raise Unavailable(f"other writers of the key store were faster {MAX_TRIES} times", code="store_unavailable")
 
     def list(self) -> Keys:
-        with _server():
+        with answering("key store"):
             texts = cast("list[str]", self._redis.hvals(self._hash))
         return store.in_order([_key(text) for text in texts])
 
@@ -72,32 +68,3 @@ def _key(text: str) -> Key:
         return Key.model_validate_json(text)
     except ValidationError:
         raise Unavailable("the key store holds a key that cannot be read", code="store_unavailable") from None
-
-
-def _connect(url: str) -> redis.Redis:
-    with suppress(ValueError, TypeError):
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
-        )
-        client.connection_pool.make_connection()  # connects nothing, but refuses unknown options of the URL
-        return client
-    # What from_url says quotes pieces of the URL, which may be pieces of the password: it is not even chained.
-    raise ValueError("expected redis://[[user]:password@]host[:port][/database], got another form")
-
-
-@contextmanager
-def _server() -> Iterator[None]:
-    """Whatever the server or the way to it does, as a ServiceError that names neither host nor password."""
-    try:
-        yield
-    except redis.exceptions.OutOfMemoryError:
-        raise DiskFull("the Redis key store is out of memory") from None
-    except (redis.exceptions.RedisError, OSError) as error:
-        raise Unavailable(
-            f"the Redis key store did not answer ({type(error).__name__})", code="store_unavailable"
-        ) from None

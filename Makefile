@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference release serve test test-long fuzz guards soak redis chromium prometheus screenshots check format clean help verify-deploy proto
+.PHONY: docs reference release serve test test-long fuzz guards soak redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,10 @@ guards: $(EXTRAS) redis  ## break the code in each of the ways of tests/guards, 
 SOAK ?=
 soak: $(EXTRAS)  ## many predictions, load cycles and jobs: does a server grow? SOAK="--predictions 5000 …" for less
 	$(BIN)/python -m tests.soak $(SOAK)
+
+GPU ?=
+gpu-check:       ## does a GPU give the CPU's answers and gradients, and how fast? GPU="--batches 64 …"; needs torch and timm only
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m server.bench.device $(GPU)
 
 redis:           ## the redis-server that the tests start and stop, where it is missing
 	@command -v redis-server >/dev/null || { \

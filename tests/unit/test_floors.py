@@ -21,6 +21,10 @@ def test_engine_methods_and_training_need_no_package_of_the_service() -> None:
     assert not SERVICE & loaded_by(*names)
 
 
+def test_what_is_tried_on_a_gpu_machine_needs_none_either() -> None:
+    assert not (SERVICE | {"typer", "rich", "pytest"}) & loaded_by("server.bench.device", "server.bench.ladder")
+
+
 @pytest.mark.parametrize(
     "module", ["prompts_store", "server.batching.scheduler", "server.jobs.sqlite_store", "server.importing.importer"]
 )

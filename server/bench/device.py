@@ -1,0 +1,317 @@
+"""`python -m server bench device`: does a device give the CPU's answers and gradients, and how fast is it?
+
+First what must hold: one batch with a row of every method, and the gradients of every method's parameters, on the
+device in float64, float32 and bfloat16, beside the literal formulation in float64 on the CPU. Then how fast: the plain
+timm forward of one task, the literal formulation, the engine with a task a row, and both captured as a CUDA graph, with
+the share that each reaches of the rate at which the device multiplies matrices of those sizes. Weights are random.
+Exits with 1 where an answer or a gradient is further off than rounding explains. Needs torch, timm, numpy, Pillow and
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from server.engine import reference, vit
+from server.engine.backbone import Backbone
+from server.engine.engine import Engine
+from server.engine.images import Geometry
+from server.engine.lens import Lens, Plain, condition
+from server.engine.rack import Rack, demand
+from server.engine.residency import Seat
+from server.methods.method import Method, Params
+from server.methods.registry import METHODS
+from server.methods.vpt_deep import VptDeep
+
+CLASSES: Final = 10
+CPU: Final = torch.device("cpu")
+# How far off rounding may bring a logit (in standard deviations of all) or a gradient (in the largest of its tensor).
+BOUNDS: Final = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`drift`: the largest difference from the literal formulation; `bound`: what rounding explains."""
+
+    what: str
+    dtype: str
+    drift: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.drift <= self.bound
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`share`: of the measured rate of matrix products; None where the variant could not be run, for `why`."""
+
+    what: str
+    batch: int
+    ms: float | None = None
+    images_per_s: float | None = None
+    share: float | None = None
+    why: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    device = torch.device(options.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    checks = [check for dtype in BOUNDS for check in _checks(options.check_arch, device, dtype, options.prompts)]
+    print(f"{_name(device)}, torch {torch.__version__}\n\n{_table(checks)}\n", flush=True)
+    dtype = getattr(torch, options.dtype)
+    rate = matmul_rate(options.arch, device, dtype, options.rounds)
+    speeds = [speed for batch in options.batches for speed in _speeds(options, device, dtype, batch, rate)]
+    print(
+        f"{options.arch}, {options.dtype}: {rate / 1e12:.1f} TFLOP/s of matrix products\n\n{_table(speeds)}", flush=True
+    )
+    if options.json is not None:
+        facts = {"device": _name(device), "torch": torch.__version__, "tflops": round(rate / 1e12, 2)}
+        report = {**facts, "checks": [asdict(one) for one in checks], "speeds": [asdict(one) for one in speeds]}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.exit(0 if all(check.holds for check in checks) else 1)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server bench device", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--check-arch", default="deit_tiny_patch16_224", help="for what must hold (default: %(default)s)"
+    )
+    parser.add_argument("--arch", default="vit_base_patch16_224", help="for how fast (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="for how fast (default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="pictures, a task each")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every variant (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    return parser.parse_args(arguments)
+
+
+# --- what must hold ---------------------------------------------------------------------------------------------------
+
+
+def _checks(arch: str, device: torch.device, dtype: torch.dtype, prompts: int) -> Iterator[Check]:
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=0).eval().requires_grad_(False)
+    truth, eye = (_eye(arch, model, *kind) for kind in ((CPU, torch.float64), (device, dtype)))
+    size = truth.spec.image_size
+    pixels = torch.randn(len(METHODS), 3, size, size, dtype=torch.float64)
+    name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
+    yield Check("answers, all methods in one batch", name, _answers_drift(truth, eye, pixels, prompts), bound)
+    for method in METHODS:
+        yield Check(f"gradients, {method.name}", name, _gradients_drift(truth, eye, method, pixels[:2], prompts), bound)
+
+
+def _answers_drift(truth: Backbone, eye: Backbone, pixels: Tensor, prompts: int) -> float:
+    params = [_params(truth, method, seed, prompts) for seed, method in enumerate(METHODS)]
+    rows = zip(METHODS, params, pixels, strict=True)
+    with torch.inference_mode():
+        wanted = torch.stack([_literal(truth, method, own, row[None], prompts)[0] for method, own, row in rows])
+        rack = Rack(dim=eye.spec.dim, slots=len(METHODS), vectors=100_000, device=eye.device, dtype=eye.dtype)
+        places = zip(METHODS, params, strict=True)
+        seats = [_seat(eye, rack, _lens(eye, method, own, prompts)) for method, own in places]
+        x = vit.embed(eye, pixels.to(eye.device, eye.dtype))
+        got = torch.stack(Engine(eye, rack).logits(x, list(enumerate(seats)))).double().cpu()
+    return float((got - wanted).abs().max() / wanted.std())
+
+
+def _gradients_drift(truth: Backbone, eye: Backbone, method: Method, pixels: Tensor, prompts: int) -> float:
+    """The largest difference in any parameter's gradient, in that gradient's largest number."""
+    targets, drawn = torch.arange(len(pixels)), _params(truth, method, 1, prompts)
+    exact = {name: value.clone().requires_grad_(True) for name, value in drawn.items()}
+    F.cross_entropy(_literal(truth, method, exact, pixels, prompts), targets).backward()
+    own = {name: value.to(eye.device, eye.dtype).requires_grad_(True) for name, value in drawn.items()}
+    lens = method.lower(eye, own, method.prompt_lengths(eye.spec, prompts))
+    x = vit.embed(eye, pixels.to(eye.device, eye.dtype))
+    logits = vit.classify(vit.forward(eye, x, condition(lens, len(x))), lens)
+    F.cross_entropy(logits, targets.to(eye.device)).backward()
+    return max(_apart(own[name].grad, exact[name].grad) for name in drawn)
+
+
+def _apart(got: Tensor | None, wanted: Tensor | None) -> float:
+    if got is None or wanted is None:
+        return 0.0 if got is wanted else float("inf")
+    return float((got.double().cpu() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+
+
+# --- how fast ---------------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(arch: str, device: torch.device, dtype: torch.dtype, rounds: int, rows: int = 12_608) -> float:
+    """FLOP/s of the widest product of a block, of 64 pictures' tokens on a GPU."""
+    dim = int(timm.create_model(arch, num_classes=0).num_features)
+    rows = rows if device.type == "cuda" else rows // 16
+    a, b = torch.randn(rows, dim, device=device, dtype=dtype), torch.randn(dim, 4 * dim, device=device, dtype=dtype)
+    flops: int = 2 * rows * dim * 4 * dim
+    return flops / _seconds({"": lambda: a @ b}, device, rounds)[""]
+
+
+def _speeds(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, batch: int, rate: float
+) -> Iterator[Speed]:
+    torch.manual_seed(0)
+    model = timm.create_model(options.arch, num_classes=0).eval().requires_grad_(False)
+    eye, method = _eye(options.arch, model, device, dtype, packed=True), VptDeep()
+    size = eye.spec.image_size
+    pixels = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    params = [_params(eye, method, seed, options.prompts) for seed in range(batch)]
+    lenses = [_lens(eye, method, own, options.prompts) for own in params]
+    rack = Rack(dim=eye.spec.dim, slots=batch, vectors=sum(map(demand, lenses)), device=device, dtype=dtype)
+    rows = list(enumerate(_seat(eye, rack, lens) for lens in lenses))
+    engine, plain = Engine(eye, rack), timm.create_model(options.arch, num_classes=0).to(device, dtype).eval()
+    head = params[0]["head.weight"].to(device, dtype)
+    runs: dict[str, Run] = {
+        "timm, one task": lambda: F.linear(plain(pixels), head),
+        f"the engine, {batch} tasks": lambda: engine.logits(vit.embed(eye, pixels), rows),
+        "the engine's plain trunk": lambda: vit.forward(eye, vit.embed(eye, pixels), Plain()),
+    }
+    if batch <= 8:
+        at_home = [{name: value.to(device, dtype) for name, value in own.items()} for own in params]
+        runs["literal, task by task"] = lambda: [
+            _literal(eye, method, own, row[None], options.prompts) for own, row in zip(at_home, pixels, strict=True)
+        ]
+    lacking: dict[str, str] = {}
+    for name in list(runs)[:3]:
+        try:
+            runs[f"{name}, as a CUDA graph"] = captured(runs[name], device)
+        except RuntimeError as error:
+            lacking[f"{name}, as a CUDA graph"] = str(error).splitlines()[0][:100]
+    flops = _flops(plain, pixels[:1]) * batch
+    for name, seconds in _seconds(runs, device, options.rounds).items():
+        share = flops / seconds / rate
+        yield Speed(name, batch, round(seconds * 1e3, 3), round(batch / seconds, 1), round(share, 3))
+    for name, why in lacking.items():
+        yield Speed(name, batch, why=f"not measured: {why}")
+
+
+def captured(run: Run, device: torch.device) -> Run:
+    """The same work as one launch. Raises RuntimeError where there is no CUDA, or `run` waits for the device inside."""
+    if device.type != "cuda":
+        raise RuntimeError("there are no graphs on this device")
+    side = torch.cuda.Stream(device)
+    with torch.inference_mode(), torch.cuda.stream(side):
+        for _ in range(3):  # what is set up lazily must be there before
+            run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _seconds(runs: dict[str, Run], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median wall time of each; turns are taken, and what a turn starts is waited for."""
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            with torch.inference_mode(), _timed(device) as seconds:
+                run()
+            if turn:
+                spent[name] += seconds
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+@contextmanager
+def _timed(device: torch.device) -> Iterator[list[float]]:
+    seconds: list[float] = []
+    _wait(device)
+    started = time.perf_counter()
+    yield seconds
+    _wait(device)
+    seconds.append(time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _flops(model: torch.nn.Module, pixels: Tensor) -> int:
+    """Of one picture in the plain network: what every variant has to do, so prompts count as overhead."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixels)
+    return int(counter.get_total_flops())
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _eye(
+    arch: str, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, packed: bool = False
+) -> Backbone:
+    own = timm.create_model(arch, num_classes=0)
+    own.load_state_dict(model.state_dict())
+    return Backbone.of(arch, own, device=device, dtype=dtype, packed=packed)
+
+
+def _params(eye: Backbone, method: Method, seed: int, prompts: int) -> Params:
+    """Fresh parameters, none of them zero, in float64 on the CPU."""
+    lengths, generator = method.prompt_lengths(eye.spec, prompts), torch.Generator().manual_seed(seed)
+    drawn = method.init(eye.spec, lengths, CLASSES, generator)
+    return {
+        name: value.double() + torch.randn(value.shape, generator=generator) * 0.05 for name, value in drawn.items()
+    }
+
+
+def _literal(eye: Backbone, method: Method, params: Params, pixels: Tensor, prompts: int) -> Tensor:
+    return reference.logits(method.name, eye, pixels, params, method.prompt_lengths(eye.spec, prompts))
+
+
+def _lens(eye: Backbone, method: Method, params: Params, prompts: int) -> Lens:
+    own = {name: value.to(eye.device, eye.dtype) for name, value in params.items()}
+    with torch.inference_mode():
+        return method.lower(eye, own, method.prompt_lengths(eye.spec, prompts))
+
+
+def _seat(eye: Backbone, rack: Rack, lens: Lens) -> Seat:
+    place = rack.allocate(lens)
+    rack.write(place, lens)
+    geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
+    return Seat("task", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} (no GPU was measured)"
+
+
+def _table(rows: Sequence[Any]) -> str:
+    """Markdown."""
+    if rows and isinstance(rows[0], Check):
+        lines = ["| | dtype | drift | rounding explains | |", "|---|---|---|---|---|"]
+        holds = {True: "", False: "**too far**"}
+        return "\n".join(
+            [*lines, *(f"| {r.what} | {r.dtype} | {r.drift:.1e} | {r.bound:.0e} | {holds[r.holds]} |" for r in rows)]
+        )
+    lines = ["| | batch | ms | images/s | share of the matmul rate |", "|---|---|---|---|---|"]
+    for row in rows:
+        figures = f"{row.ms:,.2f} | {row.images_per_s:,.0f} | {row.share:.0%}" if row.ms else f"– | – | {row.why}"
+        lines.append(f"| {row.what} | {row.batch} | {figures} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

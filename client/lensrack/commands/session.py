@@ -1,0 +1,49 @@
+"""What every command needs: the client that the options in front of it ask for, and the arguments they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from lensrack import Client, _completion
+from lensrack import _terminal as term
+
+Context = typer.Context
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=_completion.tasks)]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or the unique beginning of it.")]
+SourcePath = Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")]
+DatasetName = Annotated[str | None, typer.Option("--name", help="What people call it.")]
+Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Go on with an upload that broke off.")]
+DatasetId = Annotated[
+    str, typer.Argument(metavar="DATASET", help="The dataset's id.", autocompletion=_completion.datasets)
+]
+DatasetOption = Annotated[str, typer.Option("--dataset", help="The dataset's id.", autocompletion=_completion.datasets)]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", autocompletion=_completion.jobs)]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Of one call of the program."""
+
+    client: Client
+    json: bool
+
+
+def client_of(context: Context) -> Client:
+    return cast(Session, context.obj).client
+
+
+def wants_json(context: Context, as_json: bool) -> bool:
+    """`as_json`: said behind the command; it may as well stand before it."""
+    return as_json or cast(Session, context.obj).json
+
+
+def show_deleted(context: Context, what: str, name: str, *, as_json: bool) -> None:
+    if wants_json(context, as_json):
+        term.print_json({"deleted": name})
+    else:
+        term.say(f"{what} {name} deleted")

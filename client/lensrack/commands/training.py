@@ -1,0 +1,241 @@
+"""Training: jobs that fit, condense and compare, and how they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from lensrack import JobHandle, wire
+from lensrack import _terminal as term
+from lensrack._watch import watch
+from lensrack.picture import HEAD, cells, draw, ranked
+
+from .session import Context, DatasetOption, JobId, Json, TaskName, client_of, wants_json
+
+commands = typer.Typer()
+jobs = typer.Typer(help="Training jobs.")
+
+
+@commands.command()
+def train(
+    context: Context,
+    *,
+    task: TaskName,
+    dataset: DatasetOption,
+    method: Annotated[str, typer.Option(help="auto, vpt_deep, vpt_shallow, linear, ...")] = "auto",
+    search: Annotated[str | None, typer.Option(help="auto, quick (a first answer in seconds) or none.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Images through the backbone for a search.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published recipe: vpt or cvpt.")] = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate itself.")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="lr = base_lr * batch_size / 256.")] = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    warmup_epochs: float | None = None,
+    prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
+    prompt_layers: Annotated[
+        tuple[int, int] | None, typer.Option(help="First and last layer with prompts, from 0.")
+    ] = None,
+    prompt_dropout: float | None = None,
+    init: Annotated[
+        str | None, typer.Option(help="How prompts begin: uniform, tokens, tokens_mean or tokens_kmeans.")
+    ] = None,
+    label_smoothing: float | None = None,
+    class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
+    augment: Annotated[str | None, typer.Option(help="none, flip or crop.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before it stops; 0: never.")] = None,
+    pool: Annotated[str | None, typer.Option(help="The head reads: cls, image or image_and_prompts.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
+    seed: int | None = None,
+    condense: Annotated[
+        bool | None, typer.Option("--condense", help="Leave out most prompts after the fit.", show_default=False)
+    ] = None,
+    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
+    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a task in the background; prints the job's id.
+
+    What is left out is searched (--search auto), or takes the method's default (--search none). Without --search,
+    a method that is named together with hyper-parameters is fitted with these.
+    """
+    given = {name: context.params[name] for name in wire.Recipe.model_fields}
+    recipe = {name: value for name, value in given.items() if value is not None}
+    policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
+    asked: Mapping[str, Any] = recipe or {"search": "auto"}
+    handle = client_of(context).train(task, dataset, method, asked, publish=policy, priority=priority)
+    _show_begun(handle, follow=follow, as_json=wants_json(context, as_json))
+
+
+@commands.command()
+def condense(
+    context: Context,
+    *,
+    task: TaskName,
+    version: Annotated[str, typer.Option(help="A version, the beginning of one, or an alias.")] = "live",
+    dataset: Annotated[str | None, typer.Option(help="Instead of the version's own.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="A share of the prompts to try; repeat for more.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Validation accuracy that may be lost, such as 0.005.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of the refit of each share.")] = None,
+    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
+    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave out most prompts of a version in the background; prints the job's id.
+
+    The smallest share that costs no more than --epsilon becomes a new version; where none does, nothing changes.
+    """
+    handle = client_of(context).condense(
+        task,
+        version,
+        dataset=dataset,
+        keep=keep or None,
+        epsilon=epsilon,
+        epochs=epochs,
+        publish=cast(wire.PublishPolicy, publish),
+        priority=priority,
+    )
+    _show_begun(handle, follow=follow, as_json=wants_json(context, as_json))
+
+
+def _show_begun(handle: JobHandle, *, follow: bool, as_json: bool) -> None:
+    if not as_json:
+        print(handle.id, flush=True)
+    if follow:
+        _follow(handle)
+    if as_json:
+        term.print_json(handle.job)
+
+
+def _watch(handle: JobHandle) -> wire.Job:
+    try:
+        return watch(handle)
+    except KeyboardInterrupt:
+        term.say(f"job {handle.id} goes on: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
+        raise typer.Exit(130) from None
+
+
+def _follow(handle: JobHandle) -> None:
+    job = _watch(handle)
+    if job.version is None:
+        term.say(f"job {job.id} {job.state}: {job.method} leaves no version; `lensrack jobs show {job.id}`")
+        return
+    term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
+    told = job.metrics.get("condense") or {}
+    if told.get("kept"):
+        term.say(f"it keeps {told['kept']} of {told['prompts']} prompts")
+    elif told:
+        term.say("no smaller share of its prompts was good enough: all of them are kept")
+    if job.metrics.get("published") is False and (told.get("kept") or not told.get("version")):
+        term.say(f"it is not live: the job's --publish was {job.publish}")
+
+
+@commands.command()
+def compare(
+    context: Context,
+    *,
+    task: TaskName,
+    dataset: DatasetOption,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="A method or a baseline; repeatable. Default: all methods.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1 and 2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of every fit but heads alone.")] = None,
+    batch_size: int | None = None,
+    prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit several methods on a dataset and show what each reaches and costs. Nothing is stored.
+
+    `lensrack comparison JOB` shows the table again, or of a job that was started with --detach.
+    """
+    given = {"epochs": epochs, "batch_size": batch_size, "prompts": prompts, "validation": validation}
+    recipe = {name: value for name, value in given.items() if value is not None}
+    handle = client_of(context).compare(
+        task, dataset, methods, seeds=seeds or (0, 1, 2), recipe=recipe, priority=priority
+    )
+    if detach:
+        term.print_json(handle.job) if wants_json(context, as_json) else print(handle.id)
+        return
+    term.say(f"job {handle.id}")
+    _watch(handle)
+    _show_comparison(context, handle.id, picture, as_json=as_json)
+
+
+@commands.command()
+def comparison(
+    context: Context,
+    job: JobId,
+    picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
+    as_json: Json = False,
+) -> None:
+    """The table of a comparison that has ended."""
+    _show_comparison(context, job, picture, as_json=as_json)
+
+
+def _show_comparison(context: Context, job: str, picture: Path | None, *, as_json: bool) -> None:
+    found = client_of(context).comparison(job)
+    if picture is not None:
+        picture.write_text(draw([found]))
+    if wants_json(context, as_json):
+        term.print_json(found)
+    else:
+        rows = [cells(found, row) for row in ranked(found)]
+        term.print_table(HEAD, rows, f"job {job} is {found.state}: there is no table yet")
+
+
+@jobs.callback(invoke_without_command=True)
+def jobs_or_list(context: Context, as_json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_jobs(context, as_json=as_json)
+
+
+@jobs.command("list")
+def list_jobs(
+    context: Context,
+    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
+    state: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=500)] = 50,
+    as_json: Json = False,
+) -> None:
+    """Jobs, newest first."""
+    page = client_of(context).jobs.list(task=task, state=cast(wire.JobState, state), limit=limit)
+    term.print_json(page.jobs) if wants_json(context, as_json) else term.show_jobs(page.jobs)
+    if page.next:
+        term.say(f"these are the newest {limit}; --limit shows more")
+
+
+@jobs.command("show")
+def show_job(context: Context, job: JobId, as_json: Json = False) -> None:
+    """One job."""
+    found = client_of(context).jobs.get(job)
+    term.print_json(found) if wants_json(context, as_json) else term.show_job(found)
+
+
+@jobs.command("watch")
+def watch_job(context: Context, job: JobId, as_json: Json = False) -> None:
+    """Follow a job to its end; exit code 1 where it fails."""
+    handle = client_of(context).jobs.handle(job)
+    _follow(handle)
+    if wants_json(context, as_json):
+        term.print_json(handle.job)
+
+
+@jobs.command("cancel")
+def cancel_job(context: Context, job: JobId, as_json: Json = False) -> None:
+    """End a job: a waiting one at once, a running one within a step."""
+    asked = client_of(context).jobs.cancel(job)
+    if wants_json(context, as_json):
+        term.print_json(asked)
+    term.say(f"job {job} is cancelled" if asked.finished else f"job {job} will end within a step")

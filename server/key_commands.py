@@ -36,7 +36,12 @@ class _Opened:
 def create(
     *,
     scope: Annotated[list[str], typer.Option(help="predict, train or admin, which includes both; repeatable.")],
-    tasks: Annotated[str, typer.Option(help="The beginning of the names of its tasks. Empty: all tasks.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="The beginning of the names of its tasks, up to a -, _ or dot. Empty: all tasks.")
+    ] = "",
+    open_ended: Annotated[
+        bool, typer.Option("--open-ended", help="Take --tasks as it is: `a` then covers `ab-cats`, too.")
+    ] = False,
     name: Annotated[str, typer.Option(help="What people call it.")] = "",
     key_id: Annotated[str | None, typer.Option("--id", help="Its public id; one is made up otherwise.")] = None,
     images_per_s: Annotated[float | None, typer.Option(help="Most images a second, over a minute.")] = None,
@@ -51,6 +56,10 @@ def create(
     allowance = {"images_per_s": images_per_s, "jobs_per_day": jobs_per_day, "bytes_stored": bytes_stored}
     made = {"id": key_id or keys.new_id(), "name": name, "scopes": scope, "tasks": tasks, "allowance": allowance}
     key = _checked(made | {"created_at": time.time()})
+    if key.open_ended and not open_ended:
+        expected = f"expected it to end in one of {' '.join(keys.SEPARATORS)}, as {tasks + '-'!r} does"
+        typer.echo(f"tasks: {expected}; {tasks!r} would cover {tasks + '2-cats'!r}, too (--open-ended)", err=True)
+        raise typer.Exit(2)
     token = keys.new_token(key.id)
     key = key.model_copy(update={"hash": keys.hashed(token)})
     if for_file:

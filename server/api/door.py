@@ -3,7 +3,8 @@
     Host known? ─► Origin ours? ─► whose key? ─► does it have the scope that the route asks for? ─► route
         421            403             401              403
 
-`request.state.key` is then the key; None on a route that is open to nobody in particular. As long as there are no keys
+`request.state.key` is then the key; None on a route that is open to nobody in particular. `request.state.admitted` asks
+anew, for answers that take so long that the key may be revoked meanwhile. As long as there are no keys
 everybody is `NOBODY`, who may do everything; Host and Origin then keep out the web pages that visitors of this machine
 happen to look at, which could otherwise send requests (CSRF) or pretend to be this server (DNS rebinding).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.cookies import CookieError, SimpleCookie
 from typing import Final
 
@@ -67,9 +68,17 @@ class Door:
             if method not in SAFE:
                 require_origin(headers, self._named, required=cookie is not None)
         scope["state"]["open_metrics"] = self._open_metrics
-        key = await self._whose(bearer or cookie)
-        scope["state"]["key"] = key
-        scopes.check(scope, scopes.template(method, scope["path"]), given=bool(bearer or cookie))
+        token = bearer or cookie
+        scope["state"]["key"] = await self._whose(token)
+        scope["state"]["admitted"] = partial(self._still_admit, scope, token)
+        scopes.check(scope, scopes.template(method, scope["path"]), given=bool(token))
+
+    async def _still_admit(self, scope: Scope, token: str | None) -> None:
+        """Whether the one who came in would come in now, to the same tasks. Raises Unauthenticated, Forbidden."""
+        before, now = scope["state"]["key"], await self._whose(token)
+        same = before is not None and now is not None and before.tasks == now.tasks
+        scope["state"]["key"] = now if same else None
+        scopes.check(scope, scopes.template(scope["method"], scope["path"]), given=bool(token))
 
     async def _whose(self, token: str | None) -> Key | None:
         await self._ring.refresh()

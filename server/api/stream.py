@@ -2,7 +2,8 @@
 
 Each event carries its number as `id`, so a client that lost its connection says `Last-Event-ID` and misses nothing. A
 comment every `HEARTBEAT_S` keeps proxies from closing a quiet stream. When the job has ended the stream ends; a client
-that comes back after that gets 204, which tells an EventSource not to come again.
+that comes back after that gets 204, which tells an EventSource not to come again. It ends, too, when the key that asked
+for it is revoked; who comes back then gets 401.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from lensrack import wire
-from server.errors import BadRequest
+from server.errors import BadRequest, Forbidden, Unauthenticated
 
 MEDIA_TYPE: Final = "text/event-stream"
 HEARTBEAT_S: Final = 15.0
 WAIT_S: Final = 5.0  # one look at the store's events; shorter than the heartbeat, so that one is never late by much
 
-Page = Callable[[int, float], Awaitable[wire.JobEvents]]  # (after, wait_s)
+# (after, wait_s); raises Unauthenticated or Forbidden once the key is no longer good for it
+Page = Callable[[int, float], Awaitable[wire.JobEvents]]
 
 
 def wanted(request: Request) -> bool:
@@ -59,7 +61,10 @@ async def _frames(found: wire.JobEvents, page: Page) -> AsyncIterator[str]:
         if time.monotonic() - said >= HEARTBEAT_S:
             yield ": still here\n\n"
             said = time.monotonic()
-        found = await page(found.next, WAIT_S)
+        try:
+            found = await page(found.next, WAIT_S)
+        except (Unauthenticated, Forbidden):
+            return
 
 
 def frame(event: wire.JobEvent) -> str:

@@ -23,6 +23,7 @@ Scope = Literal["predict", "train", "admin"]
 
 SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 SECRET_BYTES: Final = 32
+SEPARATORS: Final = "-_."  # where a prefix should end
 ID_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,31}$"
 _ID: Final = re.compile(ID_PATTERN)
 _TOKEN: Final = re.compile(r"lr_([a-z0-9][a-z0-9-]{0,31})_([A-Za-z0-9_-]{20,200})")
@@ -71,6 +72,11 @@ class Key(BaseModel):
     def covers(self, name: str) -> bool:
         """Whether a task, or what was stored under a prefix, is this key's."""
         return name.startswith(self.tasks)
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether its prefix may end within a word: `a` covers what begins with `ab-`, which may be somebody else's."""
+        return bool(self.tasks) and self.tasks[-1] not in SEPARATORS
 
     def hashes(self, now: float) -> tuple[str, ...]:
         """What a token may match at this moment."""

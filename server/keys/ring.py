@@ -16,7 +16,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -59,6 +59,7 @@ class KeyRing:
         self._matched: _Seen = OrderedDict()
         self._refused: _Seen = OrderedDict()
         self._one_at_a_time, self._waiting = asyncio.Lock(), 0
+        self._warned: set[str] = set()
         self.locked = False  # there are or have been keys: from then on every request needs one
 
     def load(self) -> None:
@@ -166,7 +167,15 @@ class KeyRing:
         keys = {key.id: key for key in stored} | {key.id: key for key, _ in self._listed}
         tokens = {self._digest(token): key.id for key, token in self._listed if token is not None}
         self._known = _Known(keys, tokens)
+        self._warn(keys.values())
         self.locked = self.locked or bool(keys) or self._file is not None
+
+    def _warn(self, keys: Iterable[Key]) -> None:
+        """Once of each key whose prefix two tenants may share without knowing."""
+        for key in keys:
+            if key.open_ended and key.id not in self._warned:
+                self._warned.add(key.id)
+                log.warning("key %s covers every task whose name begins with %r, within words too", key.id, key.tasks)
 
     def _digest(self, token: str) -> bytes:
         return hashlib.blake2b(token.encode(), key=self._pepper, digest_size=32).digest()

@@ -136,4 +136,25 @@ MUTATIONS = (
         "            if False:\n",
         "tests/unit/test_api_http.py::test_each_route_has_its_cap",
     ),
+    Mutation(
+        "What is somebody else's costs the same work as what does not exist",
+        "server/api/tenancy.py",
+        "        if not job.task.startswith(self._tenant):",
+        "        if not job.task.startswith(self._tenant) and self._inner.events(job_id) is not None:",
+        "tests/security/test_tenancy.py::test_theirs_costs_the_same_work_as_what_does_not_exist",
+    ),
+    Mutation(
+        "Whoever listens to a job does not outlive the key",
+        "server/api/train.py",
+        "        await admitted()\n",
+        "",
+        "tests/security/test_keys_http.py::test_whoever_listens_to_a_job_does_not_outlive_the_key",
+    ),
+    Mutation(
+        "A client that leaves while its picture is decoded keeps nothing",
+        "server/api/predict.py",
+        "        asked.cancel()\n",
+        "",
+        "tests/unit/test_overload.py::test_who_leaves_takes_the_row_along",
+    ),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +170,54 @@ def test_a_revoked_key_is_out_and_a_new_one_in_without_a_restart(tmp_path: Path)
             assert time.monotonic() < patience, "the old key stays"
             time.sleep(0.05)
         assert api.http.get("/tasks", headers=bearer("train")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("way", "change"),
+    [
+        ("a stream", "revoked"),
+        ("a stream", "another prefix"),
+        ("a long poll", "another scope"),
+        ("a long poll", "another token"),
+    ],
+)
+def test_whoever_listens_to_a_job_does_not_outlive_the_key(tmp_path: Path, way: str, change: str) -> None:
+    path = keys_file(tmp_path)
+    with serving(tmp_path, keys_file=path) as api:
+        job = api.services.jobs.submit("acme-fish", "none", "linear", {}, max_attempts=1).id
+        events, asked = api.services.jobs.events, threading.Event()
+        after = events(job)[-1].seq
+
+        def watched(*arguments: Any) -> Any:
+            asked.set()
+            return events(*arguments)
+
+        api.services.jobs.events = watched  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as pool:
+            listening = pool.submit(listen, api, way, job, after)
+            assert asked.wait(60)
+            rows = [json.loads(line) for line in path.read_text().splitlines() if '"acme"' not in line]
+            anew = {
+                "revoked": [],
+                "another scope": [{"scopes": ["predict"], "tasks": "acme-", "token": TOKENS["acme"]}],
+                "another prefix": [{"scopes": ["admin"], "tasks": "acme-cats-", "token": TOKENS["acme"]}],
+                "another token": [{"scopes": ["admin"], "tasks": "acme-", "token": f"new-{TOKENS['acme']}"}],
+            }[change]
+            path.write_text("\n".join(json.dumps(row) for row in [*rows, *({"id": "acme", **row} for row in anew)]))
+            status, heard = listening.result(60)
+        assert status == {"a stream": 200, "a long poll": 403 if change == "another scope" else 401}[way]
+        assert "finished" not in heard, "it ended by itself"
+
+
+def listen(api: Api, way: str, job: str, after: int) -> tuple[int, str]:
+    """All that is heard of a job that does nothing, until the server ends it."""
+    if way == "a long poll":
+        page = f"{api.url}/train/{job}/events?wait_s=30&after={after}"
+        answer = httpx.get(page, headers=bearer("acme"), timeout=60)
+        return answer.status_code, answer.text
+    headers = {**bearer("acme"), "accept": "text/event-stream"}
+    with httpx.stream("GET", f"{api.url}/train/{job}/events", headers=headers, timeout=60) as answer:
+        return answer.status_code, "".join(answer.iter_text())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4"])

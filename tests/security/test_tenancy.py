@@ -6,11 +6,16 @@ same, byte for byte but for the name that was asked for, and afterwards the othe
 
 from __future__ import annotations
 
+import builtins
+import functools
+import inspect
 import io
 import json
+import os
 import secrets
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +23,16 @@ from typing import Any
 import httpx
 import pytest
 
+from prompts_store.memory_store import MemoryStore
+from server.datasets.dataset_store import DatasetStore
+from server.datasets.feedback_store import FeedbackStore
+from server.datasets.manifests import Manifests
+from server.datasets.upload_store import UploadStore
 from server.jobs.job import new_id
+from server.jobs.sqlite_store import SqliteJobStore
+from server.keys.ring import KeyRing
 from tests.unit.api_server import Api, assert_problem, serving
-from tests.unit.serving import bundle, png, publish
+from tests.unit.serving import Shelf, bundle, png, publish
 
 TOKENS = {name: f"token-of-{name}-{'x' * 20}" for name in ("all", "mine", "theirs", "part")}
 PNG = {"content-type": "image/png"}
@@ -160,6 +172,50 @@ def test_no_route_tells_what_is_theirs_from_what_does_not_exist(house: House) ->
             seen += 1
     assert seen > 30
     assert state(house) == before
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what is asked of every store, within them too, and which folders and files are looked at."""
+    done: Counter[str] = Counter()
+    monkeypatch.setattr(KeyRing, "refresh", keys_stay)  # it looks at the keys once a second, whoever asks then
+    for store in (MemoryStore, SqliteJobStore, DatasetStore, Manifests, UploadStore, FeedbackStore, Shelf):
+        for name, method in list(vars(store).items()):
+            if inspect.isfunction(method) and not name.startswith("__"):
+                monkeypatch.setattr(store, name, counting(method, f"{store.__name__}.{name}", done))
+    for owner, name in ((os, "stat"), (os, "scandir"), (os, "open"), (io, "open"), (builtins, "open")):
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name), f"{owner.__name__}.{name}", done))
+    return done
+
+
+async def keys_stay(ring: KeyRing, max_age_s: float = 0) -> None:
+    """Instead of `KeyRing.refresh`."""
+
+
+def counting(method: Callable[..., Any], name: str, done: Counter[str]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        done[name] += 1
+        return method(*arguments, **options)
+
+    return counted
+
+
+def test_theirs_costs_the_same_work_as_what_does_not_exist(house: House, work: Counter[str]) -> None:
+    """How long an answer takes tells nothing either, for the same is done: the same questions to the same stores."""
+    counted = 0
+    with house.client("mine") as client:
+        for method, template in operations(house):
+            if "{" not in template:
+                continue
+            done = []
+            for names in (nothing(), house.theirs, nothing()):  # the first one pays for what is imported late
+                work.clear()
+                asked(client, method, template, names)
+                done.append(dict(work))
+            assert done[1] == done[2], (method, template)
+            counted += sum(done[1].values())
+    assert counted > 50, "nothing was counted"
 
 
 @pytest.mark.parametrize("suffix", ["@live", "@VERSION", "@PREFIX"])

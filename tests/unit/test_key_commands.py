@@ -115,3 +115,15 @@ def test_keys_are_where_the_jobs_are(home: Path, redis_url: str, monkeypatch: py
     run("create", "--scope", "admin", "--id", "ops")
     assert not (home / "keys.sqlite").exists()
     assert [one["id"] for one in json.loads(run("list", "--json").output)] == ["ops"]
+
+
+def test_a_prefix_ends_between_words_unless_told_otherwise(home: Path) -> None:
+    """A key for `acme` would see what `acme2` calls its own."""
+    said = run("create", "--scope", "predict", "--tasks", "acme", status=2).stderr
+    assert "'acme-'" in said
+    assert "'acme2-cats'" in said
+    assert not (home / "keys.sqlite").exists()
+    run("create", "--scope", "predict", "--tasks", "acme", "--open-ended")
+    for tasks in ("acme-", "acme_", "acme.eu.", ""):
+        run("create", "--scope", "predict", "--tasks", tasks)
+    assert [key.open_ended for key in kept(home)] == [True, False, False, False, False]

@@ -400,3 +400,15 @@ async def test_nobody_is_refused_while_the_counts_are_away() -> None:
     meter = Meter("redis://127.0.0.1:1/0")
     for _ in range(3):
         await meter.images(allowed(images_per_s=0.001), 1)
+
+
+async def test_a_prefix_that_two_tenants_may_share_is_told_once(
+    store: SqliteKeyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, tasks in (("shared", "acme"), ("own", "acme-"), ("all", "")):
+        store.add(Key(id=name, scopes=frozenset({"predict"}), tasks=tasks, hash=""))
+    ring = KeyRing(store)
+    ring.load()
+    await ring.refresh(0)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["key shared covers every task whose name begins with 'acme', within words too"]

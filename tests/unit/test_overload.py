@@ -4,16 +4,19 @@ nothing is left of those who went away or never came whole."""
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from server import metrics
+from server import metrics, pictures
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 
@@ -101,24 +104,60 @@ def test_sockets_that_are_half_open_hold_no_rows(narrow: Api) -> None:
             sock.close()
 
 
-@pytest.mark.parametrize("stage", ["the body", "the queue", "the engine"])
-def test_who_leaves_takes_the_row_along(narrow: Api, stage: str) -> None:
-    body = png()
+class Held:
+    """A step of the server that is held up: `entered` once somebody is in it, going on when `gate` is set."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work, self.entered, self.gate = work, threading.Event(), threading.Event()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.entered.set()
+        assert self.gate.wait(60)
+        return self._work(*arguments, **options)
+
+
+def held_up(api: Api, stage: str, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """What is set when somebody has come as far as the stage, and what lets everybody go on."""
+    if stage in ("the queue", "the engine"):
+        api.floor.engine.gate.clear()
+        return api.floor.engine.entered, api.floor.engine.gate
+    if stage == "the seat":
+        step = Held(api.floor.store.get)
+        monkeypatch.setattr(api.floor.store, "get", step)
+    else:
+        step = Held(pictures.fitted)
+        monkeypatch.setattr(pictures, "fitted", step if stage == "decoding" else step._work)
+    if stage == "the body":
+        step.entered.set()
+    return step.entered, step.gate
+
+
+@pytest.mark.parametrize("stage", ["the body", "the seat", "decoding", "the queue", "the engine"])
+def test_who_leaves_takes_the_row_along(narrow: Api, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of theirs is kept: no row, no room in the queue, no seat, no work for a thread, no file descriptor."""
+    body, until_closed = png(), descriptors() + 2  # the client's own connection, from both ends
     head = (
         f"POST /predict/fish HTTP/1.1\r\nHost: [::1]\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     sent = head.encode() + (body[:20] if stage == "the body" else body)
-    engine = narrow.floor.engine
-    engine.gate.clear()
+    entered, gate = held_up(narrow, stage, monkeypatch)
     clients = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(8)]
     for sock in clients:
         sock.sendall(sent)
-    if stage != "the body":
-        assert engine.entered.wait(20)
+    assert entered.wait(60)
     if stage == "the queue":
         until(lambda: len(narrow.floor.batcher) > 0, "no row waits")
     for sock in clients:
         sock.close()
-    engine.gate.set()
+    if stage in ("the seat", "decoding"):
+        until(lambda: len(narrow.floor.batcher._promised) == 0, "room is kept for nobody while the step goes on")
+    gate.set()
     until(lambda: nothing_is_left(narrow), f"a row is left by who left in {stage}")
     assert narrow.http.post("/predict/fish", content=body, headers=HEADERS).status_code == 200
+    until(narrow.floor.pool._work_queue.empty, "pictures of nobody wait to be decoded")
+    until(lambda: descriptors() <= until_closed, "a connection was not closed")
+    narrow.floor.batcher.check_integrity()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

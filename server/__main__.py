@@ -11,10 +11,13 @@ import atexit
 import importlib
 import json
 import logging
+import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,6 +34,7 @@ from server.settings import Settings
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = logging.getLogger("server")
 
+LEAVE_S = 1.0
 ExportFormat = Literal["onnx", "timm"]
 ExportInput = Literal["uint8", "float"]
 BENCHES = (
@@ -88,23 +92,21 @@ def serve(
     from server.errors import ServiceError
 
     try:
-        code = asyncio.run(_serve(settings))
+        status = asyncio.run(_serve(settings))
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
         raise typer.Exit(1) from None
-    if code is not None:  # the interpreter would wait for a thread that hangs
-        tracing.stop()
-        logging.shutdown()
-        os._exit(code)
+    _leave(status)
 
 
-async def _serve(settings: Settings) -> int | None:
-    """The status to leave with at once, because the engine's thread is still at something; None when all has ended."""
+async def _serve(settings: Settings) -> int:
+    """The exit status."""
     import uvicorn
 
     from server.bootstrap import UNTRAINED_NOTE, build_server
     from server.watchdog import EXIT_CODE
 
+    asyncio.get_running_loop().set_default_executor(_Threads(thread_name_prefix="asyncio"))
     listener = socket.create_server((settings.host, settings.port), backlog=1024)  # a taken port is known at once
     # asyncio does this only for sockets that name their protocol; without it an answer waits 40 ms for the client's ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,7 +121,7 @@ async def _serve(settings: Settings) -> int | None:
         access_log=False,
         server_header=False,
         lifespan="off",
-        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # who is told off by a drain hears it
     )
 
     class Front(uvicorn.Server):
@@ -132,15 +134,38 @@ async def _serve(settings: Settings) -> int | None:
                 loop.add_signal_handler(number, self.handle_exit, number, None)
             yield
 
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            super().handle_exit(number, frame)
+            server.leave()
+
     async with server.running():
         address, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%d", address, port)
         front = Front(config)
         server.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
         await front.serve(sockets=[listener])
-    if server.watchdog.lost:
-        return EXIT_CODE
-    return 0 if server.batcher.thread.busy_s() else None
+    return EXIT_CODE if server.watchdog.lost else 0
+
+
+class _Threads(ThreadPoolExecutor):
+    """Those of `asyncio.to_thread`, without asyncio's waiting for one that hangs in a store: see `_leave`."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+def _leave(status: int) -> None:
+    """End the process, where a thread is still at something (an engine, a store that hangs) without waiting for it."""
+    until = time.monotonic() + LEAVE_S
+    while busy := [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]:
+        if time.monotonic() > until:
+            log.warning("left while %d threads were at something: %s", len(busy), ", ".join(one.name for one in busy))
+            tracing.stop()
+            logging.shutdown()
+            os._exit(status)
+        time.sleep(0.02)
+    if status:
+        raise typer.Exit(status)
 
 
 @cli.command()

@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # its packages are an extra's
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 2.0
 UNTRAINED_NOTE = (
     "the backbone is `untrained`: a small stand-in with random weights, fit for trying things out; "
     "set LENSRACK_BACKBONE to a trained one for answers worth having"
@@ -145,6 +146,7 @@ class Server:
     grpc: GrpcFront | None
     watchdog: Watchdog
     pools: tuple[ThreadPoolExecutor, ...]
+    _drain: asyncio.Future[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -166,9 +168,17 @@ class Server:
             await self.watchdog.stop()
             for pool in self.pools:
                 pool.shutdown(wait=False, cancel_futures=True)
-            self.store.close()
-            self.jobs.close()
-            self.ring.close()
+            await self._close()
+
+    async def _close(self) -> None:
+        """A store that hangs is not waited for: whoever asked this process to end has a deadline."""
+        closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (self.store, self.jobs, self.ring)]
+        await asyncio.wait(closing, timeout=CLOSE_S)
+
+    def leave(self) -> None:
+        """Somebody asked the process to end: from now on nothing new is begun, and who waits is answered or told."""
+        self.app.state.leaving = True
+        self._drain = asyncio.ensure_future(self.batcher.drain(self.settings.drain_timeout_s))
 
     def _warm_up(self) -> None:
         """One forward before the first request pays for lazy set-up."""

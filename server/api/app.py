@@ -76,6 +76,7 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
         responses={"default": _PROBLEM},
     )
     app.state.services, app.state.ring = narrowing(services), ring
+    app.state.leaving = False  # set when the process is asked to end
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     app.state.parsing = anyio.CapacityLimiter(oip.PARSING)
     app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)

@@ -3,7 +3,7 @@
 Each event carries its number as `id`, so a client that lost its connection says `Last-Event-ID` and misses nothing. A
 comment every `HEARTBEAT_S` keeps proxies from closing a quiet stream. When the job has ended the stream ends; a client
 that comes back after that gets 204, which tells an EventSource not to come again. It ends, too, when the key that asked
-for it is revoked; who comes back then gets 401.
+for it is revoked (who comes back then gets 401), and when the server leaves.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ def last_seen(request: Request, after: int) -> int:
     return int(text)
 
 
-async def respond(page: Page, after: int) -> Response:
+async def respond(page: Page, after: int, leaving: Callable[[], bool]) -> Response:
     """The first page is read before the answer begins: an unknown job is a 404, not a broken stream."""
     first = await page(after, 0.0)
     if first.finished and not first.events:
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_frames(first, page), media_type=MEDIA_TYPE, headers=headers)
+    return StreamingResponse(_frames(first, page, leaving), media_type=MEDIA_TYPE, headers=headers)
 
 
-async def _frames(found: wire.JobEvents, page: Page) -> AsyncIterator[str]:
+async def _frames(found: wire.JobEvents, page: Page, leaving: Callable[[], bool]) -> AsyncIterator[str]:
     said = time.monotonic()
     while True:
         for event in found.events:
             yield frame(event)
             said = time.monotonic()
-        if found.finished:
+        if found.finished or leaving():
             return
         if time.monotonic() - said >= HEARTBEAT_S:
             yield ": still here\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs, metrics, tracing
 from server.api import problems
+from server.errors import Unavailable
 
 log = logging.getLogger("server.access")
 
@@ -45,6 +47,12 @@ class Trace:
             await self.app(scope, traced.receive, traced.send)
         except ClientDisconnect:
             traced.status = traced.status or CLIENT_GONE
+        except asyncio.CancelledError:
+            if traced.status or not scope["app"].state.leaving:
+                raise
+            # this request outlasts the shutdown: the HTTP front gives up on it, and would call that an error of ours
+            late = Unavailable("the server is shutting down", code="shutting_down")
+            await problems.answer(late, scope)(scope, traced.receive, traced.send)
         except Exception as error:
             log.exception("request %s failed", traced.id)
             if traced.status:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Query, Request
@@ -95,23 +96,21 @@ async def events(
     With `Accept: text/event-stream` the same as a stream that ends with the job; `Last-Event-ID` resumes it.
     """
     await request.body()
-    admitted: Callable[[], Awaitable[None]] = request.state.admitted
     if stream.wanted(request):
         seen = stream.last_seen(request, after)
-        return await stream.respond(lambda since, waiting: _events(services, admitted, job_id, since, waiting), seen)
-    return await predict.unless_gone(request, _events(services, admitted, job_id, after, wait_s))
+        page = partial(_events, request, services, job_id)
+        return await stream.respond(page, seen, lambda: bool(request.app.state.leaving))
+    return await predict.unless_gone(request, _events(request, services, job_id, after, wait_s))
 
 
-async def _events(
-    services: Services, admitted: Callable[[], Awaitable[None]], job_id: str, after: int, wait_s: float
-) -> wire.JobEvents:
-    """Each look asks for the key anew: whoever waits must not outlive its revocation."""
+async def _events(request: Request, services: Services, job_id: str, after: int, wait_s: float) -> wire.JobEvents:
+    """Each look asks for the key anew: whoever waits must not outlive its revocation, nor keep a server that leaves."""
     until = time.monotonic() + wait_s
     while True:
-        await admitted()
+        await request.state.admitted()
         job = await current(services, job_id)  # before its events: an end that is seen here is among them
         found: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
-        if found or job.finished or time.monotonic() >= until:
+        if found or job.finished or time.monotonic() >= until or request.app.state.leaving:
             break
         await asyncio.sleep(min(LOOK_AGAIN_S, max(0.0, until - time.monotonic())))
     return wire.JobEvents(

@@ -69,6 +69,7 @@ class Batcher:
         self._serving: asyncio.Task[None] | None = None
         self._busy = False
         self._closing = False
+        self._draining: asyncio.Future[None] | None = None
         self._stopped = False
         self._suspended = ""  # why no rows are taken for the time being
         self._promised: set[Room] = set()
@@ -121,7 +122,15 @@ class Batcher:
         self._suspended = ""
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
+        """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down).
+
+        The first call decides; whoever calls again waits for the same end.
+        """
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain(timeout_s))
+        await asyncio.shield(self._draining)
+
+    async def _drain(self, timeout_s: float) -> None:
         self._closing = True
         try:
             async with asyncio.timeout(timeout_s):

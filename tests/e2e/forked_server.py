@@ -93,6 +93,7 @@ def _serve(home: str, variables: Mapping[str, str], fault: str, port: int) -> No
 
 
 FAULTS: dict[str, Callable[[], object]] = {
+    "slow": lambda: time.sleep(0.8),
     "hang": lambda: time.sleep(3600),
     "hold": lambda: ctypes.PyDLL(None).sleep(3600),  # with the interpreter's lock: nobody else runs
 }

@@ -47,13 +47,21 @@ def create(
     images_per_s: Annotated[float | None, typer.Option(help="Most images a second, over a minute.")] = None,
     jobs_per_day: Annotated[int | None, typer.Option(help="Most training jobs in 24 hours.")] = None,
     bytes_stored: Annotated[int | None, typer.Option(help="Most bytes of data sets.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Its tenant's share of a busy server beside other tenants', 1 without.")
+    ] = None,
     for_file: Annotated[
         bool,
         typer.Option(help="Store nothing; a second line tells what goes into LENSRACK_KEYS_FILE."),
     ] = False,
 ) -> None:
     """Make a key and tell its token."""
-    allowance = {"images_per_s": images_per_s, "jobs_per_day": jobs_per_day, "bytes_stored": bytes_stored}
+    allowance = {
+        "images_per_s": images_per_s,
+        "jobs_per_day": jobs_per_day,
+        "bytes_stored": bytes_stored,
+        "weight": weight,
+    }
     made = {"id": key_id or keys.new_id(), "name": name, "scopes": scope, "tasks": tasks, "allowance": allowance}
     key = _checked(made | {"created_at": time.time()})
     if key.open_ended and not open_ended:

@@ -23,7 +23,7 @@ from typing import TypeVar
 from server import metrics, tracing
 from server.batching.engine_thread import Engine, EngineThread, Outcome
 from server.batching.row import Row
-from server.batching.scheduler import FlowKey, Scheduler, equal_weights
+from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,13 @@ class Batcher:
         max_queue: int,
         clock: Callable[[], float] = time.monotonic,
         weight: Callable[[FlowKey], float] = equal_weights,
+        share: Callable[[str], float] = equal_shares,
     ) -> None:
         self.max_queue = max_queue
         self.clock = clock
         self.thread = EngineThread(engine, clock)
         self._max_batch = max_batch
-        self._scheduler = Scheduler(max_queue, weight=weight)
+        self._scheduler = Scheduler(max_queue, weight=weight, share=share)
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()

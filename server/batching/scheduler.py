@@ -1,53 +1,73 @@
-"""Who goes next: start-time fair queueing over (tenant, task) flows, first in first out inside a flow.
+"""Who goes next: tenants take turns, and inside a tenant its tasks do; first in first out inside a task.
 
-Every flow has a start tag, the virtual time at which its next row may be served. The flow with the smallest tag is
-served, virtual time moves to that tag, and the flow's tag grows by 1 / weight. A flow that wakes up starts at the
-present virtual time: it neither saves up while it sleeps nor pays for what others took. So beside a flow with a
-thousand rows waiting, a lone row of another task is in the next batch. (Goyal, Vin, Cheng: Start-time Fair Queueing,
-SIGCOMM 1996.)
+    whose turn? ─► tenant ─► task ─► its oldest row          both by start-time fair queueing, see `turns.py`
+
+So a tenant with a hundred tasks gets what a tenant with one gets, and beside a task with a thousand rows waiting, a
+lone row of another task is in the next batch. Weights divide the service otherwise than evenly.
 
 Pure policy: no torch, no asyncio, the clock is passed in.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from itertools import count
 
 from server.batching.row import Row
+from server.batching.turns import Turns
 
 FlowKey = tuple[str, str]
+Flow = deque[tuple[int, Row]]  # (order of arrival, row)
 
 
 class Full(Exception):
     """The queue holds as many rows as it may."""
 
 
-@dataclass(slots=True)
-class Flow:
-    step: float  # virtual time that one row costs: 1 / weight
-    start: float  # tag of the next row
-    rows: deque[tuple[int, Row]] = field(default_factory=deque)  # (order of arrival, row)
-
-
 def equal_weights(flow: FlowKey) -> float:
+    """Of a task among its tenant's."""
     return 1.0
+
+
+def equal_shares(tenant: str) -> float:
+    return 1.0
+
+
+class Tenant:
+    """A tenant's tasks, as far as they have rows or have had their turn early."""
+
+    def __init__(self, weight: Callable[[str], float]) -> None:
+        self.turns = Turns(weight)
+        self.flows: dict[str, Flow] = {}
+
+    @property
+    def head(self) -> int | None:
+        """The order of arrival of the row that goes next; None when none waits."""
+        task = self.turns.first()
+        return None if task is None else self.flows[task][0][0]
 
 
 class Scheduler:
     """The waiting rows, and the order in which they are served. `len()` counts rows, departed ones included."""
 
-    def __init__(self, max_rows: int, *, weight: Callable[[FlowKey], float] = equal_weights) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        *,
+        weight: Callable[[FlowKey], float] = equal_weights,
+        share: Callable[[str], float] = equal_shares,
+    ) -> None:
+        """weight: of a task inside its tenant; share: of a tenant."""
         self.max_rows = max_rows
+        self._weight, self._share = weight, share
         self._departed: list[Row] = []  # dropped, until the owner asks for them
-        self._weight = weight
-        self._flows: dict[FlowKey, Flow] = {}
-        self._heads: list[tuple[float, int, FlowKey]] = []  # heap; an entry counts while its row is its flow's head
         self._arrivals = count()
-        self._now = 0.0  # virtual time
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tenants: dict[str, Tenant] = {}
+        self._turns = Turns(self._share)
         self._rows = 0
 
     def __len__(self) -> int:
@@ -57,22 +77,27 @@ class Scheduler:
         """Queue a row. Raises Full; rows that nobody waits for make room first."""
         if self._rows >= self.max_rows and not self.sweep():
             raise Full
-        flow = self._flows.get(row.flow) or self._open(row.flow)
-        if not flow.rows:
-            flow.start = max(flow.start, self._now)
-        flow.rows.append((next(self._arrivals), row))
+        name, task = row.flow
+        tenant = self._tenants.get(name) or self._open(name)
+        flow = tenant.flows.setdefault(task, deque())
+        order = next(self._arrivals)
+        flow.append((order, row))
         self._rows += 1
-        if len(flow.rows) == 1:
-            self._queue_head(row.flow, flow)
+        if len(flow) == 1:
+            asleep = tenant.head is None
+            tenant.turns.wait(task, order)
+            if asleep:
+                self._turns.wait(name, order)
 
     def take(self, now: float, max_rows: int) -> tuple[list[Row], list[Row]]:
         """Remove and return (the next batch, the rows found past their deadline); departed rows are set aside."""
         batch: list[Row] = []
         expired: list[Row] = []
-        while len(batch) < max_rows and (key := self._next_flow()) is not None:
-            row = self._take_head(key, now, batch, expired)
+        while len(batch) < max_rows and (name := self._turns.first()) is not None:
+            task = self._tenants[name].turns.first()
+            assert task is not None, "a tenant that waits has a task that waits"
+            row = self._take_head((name, task), now, batch, expired)
             if row is not None:
-                self._now = max(self._now, self._flows[key].start - self._flows[key].step)
                 self._take_companions(row, now, max_rows, batch, expired)
         self._forget_idle()
         return batch, expired
@@ -80,21 +105,22 @@ class Scheduler:
     def sweep(self) -> int:
         """Drop the rows nobody waits for, to make room; returns how many there were."""
         before = self._rows
-        for key, flow in self._flows.items():
-            gone = [row for _, row in flow.rows if row.departed]
+        for (name, task), flow in list(self._flows()):
+            gone = [row for _, row in flow if row.departed]
             if not gone:
                 continue
-            head = flow.rows[0]
-            flow.rows = deque(entry for entry in flow.rows if not entry[1].departed)
+            head = flow[0]
+            kept = deque(entry for entry in flow if not entry[1].departed)
+            self._tenants[name].flows[task] = kept
             self._departed += gone
             self._rows -= len(gone)
-            if flow.rows and flow.rows[0] is not head:
-                self._queue_head(key, flow)
+            if not kept or kept[0] is not head:
+                self._note_head((name, task))
         return before - self._rows
 
     def oldest(self) -> float | None:
         """When the row that has waited longest arrived; None when none waits."""
-        return min((flow.rows[0][1].arrived for flow in self._flows.values() if flow.rows), default=None)
+        return min((flow[0][1].arrived for _, flow in self._flows()), default=None)
 
     def pop_departed(self) -> list[Row]:
         """The rows that were dropped since the last call because nobody waited for them any more."""
@@ -103,74 +129,89 @@ class Scheduler:
 
     def clear(self) -> list[Row]:
         """Remove and return everything that waits, in order of arrival."""
-        entries = sorted((entry for flow in self._flows.values() for entry in flow.rows), key=lambda entry: entry[0])
-        self._flows.clear()
-        self._heads.clear()
-        self._rows, self._now = 0, 0.0
+        entries = sorted((entry for _, flow in self._flows() for entry in flow), key=lambda entry: entry[0])
+        self._reset()
         return [row for _, row in entries]
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books do not balance. Cheap enough for an idle moment."""
-        backlogged = {key for key, flow in self._flows.items() if flow.rows}
-        assert self._rows == sum(len(flow.rows) for flow in self._flows.values()), "row count"
-        assert backlogged == {key for _, order, key in self._heads if self._is_head(order, key)}, "heads"
-        for key in backlogged:
-            orders = [order for order, _ in self._flows[key].rows]
+        waiting = dict(self._flows())
+        assert self._rows == sum(map(len, waiting.values())), "row count"
+        self._turns.check_integrity({name for name, _ in waiting})
+        for name, tenant in self._tenants.items():
+            tenant.turns.check_integrity({task for own, task in waiting if own == name})
+        for key, flow in waiting.items():
+            orders = [order for order, _ in flow]
             assert orders == sorted(orders), "order inside a flow"
-            assert all(row.flow == key for _, row in self._flows[key].rows), "row in a foreign flow"
+            assert all(row.flow == key for _, row in flow), "row in a foreign flow"
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _open(self, key: FlowKey) -> Flow:
-        flow = self._flows[key] = Flow(step=1.0 / self._weight(key), start=self._now)
-        return flow
+    def _open(self, name: str) -> Tenant:
+        tenant = self._tenants[name] = Tenant(lambda task: self._weight((name, task)))
+        return tenant
 
-    def _queue_head(self, key: FlowKey, flow: Flow) -> None:
-        # equal tags go by arrival, so the rows of one request, offered together, are served together
-        heapq.heappush(self._heads, (flow.start, flow.rows[0][0], key))
+    def _flows(self) -> Iterator[tuple[FlowKey, Flow]]:
+        """Those with rows."""
+        for name, tenant in self._tenants.items():
+            for task, flow in tenant.flows.items():
+                if flow:
+                    yield (name, task), flow
 
-    def _is_head(self, order: int, key: FlowKey) -> bool:
-        flow = self._flows.get(key)
-        return flow is not None and bool(flow.rows) and flow.rows[0][0] == order
-
-    def _next_flow(self) -> FlowKey | None:
-        while self._heads:
-            _, order, key = heapq.heappop(self._heads)
-            if self._is_head(order, key):
-                return key
-        return None
-
-    def _take_head(self, key: FlowKey, now: float, batch: list[Row], expired: list[Row]) -> Row | None:
-        """Take the flow's head into the batch and charge the flow; a row that is dropped instead costs it nothing."""
-        flow = self._flows[key]
-        row = flow.rows.popleft()[1]
+    def _take_head(
+        self, key: FlowKey, now: float, batch: list[Row], expired: list[Row], *, early: bool = False
+    ) -> Row | None:
+        """Take the flow's head into the batch and charge tenant and task; a row that is dropped instead costs nothing.
+        early: neither's turn has come."""
+        name, task = key
+        tenant = self._tenants[name]
+        row = tenant.flows[task].popleft()[1]
         self._rows -= 1
         served = row.deadline > now and not row.departed
         if served:
-            flow.start += flow.step
+            self._turns.serve(name, early=early and not self._turns.alone(name))
+            tenant.turns.serve(task, early=early)
             batch.append(row)
         elif row.deadline <= now:
             expired.append(row)
         else:
             self._departed.append(row)
-        if flow.rows:
-            self._queue_head(key, flow)
+        self._note_head(key)
         return row if served else None
 
+    def _note_head(self, key: FlowKey) -> None:
+        """Another row, or none, goes first in this flow, and so perhaps in its tenant."""
+        name, task = key
+        tenant = self._tenants[name]
+        if flow := tenant.flows[task]:
+            tenant.turns.wait(task, flow[0][0])
+        else:
+            tenant.turns.sleep(task)
+        head = tenant.head
+        if head is None:
+            self._turns.sleep(name)
+        else:
+            self._turns.wait(name, head)
+
     def _take_companions(self, row: Row, now: float, max_rows: int, batch: list[Row], expired: list[Row]) -> None:
-        """Let the same image's rows for other tasks come along, none more than one row ahead of its turn."""
+        """Let the same image's rows for other tasks come along, none more than one row ahead of its turn, and its
+        tenant no more than that where others wait."""
+        tenant = self._tenants[row.tenant]
         for other in row.companions:
-            flow = self._flows.get(other.flow)
-            if flow is None or not flow.rows or flow.rows[0][1] is not other or len(batch) >= max_rows:
+            flow = tenant.flows.get(other.task) if other.tenant == row.tenant else None
+            if not flow or flow[0][1] is not other or len(batch) >= max_rows:
                 continue
-            if flow.start <= self._now + flow.step:
-                self._take_head(other.flow, now, batch, expired)
+            of_tenant = self._turns.alone(row.tenant) or self._turns.near(row.tenant)
+            if of_tenant and tenant.turns.near(other.task):
+                self._take_head(other.flow, now, batch, expired, early=True)
 
     def _forget_idle(self) -> None:
-        """A sleeping flow whose tag virtual time has passed is like a new one; with nothing waiting, all are."""
+        """With nothing waiting, everybody is like new."""
         if not self._rows:
-            self.clear()
+            self._reset()
             return
-        idle = [key for key, flow in self._flows.items() if not flow.rows and flow.start <= self._now]
-        for key in idle:
-            del self._flows[key]
+        for tenant in self._tenants.values():
+            for task in tenant.turns.forget_idle():
+                del tenant.flows[task]
+        for name in self._turns.forget_idle():
+            del self._tenants[name]

@@ -41,13 +41,14 @@ TaskPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
 
 class Allowance(BaseModel):
-    """How much a key may take; None sets no limit."""
+    """How much a key may take; None sets no limit. `weight` is its tenant's, where tenants wait for each other."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images_per_s: Annotated[float | None, Field(gt=0, le=1e6)] = None
     jobs_per_day: Annotated[int | None, Field(ge=0, le=10**6)] = None
     bytes_stored: Annotated[int | None, Field(ge=0)] = None
+    weight: Annotated[float | None, Field(ge=0.01, le=100)] = None
 
 
 class Key(BaseModel):

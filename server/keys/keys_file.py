@@ -3,7 +3,8 @@
     {"id": "ci", "scopes": ["predict"], "tasks": "acme-", "token": "…"}           a token, as it is
     {"id": "ops", "scopes": ["admin"], "hash": "scrypt:14:8:1:…"}                 or the hash of one that was made here
 
-Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`. Empty lines and those that begin with # say nothing.
+Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`, `weight`. Empty lines and those that begin with # say
+nothing.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ class _Known:
 
     keys: Mapping[str, Key] = field(default_factory=dict)
     tokens: Mapping[bytes, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)  # by tenant, where a key sets one
 
 
 class KeyRing:
@@ -87,6 +88,10 @@ class KeyRing:
         if self._known.tokens.get(digest) == key.id or await self._matches(token, digest, key):
             return key
         return None
+
+    def weight(self, tenant: str) -> float:
+        """The tenant's share of a busy engine, in proportion to others': the largest that a key of it sets, else 1."""
+        return self._known.weights.get(tenant, 1.0)
 
     # --- one token --------------------------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class KeyRing:
         """The file's word counts where both have a key of one id."""
         keys = {key.id: key for key in stored} | {key.id: key for key, _ in self._listed}
         tokens = {self._digest(token): key.id for key, token in self._listed if token is not None}
-        self._known = _Known(keys, tokens)
+        self._known = _Known(keys, tokens, _weights(keys.values()))
         self._warn(keys.values())
         self.locked = self.locked or bool(keys) or self._file is not None
 
@@ -179,3 +184,11 @@ class KeyRing:
 
     def _digest(self, token: str) -> bytes:
         return hashlib.blake2b(token.encode(), key=self._pepper, digest_size=32).digest()
+
+
+def _weights(keys: Iterable[Key]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key in keys:
+        if key.allowance.weight is not None and key.revoked_at is None:
+            found[key.tasks] = max(found.get(key.tasks, 0.0), key.allowance.weight)
+    return found

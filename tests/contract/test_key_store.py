@@ -44,7 +44,7 @@ def test_there_are_none_at_first(store: KeyStore) -> None:
 
 
 def test_what_is_added_is_there_whole_for_whoever_opens_it(store: KeyStore, url: str) -> None:
-    allowance = Allowance(images_per_s=2.5, jobs_per_day=3, bytes_stored=10)
+    allowance = Allowance(images_per_s=2.5, jobs_per_day=3, bytes_stored=10, weight=0.5)
     made = key("a", scopes=["admin", "train"], tasks="acme-", name="Ä", allowance=allowance, old_hash="x", old_until=9)
     store.add(made)
     other = open_keys(url)

@@ -32,7 +32,7 @@ def kept(home: Path) -> list[keys.Key]:
 
 
 def test_a_key_is_made_told_once_and_kept_as_a_hash(home: Path) -> None:
-    limits = ("--images-per-s", "2.5", "--jobs-per-day", "3", "--bytes-stored", "10")
+    limits = ("--images-per-s", "2.5", "--jobs-per-day", "3", "--bytes-stored", "10", "--weight", "3")
     done = run("create", "--scope", "predict", "--scope", "train", "--tasks", "acme-", "--id", "ci", *limits)
     token = done.stdout.strip()
     assert keys.id_of(token) == "ci"
@@ -40,7 +40,7 @@ def test_a_key_is_made_told_once_and_kept_as_a_hash(home: Path) -> None:
     (key,) = kept(home)
     assert keys.matches(token, key.hash)
     assert (key.scopes, key.tasks) == ({"predict", "train"}, "acme-")
-    assert key.allowance == keys.Allowance(images_per_s=2.5, jobs_per_day=3, bytes_stored=10)
+    assert key.allowance == keys.Allowance(images_per_s=2.5, jobs_per_day=3, bytes_stored=10, weight=3)
     assert token.split("_")[2].encode() not in (home / "keys.sqlite").read_bytes()
     for listed in (run("list").output, run("list", "--json").output):
         assert "ci" in listed
@@ -89,6 +89,7 @@ def test_a_key_for_the_file_is_stored_nowhere(home: Path) -> None:
         (["create", "--scope", "root"], "scopes"),
         (["create", "--scope", "predict", "--tasks", "Acme"], "tasks"),
         (["create", "--scope", "predict", "--images-per-s", "0"], "images_per_s"),
+        (["create", "--scope", "predict", "--weight", "0"], "weight"),
         (["create"], "--scope"),
     ],
 )

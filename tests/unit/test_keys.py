@@ -189,6 +189,17 @@ async def test_a_token_is_its_keys_and_hashed_once(store: SqliteKeyStore, monkey
     assert counted.count == 2, "and what names no key costs none"
 
 
+async def test_a_tenants_weight_is_the_largest_of_its_keys_that_hold(store: SqliteKeyStore, tmp_path: Path) -> None:
+    for id_, tasks, weight, ended in (("a", "acme-", 2, None), ("b", "acme-", 3, None), ("c", "acme-", 9, 1.0)):
+        made(store, id_, tasks=tasks, allowance={"weight": weight}, revoked_at=ended)
+    made(store, "d", tasks="plain-")
+    ring = opened(store)
+    assert [ring.weight(tenant) for tenant in ("acme-", "plain-", "", "unknown-")] == [3, 1, 1, 1]
+    made(store, "e", tasks="plain-", allowance={"weight": 0.5})
+    await ring.refresh(-1)
+    assert ring.weight("plain-") == 0.5
+
+
 async def test_too_many_strange_tokens_are_sent_away(store: SqliteKeyStore) -> None:
     made(store)
     ring = opened(store)

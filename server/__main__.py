@@ -42,6 +42,7 @@ BENCHES = (
     "backbone",
     "compare",
     "engine",
+    "http",
     "jobs",
     "ladder",
     "overhead",

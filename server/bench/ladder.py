@@ -10,7 +10,6 @@ whose first label is the same. Steps that are not taken stay in the table, marke
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import platform
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from .engine import in_turns
 from .ladder_steps import COMPILED, RAGGED, STEPS, Answer, Bench, NotHere, Step, compiled, plain_timm
+from .svg import as_svg, style
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,9 @@ def table(report: dict[str, Any]) -> str:
 
 def draw(reports: Sequence[dict[str, Any]]) -> str:
     """SVG: a panel for each architecture, a bar for each step, what the engine does filled."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "lensrack", "svg.fonttype": "none", "font.size": 8}):
+    with style():
         figure = Figure(figsize=(7.5, 3.6 * len(reports)), layout="constrained")
         for number, report in enumerate(reports, start=1):
             rows = [row for row in report["rows"] if row["speed"] is not None][::-1]
@@ -132,9 +131,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> str:
             axes.axvline(1, color="#57606a", linewidth=0.8)
             axes.set(title=report["title"], xlabel="times the plain timm forward of one task, CPU time")
             axes.spines[["top", "right"]].set_visible(False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+        return as_svg(figure)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A plan comes as JSON on stdin, what was seen goes as JSON to stdout. Closed loop
 once it has its answer; how fast they ask is up to the server. Open loop: questions fall due by a Poisson process of
 `rate` a second, whether or not earlier ones are answered, as a crowd's do; each takes an idle connection or a new one.
 A latency counts from the moment the question was due, so a late answer is not hidden by a late question (coordinated
-omission). Raw sockets and standard library only: on two cores a comfortable client would take the server's share.
+omission). Where a plan names `tasks`, each question asks one of them, drawn by their `shares`. Raw sockets and standard
+library only: on two cores a comfortable client would take the server's share.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ TOGETHER = 256  # connections being opened at once, well below the server's back
 
 @dataclass(frozen=True)
 class Plan:
-    """`seconds` and `requests` both end the asking, whichever comes first; 0: does not."""
+    """`seconds` and `requests` both end the asking, whichever comes first; 0: does not.
+
+    `{task}` in `path` and `picture` stands for the task that is asked; `shares` are weights, none: all alike.
+    """
 
     host: str
     port: int
@@ -39,6 +43,8 @@ class Plan:
     clients: int = 1
     rate: float = 0.0  # questions a second; 0: closed loop
     seed: int = 0
+    tasks: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -49,6 +55,7 @@ class Answer(NamedTuple):
     done_s: float
     status: int
     retry_after: str | None
+    task: int = 0  # its place among the plan's
 
 
 @dataclass
@@ -103,13 +110,8 @@ class Crowd:
     """Asks as the plan says and notes every answer, or that there was none."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        body = Path(plan.picture).read_bytes()
-        head = (
-            f"POST {plan.path} HTTP/1.1\r\nHost: {plan.host}:{plan.port}\r\n"
-            f"Content-Type: {plan.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        self._request = head.encode() + body
+        self._plan, self._chance = plan, random.Random(plan.seed)
+        self._requests = [_request(plan, task) for task in plan.tasks or ("",)]
         self._idle: list[Connection] = []
         self._opening = asyncio.Semaphore(TOGETHER)
         self.opened = 0
@@ -126,7 +128,7 @@ class Crowd:
         return time.perf_counter() - self._start
 
     async def _open_loop(self) -> None:
-        plan, chance, due = self._plan, random.Random(self._plan.seed), 0.0
+        plan, chance, due = self._plan, self._chance, 0.0
         async with asyncio.TaskGroup() as group:
             for _ in range(plan.requests or sys.maxsize):
                 due += chance.expovariate(plan.rate)
@@ -150,17 +152,24 @@ class Crowd:
                 group.create_task(client())
 
     async def _ask(self, due_s: float) -> None:
+        task = self._drawn()
         status, retry_after, sent_s, connection = NO_ANSWER, None, self._now(), None
         try:
             async with asyncio.timeout(ANSWER_S):
                 connection = await self._connection()
-                status, retry_after = await connection.ask(self._request)
+                status, retry_after = await connection.ask(self._requests[task])
         except (OSError, EOFError, TimeoutError):  # an IncompleteReadError is an EOFError
             if connection is not None:
                 connection.close()
         if connection is not None and connection.open:
             self._idle.append(connection)
-        self.answers.append(Answer(due_s, sent_s, self._now(), status, retry_after))
+        self.answers.append(Answer(due_s, sent_s, self._now(), status, retry_after, task))
+
+    def _drawn(self) -> int:
+        """The task of the next question."""
+        if len(self._requests) == 1:
+            return 0
+        return self._chance.choices(range(len(self._requests)), self._plan.shares or None)[0]
 
     async def _connection(self) -> Connection:
         """The one that was used last, as the longer idle ones may be about to be closed by the server."""
@@ -172,6 +181,15 @@ class Crowd:
             opened = Connection(*await asyncio.open_connection(self._plan.host, self._plan.port))
         self.opened += 1
         return opened
+
+
+def _request(plan: Plan, task: str) -> bytes:
+    body = Path(plan.picture.replace("{task}", task)).read_bytes()
+    head = (
+        f"POST {plan.path.replace('{task}', task)} HTTP/1.1\r\nHost: {plan.host}:{plan.port}\r\n"
+        f"Content-Type: {plan.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from server.samples import draw
 
 from .own_server import own_server
 from .plain_client import PlainClient
+from .process_tree import cpu_s
 
 TASK = "fruit"
 START_S = 120.0
@@ -106,10 +107,10 @@ async def _measure(asked: Sequence[Asked], options: argparse.Namespace) -> dict[
     spent: dict[str, list[float]] = {one.name: [] for one in asked}
     for turn in range(options.rounds + 1):  # the first pays for set-up
         for one in asked:
-            before = _cpu_s(one.pid)
+            before = cpu_s(one.pid)
             await _ask(one, options.clients, options.requests)
             if turn:
-                spent[one.name].append((_cpu_s(one.pid) - before) / options.requests * 1e3)
+                spent[one.name].append((cpu_s(one.pid) - before) / options.requests * 1e3)
     return {name: round(statistics.median(found), 3) for name, found in spent.items()}
 
 
@@ -123,13 +124,6 @@ async def _ask(one: Asked, clients: int, requests: int) -> None:
                 answer.raise_for_status()
 
         await asyncio.gather(*(client() for _ in range(clients)))
-
-
-def _cpu_s(pid: int) -> float:
-    import psutil  # of the extra `dev`
-
-    root = psutil.Process(pid)
-    return sum(sum(each.cpu_times()[:2]) for each in (root, *root.children(recursive=True)))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +21,18 @@ STOP_S = 40.0
 
 
 @contextmanager
-def own_server(module: str = "server", store: str = "") -> Iterator[tuple[str, Path, int]]:
+def own_server(
+    module: str = "server", store: str = "", settings: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Path, int]]:
     """Its URL, its home and its process. LENSRACK_ settings of the environment hold, except for where it lies and
-    listens. `module`: what is run with the command line of `python -m server`; `store`: another's URL."""
+    listens. `module`: what is run with the command line of `python -m server`; `store`: another's URL;
+    `settings`: others, by the names of their environment variables."""
     with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
         home = Path(folder)
         with (home / "server.log").open("wb") as log:
             command = [sys.executable, "-m", module, "serve", "--host", "127.0.0.1", "--port", "0"]
-            process = subprocess.Popen(command, env=_environment(home, store), cwd=home, stdout=log, stderr=log)
+            env = {**_environment(home, store), **(settings or {})}
+            process = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log)
         try:
             url = _url(process, home / "server.log")
             yield url, home, process.pid

@@ -1,0 +1,184 @@
+"""`python -m server bench http`: what a prediction costs over HTTP, beside the servers that one would write instead.
+
+Made-up `vpt_deep` tasks in one store, JPEGs in, labels out. Our server, in float32 and in bfloat16 where the machine
+has it; a FastAPI app with a forward for each request; with `--peer`, a Python that has LitServe and PyTorch, a LitServe
+app that sorts its batches by task. Each is a process tree of its own on loopback, with one engine thread. Rounds of all
+servers take turns. Closed loop, for each popularity of the tasks: CPU time of the server's processes by request, the
+main figure, for it does not depend on what else the machine does, and its ratio to LitServe's in the same round. Open
+loop, questions by a Poisson process, latencies counted from when a question was due: percentiles, and the share that
+was answered within the objective. Then memory, beside that of a process with a copy of the model for each task.
+Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prompts_store import open_store
+from server.bench import http_report, http_targets, made_tasks
+from server.bench.figures import machine
+from server.bench.http_targets import Target
+from server.bench.load_generator import Seen, generate
+from server.bench.process_tree import cpu_s, memory_mib
+from server.engine.packed import can_pack
+from server.settings import Settings
+
+POPULARITIES = ("identical", "uniform", "zipf")
+
+
+@dataclass
+class Turns:
+    """What was seen of one server under one kind of load, a round an entry. Latencies in ms, of all rounds."""
+
+    cpu_ms: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    asked: int = 0
+    answered: int = 0
+
+    def add(self, seen: Seen, cpu: float) -> None:
+        good = [one for one in seen.answers if one.status == 200]
+        self.asked, self.answered = self.asked + len(seen.answers), self.answered + len(good)
+        self.latencies += [(one.done_s - one.due_s) * 1e3 for one in good]
+        if good:
+            self.cpu_ms.append(cpu / len(good) * 1e3)
+
+
+Found = dict[str, dict[str, Turns]]  # by load, by server
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as name:
+        folder = Path(name)
+        store, tasks = _prepared(folder, options)
+        with _all(folder, store, options) as targets:
+            bench = Bench(targets, tasks, options)
+            closed, opened = bench.rounds()
+        memory = dict(bench.memory)
+        copies = http_targets.copies(sys.executable, store) if options.copies else None
+    report = {
+        "benchmark": "http",
+        "machine": machine(),
+        "backbone": Settings().backbone,
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        **http_report.report(closed, opened, memory, copies, options),
+    }
+    print(http_report.tables(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.picture is not None:
+        options.picture.write_text(http_report.draw(report))
+
+
+def shares(popularity: str, tasks: int) -> list[float]:
+    """How often each of so many tasks is asked: weights."""
+    if popularity == "identical":
+        return [1.0] + [0.0] * (tasks - 1)
+    if popularity == "uniform":
+        return [1.0] * tasks
+    return [1 / (rank + 1) for rank in range(tasks)]  # zipf with exponent 1
+
+
+def _prepared(folder: Path, options: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
+    """The store's URL and its tasks; their pictures lie in the folder."""
+    url, tasks = f"file://{folder / 'store'}", made_tasks.names(options.tasks)
+    store = open_store(url)
+    for _ in made_tasks.publish(store, made_tasks.spec_of(Settings()), tasks, "vpt_deep", options.prompts):
+        pass
+    store.close()
+    pictures = made_tasks.pictures(options.pictures, folder, min(16, options.tasks))
+    http_targets.bodies(folder, tasks, pictures)
+    return url, tasks
+
+
+@contextmanager
+def _all(folder: Path, store: str, options: argparse.Namespace) -> Iterator[list[Target]]:
+    """All servers, up; LitServe last."""
+    with ExitStack() as stack:
+        up = stack.enter_context
+        targets = [up(http_targets.ours("lensrack, float32", folder, store, "float32"))]
+        if can_pack(torch.device("cpu"), torch.bfloat16):
+            targets.append(up(http_targets.ours("lensrack, bfloat16", folder, store, "bfloat16")))
+        targets.append(up(http_targets.fastapi(sys.executable, folder, store)))
+        if options.peer is not None:
+            batch, wait_s = options.peer_batch, options.peer_wait
+            targets.append(up(http_targets.litserve(str(options.peer), folder, store, batch, wait_s)))
+        yield targets
+
+
+class Bench:
+    """The servers take turns, round after round; the first turn of each, which pays for set-up, is not counted."""
+
+    def __init__(self, targets: Sequence[Target], tasks: Sequence[str], options: argparse.Namespace) -> None:
+        self._targets, self._tasks, self._options = targets, tasks, options
+        self.memory = dict.fromkeys((target.name for target in targets), 0.0)
+
+    def rounds(self) -> tuple[Found, Found]:
+        options, closed, opened = self._options, Found(), Found()
+        for target in self._targets:
+            for task in self._tasks:  # every task has been asked once: lenses are made
+                target.check(task)
+        for turn in range(options.rounds):
+            for popularity in options.popularity:
+                self._closed(closed.setdefault(popularity, {}), popularity, turn)
+            for rate in options.rates:
+                self._open(opened.setdefault(f"{rate:g}", {}), rate, turn)
+        return closed, opened
+
+    def _closed(self, found: dict[str, Turns], popularity: str, turn: int) -> None:
+        weights = shares(popularity, len(self._tasks))
+        for target in self._targets:
+            plan = target.plan(self._tasks, weights)
+            plan = replace(plan, requests=self._options.requests, clients=self._options.clients, seed=turn)
+            self._ask(target, plan, found)
+
+    def _open(self, found: dict[str, Turns], rate: float, turn: int) -> None:
+        weights = shares("uniform", len(self._tasks))
+        for target in self._targets:
+            plan = target.plan(self._tasks, weights)
+            self._ask(target, replace(plan, seconds=self._options.seconds, rate=rate, seed=turn), found)
+
+    def _ask(self, target: Target, plan: Any, found: dict[str, Turns]) -> None:
+        before = cpu_s(target.pid)
+        seen = generate(plan)
+        found.setdefault(target.name, Turns()).add(seen, cpu_s(target.pid) - before)
+        self.memory[target.name] = max(self.memory[target.name], memory_mib(target.pid))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m server bench http",
+        description=(__doc__ or "").split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--peer", type=Path, help="a Python that has LitServe, PyTorch and what the server needs")
+    parser.add_argument("--peer-batch", type=int, default=16, help="largest batch of the LitServe app")
+    parser.add_argument("--peer-wait", type=float, default=0.0, help="seconds that it waits for a batch to fill")
+    parser.add_argument("--tasks", type=int, default=64, help="in the store")
+    parser.add_argument("--prompts", type=int, default=10, help="of each layer")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures; without it drawn ones")
+    parser.add_argument("--popularity", nargs="+", choices=POPULARITIES, default=POPULARITIES, help="of the tasks")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every server")
+    parser.add_argument("--requests", type=int, default=200, help="of a closed loop's turn")
+    parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
+    parser.add_argument("--rates", type=float, nargs="*", default=[4.0], help="questions a second of the open loop")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of an open loop's turn")
+    parser.add_argument("--objective", type=float, default=250.0, help="ms within which an answer is good (SLO)")
+    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help="measure copies, too")
+    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

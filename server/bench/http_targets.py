@@ -1,0 +1,140 @@
+"""The servers of `bench http`, each a process tree of its own on loopback, all with the tasks of one store."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from server.settings import Settings
+
+from .load_generator import Plan
+from .own_server import ROOT, START_S, own_server
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server and how it is asked. `pid`: of the process whose tree is charged; `picture`: with `{task}` in it."""
+
+    name: str
+    pid: int
+    port: int
+    path: str
+    picture: str
+    content_type: str
+
+    def plan(self, tasks: Sequence[str], shares: Sequence[float]) -> Plan:
+        return Plan(
+            "127.0.0.1", self.port, self.path, self.picture, self.content_type, tasks=tuple(tasks), shares=tuple(shares)
+        )
+
+    def check(self, task: str) -> None:
+        """One question, answered as it should be. Raises RuntimeError."""
+        body = Path(self.picture.replace("{task}", task)).read_bytes()
+        url = f"http://127.0.0.1:{self.port}{self.path.replace('{task}', task)}"
+        answer = httpx.post(url, content=body, headers={"Content-Type": self.content_type}, timeout=60)
+        if answer.is_error or len(answer.json()["predictions"][0]) == 0:
+            raise RuntimeError(f"{self.name} answered {answer.status_code}: {answer.text[:300]}")
+
+
+def bodies(folder: Path, tasks: Sequence[str], pictures: Sequence[Path]) -> None:
+    """Every task's picture as a JPEG and as the JSON that LitServe takes."""
+    for number, task in enumerate(tasks):
+        data = pictures[number % len(pictures)].read_bytes()
+        (folder / f"{task}.jpg").write_bytes(data)
+        (folder / f"{task}.json").write_text(json.dumps({"task": task, "image": base64.b64encode(data).decode()}))
+
+
+@contextmanager
+def ours(name: str, folder: Path, store: str, dtype: str) -> Iterator[Target]:
+    """Without a worker: there is nothing to fit."""
+    settings = {"LENSRACK_WORKERS": "0", "LENSRACK_DTYPE": dtype, "LENSRACK_SAMPLE_TASKS": "false"}
+    with own_server(store=store, settings=settings) as (url, _, pid):
+        yield Target(name, pid, urlsplit(url).port or 0, "/predict/{task}", str(folder / "{task}.jpg"), "image/jpeg")
+
+
+@contextmanager
+def fastapi(python: str, folder: Path, store: str) -> Iterator[Target]:
+    with _peer(python, "fastapi", store, ()) as (port, pid):
+        yield Target("FastAPI, a forward each", pid, port, "/predict/{task}", str(folder / "{task}.jpg"), "image/jpeg")
+
+
+@contextmanager
+def litserve(python: str, folder: Path, store: str, batch: int, wait_s: float) -> Iterator[Target]:
+    with _peer(python, "litserve", store, ("--batch", str(batch), "--wait", str(wait_s))) as (port, pid):
+        yield Target("LitServe, by task", pid, port, "/predict", str(folder / "{task}.json"), "application/json")
+
+
+def copies(python: str, store: str) -> dict[str, float]:
+    """Memory of a process with one model, and with a copy for every task of the store."""
+    done = subprocess.run(
+        _command(python, "copies", store, ()), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the copies could not be made:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _command(python: str, kind: str, store: str, more: Sequence[str]) -> list[str]:
+    settings = Settings()
+    weights = ("--weights", str(settings.backbone_weights.resolve())) if settings.backbone_weights else ()
+    own = ("--store", store, "--backbone", settings.backbone, *weights)
+    module = "server.bench.litserve_peer" if kind == "litserve" else "server.bench.peers"
+    return [python, "-m", module, kind, *own, *more]
+
+
+def _environment() -> dict[str, str]:
+    path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_WAIT_POLICY": "passive"}
+
+
+@contextmanager
+def _peer(python: str, kind: str, store: str, more: Sequence[str]) -> Iterator[tuple[int, int]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
+        log_file = Path(folder) / "log"
+        with log_file.open("wb") as log:
+            command = _command(python, kind, store, ("--port", str(port), *more))
+            process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
+        try:
+            _wait_for(kind, port, process, log_file)
+            yield port, process.pid
+        finally:
+            _stop(process)
+
+
+def _wait_for(kind: str, port: int, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Until it answers that it is well; LitServe says so only once its worker is."""
+    url = f"http://127.0.0.1:{port}/{'health' if kind == 'litserve' else 'openapi.json'}"
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"{kind} did not start: has that Python all it needs?\n{log_file.read_text()[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

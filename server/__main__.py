@@ -45,6 +45,7 @@ BENCHES = (
     "http",
     "jobs",
     "ladder",
+    "noisy",
     "overhead",
     "overload",
     "prompts",

@@ -226,7 +226,13 @@ def build_server(settings: Settings) -> Server:
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     residency = build_residency(rack, registry, store, backbone, loading)
     engine = Engine(backbone, rack)
-    batcher = Batcher(engine, max_batch=settings.max_batch, max_queue=settings.max_queue, share=ring.weight)
+    batcher = Batcher(
+        engine,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        share=ring.weight,
+        target_s=settings.target_latency_s,
+    )
     watchdog = Watchdog(
         batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )

@@ -111,6 +111,14 @@ class Settings(BaseSettings):
 
     # --- batching and the rack --------------------------------------------------------------------------------------
     max_batch: Annotated[int, Field(gt=0, description="Most rows in one forward.")] = 32
+    target_latency_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Learn from measured forwards how many rows one may have, so that 99 in 100 rows whose turn "
+            "has come are answered within so many seconds. 0: LENSRACK_MAX_BATCH alone counts.",
+        ),
+    ] = 0.0
     max_queue: Annotated[int, Field(gt=0, description="Rows that may wait; beyond it the answer is 429.")] = 512
     rack_slots: Annotated[int, Field(gt=0, description="Most lenses on the device at once.")] = 1024
     rack_bytes: Annotated[int, Field(gt=0, description="Device memory of the rack.")] = 256 * MIB

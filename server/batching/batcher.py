@@ -21,6 +21,7 @@ from contextvars import Context
 from typing import TypeVar
 
 from server import metrics, tracing
+from server.batching.batch_limit import BatchLimit
 from server.batching.engine_thread import Engine, EngineThread, Outcome
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
@@ -58,11 +59,13 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         weight: Callable[[FlowKey], float] = equal_weights,
         share: Callable[[str], float] = equal_shares,
+        target_s: float = 0.0,
     ) -> None:
         self.max_queue = max_queue
         self.clock = clock
         self.thread = EngineThread(engine, clock)
-        self._max_batch = max_batch
+        self._limit = BatchLimit(max_batch, target_s)
+        metrics.BATCH_LIMIT.set(max_batch)
         self._scheduler = Scheduler(max_queue, weight=weight, share=share)
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
@@ -200,7 +203,7 @@ class Batcher:
         while True:
             await self._arrived.wait()
             now = self.clock()
-            batch, expired = self._scheduler.take(now, self._max_batch)
+            batch, expired = self._scheduler.take(now, self._limit.rows)
             self._count_dropped(expired)
             if batch:
                 await self._forward(batch, now)
@@ -237,6 +240,8 @@ class Batcher:
         compute_s = now - taken_at
         metrics.FORWARD_S.observe(forward[1] - forward[0])
         self._measure(len(batch), compute_s)
+        self._limit.learn(len(batch), compute_s)
+        metrics.BATCH_LIMIT.set(self._limit.rows)
         if tracing.on():
             about = {"lensrack.batch.rows": len(batch), "lensrack.batch.tasks": len({id(row.seat) for row in batch})}
             tracing.batch(((row.context, row.arrived) for row in batch), taken_at, forward, now, about)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,9 @@ def bodies(folder: Path, tasks: Sequence[str], pictures: Sequence[Path]) -> None
 
 
 @contextmanager
-def ours(name: str, folder: Path, store: str, dtype: str) -> Iterator[Target]:
+def ours(name: str, folder: Path, store: str, dtype: str, more: Mapping[str, str] | None = None) -> Iterator[Target]:
     """Without a worker: there is nothing to fit."""
-    settings = {"LENSRACK_WORKERS": "0", "LENSRACK_DTYPE": dtype, "LENSRACK_SAMPLE_TASKS": "false"}
+    settings = {"LENSRACK_WORKERS": "0", "LENSRACK_DTYPE": dtype, "LENSRACK_SAMPLE_TASKS": "false", **(more or {})}
     with own_server(store=store, settings=settings) as (url, _, pid):
         yield Target(name, pid, urlsplit(url).port or 0, "/predict/{task}", str(folder / "{task}.jpg"), "image/jpeg")
 

@@ -64,6 +64,21 @@ async def test_every_row_gets_its_own_answer():
         assert len(engine.threads) == 1
 
 
+async def test_a_target_out_of_reach_makes_batches_small():
+    engine = PlainEngine()
+    batcher = Batcher(engine, max_batch=4, max_queue=64, target_s=1e-6)
+    try:
+        for _ in range(20):
+            rows = [row(batcher, grey) for grey in range(8)]
+            batcher.submit(rows)
+            await asyncio.gather(*(each.reply for each in rows))
+        assert len(engine.batches[0]) == 4
+        assert {len(batch) for batch in engine.batches[-3:]} <= {1, 2}
+        assert metrics.REGISTRY.get_sample_value("lensrack_batch_limit_rows") in (1, 2)
+    finally:
+        await batcher.drain(5)
+
+
 async def test_rows_gather_while_the_engine_is_busy_and_it_never_waits_for_more():
     async with batching(max_batch=8) as (batcher, engine):
         engine.gate.clear()

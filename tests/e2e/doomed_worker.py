@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -135,6 +136,19 @@ def _job_stores() -> list[type]:
     return [SqliteJobStore, RedisJobStore]
 
 
+def _slow() -> None:
+    """Nothing dies: each step takes a moment more, so that somebody may come in between."""
+    from server.pulse import Pulse
+
+    watch = Pulse.watch
+
+    def slower(pulse: Any, progress: Any) -> None:
+        time.sleep(0.02)
+        watch(pulse, progress)
+
+    Pulse.watch = slower  # type: ignore[method-assign]
+
+
 POINTS: dict[str, Callable[[], None]] = {
     "claimed": _claimed,
     "mid_epoch": _mid_epoch,
@@ -142,4 +156,5 @@ POINTS: dict[str, Callable[[], None]] = {
     "after_put": _after_put,
     "mid_comparison": _mid_comparison,
     "after_the_alias_moved": _after_the_alias_moved,
+    "slow": _slow,
 }

@@ -59,8 +59,8 @@ class Site:
     store: Store
     job: Job
 
-    def start(self, point: str | None = None) -> BaseProcess:
-        own = {"jobs": self.settings.jobs, "store": self.settings.store, "lease_s": "1", "worker_nice": "0"}
+    def start(self, point: str | None = None, lease_s: str = "1") -> BaseProcess:
+        own = {"jobs": self.settings.jobs, "store": self.settings.store, "lease_s": lease_s, "worker_nice": "0"}
         threads = {"threads": "1", "worker_threads": "1"}
         return start(self.context, self.settings.home, {**own, **threads}, point)
 
@@ -90,6 +90,9 @@ class Site:
             assert time.monotonic() < deadline, f"the job is {job.state} after {WAIT_S} s:\n{self.log}"
             time.sleep(0.05)
         return job
+
+    def epochs(self) -> int:
+        return len([event for event in self.jobs.events(self.job.id) if event.type == "epoch"])
 
     @property
     def log(self) -> str:
@@ -151,12 +154,13 @@ def assert_as_if_nothing_had_happened(place: Site, job: Job, undisturbed: str) -
     assert place.leftovers == []
 
 
+KILLS = [point for point in POINTS if point != "slow"]
 BOTH = ("after_put", "after_the_alias_moved")
 
 
 @pytest.mark.parametrize(
     ("backend", "point"),
-    [*(("sqlite", point) for point in POINTS if point != "mid_comparison"), *(("redis", point) for point in BOTH)],
+    [*(("sqlite", point) for point in KILLS if point != "mid_comparison"), *(("redis", point) for point in BOTH)],
 )
 def test_a_worker_killed_at(
     backend: str, point: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
@@ -173,6 +177,35 @@ def test_a_worker_killed_at(
         assert (job.attempt, job.failures) == (2, 1)
         epochs = [event.data["epoch"] for event in place.jobs.events(job.id) if event.type == "epoch"]
         assert epochs == [1, 2, 3, 4, 5, 6], "no epoch that a checkpoint holds is done again"
+        assert_as_if_nothing_had_happened(place, job, undisturbed)
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "redis"])
+def test_a_worker_that_is_asked_to_stop_gives_its_job_back_at_once(
+    backend: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
+) -> None:
+    """Nobody waits for the lease, here an hour, to end."""
+    url = request.getfixturevalue("redis_url") if backend == "redis" else ""
+    with make_site(url) as place:
+        leaving = place.start("slow", lease_s="3600")
+        deadline = time.monotonic() + WAIT_S
+        while place.epochs() < 2:
+            assert time.monotonic() < deadline, place.log
+            time.sleep(0.01)
+        leaving.terminate()
+        leaving.join(WAIT_S)
+        assert leaving.exitcode == 0, place.log
+        given = place.jobs.get(place.job.id)
+        assert (given.state, given.failures, given.error) == ("queued", 0, None)
+        kept = Checkpoints(place.settings.home / "checkpoints").read(given.id)
+        assert kept is not None
+        assert kept.epoch - place.epochs() in (0, 1), "an epoch is kept, then told"
+        with place.working() as heir:
+            job = place.finished(heir)
+        assert (job.attempt, job.failures) == (2, 0)
+        told = [event.data["epoch"] for event in place.jobs.events(job.id) if event.type == "epoch"]
+        assert sorted({*told, kept.epoch}) == [1, 2, 3, 4, 5, 6]
+        assert len(told) == len(set(told)), "no epoch that a checkpoint holds is done again"
         assert_as_if_nothing_had_happened(place, job, undisturbed)
 
 

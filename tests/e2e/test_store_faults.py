@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import io
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,14 +187,20 @@ def test_a_redis_that_is_slow_then_cut_off_then_killed(
     kept.start()
     roads.append(road := Road(kept.port))
     url = f"redis://127.0.0.1:{road.port}/0"
-    with serving(tmp_path / "home", store=url, jobs=url) as client:
+    with serving(tmp_path / "home", store=url, jobs=url, rack_slots="2") as client:
         first, second = client.bundle("fish", 1), client.bundle("fish", 2)
+        others = [client.bundle(f"task-{number}", number) for number in range(3)]
+        assert [client.put(one).status_code for one in others] == [201] * 3
         assert client.put(first).status_code == 201
         assert client.answers("fish", first)
         road.delay_s = 0.2
         assert client.put(second).status_code == 201, "slow is not away"
         assert client.answers("fish", second)
-        road.delay_s, road.broken = 0.0, True
+        road.delay_s = 0.0
+        with Asker(client, others) as asker:
+            asker.goes_on()
+            road.broken = True
+            asker.goes_on()
         assert client.answers("fish", second)
         assert refused(client.move("fish", first), "store_unavailable")
         assert refused(client.http.get("/train"), "store_unavailable")
@@ -227,6 +234,70 @@ def test_a_redis_that_forgets_everything(tmp_path: Path, servers: list[RedisProc
             until(lambda: client.answers("fish", fish), "it answers")
             forget(forgetful)
             until(lambda: client.ask("fish").status_code == 404, "it is told to be gone")
+
+
+class Asker(threading.Thread):
+    """Somebody who asks tasks in turns until told otherwise; on a rack that holds fewer each question evicts one."""
+
+    def __init__(self, client: Client, bundles: Sequence[Bundle]) -> None:
+        super().__init__(daemon=True)
+        self.client, self.bundles = client, bundles
+        self.done, self.asked = threading.Event(), 0
+        self.odd: list[str] = []
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            bundle = self.bundles[self.asked % len(self.bundles)]
+            answer = self.client.ask(bundle.manifest.task)
+            if answer.status_code != 200 or answer.json()["version"] != bundle.version:
+                self.odd.append(answer.text)
+            self.asked += 1
+
+    def goes_on(self) -> None:
+        before = self.asked
+        until(lambda: self.asked >= before + 8, "questions are answered")
+        assert self.odd == []
+
+    def __enter__(self) -> Asker:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.join(LONG_S)
+
+
+def test_a_redis_whose_replica_takes_over(tmp_path: Path, roads: list[Road], servers: list[RedisProcess]) -> None:
+    """The address moves, as a failover makes it: tasks are asked, evicted and loaded all the while, and afterwards
+    everything that was acknowledged is there and can be changed."""
+    servers.append(master := RedisProcess(tmp_path / "master", durable=False))
+    master.start()
+    servers.append(replica := RedisProcess(tmp_path / "replica", durable=False, replica_of=master.port))
+    replica.start()
+    roads.append(road := Road(master.port))
+    url = f"redis://127.0.0.1:{road.port}/0"
+    with serving(tmp_path / "home", store=url, jobs=url, rack_slots="2") as client:
+        bundles = [client.bundle(f"task-{number}", number) for number in range(4)]
+        assert [client.put(one).status_code for one in bundles] == [201] * 4
+        with Asker(client, bundles) as asker:
+            asker.goes_on()
+            until(lambda: replica.in_step_with(master), "the replica has everything")
+            master.kill()
+            asker.goes_on()
+            assert refused(client.put(client.bundle("task-0", 9)), "store_unavailable")
+            asker.goes_on()
+            replica.promote()
+            road.to = replica.port
+            until(lambda: store_up(client), "the store is back")
+            asker.goes_on()
+        assert [one["task"] for one in client.http.get("/tasks").json()["tasks"]] == [f"task-{n}" for n in range(4)]
+        assert client.http.get("/rack").json()["evictions"] > 8, "somebody was evicted all the while"
+        renewed = client.bundle("task-0", 9)
+        until(lambda: client.put(renewed).status_code == 201, "it can be written")
+        until(lambda: client.answers("task-0", renewed), "what is published is answered by")
+        history = client.http.get("/tasks/task-0/aliases/live/history").json()["changes"]
+        assert len(history) == 2, "what was before the failover is known"
+        assert client.http.get("/train").status_code == 200
 
 
 def flushed(server: RedisProcess) -> None:

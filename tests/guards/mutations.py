@@ -157,4 +157,23 @@ MUTATIONS = (
         "",
         "tests/unit/test_overload.py::test_who_leaves_takes_the_row_along",
     ),
+    Mutation(
+        "A Redis killed in the middle of an upload shows nothing of it",
+        "prompts_store/redis_store.py",
+        """        with _server(), self._redis.pipeline(transaction=True) as pipe:
+            if self._stored(task, kept.version) == (True, kept.data):
+                return kept.version
+            pipe.set(self._bundle_key(task, kept.version), kept.data)
+            pipe.hset(self._key(task, "versions"), kept.version, info)
+            pipe.sadd(self._names, task)
+""",
+        """        with _server(), self._redis.pipeline(transaction=False) as pipe:
+            if self._stored(task, kept.version) == (True, kept.data):
+                return kept.version
+            pipe.hset(self._key(task, "versions"), kept.version, info)
+            pipe.sadd(self._names, task)
+            pipe.set(self._bundle_key(task, kept.version), kept.data)
+""",
+        "tests/contract/test_redis_killed.py::test_bundles_and_aliases",
+    ),
 )

@@ -1,8 +1,8 @@
 """A whole server with its real engine, on a rack with less room than there are tasks, while everything happens at once:
 loads, unloads, pins, publications, deletions of versions and of tasks, clients that leave.
 
-Every answer is the literal forward's of the version that it names, or an error that the reference names; and when all is
-over, every seat, place and row has been given back.
+Every answer is the literal forward's of the version that it names, or an error that the reference names; and when all
+is over, every seat, place and row has been given back.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ async def site(home: Path, **settings: Any) -> AsyncIterator[Site]:
 
 async def until(condition: Callable[[], bool], what: str) -> None:
     async with asyncio.timeout(60):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # nobody would set an event
             await asyncio.sleep(0.01)
     assert condition(), what
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 SUFFIX: Final = ".safetensors"
 NEW: Final = ".new-"
 DEBOUNCE_MS: Final = 200  # the longest that a stream of changes is gathered before it is reported
-STEP_MS: Final = 50  # quiet for this long: report at once; also how often a watcher looks at its stop event
+STEP_MS: Final = 10  # quiet for this long: report at once; also how often a watcher looks at its stop event
 RECONCILE_MS: Final = 2000  # the kernel's events may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]

@@ -49,6 +49,7 @@ BENCHES = (
     "overhead",
     "overload",
     "prompts",
+    "rack",
     "readers",
     "swap",
     "training-load",

@@ -1,9 +1,9 @@
 """`python -m server bench noisy`: what quiet tasks notice of one that asks ten times as much as they do.
 
 Servers of its own with the same made-up tasks: one as it comes, and with `--target` one that learns to keep a p99
-target by smaller batches (`LENSRACK_TARGET_LATENCY_S`). Questions come by a Poisson process, whether or not earlier ones
-are answered; latencies count from when a question was due. Rounds take turns: every task asks alike; then the first
-asks `--times` as much while the others go on as before; then so much that the server cannot keep up. Told are the
+target by smaller batches (`LENSRACK_TARGET_LATENCY_S`). Questions come by a Poisson process, whether or not earlier
+ones are answered; latencies count from when a question was due. Rounds take turns: every task asks alike; then the
+first asks `--times` as much while the others go on as before; then so much that the server cannot keep up. Told are the
 latencies of the other tasks, of all rounds and the medians of each round's own, and their ratio to the calm rounds.
 Nothing is asserted.
 """

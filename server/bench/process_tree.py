@@ -24,6 +24,13 @@ def memory_mib(pid: int) -> float:
     return float(round(found / MIB, 1))
 
 
+def rss_mib() -> float:
+    """Resident memory of this process now."""
+    import psutil
+
+    return float(round(psutil.Process().memory_info().rss / MIB, 1))
+
+
 def _tree(pid: int) -> list[Any]:
     import psutil  # of the extra `dev`
 

@@ -3,8 +3,9 @@
 A server of its own, two tasks. This process stands for a worker: it puts a version that no server has seen into the
 store and points `live` at it, while one client asks that task without a pause and another asks the second task at a
 steady rate. Told are the times from the moment the alias has moved to the first answer of the new version, which holds
-everything in between: the notice, reading the bundle, making the lens, writing it to the rack, one forward. And the
-second task's latencies from the intended moment, in rounds without and with swaps, in turns. Nothing is asserted.
+everything in between: the notice, reading the bundle, making the lens, writing it to the rack, one forward, and often
+an answer of the old version that was under way; beside them what any answer takes. And the second task's latencies from
+the intended moment, in rounds without and with swaps, in turns; the first task is asked in both. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -12,10 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +26,8 @@ import httpx
 from prompts_store import Bundle, Store, open_store
 from server.samples import draw
 
+from .figures import machine
+from .own_redis import own_redis
 from .own_server import own_server
 from .plain_client import WAIT_S, PlainClient
 
@@ -37,9 +36,10 @@ SWAPPED, NEIGHBOUR = "fruit", "weather"
 
 @dataclass
 class Seen:
-    """ms. `first_answer`: of each swap; `calm` and `busy`: the neighbour's latencies."""
+    """ms. `first_answer`: of each swap; `any_answer`: of that task; `calm` and `busy`: the neighbour's latencies."""
 
     first_answer: list[float] = field(default_factory=list)
+    any_answer: list[float] = field(default_factory=list)
     calm: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     failures: int = 0
@@ -48,7 +48,7 @@ class Seen:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     with ExitStack() as stack:
-        url = stack.enter_context(_redis()) if options.redis else ""
+        url = stack.enter_context(own_redis()) if options.redis else ""
         server, home, _ = stack.enter_context(own_server(store=url))
         client = stack.enter_context(closing(PlainClient(server)))
         _fit(client, home, options)
@@ -77,6 +77,7 @@ def table(report: dict[str, Any]) -> str:
     first, calm, busy = (report[name] for name in ("first_answer_ms", "neighbour_calm_ms", "neighbour_swapping_ms"))
     rows = [
         ("published → first answer of the new version", first),
+        ("any answer of that task, without swaps", report["any_answer_ms"]),
         ("neighbour, calm", calm),
         ("neighbour, beside swaps", busy),
     ]
@@ -111,12 +112,30 @@ class Bench:
         seconds = self._options.swaps * (self._options.pause + 0.05)
         self._neighbour(1.0, [])  # what is set up lazily is not measured
         for turn in range(self._options.rounds):
-            self._neighbour(seconds, self.seen.calm)
-            beside = threading.Thread(target=self._neighbour, args=(seconds, self.seen.busy))
-            beside.start()
-            self._swap(turn * self._options.swaps)
-            beside.join()
+            with self._asked_beside(seconds, self.seen.calm):
+                self._ask(seconds)
+            with self._asked_beside(seconds, self.seen.busy):
+                self._swap(turn * self._options.swaps)
         return self.seen
+
+    @contextmanager
+    def _asked_beside(self, seconds: float, into: list[float]) -> Iterator[None]:
+        beside = threading.Thread(target=self._neighbour, args=(seconds, into))
+        beside.start()
+        try:
+            yield
+        finally:
+            beside.join()
+
+    def _ask(self, seconds: float) -> None:
+        """The task that is published in other rounds, as often as it is asked there."""
+        with httpx.Client(base_url=self._url, timeout=WAIT_S) as http:
+            end = time.perf_counter() + seconds
+            while (began := time.perf_counter()) < end:
+                self._answering(http, SWAPPED)
+                self.seen.any_answer.append((time.perf_counter() - began) * 1e3)
+                if len(self.seen.any_answer) % 2 == 0:
+                    time.sleep(self._options.pause)
 
     def _swap(self, done: int) -> None:
         """Publish so many versions, one after the other, and ask until each answers."""
@@ -167,7 +186,10 @@ def _report(seen: Seen, client: PlainClient, options: argparse.Namespace) -> dic
         "backbone": client.get("/readyz")["backbone"]["arch"],
         "method": options.method,
         "failures": seen.failures,
+        "machine": machine(),
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
         "first_answer_ms": _figures(seen.first_answer),
+        "any_answer_ms": _figures(seen.any_answer),
         "neighbour_calm_ms": _figures(seen.calm),
         "neighbour_swapping_ms": _figures(seen.busy),
     }
@@ -178,36 +200,6 @@ def _figures(latencies: Sequence[float]) -> dict[str, float]:
     ordered = sorted(latencies)
     p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99))
     return {"p50": round(p50, 2), "p99": round(p99, 2), "worst": round(ordered[-1], 2), "count": len(ordered)}
-
-
-@contextmanager
-def _redis() -> Iterator[str]:
-    """A redis-server of its own on a free port, with nothing on a disk."""
-    if shutil.which("redis-server") is None:
-        raise SystemExit("--redis needs redis-server (Debian: apt-get install redis-server)")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
-        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            _until_open(port)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _until_open(port: int) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("redis-server did not start")
 
 
 if __name__ == "__main__":

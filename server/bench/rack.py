@@ -1,0 +1,271 @@
+"""`python -m server bench rack`: ten thousand tasks, a thousand places: how often one is there, what it costs if not.
+
+The store, the cache, the loader and the rack of a server, without HTTP and without forwards. Made-up tasks are put into
+a store of files, or of Redis; then tasks are asked for one after the other, drawn by Zipf's law. Each time it is noted
+where the task was found: on the device (a seat is taken), in host memory (decoded bundles), or in the store; and how
+long it took until it had a seat. Then, with `--swaps`, tasks are drawn uniformly until so many lenses have been evicted
+for others, while the process's memory is read. Files lie in the system's page cache, as they would on a server with
+memory to spare. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from prompts_store import Bundle, CachedStore, Store, open_store
+from server.bench import made_tasks
+from server.bench.figures import latencies, machine
+from server.bench.own_redis import own_redis
+from server.bench.process_tree import rss_mib
+from server.bench.svg import LINES, OURS, as_svg, style
+from server.bootstrap import build_residency
+from server.engine import backbone as engine_backbone
+from server.engine.backbone import Backbone
+from server.engine.rack import Rack
+from server.engine.residency import Residency
+from server.methods.registry import Registry
+from server.settings import Settings
+
+DEVICE, HOST = "device", "host memory"
+READINGS = 100  # of memory, over all swaps
+
+
+class Counted:
+    """A store that counts the bundles it hands out."""
+
+    def __init__(self, inner: Store) -> None:
+        self._inner, self.gets = inner, 0
+
+    def get(self, task: str, version: str) -> Bundle:
+        self.gets += 1
+        return self._inner.get(task, version)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@dataclass
+class Found:
+    """Milliseconds until a seat was there, by where the task was found."""
+
+    ms: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, tier: str, ms: float) -> None:
+        self.ms.setdefault(tier, []).append(ms)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lensrack-bench-")))
+        url = stack.enter_context(own_redis()) if options.redis else f"file://{folder / 'store'}"
+        settings = Settings()
+        eye = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu")
+        report = asyncio.run(_measured(url, eye, options))
+    print(table(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.picture is not None:
+        options.picture.write_text(draw(report))
+
+
+def _published(url: str, eye: Backbone, options: argparse.Namespace) -> list[tuple[str, str]]:
+    """(task, version) of each."""
+    store, tasks = open_store(url), made_tasks.names(options.tasks)
+    made = list(zip(tasks, made_tasks.publish(store, eye.spec, tasks, options.method, options.prompts), strict=True))
+    store.close()
+    return made
+
+
+async def _measured(url: str, eye: Backbone, options: argparse.Namespace) -> dict[str, Any]:
+    began = time.perf_counter()
+    made = _published(url, eye, options)
+    published_s = time.perf_counter() - began
+    bundle_bytes = 0
+    with _rack(url, eye, options) as (residency, rack, counted):
+        bench = Bench(residency, counted, made, "Redis" if options.redis else "file", options.seed)
+        for task, version in made:  # every task has been there once: what is remembered of a task is there
+            await residency.load(task, version)
+        found = await bench.zipf(options.requests)
+        swapped = await bench.swaps(options.swaps) if options.swaps else None
+        residency.check_integrity()
+        bundle_bytes = len(counted.get(*made[0]).data)
+        used = rack.used_slots
+    return {
+        "benchmark": "rack",
+        "machine": machine(),
+        "backbone": eye.spec.arch,
+        "options": {name: str(own) if isinstance(own, Path) else own for name, own in vars(options).items()},
+        "store": bench.store,
+        "published_s": round(published_s, 1),
+        "bundle_bytes": bundle_bytes,
+        "resident": used,
+        "tiers": _tiers(found),
+        "swaps": swapped,
+    }
+
+
+@contextmanager
+def _rack(url: str, eye: Backbone, options: argparse.Namespace) -> Iterator[tuple[Residency, Rack, Counted]]:
+    counted = Counted(open_store(url))
+    store = CachedStore(cast(Store, counted), max_bytes=int(options.cache_mib * 2**20))
+    rack = Rack.sized(
+        dim=eye.spec.dim, slots=options.slots, size_bytes=Settings().rack_bytes, device=eye.device, dtype=eye.dtype
+    )
+    pool = ThreadPoolExecutor(2, thread_name_prefix="load")
+    try:
+        yield build_residency(rack, Registry(), store, eye, pool), rack, counted
+    finally:
+        pool.shutdown()
+        store.close()
+
+
+class Bench:
+    """Asks for seats, one after the other."""
+
+    def __init__(
+        self, residency: Residency, counted: Counted, made: Sequence[tuple[str, str]], store: str, seed: int
+    ) -> None:
+        self._residency, self._counted, self.store = residency, counted, store
+        self._chance = random.Random(seed)
+        self._made = list(made)
+        self._chance.shuffle(self._made)  # the popular ones are not those that came first
+
+    async def zipf(self, requests: int) -> Found:
+        """Half as many again before, so that the rack holds what this traffic leaves there."""
+        weights = list(accumulate(1 / (rank + 1) for rank in range(len(self._made))))
+        drawn = self._chance.choices(self._made, cum_weights=weights, k=requests + requests // 2)
+        found = Found()
+        for number, (task, version) in enumerate(drawn):
+            tier, ms = await self._seat(task, version)
+            if number >= requests // 2:
+                found.add(tier, ms)
+        return found
+
+    async def swaps(self, wanted: int) -> dict[str, Any]:
+        """Until so many lenses have made room for others."""
+        counts, memory = self._residency.counts, [rss_mib()]
+        first, began, asked = counts.evictions, time.perf_counter(), 0
+        for reading in range(1, READINGS + 1):
+            while counts.evictions - first < wanted * reading // READINGS:
+                await self._seat(*self._chance.choice(self._made))
+                asked += 1
+            memory.append(rss_mib())
+        quarter = max(1, len(memory) // 4)
+        before, after = (statistics.median(part) for part in (memory[:quarter], memory[-quarter:]))
+        return {
+            "evictions": counts.evictions - first,
+            "asked": asked,
+            "seconds": round(time.perf_counter() - began, 1),
+            "rss_mib": memory,
+            "first_quarter_mib": round(before, 1),
+            "last_quarter_mib": round(after, 1),
+            "bytes_each": round((after - before) * 2**20 / wanted, 1),
+        }
+
+    async def _seat(self, task: str, version: str) -> tuple[str, float]:
+        """Take a seat and give it back. Where the task was, and how many ms it took."""
+        resident, gets = self._residency.resident(task, version), self._counted.gets
+        began = time.perf_counter()
+        seat = await self._residency.acquire(task, version)
+        ms = (time.perf_counter() - began) * 1e3
+        self._residency.release(seat)
+        return DEVICE if resident else HOST if self._counted.gets == gets else self.store, ms
+
+
+def _tiers(found: Found) -> dict[str, Any]:
+    whole = sum(map(len, found.ms.values()))
+    return {
+        tier: {"share": round(len(own) / whole, 4), "count": len(own), **_small(own)}
+        for tier, own in sorted(found.ms.items(), key=lambda item: (item[0] != DEVICE, item[0] != HOST))
+    }
+
+
+def _small(values: Sequence[float]) -> dict[str, float | None]:
+    """Percentiles in ms with what a seat on the device needs: microseconds."""
+    told = latencies([1e3 * ms for ms in values], (50, 99))
+    return {name: None if us is None else round(us / 1e3, 4) for name, us in told.items()}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    options = report["options"]
+    lines = [
+        f"| {options['tasks']:,} tasks in a {report['store']} store, {report['resident']:,} resident | share | p50 ms "
+        "| p99 ms | of |",
+        "|---|---|---|---|---|",
+    ]
+    for tier, own in report["tiers"].items():
+        ms = f"{own['p50_ms']:.3f} | {own['p99_ms']:.3f}"
+        lines.append(f"| {tier} | {own['share']:.1%} | {ms} | {own['count']:,} |")
+    if (swapped := report["swaps"]) is not None:
+        before, after = swapped["first_quarter_mib"], swapped["last_quarter_mib"]
+        lines += [
+            "",
+            f"{swapped['evictions']:,} swaps in {swapped['seconds']:,} s: RSS {before:,} → {after:,} MiB "
+            f"({swapped['bytes_each']} bytes each)",
+        ]
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any]) -> str:
+    """SVG: where tasks were found, and memory over the swaps."""
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+        axes = figure.add_subplot(1, 2, 1)
+        tiers = report["tiers"]
+        bars = axes.bar([*tiers], [100 * own["share"] for own in tiers.values()], color=LINES[: len(tiers)])
+        axes.bar_label(bars, [f"{own['p50_ms']:.2f} ms" for own in tiers.values()], padding=2)
+        axes.set(ylabel="% of requests", title="where a task was found, and the median time to its seat")
+        axes.spines[["top", "right"]].set_visible(False)
+        if (swapped := report["swaps"]) is not None:
+            memory = figure.add_subplot(1, 2, 2)
+            at = [
+                swapped["evictions"] * place / (len(swapped["rss_mib"]) - 1) for place in range(len(swapped["rss_mib"]))
+            ]
+            memory.plot(at, swapped["rss_mib"], color=OURS)
+            memory.set(xlabel="swaps", ylabel="RSS, MiB", title="memory of the process", ylim=(0, None))
+            memory.spines[["top", "right"]].set_visible(False)
+        return as_svg(figure)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m server bench rack",
+        description=(__doc__ or "").split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--redis", action="store_true", help="a redis-server of its own instead of files")
+    parser.add_argument("--tasks", type=int, default=10_000, help="in the store")
+    parser.add_argument("--slots", type=int, default=1_000, help="of the rack")
+    parser.add_argument("--cache-mib", type=float, default=80.0, help="host memory for decoded bundles")
+    parser.add_argument("--method", default="vpt_deep", help="of all tasks")
+    parser.add_argument("--prompts", type=int, default=4, help="of each layer")
+    parser.add_argument("--requests", type=int, default=20_000, help="by Zipf's law, after half as many that warm up")
+    parser.add_argument("--swaps", type=int, default=0, help="lenses that make room for others while memory is read")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -97,6 +97,7 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
     }
     by_method = _by_method(eyes.get("packed float32", eyes["plain float32"]), serving, options)
     residents = _by_residents(eyes.get("packed float32", eyes["plain float32"]), serving, options)
+    heads = _by_heads(eyes.get("packed float32", eyes["plain float32"]), serving, options)
     step = {f"lensrack {name}": _fitted(eye, training, options) for name, eye in eyes.items()}
     return {
         "arch": arch,
@@ -105,6 +106,7 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
         f"forward of {options.tasks} pictures": in_turns(forward, options.rounds),
         f"forward of {options.tasks} pictures, a task each, by method": in_turns(by_method, options.rounds),
         f"forward of {options.tasks} pictures, tasks drawn from those on the rack": in_turns(residents, options.rounds),
+        "one picture for many tasks of which each is a head": in_turns(heads, options.rounds),
         f"training step of {options.train_batch} pictures": in_turns(step, options.rounds),
     }
 
@@ -138,11 +140,11 @@ def _timm_variants(model: VisionTransformer, pixels: Tensor) -> Variants:
     for dtype in (torch.float32, torch.bfloat16):
         if can_pack(torch.device("cpu"), dtype):
             name = str(dtype).removeprefix("torch.")
-            found[f"timm packed {name}, 1 task"] = (_pack(copy.deepcopy(model).to(dtype)), pixels.to(dtype))
+            found[f"timm packed {name}, 1 task"] = (packed_model(copy.deepcopy(model).to(dtype)), pixels.to(dtype))
     return {name: _inferred(own.eval().requires_grad_(False), x) for name, (own, x) in found.items()}
 
 
-def _pack(model: VisionTransformer) -> VisionTransformer:
+def packed_model(model: VisionTransformer) -> VisionTransformer:
     for block in model.blocks:
         for parent, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
             setattr(parent, name, Packed(getattr(parent, name)))
@@ -191,6 +193,21 @@ def _by_residents(eye: Backbone, pixels: Tensor, options: argparse.Namespace) ->
         return _inferred(run, pixels)
 
     return {f"{count:,} resident": drawn(count) for count in sorted({1, min(64, len(seats)), len(seats)})}
+
+
+def _by_heads(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+    """The first picture for one `linear` task and for 10 and 100 of them: one trunk pass serves all."""
+    [linear] = [method for method in METHODS if method.name == "linear"]
+    most = 100
+    rack = Rack(dim=eye.spec.dim, slots=most, vectors=most * CLASSES, dtype=eye.dtype)
+    seats = [_seat(eye, rack, linear, task, options.prompts) for task in range(most)]
+    engine, picture = Engine(eye, rack), pixels[:1].to(eye.dtype)
+
+    def asked(tasks: int) -> Callable[[], object]:
+        rows = [(0, seat) for seat in seats[:tasks]]
+        return _inferred(lambda x: engine.logits(vit.embed(eye, x), rows), picture)
+
+    return {f"{tasks} task{'s' if tasks > 1 else ''}": asked(tasks) for tasks in (1, 10, most)}
 
 
 def _answered(

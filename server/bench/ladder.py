@@ -22,7 +22,19 @@ import torch
 from numpy.typing import NDArray
 
 from .engine import in_turns
-from .ladder_steps import COMPILED, RAGGED, STEPS, Answer, Bench, NotHere, Step, compiled, plain_timm
+from .ladder_steps import (
+    COMPILED,
+    FINAL,
+    RAGGED,
+    STEPS,
+    Answer,
+    Bench,
+    NotHere,
+    Step,
+    compiled,
+    packed_timm,
+    plain_timm,
+)
 from .svg import as_svg, style
 
 
@@ -62,6 +74,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of every row (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=8, help="pictures, each of its own task (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer (default: %(default)s)")
+    parser.add_argument("--final", action="store_true", help="only timm, the literal forward and what the engine does")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: takes minutes")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
@@ -71,6 +84,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Rows of all steps, with what is needed to tell where they come from."""
     steps = [*STEPS, *RAGGED, *([COMPILED] if options.compile else [])]
+    if options.final:
+        steps = [step for step in steps if step.name in FINAL]
     answers: dict[str, Answer] = {}
     lacking: dict[str, str] = {}
     for step in steps:
@@ -93,7 +108,7 @@ def _row(
         return Row(step.name, step.taken, f"not measured: {lacking[step.name]}")
     timm_ms = spent[STEPS[0].name]
     found = Row(step.name, step.taken, step.why, spent[step.name], round(timm_ms / spent[step.name], 2))
-    if step in RAGGED or step.start in (plain_timm, compiled):
+    if step in RAGGED or step.start in (plain_timm, packed_timm, compiled):
         return found  # other prompts, or none
     logits = answers[step.name]().double().numpy()
     drift = float(np.abs(logits - truth).max() / truth.std())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from server.bench.engine import packed_model
 from server.engine import pooling, reference, vit
 from server.engine.backbone import Backbone, load_weights
 from server.engine.block import FrozenBlock
@@ -113,6 +115,14 @@ def plain_timm(bench: Bench) -> Answer:
     return _inferred(lambda: F.linear(bench.model(bench.pixels), *head))
 
 
+def packed_timm(bench: Bench) -> Answer:
+    """The same with our packed products in the place of its linear layers, and nothing else changed."""
+    bench.eye(packed=True)  # or NotHere
+    model = packed_model(copy.deepcopy(bench.model))
+    head = bench.params[0]["head.weight"], bench.params[0]["head.bias"]
+    return _inferred(lambda: F.linear(model(bench.pixels), *head))
+
+
 def prefix(bench: Bench) -> Answer:
     """The last block for all tokens, as timm has it."""
     answer = bench.served(bench.plain)
@@ -189,6 +199,7 @@ def by_length(answer: Answer) -> Answer:
 
 STEPS = (
     Step("timm float32, one task", plain_timm, False, "what each row is measured by"),
+    Step("timm packed float32, one task", packed_timm, False, "the plain forward with the weights that the engine has"),
     Step("literal, task by task", Bench.literal, False, "as the papers write it"),
     Step("prefix: prompts as keys and values", prefix, True),
     Step("last block for the class token alone", lambda bench: bench.served(bench.plain), True),
@@ -201,6 +212,13 @@ STEPS = (
          True, "where asked for: `LENSRACK_DTYPE=bfloat16`"),
     Step("… int8, dynamic", int8, False, "rounding x costs what the products save"),
 )  # fmt: skip
+FINAL = (
+    "timm float32, one task",
+    "timm packed float32, one task",
+    "literal, task by task",
+    "sum and GELU on the product's way",
+    "… bfloat16, attention by two products",
+)
 RAGGED = (
     Step("lengths 0 … p in one lane, masked", lambda bench: ragged(bench, lambda answer: answer), True),
     Step("a lane for each length, no mask", lambda bench: ragged(bench, by_length), False),

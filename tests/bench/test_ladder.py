@@ -19,7 +19,7 @@ EXACT = 1e-4  # float32 against float64, in standard deviations of the logits
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     bench = ladder_steps.Bench("vit_tiny_patch16_224", tasks=2, prompts=3)
-    return ladder.measure(bench, argparse.Namespace(rounds=1, compile=False))
+    return ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False))
 
 
 def test_every_step_in_float32_gives_the_literal_answer(report: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def test_what_this_machine_cannot_do_is_said_in_the_table(monkeypatch: pytest.Mo
     step = ladder_steps.Step("packed", lambda own: own.served(own.eye(packed=True)), True)
     monkeypatch.setattr(ladder, "STEPS", (ladder.STEPS[0], step))
     monkeypatch.setattr(ladder, "RAGGED", ())
-    told = ladder.table(ladder.measure(bench, argparse.Namespace(rounds=1, compile=False)))
+    told = ladder.table(ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False)))
     assert "| **packed** | – | – | – | – | not measured: this machine" in told
 
 
@@ -69,3 +69,15 @@ def test_from_the_command_line_with_files(tmp_path: Path, monkeypatch: pytest.Mo
     [report] = json.loads((tmp_path / "l.json").read_text())
     assert [row["name"] for row in report["rows"]] == [step.name for step in ladder.STEPS]
     assert "literal, task by task" in (tmp_path / "l.svg").read_text()
+
+
+def test_of_the_final_rows_each_is_a_step() -> None:
+    assert set(ladder_steps.FINAL) <= {step.name for step in ladder_steps.STEPS}
+
+
+def test_a_packed_timm_model_answers_as_the_plain_one() -> None:
+    bench = ladder_steps.Bench("vit_tiny_patch16_224", tasks=1, prompts=1)
+    if not can_pack(torch.device("cpu"), torch.float32):
+        pytest.skip("PyTorch packs no weights here")
+    packed, plain = (step(bench)() for step in (ladder_steps.packed_timm, ladder_steps.plain_timm))
+    torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle thread
 
 import asyncio
 import atexit
+import gc
 import importlib
 import json
 import logging
@@ -91,11 +92,14 @@ def serve(
     """Serve predictions and take training jobs."""
     settings = load_settings(host=host, port=port)
     start_telling(settings, "lensrack-server")
+    import uvloop
+
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
 
     try:
-        status = asyncio.run(_serve(settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            status = runner.run(_serve(settings))
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
         raise typer.Exit(1) from None
@@ -106,6 +110,7 @@ async def _serve(settings: Settings) -> int:
     """The exit status."""
     import uvicorn
 
+    from server.api.connections import limited, with_files_for
     from server.bootstrap import UNTRAINED_NOTE, build_server
     from server.watchdog import EXIT_CODE
 
@@ -125,6 +130,7 @@ async def _serve(settings: Settings) -> int:
         server_header=False,
         lifespan="off",
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # who is told off by a drain hears it
+        http=limited(with_files_for(settings.max_connections), settings.body_timeout_s),
     )
 
     class Front(uvicorn.Server):
@@ -145,8 +151,11 @@ async def _serve(settings: Settings) -> int:
         address, port = listener.getsockname()[:2]
         log.info("serving on http://%s:%d", address, port)
         front = Front(config)
+        gc.collect()
+        gc.freeze()  # what is there now stays: a collection amid thousands of requests need not look at it
         server.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
         await front.serve(sockets=[listener])
+        gc.unfreeze()  # extensions that look at the end for what has leaked would take it for that
     return EXIT_CODE if server.watchdog.lost else 0
 
 

@@ -22,8 +22,8 @@
     ├── QueueFull 429         queue_full, too_many_uploads, rate_limited, quota_exceeded   + Retry-After
     ├── Internal 500          internal, engine_failed, corrupt_bundle, corrupt_aliases
     ├── NotInstalled 501      not_installed
-    ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready, engine_unavailable
-    │                         + Retry-After
+    ├── Unavailable 503       rack_full, shutting_down, store_unavailable, not_ready, engine_unavailable,
+    │                         too_many_connections    + Retry-After
     ├── DeadlineExceeded 504  deadline_exceeded
     └── DiskFull 507          disk_full
 

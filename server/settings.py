@@ -80,15 +80,18 @@ class Settings(BaseSettings):
             "they may call it by address too. Empty: on a loopback address only local names, elsewhere any."
         ),
     ] = ""
+    max_connections: Annotated[
+        int, Field(gt=0, description="Connections that may be open; beyond it the answer is 503, but for probes.")
+    ] = 2000
     max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 32 * MIB
     max_bundle_bytes: Annotated[int, Field(gt=0, description="Largest bundle that can be uploaded.")] = 64 * MIB
     max_dataset_bytes: Annotated[int, Field(gt=0, description="Largest archive that can be uploaded.")] = (
         10 * 1024 * MIB
     )
     max_json_bytes: Annotated[int, Field(gt=0, description="Largest JSON body elsewhere.")] = MIB
-    body_timeout_s: Annotated[float, Field(gt=0, description="Longest a body may take to come, but for archives.")] = (
-        60.0
-    )
+    body_timeout_s: Annotated[
+        float, Field(gt=0, description="Longest a request's head, or its body, may take to come, but for archives.")
+    ] = 60.0
     request_timeout_s: Annotated[float, Field(gt=0, description="Longest a prediction may wait for its answer.")] = 30.0
     drain_timeout_s: Annotated[float, Field(gt=0, description="Longest a shutdown waits for answers in flight.")] = 10.0
 

@@ -1,7 +1,7 @@
 """The HTTP application: every route, inside what is true of all of them.
 
-Trace (id, log, metrics, the unforeseen) ─▶ Door (host, key, scope) ─▶ BodyLimit ─▶ routes ─▶ what the key covers of
-                                                         every failure ─▶ problems      predictor, residency, stores
+Trace (id, log, metrics, the unforeseen) ─▶ Door (host, key, scope) ─▶ BodyLimit ─▶ Turnstile (is there room?) ─▶
+                        routes ─▶ what the key covers of predictor, residency, stores;   every failure ─▶ problems
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from server.api.openai import embeddings, files, jobs, models
 from server.api.services import Services
 from server.api.tenancy import narrowing
 from server.api.trace import Trace
+from server.api.turnstile import Turnstile
 from server.keys.ring import KeyRing
 
 __all__ = ["Services", "create_app"]
@@ -71,6 +72,7 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
             Middleware(Trace),
             Middleware(Door, ring=ring, settings=services.settings),
             Middleware(guard.BodyLimit, cap=guard.caps(services.settings), patience=guard.patience(services.settings)),
+            Middleware(Turnstile, queue=services.batcher),
         ],
         dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},

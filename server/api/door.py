@@ -1,7 +1,7 @@
 """Who comes in. One place for all routes, before any of them reads a byte of the body.
 
-    Host known? ─► Origin ours? ─► whose key? ─► does it have the scope that the route asks for? ─► route
-        421            403             401              403
+    Host known? ─► Origin ours? ─► whose key? ─► does it have the scope that the route asks for? ─► crowded? ─► route
+        421            403             401              403                                          503
 
 `request.state.key` is then the key; None on a route that is open to nobody in particular. `request.state.admitted` asks
 anew, for answers that take so long that the key may be revoked meanwhile. As long as there are no keys
@@ -21,18 +21,19 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api import guard, problems, scopes
-from server.errors import Forbidden, Misdirected, ServiceError
+from server.api import connections, guard, problems, scopes
+from server.errors import Forbidden, Misdirected, ServiceError, Unavailable
 from server.keys.key import NOBODY, Key
 from server.keys.ring import KeyRing
 from server.settings import Settings
 
 COOKIE: Final = "lensrack_session"
 SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+TEMPLATE: Final = "template"  # in a request's state: the listed route that will probably answer
 
 
 @dataclass(frozen=True)
-class _Refused:
+class Refused:
     """The route that would have answered, for who counts."""
 
     path: str
@@ -51,10 +52,11 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope["state"][TEMPLATE] = scopes.template(scope["method"], scope["path"])
         try:
             await self._admit(scope)
         except ServiceError as error:
-            scope["route"] = _Refused(scopes.template(scope["method"], scope["path"]) or "unmatched")
+            scope["route"] = Refused(scope["state"][TEMPLATE] or "unmatched")
             await problems.answer(error, scope)(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -71,14 +73,18 @@ class Door:
         token = bearer or cookie
         scope["state"]["key"] = await self._whose(token)
         scope["state"]["admitted"] = partial(self._still_admit, scope, token)
-        scopes.check(scope, scopes.template(method, scope["path"]), given=bool(token))
+        scopes.check(scope, scope["state"][TEMPLATE], given=bool(token))
+        if connections.crowded(scope["state"], scope["state"][TEMPLATE]):
+            raise Unavailable(
+                "too many connections are open", code="too_many_connections", retry_after_s=connections.RETRY_S
+            )
 
     async def _still_admit(self, scope: Scope, token: str | None) -> None:
         """Whether the one who came in would come in now, to the same tasks. Raises Unauthenticated, Forbidden."""
         before, now = scope["state"]["key"], await self._whose(token)
         same = before is not None and now is not None and before.tasks == now.tasks
         scope["state"]["key"] = now if same else None
-        scopes.check(scope, scopes.template(scope["method"], scope["path"]), given=bool(token))
+        scopes.check(scope, scope["state"][TEMPLATE], given=bool(token))
 
     async def _whose(self, token: str | None) -> Key | None:
         await self._ring.refresh()

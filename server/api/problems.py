@@ -95,6 +95,8 @@ def answer(error: ServiceError, scope: Scope) -> Response:
 
 def _headers(error: ServiceError) -> dict[str, str]:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    if error.code == "too_many_connections":
+        headers["Connection"] = "close"
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="lensrack"'
     return headers

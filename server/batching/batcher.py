@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SUSPENDED_RETRY_S = 5.0  # a server that ends itself is back, or another one asked, by then
+SWEEP_S = 0.05  # between two looks for rows that nobody waits for, where the queue is only asked whether it has room
 
 
 class Room:
@@ -64,6 +65,7 @@ class Batcher:
         self.max_queue = max_queue
         self.clock = clock
         self.thread = EngineThread(engine, clock)
+        self._max_batch = max_batch
         self._limit = BatchLimit(max_batch, target_s)
         metrics.BATCH_LIMIT.set(max_batch)
         self._scheduler = Scheduler(max_queue, weight=weight, share=share)
@@ -77,6 +79,8 @@ class Batcher:
         self._stopped = False
         self._suspended = ""  # why no rows are taken for the time being
         self._promised: set[Room] = set()
+        self._kept = 0  # places of these
+        self._swept_at = -math.inf
         self._inside: list[Row] = []  # the rows of the batch under way that have not been let go of
         self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
 
@@ -92,12 +96,28 @@ class Batcher:
         self._admit(rows)
         room = Room(rows, self._enqueue)
         self._promised.add(room)
+        self._kept += rows
         self._idle.clear()
         try:
             yield room
         finally:
             self._promised.remove(room)
+            self._kept -= room.places
             self._note_idle()
+
+    def require_room(self, inside: int) -> None:
+        """Raises QueueFull where a row more would certainly be refused, or where `inside`, requests on their way to the
+        queue or back, are as many as it could ever hold. Cheap: it is asked before anything is done for a request. A
+        server that drains or is suspended says so where it promises."""
+        if self._closing or self._suspended:
+            return
+        if inside >= self.max_queue + 2 * self._max_batch:
+            raise self._full(f"{inside} requests are waiting or being answered")
+        if self._room() < 1 and self.clock() - self._swept_at >= SWEEP_S:
+            self._swept_at = self.clock()
+            self._scheduler.sweep()
+        if self._room() < 1:
+            raise self._full(f"all {self.max_queue} places of the queue are taken")
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all of these rows or none. Raises what `promise` raises."""
@@ -153,6 +173,7 @@ class Batcher:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         assert all(room.places >= 0 for room in self._promised), "promised rows"
+        assert self._kept == sum(room.places for room in self._promised), "places kept"
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -164,18 +185,18 @@ class Batcher:
         if self._room() < rows:
             self._scheduler.sweep()
         if self._room() < rows:
-            metrics.ROWS.labels("refused").inc(rows)
-            raise QueueFull(
-                f"the queue has no room for {rows} more rows: {self.max_queue - self._room()} of {self.max_queue} "
-                "places are taken",
-                retry_after_s=self._retry_after_s(),
-            )
+            taken = f"{self.max_queue - self._room()} of {self.max_queue} places are taken"
+            raise self._full(f"the queue has no room for {rows} more rows: {taken}", rows)
+
+    def _full(self, detail: str, rows: int = 1) -> QueueFull:
+        metrics.ROWS.labels("refused").inc(rows)
+        return QueueFull(detail, retry_after_s=self._retry_after_s())
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
     def _room(self) -> int:
-        return self.max_queue - len(self._scheduler) - sum(room.places for room in self._promised)
+        return self.max_queue - len(self._scheduler) - self._kept
 
     def _retry_after_s(self) -> float:
         """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
@@ -185,6 +206,7 @@ class Batcher:
         return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
 
     def _enqueue(self, rows: Sequence[Row]) -> None:
+        self._kept -= len(rows)  # whatever becomes of them, they take the places that were kept for them
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:

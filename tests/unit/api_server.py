@@ -18,6 +18,7 @@ import uvicorn
 from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
+from server.api.connections import limited
 from server.api.tenancy import narrowing
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
@@ -131,7 +132,13 @@ def serving(
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that name TCP
     port = listener.getsockname()[1]
     server = uvicorn.Server(
-        uvicorn.Config(create_app(services, ring), log_config=None, lifespan="off", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            create_app(services, ring),
+            log_config=None,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+            http=limited(options.max_connections, options.body_timeout_s),
+        )
     )
 
     grpc_port: Future[int] = Future()

@@ -12,11 +12,21 @@ it since.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
-from prompts_store import Alias, AliasConflict, AliasNotFound, Bundle, CorruptBundle, Store, VersionNotFound
+from prompts_store import (
+    Alias,
+    AliasConflict,
+    AliasNotFound,
+    Bundle,
+    CorruptBundle,
+    Store,
+    StoreUnavailable,
+    VersionNotFound,
+)
 from server.jobs.job import Job
 from server.pulse import Pulse
 from server.training.judge import Score, Unservable
@@ -24,6 +34,8 @@ from server.training.judge import Score, Unservable
 log = logging.getLogger(__name__)
 
 LIVE: Final = "live"
+PATIENCE_S: Final = 60.0
+AGAIN_S: Final = 2.0
 Judge = Callable[[Bundle], Score]
 Outcome = dict[str, Any]
 
@@ -37,8 +49,21 @@ class Publisher:
     def publish(self, job: Job, bundle: Bundle, judge: Judge, pulse: Pulse) -> Outcome:
         """What the job's metrics say about it: `published`, and under `judged` the scores that decided.
 
-        The beat before the alias moves is the fence that keeps a superseded worker out. Raises LeaseLost.
+        A store that is full or away is waited for: what took hours to fit must not be lost to a minute without it.
+        Raises LeaseLost, StoreUnavailable.
         """
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._publish(job, bundle, judge, pulse)
+            except StoreUnavailable as error:
+                if time.monotonic() >= until:
+                    raise
+                log.warning("job %s: %s; its version is held meanwhile", job.id, error.detail)
+                pulse.wait(AGAIN_S)
+
+    def _publish(self, job: Job, bundle: Bundle, judge: Judge, pulse: Pulse) -> Outcome:
+        """Any number of times. The beat before the alias moves is the fence that keeps a superseded worker out."""
         self._store.put(bundle)
         if self._went_live(bundle):
             return _published(bundle, pulse)

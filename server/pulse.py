@@ -60,6 +60,11 @@ class Pulse:
         if self._stop.is_set():
             raise ShuttingDown
 
+    def wait(self, seconds: float) -> None:
+        """Let so much time pass, or raise what `check` raises."""
+        self._stop.wait(seconds)
+        self.check()
+
     def watch(self, progress: Progress) -> None:
         """Take a step's progress along; record each epoch and each trial of a search as an event."""
         self._progress = progress

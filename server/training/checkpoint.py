@@ -66,7 +66,7 @@ _TOLD = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s", "condense")
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Whole or not at all: temporary file, fsync, rename."""
+    """Whole or not at all: temporary file, fsync, rename. Raises OSError, and leaves nothing then."""
     tensors = {
         f"{group}/{name}": value.detach().cpu().contiguous()
         for group in _GROUPS
@@ -76,11 +76,15 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     data = save(tensors, {"fit": json.dumps(told)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would hold the last of it
+        raise
 
 
 def read(path: Path) -> Checkpoint | None:

@@ -107,24 +107,26 @@ class Site:
 
 
 @contextmanager
-def site(home: Path, archive: Path, context: ForkServerContext, url: str = "") -> Iterator[Site]:
-    """Jobs and bundles lie in files, or in the Redis at `url`."""
-    settings = Settings(home=home, jobs=url, store=url)
+def site(home: Path, archive: Path, context: ForkServerContext, url: str = "", jobs: str = "") -> Iterator[Site]:
+    """Jobs and bundles lie in files, or in the Redis at `url`; `jobs`: another place for these."""
+    settings = Settings(home=home, jobs=jobs or url, store=url)
+    home.mkdir(exist_ok=True)
+    (home / "workers.log").touch()
     dataset = open_datasets(settings).ingest(archive)
     submitted = submit(settings, dataset.id)
-    jobs, store = open_jobs(settings), open_store(settings.store_url)
-    yield Site(settings, context, jobs, store, submitted)
-    jobs.close()
+    queue, store = open_jobs(settings), open_store(settings.store_url)
+    yield Site(settings, context, queue, store, submitted)
+    queue.close()
     store.close()
 
 
 def submit(settings: Settings, dataset: str) -> Job:
     """With a clock that stands at SUBMITTED_AT."""
     jobs: JobStore
-    if settings.jobs:
+    if settings.jobs.startswith("redis"):
         jobs = RedisJobStore(settings.jobs, now=lambda: SUBMITTED_AT)
     else:
-        jobs = SqliteJobStore(settings.home / "jobs.sqlite", now=lambda: SUBMITTED_AT)
+        jobs = SqliteJobStore(Path(settings.jobs_url.partition("://")[2]), now=lambda: SUBMITTED_AT)
     job = jobs.submit("fruit", dataset, "vpt_deep", RECIPE, max_attempts=30)
     jobs.close()
     return job

@@ -40,9 +40,9 @@ MUTATIONS = (
     ),
     Mutation(
         "A noisy task does not hold up a quiet one",
-        "server/batching/scheduler.py",
-        "            flow.start += flow.step\n",
-        "            pass\n",
+        "server/batching/turns.py",
+        "        turn.start += turn.step\n",
+        "        pass\n",
         "tests/unit/test_batcher.py::test_a_noisy_task_does_not_hold_up_a_quiet_one",
     ),
     Mutation(
@@ -175,5 +175,19 @@ MUTATIONS = (
             pipe.set(self._bundle_key(task, kept.version), kept.data)
 """,
         "tests/contract/test_redis_killed.py::test_bundles_and_aliases",
+    ),
+    Mutation(
+        "A full disk costs a fit its checkpoint, not the fit",
+        "server/checkpoints.py",
+        "        except OSError as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        "tests/e2e/test_full_disk.py::test_checkpoints_caches_and_the_store_of_a_worker",
+    ),
+    Mutation(
+        "At SIGTERM whoever waits is told before the HTTP front gives up",
+        "server/__main__.py",
+        "            server.leave()\n",
+        "",
+        "tests/e2e/test_drain.py::test_what_the_deadline_does_not_allow_is_told_and_nobody_is_left_without_an_answer",
     ),
 )

@@ -28,10 +28,10 @@ RUN case "$VARIANT" in \
     esac \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.11' 'torchvision>=0.26'
 
-# With what sends traces, since nothing can be installed into the running image.
+# With what sends traces and speaks gRPC, since nothing can be installed into the running image.
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; \
-print(*p['dependencies'], *o['server'], *o['otel'], sep='\n')" > requirements.txt \
+print(*p['dependencies'], *o['server'], *o['otel'], *o['grpc'], sep='\n')" > requirements.txt \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install -r requirements.txt
 
 # What only compiling against them or testing them needs, about 150 MB of the CPU variant.

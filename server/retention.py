@@ -11,6 +11,7 @@ from typing import Final
 from server.checkpoints import Checkpoints
 from server.errors import NotFound
 from server.jobs.store import JobStore
+from server.wall_clock import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +22,16 @@ class Retention:
     """Forgets jobs that finished more than `keep_s` ago (0: never), and checkpoints that no job goes on from."""
 
     def __init__(
-        self, jobs: JobStore, checkpoints: Checkpoints, keep_s: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        jobs: JobStore,
+        checkpoints: Checkpoints,
+        keep_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: WallClock | None = None,
     ) -> None:
         self._jobs, self._checkpoints, self._keep_s, self._clock = jobs, checkpoints, keep_s, clock
+        self._wall = wall or WallClock()
         self._last = -math.inf
 
     def when_due(self) -> None:
@@ -33,7 +41,8 @@ class Retention:
             self._last = self._clock()
 
     def clean_up(self) -> None:
-        if self._keep_s > 0 and (old := self._jobs.prune(self._keep_s)):
+        # by a clock that was set forward all would seem old
+        if self._keep_s > 0 and (old := self._jobs.prune(self._keep_s + self._wall.ahead_s())):
             log.info("forgot %d jobs that finished more than %g s ago", len(old), self._keep_s)
         for job_id in sorted(self._checkpoints.jobs()):
             if self.over(job_id):

@@ -19,7 +19,6 @@ import re
 import secrets
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any, Final
 from server.datasets.disk import disk, flock, sync, write
 from server.datasets.member_names import shown
 from server.errors import BadRequest, Conflict, DiskFull, NotFound, QueueFull, TooLarge
+from server.wall_clock import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,9 @@ class Part:
 class UploadStore:
     """The uploads below `root`, which is made when absent. Safe for threads and processes."""
 
-    def __init__(self, root: Path, *, max_bytes: int, expiry_s: float) -> None:
+    def __init__(self, root: Path, *, max_bytes: int, expiry_s: float, clock: WallClock | None = None) -> None:
         self._root, self._max_bytes, self._expiry_s = root, max_bytes, expiry_s
+        self._now = (clock or WallClock()).earliest  # a clock set forward must not end what is under way
         self._owner = ""
         with disk():
             root.mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,7 @@ class UploadStore:
         with disk():
             for folder in self._root.iterdir():
                 with suppress(FileNotFoundError, UploadBusy, NotFound):
-                    if self._expires_at(folder) <= time.time():
+                    if self._expires_at(folder) <= self._now():
                         self._delete_expired(folder)
                         swept += 1
         if swept:
@@ -223,7 +224,7 @@ class UploadStore:
             offset = told["length"] if _is_stored(folder) else _flushed_size(folder / "data")
         except FileNotFoundError:
             raise _no_upload(folder.name) from None
-        if expires_at <= time.time():
+        if expires_at <= self._now():
             raise _no_upload(folder.name)
         return Upload(folder.name, told["length"], offset, told["metadata"], expires_at)
 
@@ -262,7 +263,7 @@ class UploadStore:
             _remove(folder)
             return
         with self._locked(folder):
-            if self._expires_at(folder) <= time.time():  # nobody came between looking and locking
+            if self._expires_at(folder) <= self._now():  # nobody came between looking and locking
                 _remove(folder)
 
     def _require_space(self, length: int) -> None:

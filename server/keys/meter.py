@@ -79,7 +79,7 @@ class Meter:
             stats = await asyncio.to_thread(self._limiter.get_window_stats, item, what, key_id)
         except StorageError:
             return 1.0
-        return max(1.0, stats.reset_time - time.time())
+        return min(max(1.0, stats.reset_time - time.time()), float(item.get_expiry()))  # the clock may have been set
 
 
 def _storage(url: str | None) -> Storage:

@@ -24,6 +24,7 @@ from server.errors import QueueFull, ServiceError
 from server.keys.key import Key, id_of, matches
 from server.keys.keys_file import BadKeysFile, KeysFile
 from server.keys.store import KeyStore
+from server.wall_clock import WallClock
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ class _Known:
 class KeyRing:
     """Belongs to an event loop, but for `load`, which is called before there is one."""
 
-    def __init__(self, store: KeyStore, file: KeysFile | None = None, *, now: Callable[[], float] = time.time) -> None:
-        self._store, self._file, self._now = store, file, now
+    def __init__(
+        self, store: KeyStore, file: KeysFile | None = None, *, now: Callable[[], float] | None = None
+    ) -> None:
+        """`now`: seconds since the epoch; otherwise a clock that, set back, lets no old token in again."""
+        self._store, self._file, self._now = store, file, now or WallClock().latest
         self._known = _Known()
         self._stamp: object = None
         self._listed: tuple[tuple[Key, str | None], ...] = ()

@@ -323,6 +323,41 @@ def test_a_worker_late_with_its_heartbeat_keeps_a_job_that_nobody_took(store: Jo
     assert store.claim("w2", 30) is None
 
 
+YEAR_S = 365 * 86_400.0
+
+
+@pytest.mark.parametrize("jump_s", [-YEAR_S, -3600.0, 3600.0, YEAR_S])
+def test_a_clock_that_is_set_loses_no_job_and_ends_none_twice(store: JobStore, clock: Clock, jump_s: float) -> None:
+    """Set forward, a living worker may be taken for dead, and is fenced; set back, its next heartbeat counts anew."""
+    waiting, finished = submit(store, "waiting"), submit(store, "over", priority=2)
+    store.finish(finished.id, claim(store).attempt, "succeeded", version="v")
+    held = submit(store, "held", priority=1)
+    mine = claim(store, lease_s=30)
+    assert mine.id == held.id
+    clock.now += jump_s
+    later = submit(store, "later")
+    assert later.id > held.id, "ids go on in their order"
+    assert {job.id for job in store.list()[0]} == {one.id for one in (waiting, finished, held, later)}
+    taken = store.claim("w2", 30)
+    assert taken is not None
+    if taken.id == held.id:
+        assert jump_s > 0
+        with pytest.raises(LeaseLost):
+            store.heartbeat(mine.id, mine.attempt, 30)
+        mine, taken = taken, claim(store, "w2")
+    assert taken.id == waiting.id, "the oldest first, whatever the clock says"
+    assert store.heartbeat(mine.id, mine.attempt, 30).lease_expires_at == clock.now + 30
+    clock.now += 31  # both fall silent, and are followed by the new clock at once
+    heirs = {claim(store, "w3").id for _ in range(3)}
+    assert heirs == {held.id, waiting.id, later.id}
+    assert store.claim("w4", 30) is None
+    for job in (held, waiting, later):
+        own = store.get(job.id)
+        store.finish(own.id, own.attempt, "succeeded", version="v")
+        assert told(store, own).count("succeeded") == 1
+    assert store.counts() == {"succeeded": 4} | dict.fromkeys(set(store.counts()) - {"succeeded"}, 0)
+
+
 def test_silence_uses_up_the_attempts_and_the_last_error_is_kept(store: JobStore, clock: Clock) -> None:
     job = submit(store, max_attempts=3)
     first = claim(store)

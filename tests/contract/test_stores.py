@@ -347,6 +347,20 @@ def test_rollback_and_back_again(store: Store) -> None:
     assert [alias.revision for alias in store.history("fish", "live")] == [1, 2, 3, 4, 5]
 
 
+def test_a_clock_that_goes_back_and_forth_turns_no_history_round(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of changes is their revisions', so that a rollback and a canary go where they would have gone."""
+    one, two = two_versions(store)
+    times = iter([5e9, 1.0, 3e9, 2.0, 4e9, 0.0])
+    monkeypatch.setattr(time, "time", lambda: next(times, 1e9))
+    store.set_alias("fish", "live", one)
+    store.set_alias("fish", "live", {one: 9, two: 1})
+    store.set_alias("fish", "live", two)
+    assert store.rollback("fish", "live").targets == (Target(one, 0.9), Target(two, 0.1))
+    assert store.rollback("fish", "live").targets == (Target(two),)
+    assert [state.revision for state in store.history("fish", "live")] == [1, 2, 3, 4, 5]
+    assert store.aliases("fish")["live"].choose("anybody") == two
+
+
 def test_rollback_passes_over_what_is_gone(store: Store) -> None:
     one, two = two_versions(store)
     three = store.put(bundle(3))

@@ -182,7 +182,7 @@ def test_a_worker_killed_at(
         assert_as_if_nothing_had_happened(place, job, undisturbed)
 
 
-@pytest.mark.parametrize("backend", ["sqlite", "redis"])
+@pytest.mark.parametrize("backend", ["sqlite", pytest.param("redis", marks=pytest.mark.long)])
 def test_a_worker_that_is_asked_to_stop_gives_its_job_back_at_once(
     backend: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
 ) -> None:

@@ -190,4 +190,11 @@ MUTATIONS = (
         "",
         "tests/e2e/test_drain.py::test_what_the_deadline_does_not_allow_is_told_and_nobody_is_left_without_an_answer",
     ),
+    Mutation(
+        "A clock that is set back lets no old token in",
+        "server/wall_clock.py",
+        "return max(self._wall(), self._began + self._steady())",
+        "return self._wall()",
+        "tests/unit/test_keys.py::test_no_clock_lets_an_old_or_revoked_token_in_again",
+    ),
 )

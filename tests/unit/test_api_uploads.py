@@ -18,6 +18,7 @@ import pytest
 from lensrack import wire
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict, DiskFull, NotFound, Unavailable
+from server.wall_clock import WallClock
 from tests.unit.api_server import Api, assert_problem, read_response, serving
 from tests.unit.test_api_datasets import FILES, zipped
 
@@ -259,6 +260,27 @@ def test_a_start_sweeps_what_is_old_and_keeps_what_is_not(tmp_path: Path) -> Non
     part.append(b"12345")
     assert part.close() == 5
     assert opened(tmp_path).get(busy.id).offset == 5
+
+
+@pytest.mark.parametrize("jump_s", [-1e8, -7200.0, 7200.0, 1e8])
+def test_a_clock_that_is_set_ends_no_upload_that_goes_on(tmp_path: Path, jump_s: float) -> None:
+    wall, steady = [time.time()], [5.0]
+    store = opened(tmp_path, clock=WallClock(lambda: wall[0], lambda: steady[0]))
+    upload = store.create(10)
+    wall[0] += jump_s
+    later = store.create(10)
+    os.utime(tmp_path / later.id / "data", (wall[0], wall[0]))  # as the kernel would, whose clock it is
+    for _ in range(3):
+        store.sweep()
+        assert (store.get(upload.id).offset, store.get(later.id).offset) == (0, 0)
+        wall[0], steady[0] = wall[0] + 1000, steady[0] + 1000
+    part = store.open(upload.id)
+    part.append(b"12345")
+    assert part.close() == 5
+    if jump_s > 0:
+        wall[0], steady[0] = wall[0] + 1e9, steady[0] + 1e9
+        store.sweep()
+        assert list(tmp_path.iterdir()) == [], "in the end it is swept"
 
 
 def test_a_writer_that_was_given_up_writes_no_more(tmp_path: Path) -> None:

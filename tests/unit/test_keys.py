@@ -26,6 +26,7 @@ from server.keys.meter import Meter
 from server.keys.redis_store import RedisKeyStore
 from server.keys.ring import KeyRing
 from server.keys.sqlite_store import SqliteKeyStore
+from server.wall_clock import WallClock
 from tests.conftest import free_port
 
 pytestmark = pytest.mark.anyio
@@ -423,3 +424,38 @@ async def test_a_prefix_that_two_tenants_may_share_is_told_once(
     await ring.refresh(0)
     told = [record.getMessage() for record in caplog.records]
     assert told == ["key shared covers every task whose name begins with 'acme', within words too"]
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, -60.0, 60.0, 86_400.0])
+async def test_no_clock_lets_an_old_or_revoked_token_in_again(store: SqliteKeyStore, jump_s: float) -> None:
+    wall, steady = Clock(), Clock()
+    old, new = made(store), keys.new_token("abc")
+    ring = KeyRing(store, now=WallClock(wall, steady).latest)
+    ring.load()
+    renewed = {"old_until": wall.now + 30, "hash": keys.hashed(new)}
+    store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
+    assert await owner(ring, old) == "abc"
+    wall.now += jump_s
+    assert await owner(ring, old) == ("abc" if jump_s < 0 else None)
+    for clock in (wall, steady):
+        clock.now += 31
+    assert await owner(ring, old) is None, "its time was up, whatever the clock says"
+    assert await owner(ring, new) == "abc"
+    store.change("abc", lambda key: key.model_copy(update={"revoked_at": wall.now}))
+    for back_s in (0.0, -1e6, 2e6):
+        wall.now += back_s
+        assert await owner(ring, new) is None
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+async def test_a_clock_that_is_set_locks_no_key_out(jump_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its minute is counted anew; and who is refused is told to come back within one."""
+    real, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    meter, key = Meter(), allowed(images_per_s=0.5)
+    await meter.images(key, 30)
+    ahead[0] = jump_s
+    await meter.images(key, 30)
+    with pytest.raises(QueueFull) as caught:
+        await meter.images(key, 30)
+    assert 1 <= (caught.value.retry_after_s or 0) <= 60

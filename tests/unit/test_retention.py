@@ -15,6 +15,7 @@ from server.errors import NotFound
 from server.jobs.job import Job, new_id
 from server.jobs.sqlite_store import SqliteJobStore
 from server.retention import Retention
+from server.wall_clock import WallClock
 from tests.unit.test_trainer import House
 
 DAY_S = 86_400.0
@@ -73,6 +74,18 @@ def test_what_finished_long_ago_is_forgotten_with_what_belongs_to_it(
     with pytest.raises(NotFound):
         jobs.events(old.id)
     assert not any(file.exists() for file in files)
+
+
+def test_a_clock_that_is_set_forward_makes_nothing_old(jobs: SqliteJobStore, folder: Path, clock: Clock) -> None:
+    steady = Clock()
+    keeping = Retention(jobs, Checkpoints(folder), 30 * DAY_S, wall=WallClock(clock, steady))
+    over, waiting = finished(jobs), submit(jobs)
+    clock.now += 10_000 * DAY_S
+    keeping.clean_up()
+    assert {job.id for job in jobs.list()[0]} == {over.id, waiting.id}
+    clock.now, steady.now = clock.now + 31 * DAY_S, steady.now + 31 * DAY_S
+    keeping.clean_up()
+    assert [job.id for job in jobs.list()[0]] == [waiting.id]
 
 
 def test_zero_keeps_jobs_for_ever(jobs: SqliteJobStore, folder: Path, clock: Clock) -> None:

@@ -1,11 +1,13 @@
 """Real server processes that are up in a second: forks of one that has loaded torch already, as `doomed_worker` has it.
 
-What they run is `python -m server serve`. A `fault` makes the engine break when it is shown a white picture.
+What they run is `python -m server serve`. A `fault` makes the engine break when it is shown a white picture; one of KILLS
+ends the process, as a power cut would, once there is a file `armed` in its home.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -86,7 +88,9 @@ def _serve(home: str, variables: Mapping[str, str], fault: str, port: int) -> No
     os.chdir(home)
     from server.__main__ import cli
 
-    if fault:
+    if fault in KILLS:
+        _kill_at(Path(home) / "armed", *KILLS[fault])
+    elif fault:
         _break(fault)
     sys.argv = ["server", "serve", "--port", str(port)]
     cli()
@@ -114,3 +118,34 @@ def _break(fault: str) -> None:
         return embed(engine, images)
 
     Engine.embed = doomed  # type: ignore[method-assign]
+
+
+KILLS = {  # where: module, name, and whether the step is taken before the end
+    "a piece of an upload": ("server.datasets.upload_store", "Part.append", True),
+    "unpacking": ("server.datasets.dataset_store", "DatasetStore._move_in", False),
+    "a data set without its answer": ("server.datasets.dataset_store", "DatasetStore._keep", True),
+    "an upload that has become a data set": ("server.datasets.upload_store", "UploadStore._become", False),
+    "a version without its alias": ("prompts_store.file_store", "FileStore.put", True),
+    "an alias that is about to move": ("prompts_store.file_store", "FileStore._save", False),
+    "an alias that has moved": ("prompts_store.file_store", "FileStore._save", True),
+    "a task that is being deleted": ("prompts_store.file_store", "FileStore._remove", False),
+    "a job without its answer": ("server.jobs.sqlite_store", "SqliteJobStore.submit", True),
+    "a picture without its word": ("server.datasets.feedback_store", "FeedbackStore._keep_picture", True),
+    "a lens half written": ("server.engine.rack", "Rack.allocate", True),
+    "an eviction": ("server.engine.rack", "Rack.free", True),
+}
+
+
+def _kill_at(armed: Path, module: str, name: str, taken: bool) -> None:
+    owner_name, _, method = name.partition(".")
+    owner = getattr(importlib.import_module(module), owner_name)
+    step = getattr(owner, method)
+
+    def doomed(*arguments: Any, **options: Any) -> Any:
+        if taken:
+            answer = step(*arguments, **options)
+        if armed.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer if taken else step(*arguments, **options)
+
+    setattr(owner, method, doomed)

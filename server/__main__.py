@@ -43,6 +43,7 @@ BENCHES = (
     "backbone",
     "compare",
     "engine",
+    "fit",
     "http",
     "jobs",
     "ladder",

@@ -42,6 +42,7 @@ BENCHES = (
     "accuracy",
     "backbone",
     "compare",
+    "decode",
     "engine",
     "fit",
     "http",

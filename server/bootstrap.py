@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -242,7 +243,12 @@ def build_server(settings: Settings) -> Server:
         residency,
         batcher,
         decoding,
-        limits=Limits(settings.max_images, settings.max_image_pixels, settings.max_tasks_per_request),
+        limits=Limits(
+            settings.max_images,
+            settings.max_image_pixels,
+            settings.max_tasks_per_request,
+            settings.scaled_decode or math.inf,
+        ),
         geometry=backbone.spec.geometry,
         fingerprint=backbone.spec.fingerprint,
     )
@@ -335,6 +341,8 @@ def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings, t
     """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's."""
     spec = backbone.spec
     notes = [note for note in (trouble, "" if spec.trained else UNTRAINED_NOTE) if note]
+    if settings.scaled_decode:
+        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
     if len(workers.pids) < settings.workers:
         notes.append(f"{len(workers.pids)} of {settings.workers} workers are running: training may wait")
     return wire.Ready(

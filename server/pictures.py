@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -68,8 +69,9 @@ class Pictures:
     are decoding threads.
     """
 
-    def __init__(self, given: Sequence[Image], pool: Executor, max_pixels: int) -> None:
-        self._given, self._pool, self._max_pixels = given, pool, max_pixels
+    def __init__(self, given: Sequence[Image], pool: Executor, max_pixels: int, margin: float = math.inf) -> None:
+        """margin: see `images.pixels`."""
+        self._given, self._pool, self._max_pixels, self._margin = given, pool, max_pixels, margin
         self._fitted: dict[Geometry, asyncio.Future[list[Fitted]]] = {}
         self._shown: list[list[Row]] = [[] for _ in given]
         self.decode_s = 0.0
@@ -109,7 +111,7 @@ class Pictures:
     def _fit_one(self, index: int, geometry: Geometry) -> Fitted:
         image = self._given[index]
         try:
-            return fitted(image, geometry, self._max_pixels)
+            return fitted(image, geometry, self._max_pixels, self._margin)
         except ServiceError as error:
             if len(self._given) > 1:
                 error.detail = f"image {index}: {error.detail}"
@@ -118,7 +120,7 @@ class Pictures:
             raise
 
 
-def fitted(image: Image, geometry: Geometry, max_pixels: int) -> Fitted:
+def fitted(image: Image, geometry: Geometry, max_pixels: int, margin: float = math.inf) -> Fitted:
     """What the engine takes of it. Errors: as `images`, and of pixels that are cut another way."""
     if isinstance(image, Cut):
         return image.fitted(geometry)
@@ -126,4 +128,4 @@ def fitted(image: Image, geometry: Geometry, max_pixels: int) -> Fitted:
         return images.of_picture(image.pixels, geometry, max_pixels=max_pixels)
     if isinstance(image, Normalised):
         return images.of_tensor(image.values, geometry)
-    return images.pixels(image, geometry, max_pixels=max_pixels)
+    return images.pixels(image, geometry, max_pixels=max_pixels, margin=margin)

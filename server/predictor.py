@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ class Limits:
     max_images: int
     max_image_pixels: int
     max_tasks: int
+    margin: float = math.inf  # of a JPEG's size, see `server.engine.images.pixels`
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ class Predictor:
         """A request's room in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)
         with self._batcher.promise(len(images) * tasks) as room:
-            shown = Pictures(images, self._pool, self._limits.max_image_pixels)
+            shown = Pictures(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
             try:
                 yield _Asking(shown, room, key, tenant, self._batcher.clock() + timeout_s)
             finally:

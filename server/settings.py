@@ -110,6 +110,16 @@ class Settings(BaseSettings):
     max_tasks_per_request: Annotated[
         int, Field(gt=0, description="Most tasks one image can be asked about at once.")
     ] = 64
+    scaled_decode: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=8,
+            description="Decode JPEGs for predictions at a half, a quarter or an eighth of their size, as long as that "
+            "is so many times what the version resizes to: cheaper for large photographs, not quite the pixels that "
+            "it was fitted on. 2 is near, 1 is not; 0 decodes all of them whole.",
+        ),
+    ] = 0.0
     decode_threads: Annotated[int, Field(gt=0, description="Threads that decode and resize images.")] = 2
 
     # --- batching and the rack --------------------------------------------------------------------------------------

@@ -93,9 +93,14 @@ def _expect(holds: bool, name: str, actual: object, expected: object) -> None:
         raise BadRequest(f"preprocess: {name} is {actual!r}, expected {expected}", code="bad_bundle")
 
 
-def pixels(data: bytes, geometry: Geometry, *, max_pixels: int) -> Pixels:
-    """The pixels of an encoded image, uint8 [S, S, 3]. Errors: as `decode`."""
-    return fit(decode(data, max_pixels=max_pixels), geometry)
+def pixels(data: bytes, geometry: Geometry, *, max_pixels: int, margin: float = math.inf) -> Pixels:
+    """The pixels of an encoded image, uint8 [S, S, 3]. Errors: as `decode`.
+
+    margin: a JPEG may come from its decoder at a reduced size that is still so many times what `geometry` resizes to:
+    cheaper for large pictures, and not quite the same pixels. Infinite: exactly what training saw.
+    """
+    enough = math.ceil(geometry.resized * margin) if math.isfinite(margin) else 0
+    return fit(decode(data, max_pixels=max_pixels, enough=enough), geometry)
 
 
 def of_picture(picture: Pixels, geometry: Geometry, *, max_pixels: int) -> Pixels:
@@ -141,11 +146,15 @@ _DECODER_ERRORS = (
 )
 
 
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The picture in `data`: RGB, upright. Errors: bad_image, unsupported_image, image_too_large (see the module)."""
+def decode(data: bytes, *, max_pixels: int, enough: int = 0) -> Image.Image:
+    """The picture in `data`: RGB, upright. Errors: bad_image, unsupported_image, image_too_large (see the module).
+
+    enough: where it is not 0, a JPEG comes at a half, a quarter or an eighth of its size, as long as both sides keep so
+    many pixels.
+    """
     what = sniff(data)
     stripped = strip(data, what, max_pixels=max_pixels)
-    image = _flatten(_load(stripped.body, what, max_pixels), what)
+    image = _flatten(_load(stripped.body, what, max_pixels, enough), what)
     turn = _TURNS.get(stripped.orientation)
     return image if turn is None else image.transpose(turn)
 
@@ -161,10 +170,12 @@ _TURNS = {
 }
 
 
-def _load(body: bytes, what: str, max_pixels: int) -> Image.Image:
+def _load(body: bytes, what: str, max_pixels: int, enough: int) -> Image.Image:
     try:
         image = _PLUGINS[what](io.BytesIO(body))
         _check_opened(image, what, max_pixels)
+        if enough and what == "JPEG":
+            image.draft(image.mode, (enough, enough))  # libjpeg leaves out what the smaller size does not show
         image.load()
     except Image.DecompressionBombError:
         raise TooLarge("the image has more pixels than its decoder accepts", code="image_too_large") from None

@@ -1,7 +1,7 @@
 """Real server processes that are up in a second: forks of one that has loaded torch already, as `doomed_worker` has it.
 
-What they run is `python -m server serve`. A `fault` makes the engine break when it is shown a white picture; one of KILLS
-ends the process, as a power cut would, once there is a file `armed` in its home.
+What they run is `python -m server serve`. A `fault` makes the engine break when it is shown a white picture; one of
+KILLS ends the process, as a power cut would, once there is a file `armed` in its home.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""SIGKILL to a real server in the middle of what it does for a client. The next one finds nothing by halves, answers what
-was answered, and the client's same request then leads to where it would have led, once."""
+"""SIGKILL to a real server in the middle of what it does for a client. The next one finds nothing by halves, answers
+what was answered, and the client's same request then leads to where it would have led, once."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,31 @@ def test_a_closed_store_says_so(path: Path) -> None:
     store.close()
     with pytest.raises(Unavailable, match="closed"):
         store.counts()
+
+
+def test_descriptors_are_those_of_the_threads_that_live(path: Path) -> None:
+    """Two for each thread that has asked, the file and its log; what threads that have ended held is let go."""
+    store = SqliteJobStore(path)
+    submit(store)
+
+    def held() -> int:
+        found = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        return sum(name.startswith(str(path)) for name in found)
+
+    with ThreadPoolExecutor(6) as pool:
+        barrier = threading.Barrier(6)
+        list(pool.map(lambda _: (barrier.wait(60), store.counts()), range(6)))
+        several = held()
+        for _ in range(200):
+            pool.submit(store.counts).result()
+        assert held() == several <= 2 * 7 + 2
+    for _ in range(50):
+        one = threading.Thread(target=store.counts)
+        one.start()
+        one.join()
+    assert held() <= several
+    store.close()
+    assert held() == 0
 
 
 # --- the rules themselves ---------------------------------------------------------------------------------------------

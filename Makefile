@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference release serve test test-long fuzz guards soak redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
+.PHONY: docs reference release serve test test-long fuzz guards soak swaps redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ guards: $(EXTRAS) redis  ## break the code in each of the ways of tests/guards, 
 SOAK ?=
 soak: $(EXTRAS)  ## many predictions, load cycles and jobs: does a server grow? SOAK="--predictions 5000 …" for less
 	$(BIN)/python -m tests.soak $(SOAK)
+
+swaps: $(EXTRAS)  ## 10,000 tasks and 1,000 places: 100,000 lenses make room for others; does memory grow?
+	LENSRACK_BACKBONE=untrained $(BIN)/python -m server bench rack --swaps 100000
 
 GPU ?=
 gpu-check:       ## does a GPU give the CPU's answers and gradients, and how fast? GPU="--batches 64 …"; needs torch and timm only

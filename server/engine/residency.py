@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.errors import Unavailable
 
@@ -125,7 +126,7 @@ class Residency:
         if entry is None:
             entry = self._entries[task, version] = _Entry()
             entry.ready = asyncio.create_task(self._load(task, version, entry))
-            entry.ready.add_done_callback(_retrieve)
+            entry.ready.add_done_callback(partial(self._arrived, entry))
         else:
             self.counts.hits += 1
             if self._on_hit is not None:
@@ -151,10 +152,10 @@ class Residency:
         entry = self._entries.pop((task, version), None)
         if entry is None:
             return False
+        entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile
         await asyncio.wait([entry.ready])
         if entry.seat is None:  # the load failed: its waiters are told why, and there is nothing to free
             return False
-        entry.gone = True
         self._settle(entry)
         while entry.seat.place in self._sitting:
             self._freed.clear()
@@ -214,7 +215,12 @@ class Residency:
         try:
             loaded = await loop.run_in_executor(self._executor, self._loader, task, version)
             place = await self._make_room(loaded.lens)
-            await loop.run_in_executor(self._executor, self._rack.write, place, loaded.lens)
+            try:
+                await loop.run_in_executor(self._executor, self._rack.write, place, loaded.lens)
+            except BaseException:
+                self._rack.free(place)
+                self._freed.set()
+                raise
         except BaseException:
             if self._entries.get((task, version)) is entry:
                 del self._entries[task, version]
@@ -224,6 +230,11 @@ class Residency:
         if self._on_load is not None:
             self._on_load(task, time.perf_counter() - started)
         return Seat(task, version, place, loaded.labels, loaded.geometry, loaded.mean, loaded.std)
+
+    def _arrived(self, entry: _Entry, ready: asyncio.Task[Seat]) -> None:
+        """Nobody may wait any more: a failure is nobody's error then, and what was unloaded meanwhile leaves."""
+        if not ready.cancelled() and ready.exception() is None:
+            self._settle(entry)
 
     async def _make_room(self, lens: Lens) -> Place:
         if not self._rack.can_ever_hold(lens):
@@ -260,12 +271,5 @@ class Residency:
         self._freed.set()
 
     def _free(self, entry: _Entry) -> None:
-        if entry.seat is not None:
-            del self._sitting[entry.seat.place]
+        if entry.seat is not None and self._sitting.pop(entry.seat.place, None) is not None:
             self._rack.free(entry.seat.place)
-
-
-def _retrieve(task: asyncio.Task[Seat]) -> None:
-    """A failed load whose waiters have all left is nobody's error."""
-    if not task.cancelled():
-        task.exception()

@@ -120,11 +120,18 @@ class Site:
             await asyncio.gather(asking, return_exceptions=True)
             return
         answer = await asking
-        if not self.hear(answer):
-            return
+        if self.hear(answer):
+            self.check(answer, place)
+            assert len(name) < 20 or answer.json()["version"] == name[1:], "asked for by its own name"
+
+    async def ask_about(self, task: str, place: int) -> str:
+        """The version that answered, truly."""
+        answer = await self.http.post(f"/predict/{task}?top_k=9", content=PICTURES[place], headers=PNG)
+        self.check(answer.raise_for_status(), place)
+        return str(answer.json()["version"])
+
+    def check(self, answer: httpx.Response, place: int) -> None:
         told, expected = answer.json(), self.truth[answer.json()["version"], place]
-        if len(name) > 20:
-            assert told["version"] == name[1:], "asked for by its own name"
         got = [(one["label"], one["score"]) for one in told["predictions"][0]]
         assert [label for label, _ in got] == [label for label, _ in expected]
         np.testing.assert_allclose([score for _, score in got], [score for _, score in expected], atol=2e-5, rtol=0)
@@ -161,6 +168,7 @@ class Site:
         batcher, residency = self.server.batcher, self.server.residency
         return {
             "rows": len(batcher), "promises": len(batcher._promised), "inside": len(batcher._inside),
+            "loads": sum(not entry.ready.done() for entry in residency._entries.values()),
             "seats in use": sum(entry.pins for entry in residency._sitting.values()),
         }  # fmt: skip
 
@@ -206,6 +214,25 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         rack = place.server.engine.rack
         assert (rack.used_slots, rack.used_vectors) == (0, 0)
         rack.check_integrity()
+
+
+async def test_a_damaged_version_leaves_the_old_one_serving_and_is_told_aloud(tmp_path: Path) -> None:
+    async with site(tmp_path) as place:
+        place.furnish()
+        await place.publish("task-0", 0)
+        await place.ask_about("task-0", 0)
+        old, new = (bundle.version for bundle in place.bundles["task-0"])
+        await place.publish("task-0", 1)
+        file = tmp_path / "store" / "tasks" / "task-0" / "versions" / f"{new}.safetensors"
+        file.write_bytes(file.read_bytes()[:-4] + b"\0bad")
+        place.server.store.close()  # what it remembers is gone, as after a restart
+    async with site(tmp_path) as place:
+        place.furnish()
+        assert await place.ask_about("task-0", 0) == old
+        gauge = "lensrack_quarantined_versions 1.0"
+        assert gauge in (await place.http.get("/metrics")).text
+        refused = await place.http.post(f"/predict/task-0@{new}", content=PICTURES[0], headers=PNG)
+        assert (refused.status_code, refused.json()["code"]) == (500, "corrupt_bundle")
 
 
 async def _many(count: int, deed: Callable[[random.Random], Awaitable[None]], seed: int) -> None:

@@ -116,6 +116,39 @@ async def test_unload_waits_for_the_rows_and_frees_the_memory(residency: Residen
     assert residency._rack.used_slots == 0
 
 
+async def test_an_unload_that_its_client_left_frees_the_memory_as_well(residency: Residency, shelf: Shelf) -> None:
+    """Also while the version is still on its way."""
+    shelf.gate.clear()
+    loading = asyncio.create_task(residency.acquire("a", "1"))
+    await asyncio.sleep(0.02)
+    leaving = asyncio.create_task(residency.unload("a", "1"))
+    await asyncio.sleep(0.02)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    shelf.gate.set()
+    residency.release(await loading)
+    assert residency._rack.used_slots == 0
+    for name in "bcd":
+        await asyncio.wait_for(residency.load(name, "1"), 5)
+    residency.check_integrity()
+
+
+async def test_a_lens_that_cannot_be_written_takes_no_place(
+    residency: Residency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(residency._rack, "write", full)
+        for _ in range(5):
+            with pytest.raises(RuntimeError):
+                await residency.load("a", "1")
+    assert residency._rack.used_slots == 0
+    assert (await residency.acquire("a", "1")).task == "a"
+    residency.check_integrity()
+
+
 async def test_a_failed_load_tells_everybody_and_is_tried_again(residency: Residency, shelf: Shelf) -> None:
     shelf.broken.add("a")
     results = await asyncio.gather(*(residency.acquire("a", "1") for _ in range(3)), return_exceptions=True)

@@ -197,4 +197,12 @@ MUTATIONS = (
         "return self._wall()",
         "tests/unit/test_keys.py::test_no_clock_lets_an_old_or_revoked_token_in_again",
     ),
+    Mutation(
+        "An unload whose client leaves frees the memory as well",
+        "server/engine/residency.py",
+        "        entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile\n"
+        "        await asyncio.wait([entry.ready])\n",
+        "        await asyncio.wait([entry.ready])\n        entry.gone = True\n",
+        "tests/engine/test_residency.py::test_an_unload_that_its_client_left_frees_the_memory_as_well",
+    ),
 )

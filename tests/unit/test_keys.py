@@ -61,6 +61,29 @@ def test_a_damaged_hash_matches_nothing(kept: str) -> None:
     assert not keys.matches(keys.new_token("abc"), kept)
 
 
+def test_hashes_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one comparison that does so, whole digests each time; `==` is never asked."""
+    compared: list[tuple[int, int, bool]] = []
+
+    class Digest(bytes):
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("compared with ==")
+
+    def watched(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other), bytes(one) == bytes(other)))
+        return compared[-1][2]
+
+    token = keys.new_token("abc")
+    kept, scrypt = keys.hashed(token), keys._scrypt
+    monkeypatch.setattr(keys, "_scrypt", lambda *arguments: Digest(scrypt(*arguments)))
+    monkeypatch.setattr(keys.hmac, "compare_digest", watched)
+    assert keys.matches(token, kept)
+    assert not keys.matches(token[:-1] + "~", kept)
+    assert compared == [(32, 32, True), (32, 32, False)]
+
+
 def test_a_guess_costs_sixteen_mebibytes() -> None:
     assert REAL_LOG_N == 14
 

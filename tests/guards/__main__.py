@@ -55,7 +55,8 @@ def noticed(tree: Path, mutation: Mutation) -> bool:
 
 
 def row(mutation: Mutation, seen: bool) -> str:
-    change = f"`{mutation.old.strip().splitlines()[0]}` → `{mutation.new.strip()}`"
+    old, new = ((text.strip().splitlines() or ["nothing"])[0] for text in (mutation.old, mutation.new))
+    change = f"`{old}` → `{new}`"
     verdict = "it failed" if seen else "**it passed**"
     return f"| {mutation.guards} | {mutation.file}: {change} | {mutation.test} | {verdict} |"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from server.bench.engine import in_turns
 from server.bench.figures import machine
-from server.bench.process_tree import MIB, rss_mib
+from server.bench.process_tree import peak_rss_mib, rss_mib
 from server.bench.svg import LINES, as_svg, style
 from server.engine import reference, vit
 from server.engine.backbone import Backbone, load_weights
@@ -143,7 +142,7 @@ def _peak_mib(options: argparse.Namespace) -> float:
     once = step(options.peak_of, prompts, options)
     before = rss_mib()
     once()
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB - before, 1)
+    return round(peak_rss_mib() - before, 1)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

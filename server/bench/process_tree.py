@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 MIB = 2**20
@@ -29,6 +30,12 @@ def rss_mib() -> float:
     import psutil
 
     return float(round(psutil.Process().memory_info().rss / MIB, 1))
+
+
+def peak_rss_mib() -> float:
+    """The most that this program has had resident. What `getrusage` says begins with what the parent had."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return round(int(line.split()[1]) / 1024, 1)
 
 
 def _tree(pid: int) -> list[Any]:

@@ -6,20 +6,16 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin beside a worker's
 
-import asyncio
 import atexit
-import gc
 import importlib
 import json
 import logging
-import math
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -35,7 +31,6 @@ from server.settings import Settings
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = logging.getLogger("server")
 
-LEAVE_S = 1.0
 ExportFormat = Literal["onnx", "timm"]
 ExportInput = Literal["uint8", "float"]
 BENCHES = (
@@ -93,93 +88,45 @@ def serve(
 ) -> None:
     """Serve predictions and take training jobs."""
     settings = load_settings(host=host, port=port)
-    start_telling(settings, "lensrack-server")
-    import uvloop
-
+    if settings.fronts:
+        start_logging(settings)  # each process traces for itself
+    else:
+        start_telling(settings, "lensrack-server")
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
 
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            status = runner.run(_serve(settings))
+        if settings.fronts:
+            from server.house import House
+
+            status = House(settings).run()
+        else:
+            from server import serving
+
+            status = serving.run(partial(_serve, settings))
+            serving.wait_for_threads(status)
     except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
         typer.echo(f"the server cannot start: {error}", err=True)
         raise typer.Exit(1) from None
-    _leave(status)
+    if status:
+        raise typer.Exit(status)
 
 
 async def _serve(settings: Settings) -> int:
-    """The exit status."""
-    import uvicorn
-
-    from server.api.connections import limited, with_files_for
-    from server.bootstrap import UNTRAINED_NOTE, build_server
+    """All in this process. The exit status."""
+    from server import serving
+    from server.bootstrap import build_server
     from server.watchdog import EXIT_CODE
 
-    asyncio.get_running_loop().set_default_executor(_Threads(thread_name_prefix="asyncio"))
-    listener = socket.create_server((settings.host, settings.port), backlog=1024)  # a taken port is known at once
-    # asyncio does this only for sockets that name their protocol; without it an answer waits 40 ms for the client's ACK
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener = serving.listen(settings)
     server = build_server(settings)
-    spec = server.engine.backbone.spec
-    if not spec.trained:
-        log.warning(UNTRAINED_NOTE)
-    log.info("backbone %s, fingerprint %s…", spec.arch, spec.fingerprint[:12])
-    config = uvicorn.Config(
-        server.app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # who is told off by a drain hears it
-        http=limited(with_files_for(settings.max_connections), settings.body_timeout_s),
-    )
 
-    class Front(uvicorn.Server):
-        """uvicorn's own way raises the signal again afterwards and so would end us before the workers are stopped."""
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
-            yield
-
-        def handle_exit(self, number: int, frame: FrameType | None) -> None:
-            super().handle_exit(number, frame)
-            server.leave()
-
-    async with server.running():
-        address, port = listener.getsockname()[:2]
-        log.info("serving on http://%s:%d", address, port)
-        front = Front(config)
-        gc.collect()
-        gc.freeze()  # what is there now stays: a collection amid thousands of requests need not look at it
+    def ready(front: serving.Front) -> None:
+        log.info("serving on http://%s:%d", *listener.getsockname()[:2])
         server.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
-        await front.serve(sockets=[listener])
-        gc.unfreeze()  # extensions that look at the end for what has leaked would take it for that
+
+    await serving.serve_http(server, listener, ready)
     return EXIT_CODE if server.watchdog.lost else 0
-
-
-class _Threads(ThreadPoolExecutor):
-    """Those of `asyncio.to_thread`, without asyncio's waiting for one that hangs in a store: see `_leave`."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait=False, cancel_futures=True)
-
-
-def _leave(status: int) -> None:
-    """End the process, where a thread is still at something (an engine, a store that hangs) without waiting for it."""
-    until = time.monotonic() + LEAVE_S
-    while busy := [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]:
-        if time.monotonic() > until:
-            log.warning("left while %d threads were at something: %s", len(busy), ", ".join(one.name for one in busy))
-            tracing.stop()
-            logging.shutdown()
-            os._exit(status)
-        time.sleep(0.02)
-    if status:
-        raise typer.Exit(status)
 
 
 @cli.command()

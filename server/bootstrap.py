@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
 from server import measured, metrics, sample_tasks
+from server.api import services as api
 from server.api.app import Services, create_app
 from server.api.guard import require_safe_bind
 from server.api.tenancy import narrowing
@@ -51,7 +52,7 @@ from server.keys.ring import KeyRing
 from server.keys.url import open_keys
 from server.measured import CountedFeatures, CountedPixels
 from server.methods.registry import Registry
-from server.predictor import Limits, Predictor
+from server.predictor import Limits, Predictor, Queue
 from server.settings import Settings
 from server.supervisor import Supervisor
 from server.trainer import Means, Trainer
@@ -204,18 +205,51 @@ def see_nothing(engine: Engine) -> None:
     engine.embed([np.zeros((size, size, 3), np.uint8)])
 
 
-def build_server(settings: Settings) -> Server:
-    """Raises UnsafeBind before anything that takes time."""
-    ring = open_ring(settings)
-    require_safe_bind(settings, locked=ring.locked)
+@dataclass(frozen=True)
+class Facts:
+    """What the HTTP side needs to know of the backbone, and no more: `names` are its parameters' shapes."""
+
+    spec: eye.Spec
+    device: str
+    dtype: str
+    names: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, backbone: eye.Backbone) -> Facts:
+        state = backbone.model.state_dict()
+        names = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return cls(backbone.spec, str(backbone.device), str(backbone.dtype).removeprefix("torch."), names)
+
+
+@dataclass
+class EngineRoom:
+    """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP."""
+
+    settings: Settings
+    facts: Facts
+    registry: Registry
+    bundles: Store
+    store: CachedStore
+    rack: Rack
+    residency: Residency
+    engine: Engine
+    batcher: Batcher
+    watchdog: Watchdog
+    workers: Supervisor
+    loading: ThreadPoolExecutor
+
+
+def build_engine_room(settings: Settings, ring: KeyRing) -> EngineRoom:
     cores = os.cpu_count() or 1
     backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
+    if not backbone.spec.trained:
+        log.warning(UNTRAINED_NOTE)
+    log.info("backbone %s, fingerprint %s…", backbone.spec.arch, backbone.spec.fingerprint[:12])
     registry = Registry.installed()
     bundles = open_store(settings.store_url)
     if settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
         log.info("ready tasks: %s", ", ".join(names))
     store = CachedStore(bundles, max_bytes=settings.cache_bytes)
-    jobs, datasets = open_jobs(settings), open_datasets(settings)
     rack = Rack.sized(
         dim=backbone.spec.dim,
         slots=settings.rack_slots,
@@ -224,7 +258,6 @@ def build_server(settings: Settings) -> Server:
         dtype=backbone.dtype,
     )
     loading = ThreadPoolExecutor(2, thread_name_prefix="load")
-    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     residency = build_residency(rack, registry, store, backbone, loading)
     engine = Engine(backbone, rack)
     batcher = Batcher(
@@ -238,10 +271,86 @@ def build_server(settings: Settings) -> Server:
         batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )
     workers = supervise(settings)
+    measured.process(settings, backbone)
+    measured.engine_room(settings, batcher, rack, workers)
+    return EngineRoom(
+        settings,
+        Facts.of(backbone),
+        registry,
+        bundles,
+        store,
+        rack,
+        residency,
+        engine,
+        batcher,
+        watchdog,
+        workers,
+        loading,
+    )
+
+
+def build_server(settings: Settings) -> Server:
+    """Raises UnsafeBind before anything that takes time."""
+    ring = open_ring(settings)
+    require_safe_bind(settings, locked=ring.locked)
+    room = build_engine_room(settings, ring)
+    workers, watchdog = room.workers, room.watchdog
+    jobs = open_jobs(settings)
+    services, decoding = build_services(
+        settings,
+        room.facts,
+        registry=room.registry,
+        pair=Pair(
+            room.residency, room.batcher, partial(look, room.engine), partial(occupied, room.rack, room.residency)
+        ),
+        store=room.store,
+        jobs=jobs,
+        ready=lambda: readiness(room.facts, settings, watchdog.trouble, len(workers.pids)),
+    )
+    app, watch = create_app(services, ring), Watch(room.bundles, jobs, settings.watch_s)
+    return Server(
+        settings,
+        app,
+        room.engine,
+        room.residency,
+        room.batcher,
+        room.store,
+        jobs,
+        ring,
+        workers,
+        watch,
+        build_grpc(services, ring),
+        watchdog,
+        (room.loading, decoding),
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The engine's side as HTTP sees it, in this process or in another; `look` and `rack` go with it."""
+
+    residency: api.Residency
+    batcher: Queue
+    look: api.Look
+    rack: Callable[[], Awaitable[wire.Rack]]
+
+
+def build_services(
+    settings: Settings,
+    facts: Facts,
+    *,
+    registry: Registry,
+    pair: Pair,
+    store: Store,
+    jobs: JobStore,
+    ready: Callable[[], wire.Ready],
+) -> tuple[Services, ThreadPoolExecutor]:
+    """All that routes call, and the threads that decode."""
+    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     predictor = Predictor(
         store,
-        residency,
-        batcher,
+        pair.residency,
+        pair.batcher,
         decoding,
         limits=Limits(
             settings.max_images,
@@ -249,46 +358,30 @@ def build_server(settings: Settings) -> Server:
             settings.max_tasks_per_request,
             settings.scaled_decode or math.inf,
         ),
-        geometry=backbone.spec.geometry,
-        fingerprint=backbone.spec.fingerprint,
+        geometry=facts.spec.geometry,
+        fingerprint=facts.spec.fingerprint,
     )
+    measured.front(predictor.quarantine)
     services = Services(
         settings=settings,
         predictor=predictor,
-        batcher=batcher,
-        residency=residency,
+        batcher=pair.batcher,
+        residency=pair.residency,
         store=store,
         jobs=jobs,
-        datasets=datasets,
+        datasets=open_datasets(settings),
         uploads=open_uploads(settings),
         feedback=open_feedback(settings),
-        ready=lambda: readiness(backbone, workers, settings, watchdog.trouble),
-        rack=lambda: occupied(rack, residency),
-        look=partial(look, engine),
+        ready=ready,
+        rack=pair.rack,
+        look=pair.look,
         methods=registry.meanings,
         baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
-        check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
-        importer=build_importer(backbone, registry),
+        check_bundle=lambda bundle: registry.check(bundle, facts.spec),
+        importer=importer_for(facts, registry),
         meter=open_meter(settings),
     )
-    measured.process(settings, backbone)
-    measured.server(settings, batcher, rack, workers, predictor.quarantine)
-    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s)
-    return Server(
-        settings,
-        app,
-        engine,
-        residency,
-        batcher,
-        store,
-        jobs,
-        ring,
-        workers,
-        watch,
-        build_grpc(services, ring),
-        watchdog,
-        (loading, decoding),
-    )
+    return services, decoding
 
 
 def build_residency(
@@ -301,17 +394,21 @@ def build_residency(
 
 
 def build_importer(backbone: eye.Backbone, registry: Registry) -> Importer:
-    spec, state = backbone.spec, backbone.model.state_dict()
+    return importer_for(Facts.of(backbone), registry)
+
+
+def importer_for(facts: Facts, registry: Registry) -> Importer:
+    spec = facts.spec
 
     def fingerprint_of(arrays: Mapping[str, NDArray[np.float32]]) -> str:
         return eye.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
 
-    width = Width(spec.dim, spec.depth, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    width = Width(spec.dim, spec.depth, facts.names)
     own = Eye(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
     return Importer(own, lambda bundle: registry.check(bundle, spec))
 
 
-def occupied(rack: Rack, residency: Residency) -> wire.Rack:
+async def occupied(rack: Rack, residency: Residency) -> wire.Rack:
     """What `GET /rack` says of the device."""
     seats = [
         wire.RackSeat(
@@ -337,28 +434,26 @@ def occupied(rack: Rack, residency: Residency) -> wire.Rack:
     )
 
 
-def readiness(backbone: eye.Backbone, workers: Supervisor, settings: Settings, trouble: str) -> wire.Ready:
+def readiness(facts: Facts, settings: Settings, trouble: str, workers: int) -> wire.Ready:
     """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's."""
-    spec = backbone.spec
+    spec = facts.spec
     notes = [note for note in (trouble, "" if spec.trained else UNTRAINED_NOTE) if note]
-    if settings.scaled_decode:
-        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
-    if len(workers.pids) < settings.workers:
-        notes.append(f"{len(workers.pids)} of {settings.workers} workers are running: training may wait")
+    if workers < settings.workers:
+        notes.append(f"{workers} of {settings.workers} workers are running: training may wait")
     return wire.Ready(
         ready=not trouble,
         backbone=wire.Backbone(
             arch=spec.arch,
             fingerprint=spec.fingerprint,
             trained=spec.trained,
-            device=str(backbone.device),
-            dtype=str(backbone.dtype).removeprefix("torch."),
+            device=facts.device,
+            dtype=facts.dtype,
             image_size=spec.image_size,
             depth=spec.depth,
             dim=spec.dim,
         ),
         notes=notes,
-        checks={"engine": trouble or "ok", "workers": f"{len(workers.pids)} of {settings.workers}"},
+        checks={"engine": trouble or "ok", "workers": f"{workers} of {settings.workers}"},
     )
 
 

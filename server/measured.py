@@ -33,17 +33,20 @@ def process(settings: Settings, backbone: Backbone) -> None:
         metrics.gpu_memory(partial(device_memory, backbone.device))
 
 
-def server(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor, quarantine: Quarantine) -> None:
-    """What a server's gauges say when they are read. A process has one server."""
+def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:
+    """What a server's gauges say when they are read. A process has one engine at most."""
     metrics.QUEUE_PLACES.set(settings.max_queue)
     metrics.read_when_asked(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
     metrics.RACK_SLOTS.set(rack.slots)
     metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)
     metrics.read_when_asked(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
     metrics.read_when_asked(metrics.RACK_LENSES, lambda: rack.used_slots)
-    metrics.read_when_asked(metrics.QUARANTINED, quarantine.count)
     metrics.WORKERS.labels("wanted").set(settings.workers)
     metrics.read_when_asked(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
+
+
+def front(quarantine: Quarantine) -> None:
+    metrics.read_when_asked(metrics.QUARANTINED, quarantine.count)
 
 
 # --- the rack's hooks -------------------------------------------------------------------------------------------------

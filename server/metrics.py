@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.samples import Sample
 
 from server.task_labels import TaskLabels
 
@@ -111,7 +112,14 @@ def _begin_at_zero() -> None:
             counter.labels(*labels)
 
 
+def samples(metric: Counter | Histogram) -> list[Sample]:
+    """A metric's samples as a scrape would show them, other processes' of the same server included."""
+    wanted = next(iter(metric.collect())).name
+    return [sample for family in shown.collect() if family.name == wanted for sample in family.samples]
+
+
 _begin_at_zero()
+shown: CollectorRegistry = REGISTRY  # what a scrape tells; in a server of several processes that of all of them
 TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
 
 

@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -29,7 +29,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from server import metrics, tracing
-from server.batching.batcher import Batcher, Room
+from server.batching.batcher import Room
 from server.batching.row import Row
 from server.engine.images import Geometry
 from server.errors import Conflict, DeadlineExceeded, Internal, Unprocessable
@@ -48,6 +48,19 @@ class SeatLike(Protocol):
     def labels(self) -> Sequence[str]: ...
     @property
     def geometry(self) -> Geometry: ...
+
+
+class Queue(Protocol):
+    """Where rows go: `server.batching.batcher.Batcher`, or the one of `server.link.remote`."""
+
+    max_queue: int
+
+    def __len__(self) -> int: ...
+    def require_room(self, inside: int) -> None: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+    def promise(self, rows: int) -> AbstractContextManager[Room]: ...
+    async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class Predictor:
         self,
         store: Catalogue,
         residency: Rack,
-        batcher: Batcher,
+        batcher: Queue,
         pool: Executor,
         *,
         limits: Limits,
@@ -265,7 +278,7 @@ class Predictor:
         version, seat = await self._seating.take(ref, asking.key)
         try:
             [pixels] = await asking.pictures.fitted(seat.geometry)
-            return version, seat, await self._batcher.aside(lambda: work(pixels, seat))
+            return version, seat, await self._batcher.aside(work, pixels, seat)
         finally:
             self._seating.release(seat)
 

@@ -165,10 +165,9 @@ class Seating:
         except (VersionNotFound, TaskNotFound):
             self._quarantine.release(ref.task, version)
             raise
-        except StoreUnavailable:  # nothing is known of the version itself
-            raise
         except Exception as error:
-            self._quarantine.put(ref.task, version, error)
+            if not _says_nothing_of_it(error):
+                self._quarantine.put(ref.task, version, error)
             raise
         self._quarantine.release(ref.task, version)
         if by_alias:
@@ -193,6 +192,11 @@ class Seating:
             return [last] if last is not None and last != failed else []
         versions = dict.fromkeys(version for state in reversed(states) for version in _in_order(state, key))
         return [version for version in versions if version != failed][:MOST_TRIED]
+
+
+def _says_nothing_of_it(error: Exception) -> bool:
+    """Whether a version might be whole although loading it failed so."""
+    return isinstance(error, StoreUnavailable) or getattr(error, "code", "") == "engine_unavailable"
 
 
 def _in_order(state: Alias, key: str) -> Iterable[str]:

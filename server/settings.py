@@ -58,6 +58,14 @@ class Settings(BaseSettings):
     # --- HTTP -------------------------------------------------------------------------------------------------------
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000
+    fronts: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=64,
+            description="Processes that speak HTTP and decode images, before the engine's own (Linux); 0: all in one.",
+        ),
+    ] = 0
     grpc_port: Annotated[
         int,
         Field(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 OTHER: Final = "other"
@@ -53,6 +53,20 @@ class TaskLabels:
         """The task's label, for what is no traffic."""
         with self._lock:
             return task if self._seated(task) else OTHER
+
+    def placed(self) -> list[str]:
+        """The tasks that have a place."""
+        with self._lock:
+            return sorted(self._placed)
+
+    def adopt(self, tasks: Iterable[str]) -> None:
+        """Give the places to exactly these, as another process does that counts the traffic; nobody else gets one."""
+        with self._lock:
+            wanted = set(tasks)
+            for task in [name for name in self._placed if name not in wanted]:
+                self._give_up(task)
+            self._placed = {task: self._placed.get(task, 0.0) for task in wanted}
+            self.most = len(wanted)
 
     def limit(self, most: int) -> None:
         """Change the number of places; who has none any more is forgotten."""

@@ -80,7 +80,11 @@ def task_name(task: str) -> str:
     return task
 
 
-TaskOf = Annotated[str, Depends(task_name)]
+async def _task_name(task: str) -> str:
+    return task_name(task)
+
+
+TaskOf = Annotated[str, Depends(_task_name)]
 
 
 def media_type(headers: Headers) -> str:

@@ -16,7 +16,7 @@ router = APIRouter(tags=["rack"])
 async def rack(services: ServicesOf) -> wire.Rack:
     """Who sits on the device, what waits for it, and how full its forwards have been. A key for some tasks sees only
     these, and nothing that is counted over all."""
-    asked, now = services.predictor.asked, services.rack()
+    asked, now = services.predictor.asked, await services.rack()
     seats = [seat.model_copy(update={"requests": asked(seat.task)[seat.version]}) for seat in now.seats]
     if services.tenant:
         sizes = {"max_queue": services.settings.max_queue, "max_batch": services.settings.max_batch}
@@ -49,7 +49,7 @@ async def methods(services: ServicesOf) -> wire.MethodList:
 def counts(histogram: Histogram) -> dict[str, int]:
     """A histogram's observations by bucket, named by its upper end; empty buckets are left out."""
     found, below = {}, 0.0
-    for sample in next(iter(histogram.collect())).samples:
+    for sample in metrics.samples(histogram):
         if sample.name.endswith("_bucket"):
             if sample.value > below:
                 found[sample.labels["le"].removesuffix(".0")] = int(sample.value - below)
@@ -59,5 +59,5 @@ def counts(histogram: Histogram) -> dict[str, int]:
 
 def outcomes(counter: Counter) -> dict[str, int]:
     """A counter's values by its `outcome`."""
-    samples = next(iter(counter.collect())).samples
-    return {sample.labels["outcome"]: int(sample.value) for sample in samples if sample.name.endswith("_total")}
+    found = metrics.samples(counter)
+    return {sample.labels["outcome"]: int(sample.value) for sample in found if sample.name.endswith("_total")}

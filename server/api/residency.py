@@ -41,10 +41,10 @@ async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = No
     if (body or wire.PinRequest()).pinned:
         acquiring = services.residency.acquire(ref.task, version)
         seat = await in_time(services.settings.request_timeout_s, acquiring)  # while it is held, nothing can evict it
-        services.residency.pin(ref.task, version, True)
+        await services.residency.pin(ref.task, version, True)
         services.residency.release(seat)
     else:
-        services.residency.pin(ref.task, version, False)
+        await services.residency.pin(ref.task, version, False)
     return views.residency(services, ref.task, version)
 
 

@@ -5,7 +5,7 @@ A route gets its `ServicesOf` narrowed to what the key of the request covers, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -14,7 +14,6 @@ from fastapi import Depends, Request
 
 from lensrack import wire
 from prompts_store import Bundle, Store
-from server.batching.batcher import Batcher
 from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import Added, Page
@@ -35,10 +34,17 @@ class Residency(Protocol):
     def release(self, seat: Any) -> None: ...
     async def load(self, task: str, version: str) -> None: ...
     async def unload(self, task: str, version: str) -> bool: ...
-    def pin(self, task: str, version: str, on: bool) -> bool: ...
+    async def pin(self, task: str, version: str, on: bool) -> bool: ...
     def pinned(self, task: str, version: str) -> bool: ...
     def resident(self, task: str, version: str) -> bool: ...
     def lens_bytes(self, task: str, version: str) -> int: ...
+
+
+class Queue(Protocol):
+    """What waits for the engine; see `server.batching.batcher`."""
+
+    def __len__(self) -> int: ...
+    def require_room(self, inside: int) -> None: ...
 
 
 Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention.Attention`
@@ -96,7 +102,7 @@ class Services:
 
     settings: Settings
     predictor: Predictor
-    batcher: Batcher
+    batcher: Queue
     residency: Residency
     store: Store
     jobs: AskedJobs
@@ -104,7 +110,7 @@ class Services:
     uploads: UploadStore
     feedback: AskedFeedback
     ready: Callable[[], wire.Ready]
-    rack: Callable[[], wire.Rack]
+    rack: Callable[[], Awaitable[wire.Rack]]
     look: Look
     methods: Mapping[str, str]
     baselines: Mapping[str, tuple[str, str]]
@@ -115,7 +121,7 @@ class Services:
     meter: Meter = field(default_factory=Meter)
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # a plain function would cost each request a thread
     narrowed: Callable[[Key | None], Services] = request.app.state.services
     return narrowed(request.state.key)
 

@@ -8,8 +8,9 @@ like that: those beyond the prefix are refused alike, whether there is such a ta
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,12 +59,13 @@ def within(services: Services, tenant: str, quota: int | None) -> Services:
         datasets=datasets,
         uploads=services.uploads.of(tenant),
         feedback=OwnFeedback(services.feedback, tenant),
-        rack=lambda: own_rack(services.rack(), tenant),
+        rack=partial(own_rack, services.rack, tenant),
     )
 
 
-def own_rack(rack: wire.Rack, tenant: str) -> wire.Rack:
+async def own_rack(ask: Callable[[], Awaitable[wire.Rack]], tenant: str) -> wire.Rack:
     """The key's own seats. What is counted over all tasks would tell of the others'."""
+    rack = await ask()
     seats = [seat for seat in rack.seats if seat.task.startswith(tenant)]
     used = {"used_slots": len(seats), "used_bytes": sum(seat.bytes for seat in seats)}
     return rack.model_copy(update={"seats": seats, **used, "hits": 0, "loads": 0, "evictions": 0})
@@ -159,8 +161,8 @@ class OwnResidency:
     async def unload(self, task: str, version: str) -> bool:
         return self._store.owns(task) and await self._inner.unload(task, version)
 
-    def pin(self, task: str, version: str, on: bool) -> bool:
-        return self._store.owns(task) and self._inner.pin(task, version, on)
+    async def pin(self, task: str, version: str, on: bool) -> bool:
+        return self._store.owns(task) and await self._inner.pin(task, version, on)
 
     def pinned(self, task: str, version: str) -> bool:
         return self._store.owns(task) and self._inner.pinned(task, version)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server import metrics, tracing
 from server.batching.batch_limit import BatchLimit
@@ -124,9 +124,14 @@ class Batcher:
         with self.promise(len(rows)) as room:
             room.submit(rows)
 
-    async def aside(self, work: Callable[[], T]) -> T:
+    async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T:
         """Run something else in the engine's thread, between two batches. The caller has been promised room."""
-        return await self.thread.aside(work)
+        return await self.thread.aside(lambda: work(pixels, seat))
+
+    @property
+    def suspended(self) -> str:
+        """Why no rows are taken for the time being; "" when they are."""
+        return self._suspended
 
     def suspend(self, why: str) -> None:
         """Refuse (503 engine_unavailable) what comes, what waits and what is inside the engine, until `resume`.
@@ -170,6 +175,13 @@ class Batcher:
         arrived = self._scheduler.oldest()
         return 0.0 if arrived is None else max(0.0, self.clock() - arrived)
 
+    def retry_after_s(self) -> float:
+        """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
+        if not self._rows_per_s:
+            return 1.0
+        waiting = self.max_queue - self._room()
+        return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
+
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         assert all(room.places >= 0 for room in self._promised), "promised rows"
@@ -190,20 +202,13 @@ class Batcher:
 
     def _full(self, detail: str, rows: int = 1) -> QueueFull:
         metrics.ROWS.labels("refused").inc(rows)
-        return QueueFull(detail, retry_after_s=self._retry_after_s())
+        return QueueFull(detail, retry_after_s=self.retry_after_s())
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
     def _room(self) -> int:
         return self.max_queue - len(self._scheduler) - self._kept
-
-    def _retry_after_s(self) -> float:
-        """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
-        if not self._rows_per_s:
-            return 1.0
-        waiting = self.max_queue - self._room()
-        return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
 
     def _enqueue(self, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)  # whatever becomes of them, they take the places that were kept for them

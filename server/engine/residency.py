@@ -119,6 +119,7 @@ class Residency:
         self._sitting: dict[Place, _Entry] = {}  # also those unloaded whose rows are not answered yet
         self._freed = asyncio.Event()
         self.counts = Counts()
+        self.revision = 0  # grows with every change of who is resident or pinned
 
     async def acquire(self, task: str, version: str) -> Seat:
         """A pinned seat; give it back with `release`. Raises what the loader raises, or Unavailable (rack_full)."""
@@ -153,6 +154,7 @@ class Residency:
         if entry is None:
             return False
         entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile
+        self.revision += 1
         await asyncio.wait([entry.ready])
         if entry.seat is None:  # the load failed: its waiters are told why, and there is nothing to free
             return False
@@ -162,12 +164,13 @@ class Residency:
             await self._freed.wait()
         return True
 
-    def pin(self, task: str, version: str, on: bool) -> bool:
+    async def pin(self, task: str, version: str, on: bool) -> bool:
         """Keep a resident version from being evicted, or no longer. False where it is not resident."""
         entry = self._entries.get((task, version))
         if entry is None:
             return False
         entry.held = on
+        self.revision += 1
         self._settle(entry)
         return True
 
@@ -226,6 +229,7 @@ class Residency:
                 del self._entries[task, version]
             raise
         self._sitting[place] = entry
+        asyncio.get_running_loop().call_soon(self._changed)  # the seat is there when this task has ended
         self.counts.loads += 1
         if self._on_load is not None:
             self._on_load(task, time.perf_counter() - started)
@@ -256,9 +260,13 @@ class Residency:
                 del self._entries[key]
                 self._free(entry)
                 self.counts.evictions += 1
+                self.revision += 1
                 if self._on_evict is not None:
                     self._on_evict(key[0])
         return self._rack.can_allocate(lens)
+
+    def _changed(self) -> None:
+        self.revision += 1
 
     def _unpin(self, entry: _Entry) -> None:
         entry.pins -= 1

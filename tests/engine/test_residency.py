@@ -88,14 +88,14 @@ async def test_a_pinned_seat_is_never_evicted_and_the_newcomer_waits(residency: 
 async def test_a_held_lens_stays_until_it_is_let_go(residency: Residency) -> None:
     for name in "abc":
         await residency.load(name, "1")
-        assert residency.pin(name, "1", True)
+        assert await residency.pin(name, "1", True)
     waiting = asyncio.create_task(residency.acquire("d", "1"))
     await asyncio.sleep(0.05)
     assert not waiting.done()
-    assert residency.pin("c", "1", False)
+    assert await residency.pin("c", "1", False)
     await asyncio.wait_for(waiting, 5)
     assert residency.resident("a", "1")
-    assert not residency.pin("nobody", "1", True)
+    assert not await residency.pin("nobody", "1", True)
 
 
 async def test_unload_waits_for_the_rows_and_frees_the_memory(residency: Residency) -> None:

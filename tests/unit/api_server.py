@@ -43,7 +43,7 @@ def check_bundle(bundle: Bundle) -> None:
         raise Conflict(f"the bundle is for backbone {theirs}, this server runs {FINGERPRINT}", code="wrong_backbone")
 
 
-def occupied(floor: Floor) -> wire.Rack:
+async def occupied(floor: Floor) -> wire.Rack:
     seats = [
         wire.RackSeat(slot=seat.slot, task=seat.task, version=seat.version, bytes=1024, in_use=0, pinned=False)
         for seat in floor.shelf.seats.values()

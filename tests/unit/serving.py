@@ -129,7 +129,7 @@ class Shelf:
     async def unload(self, task: str, version: str) -> bool:
         return self.seats.pop(version, None) is not None
 
-    def pin(self, task: str, version: str, on: bool) -> bool:
+    async def pin(self, task: str, version: str, on: bool) -> bool:
         (self.held.add if on else self.held.discard)(version)
         return version in self.seats
 

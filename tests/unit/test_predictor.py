@@ -7,7 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,28 @@ from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unprocessable
 from server.predictor import Answer, best, probabilities
 from server.seating import Ref
+from tests.unit.far_floor import far
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["near", "far"], autouse=True)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine's pair in this process, and the one of a front end before another."""
+    monkeypatch.setattr("tests.unit.test_predictor.WHERE", request.param)
+    return str(request.param)
+
+
+WHERE = "near"
 
 
 @asynccontextmanager
 async def floor(**changes: Any) -> AsyncIterator[Floor]:
     built = Floor(open_store("memory://"), **changes)
     try:
-        yield built
+        async with far(built) if WHERE == "far" else nullcontext():
+            yield built
         built.batcher.check_integrity()
     finally:
         await built.close()
@@ -366,7 +378,9 @@ async def test_many_tasks_one_image_decoded_once_in_one_forward():
         assert sorted(built.engine.rows) == [(task, grey) for task in "abc" for grey in (7, 8)]
 
 
-async def test_rows_of_one_image_know_each_other():
+async def test_rows_of_one_image_know_each_other(where: str):
+    if where == "far":
+        pytest.skip("rows of an engine elsewhere know those that are there when they come")
     async with floor() as built:
         for task in ("a", "b", "c"):
             publish(built.store, task)
@@ -389,7 +403,9 @@ async def test_one_failing_task_leaves_the_others_their_answers():
         assert isinstance(answers["fish@gone"], AliasNotFound)
 
 
-async def test_tasks_with_their_own_geometry_get_their_own_pixels():
+async def test_tasks_with_their_own_geometry_get_their_own_pixels(where: str):
+    if where == "far":
+        pytest.skip("pictures of an engine elsewhere have its size, as all bundles that it serves have")
     async with floor() as built:
         publish(built.store, "small")
         large = bundle("large").manifest.preprocess

@@ -1,0 +1,244 @@
+"""A server in several processes: one that computes, and front ends before it. Their concrete parts, wired.
+
+    EngineProcess   store · backbone · rack · residency · engine · batcher · watchdog · workers · desk
+    FrontEnd        store · jobs · keys · line ─► remote residency and batcher · predictor · api
+
+Whoever forks them is `server.house`. What both have in common with a whole server is `server.bootstrap`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+
+from lensrack import wire
+from prompts_store import CachedStore, Preprocess, Store, open_store
+from server import bootstrap, ledger, metrics
+from server.api.app import create_app
+from server.bootstrap import CLOSE_S, EngineRoom, Facts, Pair
+from server.engine import attention
+from server.engine.backbone import Spec
+from server.jobs.store import JobStore
+from server.keys.ring import KeyRing
+from server.ledger import Ledger
+from server.link.desk import Desk, Room
+from server.link.line import Line
+from server.link.pixels import Slots
+from server.link.remote import Named, RemoteBatcher, RemoteResidency, take_over_tasks
+from server.methods.registry import Registry
+from server.settings import Settings
+from server.watch import Watch
+from server.watchdog import EXIT_CODE
+
+if TYPE_CHECKING:
+    from server.grpc_front.front import GrpcFront
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = "engine"  # in the folder that the processes share
+KEYS_S: Final = 2.0  # between two looks at the tenants' weights
+LOOK: Final = "look"
+
+
+# --- the engine's process ---------------------------------------------------------------------------------------------
+
+
+class EngineProcess:
+    """Everything but HTTP. `folder` is where the desk listens and the ledger lies."""
+
+    def __init__(self, settings: Settings, folder: Path, ledger: Ledger) -> None:
+        self.settings, self._ledger = settings, ledger
+        self._ring = bootstrap.open_ring(settings)
+        self.room = bootstrap.build_engine_room(settings, self._ring)
+        self._desk = Desk(folder / SOCKET, _desk_room(self.room))
+        self._leaving = asyncio.Event()
+
+    async def run(self, ready: Any) -> int:
+        """Until a signal comes or the engine is lost; `ready` is called with the facts in JSON. The exit status."""
+        room, grace_s = self.room, self.settings.drain_timeout_s
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._leaving.set)
+        room.watchdog.on_lost = self._leaving.set
+        await asyncio.to_thread(bootstrap.see_nothing, room.engine)
+        await self._desk.start()
+        room.workers.start()
+        room.watchdog.start()
+        others = [asyncio.create_task(work) for work in (self._ledger.keep_writing(), self._keep_weights())]
+        ready(told(room.facts))
+        await self._leaving.wait()
+        await room.batcher.drain(0.0 if room.watchdog.lost else grace_s)
+        await self._desk.stop()
+        for task in others:
+            task.cancel()
+        await room.workers.stop()
+        await room.watchdog.stop()
+        room.loading.shutdown(wait=False, cancel_futures=True)
+        closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (room.store, self._ring)]
+        await asyncio.wait(closing, timeout=CLOSE_S)
+        self._ledger.write()
+        return EXIT_CODE if room.watchdog.lost else 0
+
+    async def _keep_weights(self) -> None:
+        """Tenants' shares are their keys', which nobody here asks for otherwise."""
+        while True:
+            await self._ring.refresh()
+            await asyncio.sleep(KEYS_S)
+
+
+def _desk_room(room: EngineRoom) -> Room:
+    def facts() -> dict[str, Any]:
+        return {
+            "waiting": len(room.batcher),
+            "retry_after_s": room.batcher.retry_after_s(),
+            "trouble": room.batcher.suspended or room.watchdog.trouble,
+            "workers": len(room.workers.pids),
+            "tasks": metrics.TASKS.placed(),
+        }
+
+    def residents() -> dict[str, Any]:
+        return {f"{one.seat.task}@{one.seat.version}": [one.bytes, one.pinned] for one in room.residency.occupants()}
+
+    return Room(
+        batcher=room.batcher,
+        residency=room.residency,
+        size=room.facts.spec.image_size,
+        asides={LOOK: partial(_look, room)},
+        facts=facts,
+        residents=residents,
+        revision=lambda: room.residency.revision,
+        views={"rack": partial(_rack, room)},
+    )
+
+
+async def _rack(room: EngineRoom) -> Any:
+    return (await bootstrap.occupied(room.rack, room.residency)).model_dump(mode="json")
+
+
+def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
+    """In the engine's thread."""
+    seen = attention.look(room.engine, pixels, seat)
+    return {
+        name: {**asdict(one), "grid": one.grid.tolist()}
+        for name, one in (("last", seen.last), ("rollout", seen.rollout))
+    }
+
+
+def _looked(told: Mapping[str, Any]) -> Any:
+    """What the route asks of a `server.engine.attention.Attention`."""
+    return SimpleNamespace(
+        **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
+    )
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def told(facts: Facts) -> str:
+    return json.dumps(asdict(facts))
+
+
+def facts_of(text: str) -> Facts:
+    known = json.loads(text)
+    own = known["spec"]["preprocess"]
+    preprocess = Preprocess(**{**own, "mean": tuple(own["mean"]), "std": tuple(own["std"])})
+    names = {name: tuple(shape) for name, shape in known["names"].items()}
+    return Facts(Spec(**{**known["spec"], "preprocess": preprocess}), known["device"], known["dtype"], names)
+
+
+# --- a front end ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FrontEnd:
+    """What a process that speaks HTTP holds. `running` brings it up and takes it down, as a whole server's does."""
+
+    settings: Settings
+    app: FastAPI
+    line: Line
+    slots: Slots
+    batcher: RemoteBatcher
+    store: Store
+    jobs: JobStore
+    ring: KeyRing
+    watch: Watch | None
+    grpc: GrpcFront | None
+    decoding: ThreadPoolExecutor
+    ledger: Ledger
+    _drain: asyncio.Future[None] | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.line.start()
+        writing = asyncio.create_task(self.ledger.keep_writing())
+        if self.grpc is not None:
+            log.info("gRPC on port %d", await self.grpc.start())
+        if self.watch is not None:
+            self.watch.start()
+        try:
+            yield
+        finally:
+            if self.grpc is not None:
+                await self.grpc.stop(self.settings.drain_timeout_s)
+            await self.batcher.drain(self.settings.drain_timeout_s)
+            await self.line.stop()
+            if self.watch is not None:
+                await self.watch.stop()
+            writing.cancel()
+            self.decoding.shutdown(wait=False, cancel_futures=True)
+            closing = [
+                asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (self.store, self.jobs, self.ring)
+            ]
+            await asyncio.wait(closing, timeout=CLOSE_S)
+            self.ledger.write()
+
+    def leave(self) -> None:
+        """From now on nothing new is begun, and who waits is answered or told."""
+        self.app.state.leaving = True
+        self._drain = asyncio.ensure_future(self.batcher.drain(self.settings.drain_timeout_s))
+
+
+def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> FrontEnd:
+    """`first`: of several, the one that does what one alone must do (gRPC's port, looking at the stores)."""
+    torch.set_num_threads(1)
+    ring, registry = bootstrap.open_ring(settings), Registry.installed()
+    bundles = open_store(settings.store_url)
+    store, jobs = CachedStore(bundles, max_bytes=settings.cache_bytes), bootstrap.open_jobs(settings)
+    slots = Slots(settings.max_queue + 4 * settings.max_batch, facts.spec.image_size)
+    line = Line(folder / SOCKET, slots, silence_s=settings.engine_timeout_s)
+    batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
+    line.on_state = take_over_tasks
+
+    async def rack() -> wire.Rack:
+        return wire.Rack.model_validate(await line.call("view", name="rack"))
+
+    def ready() -> wire.Ready:
+        return bootstrap.readiness(facts, settings, line.trouble, int(line.mirror.facts.get("workers", 0)))
+
+    services, decoding = bootstrap.build_services(
+        settings,
+        facts,
+        registry=registry,
+        pair=Pair(RemoteResidency(line), batcher, Named(LOOK, _looked), rack),
+        store=store,
+        jobs=jobs,
+        ready=ready,
+    )
+    metrics.shown = ledger.shown(own)
+    metrics.read_when_asked(metrics.ENGINE_UP, lambda: not line.trouble)
+    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
+    grpc = bootstrap.build_grpc(services, ring) if first else None
+    return FrontEnd(settings, app, line, slots, batcher, store, jobs, ring, watch, grpc, decoding, own)

@@ -1,0 +1,113 @@
+"""The serving floor of `serving`, with its engine behind a unix socket: what a front end has instead of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.link.desk import Desk, Room
+from server.link.line import Line
+from server.link.pixels import Slots
+from server.link.remote import Named, RemoteBatcher, RemoteResidency
+from server.predictor import Limits, Predictor
+from tests.unit.serving import FINGERPRINT, GEOMETRY, SIZE, Floor
+
+LOOK = Named("look", lambda told: told)
+
+
+@dataclass(eq=False)
+class Front:
+    """A front end: its line, its pair, and a predictor over it."""
+
+    line: Line
+    slots: Slots
+    batcher: RemoteBatcher
+    residency: RemoteResidency
+    predictor: Predictor
+
+
+def room(floor: Floor) -> Room:
+    def residents() -> dict[str, Any]:
+        return {
+            f"{seat.task}@{version}": [1024, version in floor.shelf.held] for version, seat in floor.shelf.seats.items()
+        }
+
+    def facts() -> dict[str, Any]:
+        return {"waiting": len(floor.batcher), "retry_after_s": 1.0, "trouble": floor.batcher.suspended}
+
+    async def rack() -> Any:
+        return {"slots": 8}
+
+    return Room(
+        batcher=floor.batcher,
+        residency=floor.shelf,
+        size=SIZE,
+        asides={"look": lambda pixels, seat: [int(pixels[0, 0, 0]), seat.slot]},
+        facts=facts,
+        residents=residents,
+        revision=lambda: hash((frozenset(floor.shelf.seats), frozenset(floor.shelf.held))),
+        views={"rack": rack},
+    )
+
+
+@asynccontextmanager
+async def desk(floor: Floor) -> AsyncIterator[tuple[Desk, Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine"
+        opened = Desk(path, room(floor))
+        await opened.start()
+        try:
+            yield opened, path
+        finally:
+            await opened.stop()
+            await asyncio.sleep(0)  # what was cut off is heard of
+
+
+@asynccontextmanager
+async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[Front]:
+    shared = Slots(slots, SIZE)
+    line = Line(path, shared)
+    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
+    residency = RemoteResidency(line)
+    predictor = Predictor(
+        floor.store,
+        residency,
+        batcher,
+        floor.pool,
+        limits=Limits(max_images=16, max_image_pixels=10_000, max_tasks=20),
+        geometry=GEOMETRY,
+        fingerprint=FINGERPRINT,
+    )
+    line.start()
+    try:
+        async with asyncio.timeout(60):
+            await line.connected()
+        yield Front(line, shared, batcher, residency, predictor)
+        batcher.check_integrity()
+    finally:
+        await line.stop()
+        shared.close()
+
+
+@asynccontextmanager
+async def far(floor: Floor) -> AsyncIterator[Front]:
+    """The floor's own predictor is the front's as long as this lasts."""
+    async with desk(floor) as (_, path), front(floor, path) as built:
+        near, floor.predictor = floor.predictor, built.predictor
+        try:
+            yield built
+            await settled(lambda: floor.shelf.in_use == 0 and not built.slots.used)
+        finally:
+            floor.engine.gate.set()
+            floor.predictor = near
+
+
+async def settled(condition: Any) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)

@@ -1,0 +1,121 @@
+"""Metrics of several processes as one: sums that never fall, gauges that make sense, and no more tasks than may be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server import metrics
+from server.ledger import Ledger, shown
+from server.task_labels import OTHER, TaskLabels
+
+
+class Process:
+    """One with a few metrics of its own."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.rows = Counter("rows_total", "Rows.", ["task"], registry=self.registry)
+        self.seconds = Histogram("seconds", "Time.", buckets=(1.0, 2.0), registry=self.registry)
+        self.waiting = Gauge("waiting", "Rows that wait.", registry=self.registry)
+        self.up = Gauge("lensrack_engine_up", "Is it.", registry=self.registry)
+        self.memory = Gauge("process_resident_memory_bytes", "Memory.", registry=self.registry)
+        self.ledger = Ledger(folder, name, self.registry)
+        self.up.set(1)
+        self.memory.set(100)
+
+    def sees(self, sample: str, **labels: str) -> float | None:
+        return shown(self.ledger).get_sample_value(sample, labels)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Process, Process]:
+    one, other = Process(tmp_path, "one-1"), Process(tmp_path, "other-2")
+    one.rows.labels("fish").inc(3)
+    other.rows.labels("fish").inc(4)
+    other.rows.labels("birds").inc()
+    other.seconds.observe(1.5)
+    other.waiting.set(7)
+    other.ledger.write()
+    return one, other
+
+
+def test_counts_are_sums_of_what_others_wrote_and_of_ones_own_moment(two: tuple[Process, Process]) -> None:
+    one, _ = two
+    assert one.sees("rows_total", task="fish") == 7
+    assert one.sees("rows_total", task="birds") == 1
+    one.rows.labels("fish").inc()
+    one.seconds.observe(0.5)
+    assert one.sees("rows_total", task="fish") == 8
+    assert [one.sees("seconds_bucket", le=le) for le in ("1.0", "2.0", "+Inf")] == [1, 2, 2]
+    assert one.sees("seconds_sum") == 2.0
+
+
+def test_gauges_are_told_as_their_meaning_asks(two: tuple[Process, Process]) -> None:
+    one, other = two
+    assert one.sees("waiting") == 7, "the largest: only one of them has a queue"
+    assert one.sees("process_resident_memory_bytes") == 200
+    other.up.set(0)
+    other.ledger.write()
+    assert one.sees("lensrack_engine_up") == 0, "the least"
+
+
+def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process], tmp_path: Path) -> None:
+    one, _ = two
+    house = Ledger(tmp_path, "house", CollectorRegistry())
+    for _ in range(2):
+        house.bury("other-2")
+        assert one.sees("rows_total", task="fish") == 7
+        assert one.sees("waiting") == 0, "its gauges have gone with it"
+        assert one.sees("process_resident_memory_bytes") == 100
+    third = Process(tmp_path, "other-3")
+    third.rows.labels("fish").inc(10)
+    third.ledger.write()
+    assert one.sees("rows_total", task="fish") == 17
+    house.bury("other-3")
+    house.bury("nobody-4")
+    assert one.sees("rows_total", task="fish") == 17
+
+
+def test_a_file_that_is_being_buried_counts_once(two: tuple[Process, Process], tmp_path: Path) -> None:
+    """Between the two steps of a burial both places tell of it."""
+    one, _ = two
+    left = (tmp_path / "other-2.metrics").read_bytes()
+    Ledger(tmp_path, "house", CollectorRegistry()).bury("other-2")
+    (tmp_path / "other-2.metrics").write_bytes(left)
+    assert one.sees("rows_total", task="fish") == 7
+
+
+def test_tasks_of_the_past_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.TASKS, "most", 2)
+    house, last = Ledger(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
+    for number in range(10):
+        process = Process(tmp_path, f"past-{number}")
+        process.rows.labels(f"task-{number}").inc()
+        process.rows.labels(OTHER).inc()
+        process.ledger.write()
+        house.bury(f"past-{number}")
+    past = json.loads((tmp_path / "past.json").read_text())["families"]["rows"]["samples"]
+    assert len({labels["task"] for _, labels, _ in past} - {OTHER}) <= 3
+    assert last.sees("rows_total", task=OTHER) == 10
+
+
+def test_a_torn_file_is_nothing(two: tuple[Process, Process], tmp_path: Path) -> None:
+    one, _ = two
+    (tmp_path / "torn-9.metrics").write_text('{"rows": {"type"')
+    assert one.sees("rows_total", task="fish") == 7
+    assert b"rows_total" in generate_latest(shown(one.ledger))
+
+
+def test_labels_are_taken_over_from_where_rows_are_counted() -> None:
+    forgotten: list[str] = []
+    labels = TaskLabels(2, forgotten.append)
+    labels.adopt(["fish", "birds"])
+    assert [labels.label(task) for task in ("fish", "birds", "cats")] == ["fish", "birds", OTHER]
+    labels.adopt(["cats"])
+    assert sorted(forgotten) == ["birds", "fish"]
+    assert [labels.label(task) for task in ("fish", "cats")] == [OTHER, "cats"]
+    assert labels.placed() == ["cats"]

@@ -185,8 +185,8 @@ MUTATIONS = (
     ),
     Mutation(
         "At SIGTERM whoever waits is told before the HTTP front gives up",
-        "server/__main__.py",
-        "            server.leave()\n",
+        "server/serving.py",
+        "        self._server.leave()\n",
         "",
         "tests/e2e/test_drain.py::test_what_the_deadline_does_not_allow_is_told_and_nobody_is_left_without_an_answer",
     ),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, help="API keys: who may ask the server what.")
 
+DAY_S = 86_400.0
 ONCE = "this is the only time that the token is shown"
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]
@@ -50,6 +52,9 @@ def create(
     weight: Annotated[
         float | None, typer.Option(help="Its tenant's share of a busy server beside other tenants', 1 without.")
     ] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0.001, max=36_500, help="Days until it ends by itself; for ever without.")
+    ] = None,
     for_file: Annotated[
         bool,
         typer.Option(help="Store nothing; a second line tells what goes into LENSRACK_KEYS_FILE."),
@@ -63,7 +68,8 @@ def create(
         "weight": weight,
     }
     made = {"id": key_id or keys.new_id(), "name": name, "scopes": scope, "tasks": tasks, "allowance": allowance}
-    key = _checked(made | {"created_at": time.time()})
+    now = time.time()
+    key = _checked(made | {"created_at": now, "expires_at": None if days is None else now + days * DAY_S})
     if key.open_ended and not open_ended:
         expected = f"expected it to end in one of {' '.join(keys.SEPARATORS)}, as {tasks + '-'!r} does"
         typer.echo(f"tasks: {expected}; {tasks!r} would cover {tasks + '2-cats'!r}, too (--open-ended)", err=True)
@@ -84,12 +90,12 @@ def create(
 def list_keys(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """All keys, without what proves them. Those of LENSRACK_KEYS_FILE are in that file."""
     with _keys() as opened:
-        told = [_told(key) for key in opened.store.list()]
+        told = [{**_told(key), "ended": key.ended(opened.now)} for key in opened.store.list()]
     if as_json:
         typer.echo(json.dumps(told))
         return
     for one in told:
-        state = "revoked" if one["revoked_at"] else "+".join(one["scopes"])
+        state = "revoked" if one["revoked_at"] else "expired" if one["ended"] else "+".join(one["scopes"])
         typer.echo(f"{one['id']:<16} {state:<20} {one['tasks'] + '*':<20} {one['name']}")
 
 
@@ -112,8 +118,9 @@ def rotate(
     with _keys() as opened:
 
         def renewed(key: Key) -> Key:
-            if key.revoked_at is not None:
-                typer.echo(f"key {key_id} is revoked: make a new one", err=True)
+            if key.ended(opened.now):
+                why = "revoked" if key.revoked_at is not None else "expired"
+                typer.echo(f"key {key_id} is {why}: make a new one", err=True)
                 raise typer.Exit(1)
             old = {"old_hash": key.hash, "old_until": opened.now + keep_s} if keep_s else {"old_hash": ""}
             return key.model_copy(update={"hash": new_hash, **old})
@@ -139,7 +146,9 @@ def _told(key: Key) -> dict[str, Any]:
 
 def _line(key: Key) -> str:
     limits = key.allowance.model_dump(exclude_none=True)
-    known = {"id": key.id, "name": key.name, "scopes": sorted(key.scopes), "tasks": key.tasks}
+    known: dict[str, Any] = {"id": key.id, "name": key.name, "scopes": sorted(key.scopes), "tasks": key.tasks}
+    if key.expires_at is not None:
+        known["expires_at"] = datetime.fromtimestamp(key.expires_at, UTC).isoformat()
     return json.dumps({**known, **limits, "hash": key.hash})
 
 

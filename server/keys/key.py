@@ -66,6 +66,10 @@ class Key(BaseModel):
     old_hash: str = ""
     old_until: float = 0.0
     revoked_at: float | None = None
+    expires_at: float | None = None
+
+    def ended(self, now: float) -> bool:
+        return self.revoked_at is not None or (self.expires_at is not None and now >= self.expires_at)
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -81,7 +85,7 @@ class Key(BaseModel):
 
     def hashes(self, now: float) -> tuple[str, ...]:
         """What a token may match at this moment."""
-        if self.revoked_at is not None:
+        if self.ended(now):
             return ()
         return (self.hash, self.old_hash) if self.old_hash and now < self.old_until else (self.hash,)
 

@@ -3,8 +3,8 @@
     {"id": "ci", "scopes": ["predict"], "tasks": "acme-", "token": "…"}           a token, as it is
     {"id": "ops", "scopes": ["admin"], "hash": "scrypt:14:8:1:…"}                 or the hash of one that was made here
 
-Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`, `weight`. Empty lines and those that begin with # say
-nothing.
+Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`, `weight`, and `expires_at`, such as "2027-01-31T00:00:00Z".
+Empty lines and those that begin with # say nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from server.keys.key import Allowance, Key, KeyId, Scope, TaskPrefix, is_hash
 
@@ -31,6 +31,7 @@ class _Line(Allowance):
     name: Annotated[str, Field(max_length=200)] = ""
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     tasks: TaskPrefix = ""
+    expires_at: AwareDatetime | None = None
     token: Annotated[str | None, Field(min_length=MIN_TOKEN, max_length=300, pattern=r"^[!-~]+$")] = None
     hash: str | None = None
 
@@ -91,6 +92,7 @@ def _key(text: str, number: int) -> tuple[Key, str | None]:
         scopes=line.scopes,
         tasks=line.tasks,
         hash=line.hash or "",
+        expires_at=line.expires_at.timestamp() if line.expires_at else None,
         allowance=Allowance(**kept),
     )
     return key, line.token

@@ -87,7 +87,7 @@ class KeyRing:
             await self.refresh(MISS_S)
             key_id = self._known.tokens.get(digest) or id_of(token)
         key = self._known.keys.get(key_id or "")
-        if key is None or key.revoked_at is not None:
+        if key is None or key.ended(self._now()):
             return None
         if self._known.tokens.get(digest) == key.id or await self._matches(token, digest, key):
             return key
@@ -175,7 +175,7 @@ class KeyRing:
         """The file's word counts where both have a key of one id."""
         keys = {key.id: key for key in stored} | {key.id: key for key, _ in self._listed}
         tokens = {self._digest(token): key.id for key, token in self._listed if token is not None}
-        self._known = _Known(keys, tokens, _weights(keys.values()))
+        self._known = _Known(keys, tokens, _weights(keys.values(), self._now()))
         self._warn(keys.values())
         self.locked = self.locked or bool(keys) or self._file is not None
 
@@ -190,9 +190,9 @@ class KeyRing:
         return hashlib.blake2b(token.encode(), key=self._pepper, digest_size=32).digest()
 
 
-def _weights(keys: Iterable[Key]) -> dict[str, float]:
+def _weights(keys: Iterable[Key], now: float) -> dict[str, float]:
     found: dict[str, float] = {}
     for key in keys:
-        if key.allowance.weight is not None and key.revoked_at is None:
+        if key.allowance.weight is not None and not key.ended(now):
             found[key.tasks] = max(found.get(key.tasks, 0.0), key.allowance.weight)
     return found

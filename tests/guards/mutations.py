@@ -201,8 +201,8 @@ MUTATIONS = (
         "An unload whose client leaves frees the memory as well",
         "server/engine/residency.py",
         "        entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile\n"
-        "        await asyncio.wait([entry.ready])\n",
-        "        await asyncio.wait([entry.ready])\n        entry.gone = True\n",
+        "        self.revision += 1\n        await asyncio.wait([entry.ready])\n",
+        "        self.revision += 1\n        await asyncio.wait([entry.ready])\n        entry.gone = True\n",
         "tests/engine/test_residency.py::test_an_unload_that_its_client_left_frees_the_memory_as_well",
     ),
 )

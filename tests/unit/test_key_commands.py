@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,23 @@ def test_a_prefix_ends_between_words_unless_told_otherwise(home: Path) -> None:
     for tasks in ("acme-", "acme_", "acme.eu.", ""):
         run("create", "--scope", "predict", "--tasks", tasks)
     assert [key.open_ended for key in kept(home)] == [True, False, False, False, False]
+
+
+def test_a_key_that_ends_by_itself(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("create", "--scope", "predict", "--id", "trial", "--days", "30")
+    run("create", "--scope", "predict", "--id", "ever")
+    trial, ever = sorted(kept(home), key=lambda key: key.id, reverse=True)
+    assert trial.expires_at == trial.created_at + 30 * 86_400
+    assert ever.expires_at is None
+    line = json.loads(
+        run("create", "--scope", "predict", "--id", "f", "--days", "1", "--for-file").stdout.splitlines()[1]
+    )
+    (home / "file").write_text(json.dumps(line))
+    ((key, _),) = KeysFile(home / "file").read()
+    assert key.expires_at is not None
+    assert 0 < key.expires_at - trial.created_at < 86_400 + 60
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 31 * 86_400)
+    states = dict(row.split()[:2] for row in run("list").stdout.splitlines())
+    assert states == {"trial": "expired", "ever": "predict"}
+    assert "expired" in run("rotate", "trial", status=1).stderr

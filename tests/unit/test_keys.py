@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -482,3 +483,31 @@ async def test_a_clock_that_is_set_locks_no_key_out(jump_s: float, monkeypatch: 
     with pytest.raises(QueueFull) as caught:
         await meter.images(key, 30)
     assert 1 <= (caught.value.retry_after_s or 0) <= 60
+
+
+@pytest.mark.parametrize("kind", ["a hash", "a token in a file", "an old token"])
+async def test_a_key_ends_at_its_time_and_no_clock_brings_it_back(
+    store: SqliteKeyStore, kind: str, tmp_path: Path
+) -> None:
+    wall, steady = Clock(), Clock()
+    file, token, ends = None, TOKEN, wall.now + 60
+    if kind == "a token in a file":
+        until = datetime.fromtimestamp(ends, UTC).isoformat()
+        (tmp_path / "keys").write_text(
+            json.dumps({"id": "abc", "scopes": ["predict"], "token": TOKEN, "expires_at": until})
+        )
+        file = KeysFile(tmp_path / "keys")
+    else:
+        token = made(store, expires_at=ends)
+    if kind == "an old token":
+        renewed = {"old_until": ends + 1000, "hash": keys.hashed(keys.new_token("abc"))}
+        store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
+    ring = KeyRing(store, file, now=WallClock(wall, steady).latest)
+    ring.load()
+    assert await owner(ring, token) == "abc"
+    for clock in (wall, steady):
+        clock.now += 60
+    assert await owner(ring, token) is None
+    wall.now -= 1e6
+    assert await owner(ring, token) is None
+    assert ring.locked

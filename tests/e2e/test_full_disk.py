@@ -183,6 +183,7 @@ def test_checkpoints_caches_and_the_store_of_a_worker(
         assert "Traceback" not in place.log
 
 
+@pytest.mark.long
 def test_the_jobs_of_a_worker(small_disk: Path, tmp_path: Path, archive: Path, context: ForkServerContext) -> None:
     """Nobody can say how far it is; when there is room the job goes on, in this attempt or another, and ends once."""
     url = f"sqlite://{small_disk / 'jobs.sqlite'}"

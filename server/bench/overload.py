@@ -43,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone, plan = _prepared(url, home, options)
         generate(replace(plan, seconds=min(1.0, options.capacity_seconds)))  # whatever is set up lazily is not measured
         before = generate(plan)
-        with _memory(pid) as memory:
+        server = _processes(pid)
+        with _memory(server) as memory:
             flood = _flooded(plan, _rate(before, options.capacity_seconds), options)
         after = generate(plan)
-        memory["after"] = _rss_mib(pid)
+        memory["after"] = _rss_mib(server)
     found = report(options, before, flood, after)
-    found |= {"rss_mib": memory, "backbone": backbone, "max_queue": Settings().max_queue}
+    found |= {"rss_mib": memory, "backbone": backbone, "max_queue": Settings().max_queue, "fronts": Settings().fronts}
     print(table(found))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -99,21 +100,28 @@ def _flooded(plan: Plan, capacity: float, options: argparse.Namespace) -> Seen:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _rss_mib(pid: int) -> float:
+def _rss_mib(server: Sequence[Any]) -> float:
+    """Of all its processes. Pages that several of them share count several times: it is the growth that is told."""
+    return float(round(sum(each.memory_info().rss for each in server) / MIB, 1))
+
+
+def _processes(pid: int) -> list[Any]:
+    """Those of the server; its worker, which has nothing to do, is none of them."""
     import psutil  # of the extra `dev`
 
-    return float(round(psutil.Process(pid).memory_info().rss / MIB, 1))
+    server = psutil.Process(pid)
+    return [server, *(each for each in server.children(recursive=True) if "work" not in each.cmdline())]
 
 
 @contextmanager
-def _memory(pid: int) -> Iterator[dict[str, float]]:
-    """The server's resident memory at the beginning and at its highest. Its worker is another process."""
-    memory, over = {"before": _rss_mib(pid)}, threading.Event()
+def _memory(server: Sequence[Any]) -> Iterator[dict[str, float]]:
+    """Resident memory at the beginning and at its highest."""
+    memory, over = {"before": _rss_mib(server)}, threading.Event()
     memory["peak"] = memory["before"]
 
     def watch() -> None:
         while not over.wait(SAMPLE_S):
-            memory["peak"] = max(memory["peak"], _rss_mib(pid))
+            memory["peak"] = max(memory["peak"], _rss_mib(server))
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -206,6 +214,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     accepted, told, memory, made = (found[name] for name in ("accepted", "retry_after", "rss_mib", "generator"))
+    yield "front ends (0: all in one process)", f"{found['fronts']}"
     yield "capacity before, after (answers/s)", f"{found['capacity']['before']}, {found['capacity']['after']}"
     yield "p50, p99 of the closed loop (ms)", _both(found["closed_loop"])
     yield "asked (questions/s)", f"{found['asked']} ({found['asked_per_s']})"

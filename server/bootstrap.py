@@ -438,6 +438,8 @@ def readiness(facts: Facts, settings: Settings, trouble: str, workers: int) -> w
     """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's."""
     spec = facts.spec
     notes = [note for note in (trouble, "" if spec.trained else UNTRAINED_NOTE) if note]
+    if settings.scaled_decode:
+        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
     if workers < settings.workers:
         notes.append(f"{workers} of {settings.workers} workers are running: training may wait")
     return wire.Ready(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,12 +106,11 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
 
 def test_readiness_tells_of_it() -> None:
-    from server.bootstrap import readiness
+    from server.bootstrap import Facts, readiness
     from server.engine import backbone
 
-    eye = backbone.load("untrained", device="cpu", packed=False)
-    workers: Any = SimpleNamespace(pids=[1])
+    facts = Facts.of(backbone.load("untrained", device="cpu", packed=False))
     for margin, told in ((0.0, False), (2.0, True)):
-        ready = readiness(eye, workers, Settings(workers=1, scaled_decode=margin), "")
+        ready = readiness(facts, Settings(workers=1, scaled_decode=margin), "", 1)
         assert ready.ready
         assert any("reduced size" in note for note in ready.notes) is told

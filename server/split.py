@@ -14,7 +14,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOCKET: Final = "engine"  # in the folder that the processes share
+CONNECT_S: Final = 5.0  # before the first request is accepted
 KEYS_S: Final = 2.0  # between two looks at the tenants' weights
 LOOK: Final = "look"
 
@@ -183,6 +184,9 @@ class FrontEnd:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.line.start()
+        with suppress(TimeoutError):  # an engine that is away is told of; one that is there is not to be missed
+            async with asyncio.timeout(CONNECT_S):
+                await self.line.connected()
         writing = asyncio.create_task(self.ledger.keep_writing())
         if self.grpc is not None:
             log.info("gRPC on port %d", await self.grpc.start())

@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -226,6 +227,39 @@ async def test_who_does_not_say_hello_is_not_let_in(said: bytes):
         shared = Slots(4, SIZE)
         await cut_off(path, said, [shared.descriptor])
         shared.close()
+        assert (await ask(built)).version, "nobody else notices"
+
+
+STRANGER = """
+import os, socket, sys
+from server.link.pixels import Slots
+folder, name, user, said = sys.argv[1:]
+shared = Slots(4, SIZE)
+os.chdir(folder)  # the folders above are nobody's business
+os.setuid(int(user))
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.settimeout(60)
+    sock.connect(name)
+    try:
+        socket.send_fds(sock, [bytes.fromhex(said)], [shared.descriptor])
+        print(len(sock.recv(1)))
+    except ConnectionError:
+        print("0")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize(("user", "told"), [(0, "1"), (65534, "0")])
+async def test_another_user_is_not_let_in(user: int, told: str):
+    """Not even where somebody has opened the folder and the socket to all."""
+    async with house() as (floor, _, path), front(floor, path) as built:
+        path.parent.chmod(0o755)
+        path.chmod(0o666)
+        script = STRANGER.replace("SIZE", str(SIZE))
+        command = [sys.executable, "-c", script, str(path.parent), path.name, str(user), hello(4).hex()]
+        stranger = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        said, _ = await asyncio.wait_for(stranger.communicate(), 120)
+        assert (said.decode().strip(), stranger.returncode) == (told, 0)
         assert (await ask(built)).version, "nobody else notices"
 
 

@@ -42,7 +42,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Growth:
-    """Of one process over one kind of work: medians of the first and the last quarter of the readings."""
+    """Of one process over one kind of work: medians of the first and the last quarter of the readings. `path_mib`: what
+    was read of memory after each portion, in their order."""
 
     work: str
     done: int
@@ -50,6 +51,7 @@ class Growth:
     rss_mib: tuple[float, float]
     fds: tuple[float, float]
     inside: bool
+    path_mib: tuple[float, ...] = ()
 
     @property
     def kib_each(self) -> float:
@@ -62,7 +64,7 @@ def growth(work: str, done: int, process: str, readings: Sequence[Reading], band
     rss = _ends([one.rss_mib for one in readings], quarter)
     fds = _ends([one.fds for one in readings], quarter)
     inside = rss[1] - rss[0] <= band.rss_mib and fds[1] - fds[0] <= band.fds
-    return Growth(work, done, process, rss, fds, inside)
+    return Growth(work, done, process, rss, fds, inside, tuple(one.rss_mib for one in readings))
 
 
 def _ends(values: Sequence[float], quarter: int) -> tuple[float, float]:

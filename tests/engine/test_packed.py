@@ -350,7 +350,7 @@ def test_the_bench_prints_and_saves_its_table(tmp_path: Path, capsys: pytest.Cap
     (report,) = json.loads((tmp_path / "table.json").read_text())
     shown = capsys.readouterr().out
     groups = [times for times in report.values() if isinstance(times, dict)]
-    assert len(groups) == 4
+    assert len(groups) == 5
     for name in (name for times in groups for name in times):
         assert name in shown
     assert all(ms > 0 for times in groups for ms in times.values())

@@ -1,9 +1,10 @@
 """`python -m tests.soak`: does a server grow? Predictions, load/predict/unload cycles and train jobs, many of each.
 
-A real server process with its worker on the small stand-in for a backbone. Each kind of work comes in portions; after
-a portion everything is idle, its connections are closed, and resident memory and file descriptors of both processes
-are read. The first quarter of a kind's readings is compared with its last: memory may have grown by the band (MiB), and
-descriptors by theirs. Status 1 where one has not stayed in its band.
+A real server process with its worker on the small stand-in for a backbone, which has seen batches of every size before
+anything is read. Each kind of work comes in portions; after a portion everything is idle, its connections are closed,
+and resident memory and file descriptors of both processes are read. The first quarter of a kind's readings is compared
+with its last: memory may have grown by the band (MiB), and descriptors by theirs. Status 1 where one has not stayed in
+its band.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ PORTIONS = 20
 SETTLE_S = 0.5  # for sockets that were closed a moment ago
 PROCESSES = ("server", "worker")
 JOBS_AT_ONCE = 4
+CLIENTS = 64  # two full batches
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,16 @@ class Soak:
     def close(self) -> None:
         self._server.close()
 
-    def predict(self, count: int) -> None:
+    def warm_up(self, most: int) -> None:
+        """Crowds of up to `most`, and so batches of every size: each has kernels and buffers of its own, which come
+        with the first of it and stay."""
+        for clients in range(1, most + 1):
+            self.predict(4 * clients, clients)
+
+    def predict(self, count: int, clients: int = CLIENTS) -> None:
         place = urlsplit(self._url)
         plan = Plan(place.hostname or "", place.port or 0, "/predict/soak", str(self._picture), "image/png")
-        seen = generate(Plan(**{**asdict(plan), "requests": count, "clients": min(64, count)}))
+        seen = generate(Plan(**{**asdict(plan), "requests": count, "clients": min(clients, count)}))
         if odd := [one.status for one in seen.answers if one.status != 200]:
             raise RuntimeError(f"{len(odd)} of {count} predictions failed, the first with {odd[0]}")
 
@@ -152,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serving(Path(folder) / "home") as server,
         closing(Soak(server.url, server.process.pid, Path(folder) / "pictures")) as soak,
     ):
+        soak.warm_up(options.warm_up)
         kinds = {"predictions": soak.predict, "cycles": soak.cycle, "jobs": soak.train}
         found = [one for name, work in kinds.items() for one in measured(name, work, soak, options)]
     print(table(found, options))
@@ -169,6 +178,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictions", type=int, default=100_000, help="one picture each")
     parser.add_argument("--cycles", type=int, default=1_000, help="load, predict, unload")
     parser.add_argument("--jobs", type=int, default=200, help="tiny ones")
+    parser.add_argument(
+        "--warm-up", type=int, default=CLIENTS, help="the largest crowd that asks before anything counts"
+    )
     parser.add_argument("--seconds", type=float, default=0.0, help="longest time for each kind of work; 0: no limit")
     parser.add_argument("--rss-mib", type=float, default=32.0, help="by which a process may grow in a kind of work")
     parser.add_argument("--fds", type=float, default=4.0, help="by which its open file descriptors may")

@@ -19,7 +19,16 @@ BAND = argparse.Namespace(rss_mib=32.0, fds=4.0)
 @pytest.mark.slow
 def test_it_tells_of_both_processes_and_each_kind_of_work(tmp_path: Path) -> None:
     budget = ["--predictions", "3", "--cycles", "2", "--jobs", "1"]
-    band = ["--rss-mib", "1e9", "--fds", "1e9", "--json", str(tmp_path / "soak.json")]  # nothing so small tells growth
+    band = [
+        "--warm-up",
+        "2",
+        "--rss-mib",
+        "1e9",
+        "--fds",
+        "1e9",
+        "--json",
+        str(tmp_path / "soak.json"),
+    ]  # nothing so small tells growth
     command = [sys.executable, "-m", "tests.soak", *budget, *band]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,19 +20,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
 from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
 from prompts_store.broadcast import STOP_CHECK_S
 from prompts_store.bundle import Bundle
 from prompts_store.errors import (
-    BadStoreUrl,
     BundleError,
     CorruptBundle,
     StoreFull,
@@ -43,13 +40,13 @@ from prompts_store.errors import (
 )
 from prompts_store.manifest import Manifest
 from prompts_store.names import is_task, is_version
+from prompts_store.redis_connection import connect
 from prompts_store.store import Change, VersionInfo, newest_first
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_ATTEMPTS: Final = 1000  # commits lost to other writers of the same task before giving up; one of them always wins
-TIMEOUT_S: Final = 5.0
 
 # KEYS: stamps, tasks, aliases, versions, bundle…   ARGV: task, stamp read, new stamp, aliases, channel, version…
 _COMMIT: Final = """
@@ -84,7 +81,7 @@ class RedisStore:
     def __init__(self, url: str, *, prefix: str = "lensrack:store", reconcile_s: float = 5.0) -> None:
         self._prefix, self._reconcile_s = prefix, reconcile_s
         self._stamps, self._names, self._channel = f"{prefix}:stamps", f"{prefix}:tasks", f"{prefix}:changes"
-        self._redis = _connect(url)
+        self._redis = connect(url)
         self._commit = self._redis.register_script(_COMMIT)
 
     def put(self, bundle: Bundle) -> str:
@@ -251,21 +248,6 @@ class RedisStore:
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
-
-
-def _connect(url: str) -> redis.Redis:
-    with suppress(ValueError, TypeError):
-        client = redis.Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
-        )
-        client.connection_pool.make_connection()  # connects nothing, but refuses unknown options of the URL
-        return client
-    # What from_url says quotes pieces of the URL, which may be pieces of the password: it is not even chained.
-    raise BadStoreUrl("expected redis://[[user]:password@]host[:port][/database], got another form")
 
 
 @contextmanager

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Final
+from contextlib import contextmanager
 
 import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
+from prompts_store import BadStoreUrl, redis_connection
 from server.errors import DiskFull, Unavailable
-
-TIMEOUT_S: Final = 5.0
 
 
 def connect(url: str) -> redis.Redis:
     """A client that answers in text. Connects nothing yet. Raises ValueError for a URL of another form."""
-    with suppress(ValueError, TypeError):
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
-        )
-        client.connection_pool.make_connection()  # connects nothing, but refuses unknown options of the URL
-        return client
-    # What from_url says quotes pieces of the URL, which may be pieces of the password: it is not even chained.
-    raise ValueError("expected redis://[[user]:password@]host[:port][/database], got another form")
+    try:
+        return redis_connection.connect(url, text=True)
+    except BadStoreUrl as error:
+        raise ValueError(error.detail) from None
 
 
 @contextmanager

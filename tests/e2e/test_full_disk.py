@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -15,8 +14,6 @@ from typer.testing import CliRunner
 from server.key_commands import cli
 from server.keys import key as keys
 from server.keys.sqlite_store import SqliteKeyStore
-from server.samples import draw
-from tests.e2e.doomed_worker import forge
 from tests.e2e.test_kills import WAIT_S, Site, site
 from tests.e2e.test_store_faults import ZIP, fill, picture, refused, remount, serving, small_disk
 from tests.unit.test_dataset_store import noise, write_zip
@@ -140,20 +137,6 @@ def test_keys(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    return forge()
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    draw(folder, per_class=6)
-    with tarfile.open(folder / "fruit.tar", "w") as packed:
-        packed.add(folder / "fruit" / "train", arcname=".")
-    return folder / "fruit.tar"
 
 
 def until(condition: Callable[[], object], place: Site) -> None:

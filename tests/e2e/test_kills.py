@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,9 +22,8 @@ from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
-from server.samples import draw
 from server.settings import Settings
-from tests.e2e.doomed_worker import POINTS, forge, start
+from tests.e2e.doomed_worker import POINTS, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -33,20 +31,6 @@ SUBMITTED_AT = 1_700_000_000.0  # part of the manifest: two jobs of the same mom
 RECIPE = {"epochs": 6, "prompts": 2, "batch_size": 4, "seed": 5}
 WAIT_S = 120
 MakeSite = Callable[[str], AbstractContextManager["Site"]]
-
-
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    return forge()
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    draw(folder, per_class=6)
-    with tarfile.open(folder / "fruit.tar", "w") as packed:
-        packed.add(folder / "fruit" / "train", arcname=".")
-    return folder / "fruit.tar"
 
 
 @dataclass

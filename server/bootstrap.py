@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -131,6 +131,16 @@ def open_feedback(settings: Settings) -> FeedbackStore:
     )
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+async def close_all(*stores: Closable) -> None:
+    """A store that hangs is not waited for: whoever asked this process to end has a deadline."""
+    closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in stores]
+    await asyncio.wait(closing, timeout=CLOSE_S)
+
+
 @dataclass
 class Server:
     """Everything a serving process holds. `running` brings it up and takes it down."""
@@ -170,12 +180,7 @@ class Server:
             await self.watchdog.stop()
             for pool in self.pools:
                 pool.shutdown(wait=False, cancel_futures=True)
-            await self._close()
-
-    async def _close(self) -> None:
-        """A store that hangs is not waited for: whoever asked this process to end has a deadline."""
-        closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (self.store, self.jobs, self.ring)]
-        await asyncio.wait(closing, timeout=CLOSE_S)
+            await close_all(self.store, self.jobs, self.ring)
 
     def leave(self) -> None:
         """Somebody asked the process to end: from now on nothing new is begun, and who waits is answered or told."""

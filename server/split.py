@@ -29,7 +29,7 @@ from lensrack import wire
 from prompts_store import CachedStore, Preprocess, Store, open_store
 from server import bootstrap, ledger, metrics
 from server.api.app import create_app
-from server.bootstrap import CLOSE_S, EngineRoom, Facts, Pair
+from server.bootstrap import EngineRoom, Facts, Pair
 from server.engine import attention
 from server.engine.backbone import Spec
 from server.jobs.store import JobStore
@@ -88,8 +88,7 @@ class EngineProcess:
         await room.workers.stop()
         await room.watchdog.stop()
         room.loading.shutdown(wait=False, cancel_futures=True)
-        closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (room.store, self._ring)]
-        await asyncio.wait(closing, timeout=CLOSE_S)
+        await bootstrap.close_all(room.store, self._ring)
         self._ledger.write()
         return EXIT_CODE if room.watchdog.lost else 0
 
@@ -203,10 +202,7 @@ class FrontEnd:
                 await self.watch.stop()
             writing.cancel()
             self.decoding.shutdown(wait=False, cancel_futures=True)
-            closing = [
-                asyncio.ensure_future(asyncio.to_thread(one.close)) for one in (self.store, self.jobs, self.ring)
-            ]
-            await asyncio.wait(closing, timeout=CLOSE_S)
+            await bootstrap.close_all(self.store, self.jobs, self.ring)
             self.ledger.write()
 
     def leave(self) -> None:

@@ -15,11 +15,9 @@ import gc
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from server import __version__, bootstrap, logs, serving, split, tracing
+from server import __version__, bootstrap, logs, serving, shared_folder, split, tracing
 from server.api.guard import require_safe_bind
 from server.ledger import Ledger
 from server.settings import Settings
@@ -81,14 +79,12 @@ class House:
         """The exit status. Raises UnsafeBind, OSError, before anything is forked."""
         self._check()
         self._listener = serving.listen(self._settings)
-        self._folder = Path(tempfile.mkdtemp(prefix="lensrack-"))  # its owner's alone
         gc.collect()
         gc.freeze()  # what all share is not to be copied because a collection has looked at it
         try:
-            with self._signals():
+            with shared_folder.taken() as self._folder, self._signals():
                 return self._keep()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
             gc.unfreeze()
 
     def _check(self) -> None:

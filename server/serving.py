@@ -28,6 +28,8 @@ from server.settings import Settings
 log = logging.getLogger("server")
 
 LEAVE_S = 1.0
+KEEP_ALIVE_S = 75  # longer than clients and proxies keep a silent connection (httpx 5 s, nginx and AWS 60 s): whoever
+# closes first, while the other is just about to use it, breaks a request, and only its sender can know not to
 
 
 class Served(Protocol):
@@ -70,6 +72,7 @@ class Front(uvicorn.Server):
             access_log=False,
             server_header=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # who is told off by a drain hears it
             http=limited(with_files_for(settings.max_connections), settings.body_timeout_s),
         )

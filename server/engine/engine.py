@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import vit
 from .backbone import Backbone
+from .crossing import Crossing, Crossings, Straight
 from .lens import Plain
 from .rack import Rack
 from .reader import Passing, Pieces, Reads, hidden_tokens
@@ -26,44 +27,62 @@ from .residency import Seat
 Pixels = NDArray[np.uint8] | NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that is normalised already
 Logits = NDArray[np.float64]  # [C]
 Work = tuple[Pixels, Seat]
+Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean and std
 Item = TypeVar("Item")
 SHARED = "shared"  # the lane of the trunk that readers read, and of head-only rows beside them
 
 
 class Engine:
-    """Runs in one thread: `run` and `embed` are not to be called concurrently."""
+    """Runs in one thread: its methods are not to be called concurrently."""
 
     def __init__(self, backbone: Backbone, rack: Rack) -> None:
         self.backbone, self.rack = backbone, rack
+        self._crossings = Crossings(backbone.device)
 
-    @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Logits]:
         """Logits [C] of each row. Rows that carry the very same array object share what can be shared."""
+        return self.begin(work)()
+
+    @torch.inference_mode()
+    def begin(self, work: Sequence[Work]) -> Callable[[], list[Logits]]:
+        """Put a batch under way; what is returned waits for its logits. On CUDA nothing waits before that, so the next
+        batch may be begun while this one computes. Pixels are read before this returns; seats stay pinned until the
+        answers are there."""
+        crossing = self._crossings.take()
         pictures = _Distinct(work, lambda row: (id(row[0]), row[1].mean, row[1].std))
-        x = self._embed([(pixels, seat.mean, seat.std) for pixels, seat in pictures.items])
+        shown = [(pixels, seat.mean, seat.std) for pixels, seat in pictures.items]
         rows = [(picture, seat) for picture, (_, seat) in zip(pictures.index, work, strict=True)]
-        return [row.double().cpu().numpy() for row in self.logits(x, rows)]
+        places = [seat.place for _, seat in rows]
+        arrived = crossing.arrive(self._logits(self._embed(shown, crossing), rows, crossing))
+        classes = [self.rack.classes(place) for place in places]
+        return lambda: _cut(arrived(), classes)
 
     def logits(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> list[Tensor]:
-        """Embedded pictures x [n, N, D] and rows (picture, seat) → logits [C] of each row."""
-        trunk = _Distinct(rows, lambda row: (row[0], self._trunk_key(row[1])))
-        features = self._features(x, trunk.items)
-        return self.rack.heads(features[trunk.index], [seat.place for _, seat in rows])
+        """Embedded pictures x [n, N, D] and rows (picture, seat) → logits [C] of each row, where x lies."""
+        found = self._logits(x, rows, Straight(x.device))
+        return [row[: self.rack.classes(seat.place)] for row, (_, seat) in zip(found, rows, strict=True)]
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Pixels]) -> NDArray[np.float32]:
         """The frozen backbone's own pooled features [n, D], with the backbone's own normalisation."""
-        own = self.backbone.spec.preprocess
-        x = self._embed([(pixels, own.mean, own.std) for pixels in images])
-        return vit.forward(self.backbone, x, Plain()).float().cpu().numpy()
+        own, crossing = self.backbone.spec.preprocess, self._crossings.take()
+        x = self._embed([(pixels, own.mean, own.std) for pixels in images], crossing)
+        return crossing.arrive(vit.forward(self.backbone, x, Plain()))().float().numpy()
+
+    def _logits(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> Tensor:
+        """→ [rows, most classes], as `Rack.logits` gives them."""
+        trunk = _Distinct(rows, lambda row: (row[0], self._trunk_key(row[1])))
+        features = self._features(x, trunk.items, crossing)
+        own = features[crossing.send(np.array(trunk.index))]
+        return self.rack.logits(own, [seat.place for _, seat in rows], crossing)
 
     def _trunk_key(self, seat: Seat) -> Hashable:
         """Seats with the same key run the same trunk on the same picture: heads that read the same pooled feature."""
         return self.rack.lane(seat.place) if self.rack.head_only(seat.place) else seat.slot
 
-    def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> Tensor:
+    def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> Tensor:
         """Pooled features [rows, D]; rows go into a lane with their like."""
-        trunk = self._trunk(x, rows)
+        trunk = self._trunk(x, rows, crossing)
         groups: dict[Hashable, list[int]] = {}
         for row, (_, seat) in enumerate(rows):
             groups.setdefault(self._lane_key(seat, trunk), []).append(row)
@@ -74,16 +93,18 @@ class Engine:
             at[members] = [trunk.row[rows[row][0]] for row in members]
             features = len(trunk.row)
         for members in groups.values():
-            lanes.append(self._lane(x, [rows[row] for row in members], trunk))
+            lanes.append(self._lane(x, [rows[row] for row in members], trunk, crossing))
             at[members] = np.arange(features, features + len(members))
             features += len(members)
-        return torch.cat(vit.forward_lanes(self.backbone, lanes))[at]
+        order = crossing.send(at)
+        return torch.cat(vit.forward_lanes(self.backbone, lanes))[order]
 
-    def _trunk(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> _Trunk | None:
+    def _trunk(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> _Trunk | None:
         """What readers read; None where there are none."""
         if not any(self.rack.reads(seat.place) for _, seat in rows):
             return None
-        return _Trunk(self.backbone, x, [picture for picture, seat in rows if self._on_plain_trunk(seat)])
+        pictures = [picture for picture, seat in rows if self._on_plain_trunk(seat)]
+        return _Trunk(self.backbone, x, pictures, crossing)
 
     def _on_plain_trunk(self, seat: Seat) -> bool:
         return self.rack.plain(seat.place) or self.rack.reads(seat.place)
@@ -91,42 +112,44 @@ class Engine:
     def _lane_key(self, seat: Seat, trunk: _Trunk | None) -> Hashable:
         return SHARED if trunk is not None and self.rack.plain(seat.place) else self.rack.lane(seat.place)
 
-    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]], trunk: _Trunk | None) -> vit.Lane:
+    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]], trunk: _Trunk | None, crossing: Crossing) -> vit.Lane:
         """Rows with equal `Rack.lane`."""
-        pictures, condition = [picture for picture, _ in rows], self.rack.gather([seat.place for _, seat in rows])
+        pictures = [picture for picture, _ in rows]
+        condition = self.rack.gather([seat.place for _, seat in rows], crossing)
         if trunk is None or condition.reads_from is None:
-            return vit.Lane.of(x[pictures], condition)
+            return vit.Lane.of(x[crossing.send(np.array(pictures))], condition)
         return vit.Lane.reading(condition, trunk.reads(pictures))
 
-    def _embed(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
+    def _embed(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
         """→ [n, N, D]. Raises ValueError for what `images` would not give, a picture of another size above all."""
         size = self.backbone.spec.image_size
         for pixels, _, _ in pictures:
             if not _whole(pixels, size):
                 raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
         sent = [at for at, (pixels, _, _) in enumerate(pictures) if pixels.dtype == np.float32]
-        return vit.embed(self.backbone, self._mixed(pictures, sent) if sent else self._normalised(pictures))
+        own = self._mixed(pictures, sent, crossing) if sent else self._normalised(pictures, crossing)
+        return vit.embed(self.backbone, own)
 
-    def _normalised(self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]]) -> Tensor:
+    def _normalised(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
         """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, 3, S, S]"""
-        device = self.backbone.device
-        stack = torch.from_numpy(np.stack([pixels for pixels, _, _ in pictures])).to(device)
-        mean = torch.tensor([mean for _, mean, _ in pictures], device=device)
-        std = torch.tensor([std for _, _, std in pictures], device=device)
+        stack = crossing.stack([pixels for pixels, _, _ in pictures])
+        mean, std = crossing.send(np.array([both for _, *both in pictures], np.float32)).unbind(1)
         return normalise(stack, mean, std, self.backbone.dtype)
 
-    def _mixed(
-        self, pictures: Sequence[tuple[Pixels, Sequence[float], Sequence[float]]], sent: Sequence[int]
-    ) -> Tensor:
+    def _mixed(self, pictures: Sequence[Shown], sent: Sequence[int], crossing: Crossing) -> Tensor:
         """Those at `sent` came normalised and are only rounded to the backbone's dtype. → [n, 3, S, S]"""
         own = [at for at in range(len(pictures)) if at not in set(sent)]
-        stack = torch.from_numpy(np.stack([pictures[at][0] for at in sent]))
-        given = stack.to(self.backbone.device, self.backbone.dtype)
+        given = crossing.stack([pictures[at][0] for at in sent]).to(self.backbone.dtype)
         x = given.new_empty(len(pictures), *given.shape[1:])
-        x[list(sent)] = given
+        x[crossing.send(np.array(sent))] = given
         if own:
-            x[own] = self._normalised([pictures[at] for at in own])
+            x[crossing.send(np.array(own))] = self._normalised([pictures[at] for at in own], crossing)
         return x
+
+
+def _cut(logits: Tensor, classes: Sequence[int]) -> list[Logits]:
+    """Padded logits [R, ·] on the host → float64 [C_r] of each row."""
+    return [row[:count] for row, count in zip(logits.double().numpy(), classes, strict=True)]
 
 
 def _whole(pixels: Pixels, size: int) -> bool:
@@ -149,15 +172,15 @@ class _Trunk:
     x: [n, N, D], embedded pictures; `pictures`: those among them that are wanted, as often as they are.
     """
 
-    def __init__(self, backbone: Backbone, x: Tensor, pictures: Sequence[int]) -> None:
+    def __init__(self, backbone: Backbone, x: Tensor, pictures: Sequence[int], crossing: Crossing) -> None:
         self.row = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
-        self._passing = Passing(hidden_tokens(backbone.spec))
-        self.lane = vit.Lane(x[list(self.row)], Plain(), None, passing=self._passing)
+        self._passing, self._crossing = Passing(hidden_tokens(backbone.spec)), crossing
+        self.lane = vit.Lane(x[crossing.send(np.array(list(self.row)))], Plain(), None, passing=self._passing)
 
     def reads(self, pictures: Sequence[int]) -> Reads:
         """For readers of these pictures."""
         rows = np.array([self.row[picture] for picture in pictures])
-        return Reads(self._passing, Pieces.of(rows, len(self.row), self.lane.x.device))
+        return Reads(self._passing, Pieces.of(rows, len(self.row), self._crossing))
 
 
 class _Distinct(Generic[Item]):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .additions import Additions
+from .crossing import Crossing
 from .lens import ENTRY, Prefix
 from .pooling import Pool
 
@@ -86,13 +86,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The rack's memory: slab [V, D], and a scalar [V] beside each vector."""
+    """The rack's memory: slab [V, D], and a scalar [V] beside each vector; and how numbers of a batch come to it."""
 
     slab: Tensor
     scalars: Tensor
+    crossing: Crossing
 
     def index(self, numbers: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.slab.device, non_blocking=True)
+        return self.crossing.send(numbers)
 
 
 class Gathered:
@@ -104,8 +105,12 @@ class Gathered:
         if len(enters) > 1 or len(pools) > 1:
             raise ValueError(f"expected seats of one lane, got poolings {pools} and tokens that enter layers {enters}")
         (self.enters,), (self.pool,) = enters, pools
-        self._lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
-        self._longest = self._lengths.max(axis=0)  # [L]
+        self._longest = np.stack([slot.lengths for slot in slots]).max(axis=0)  # [L]
+        self._prompts = Prompts.of(slots) if self._longest.any() else None
+        self._numbers = self._seen = None
+        if self._prompts is not None:
+            self._numbers = memory.index(self._prompts.numbers)
+            self._seen = memory.index(self._prompts.seen) if self._prompts.ragged.any() else None
         self._layers = frozenset[int]().union(*(slot.layers for slot in slots))
         self.reads_from = slots[0].reads_from  # rows of a lane have it in common
         self.tokens, self.token_mask = self._carried()
@@ -114,18 +119,21 @@ class Gathered:
 
     def prefix(self, layer: int) -> Prefix | None:
         longest = int(self._longest[layer])
-        if longest == 0:
+        if longest == 0 or self._prompts is None or self._numbers is None:
             return None
-        lengths = self._lengths[:, layer]
-        pairs = list(zip(self._slots, lengths, strict=True))
-        keys = self._vectors([slot.keys[layer, :length] for slot, length in pairs])
-        values = self._vectors([slot.values[layer, :length] for slot, length in pairs])
-        return Prefix(keys, values, _mask(self._memory, lengths))
+        keys, values = (self._memory.slab[own[layer, :, :longest]] for own in self._numbers)
+        return Prefix(keys, values, self._mask(layer))
 
     def additions(self, layer: int) -> Additions | None:
         if layer not in self._layers:
             return None
         return Additions.gathered(lambda name: self._part(layer, name))
+
+    def _mask(self, layer: int) -> Tensor | None:
+        """[B, longest], None where all rows have as many."""
+        if self._seen is None or self._prompts is None or not self._prompts.ragged[layer]:
+            return None
+        return self._seen[layer, :, : int(self._longest[layer])]
 
     def _carried(self) -> tuple[Tensor | None, Tensor | None]:
         lengths = np.array([len(slot.tokens) for slot in self._slots])
@@ -140,6 +148,38 @@ class Gathered:
     def _vectors(self, numbers: Sequence[Indices]) -> Tensor:
         """[B, longest, D], zero where a row has fewer."""
         return self._memory.slab[self._memory.index(padded(numbers))]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Numbers of a batch's prompts, one array for all layers, so that they cross at once.
+
+    numbers: [2, L, B, P], of keys and of values, 0 where a row has fewer; seen: [L, B, P], False there.
+    """
+
+    numbers: Indices
+    seen: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, slots: Sequence[Slot], longest: int | None = None, rows: int | None = None) -> Prompts:
+        """`longest`: P, and `rows`: B, where more than these slots have: of the rows behind them nothing is seen."""
+        lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
+        wide = int(lengths.max()) if longest is None else longest
+        count = len(slots) if rows is None else rows
+        numbers = np.zeros((2, lengths.shape[1], count, wide), np.int64)
+        seen = np.zeros(numbers.shape[1:], np.bool_)
+        for row, slot in enumerate(slots):
+            own = slot.keys.shape[1]
+            numbers[0, :, row, :own], numbers[1, :, row, :own] = slot.keys, slot.values
+        seen[:, : len(slots)] = np.arange(wide) < lengths.T[:, :, None]
+        return cls(numbers, seen)
+
+    @cached_property
+    def ragged(self) -> NDArray[np.bool_]:
+        """[L]: whether a layer's rows have different lengths."""
+        lengths = self.seen.sum(axis=2)
+        found: NDArray[np.bool_] = (lengths != lengths[:, :1]).any(axis=1)
+        return found
 
 
 class FoundPart:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .crossing import Crossing, Straight
 from .gathered import Gathered, Indices, Slot, Vectors, padded
 from .lens import Lens
 
@@ -56,6 +57,7 @@ class Rack:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dim, self.capacity = dim, vectors
+        self._straight = Straight(torch.device(device))
         self._slab = torch.zeros(vectors + 1, dim, device=device, dtype=dtype)
         self._bias = torch.zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
         self._slots = [Slot() for _ in range(slots)]
@@ -126,15 +128,24 @@ class Rack:
 
     # --- what a forward asks -----------------------------------------------------------------------------------------
 
-    def gather(self, places: Sequence[Place]) -> Gathered:
+    def gather(self, places: Sequence[Place], crossing: Crossing | None = None) -> Gathered:
         """The prompts of these seats, in their order."""
-        return Gathered(Vectors(self._slab, self._bias), [self._check(place) for place in places])
+        memory = Vectors(self._slab, self._bias, crossing or self._straight)
+        return Gathered(memory, [self._check(place) for place in places])
 
     def heads(self, features: Tensor, places: Sequence[Place]) -> list[Tensor]:
         """Features [R, D], one seat a row → logits [C_r] of each row."""
-        slots = [self._check(place) for place in places]
-        logits = self._dense(self._hidden(features.to(self._slab.dtype), slots), [slot.head for slot in slots])
-        return [row[: len(slot.head)] for row, slot in zip(logits, slots, strict=True)]
+        rows = zip(self.logits(features, places), places, strict=True)
+        return [row[: self.classes(place)] for row, place in rows]
+
+    def logits(self, features: Tensor, places: Sequence[Place], crossing: Crossing | None = None) -> Tensor:
+        """Features [R, D], one seat a row → logits [R, most classes]; of each row its first `classes` count."""
+        slots, crossing = [self._check(place) for place in places], crossing or self._straight
+        hidden = self._hidden(features.to(self._slab.dtype), slots, crossing)
+        return self._dense(hidden, [slot.head for slot in slots], crossing)
+
+    def classes(self, place: Place) -> int:
+        return len(self._check(place).head)
 
     def head_only(self, place: Place) -> bool:
         """Whether the seat's lens asks for no more than the plain trunk's feature."""
@@ -208,29 +219,26 @@ class Rack:
 
     def _put(self, numbers: Indices, vectors: Tensor, scalars: Tensor | None = None) -> None:
         """Vectors [n, D]; narrower ones are filled up with zeros, as is what lies before a narrower layer of a head."""
-        index = self._index(numbers)
+        index = self._straight.send(numbers)
         self._slab[index] = F.pad(vectors, (0, self.dim - vectors.shape[-1])).to(self._slab)
         if scalars is not None:
             self._bias[index] = scalars.to(self._bias)
 
-    def _hidden(self, features: Tensor, slots: Sequence[Slot]) -> Tensor:
+    def _hidden(self, features: Tensor, slots: Sequence[Slot], crossing: Crossing) -> Tensor:
         """Features [R, D], behind the hidden layers of those rows' heads that have any."""
         depth = 0
         while rows := [row for row, slot in enumerate(slots) if len(slot.hidden) > depth]:
-            index = self._index(np.array(rows))
-            found = self._dense(features[index], [slots[row].hidden[depth] for row in rows]).relu()
+            index = crossing.send(np.array(rows))
+            found = self._dense(features[index], [slots[row].hidden[depth] for row in rows], crossing).relu()
             features = features.index_copy(0, index, F.pad(found, (0, self.dim - found.shape[1])))
             depth += 1
         return features
 
-    def _dense(self, features: Tensor, numbers: Sequence[Indices]) -> Tensor:
+    def _dense(self, features: Tensor, numbers: Sequence[Indices], crossing: Crossing) -> Tensor:
         """Features [R, D], a layer a row → [R, longest], 0 where a row's layer is shorter."""
-        index = self._index(padded(numbers))  # [R, C]
+        index = crossing.send(padded(numbers))  # [R, C]
         found = torch.baddbmm(self._bias[index].unsqueeze(-1), self._slab[index], features.unsqueeze(-1))
         return found.squeeze(-1)
-
-    def _index(self, numbers: Indices) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self._slab.device, non_blocking=True)
 
 
 def demand(lens: Lens) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .backbone import Spec
 from .block import FrozenBlock
+from .crossing import Crossing
 
 Pair = tuple[Tensor, Tensor]
 
@@ -177,7 +178,7 @@ class Pieces:
     place: Tensor
 
     @classmethod
-    def of(cls, picture: NDArray[np.int64], pictures: int, device: torch.device) -> Pieces:
+    def of(cls, picture: NDArray[np.int64], pictures: int, crossing: Crossing) -> Pieces:
         """picture [R]: which of the trunk's `pictures` each reader reads."""
         order = np.argsort(picture, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(picture[order])) + 1)
@@ -189,8 +190,8 @@ class Pieces:
             place[piece] = number * most + np.arange(len(piece))
         own = picture[readers[:, 0]]
         in_order = len(own) == pictures and (own == np.arange(pictures)).all()
-        to = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (picture, readers, own, place)]
-        return cls(to[0], to[1], None if in_order else to[2], to[3])
+        pictures_read = None if in_order else crossing.send(own)
+        return cls(crossing.send(picture), crossing.send(readers), pictures_read, crossing.send(place))
 
     def of_pictures(self, x: Tensor) -> Tensor:
         """[n, ·] → [G, ·]"""

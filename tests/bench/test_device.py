@@ -39,12 +39,12 @@ def test_every_method_is_compared_in_every_precision(tmp_path: Path, capsys: pyt
 
 
 def test_a_device_that_adds_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = Rack.heads
+    logits = Rack.logits
 
-    def a_little_off(rack: Rack, *given: object) -> list[Tensor]:
-        return [row + 1e-8 for row in heads(rack, *given)]  # type: ignore[arg-type]
+    def a_little_off(rack: Rack, *given: object) -> Tensor:
+        return logits(rack, *given) + 1e-8  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Rack, "heads", a_little_off)
+    monkeypatch.setattr(Rack, "logits", a_little_off)
     answers = next(bench._checks(SMALL, CPU, torch.float64, 2))
     assert not answers.holds, answers
     assert "too far" in bench._table([answers])

@@ -152,7 +152,8 @@ def test_head_only_tasks_on_one_picture_share_one_trunk_row(eye: Backbone, monke
     deep = bench.seat(TASKS[0].lens(eye))
     rows: list[int] = []
     features = bench.engine._features
-    monkeypatch.setattr(bench.engine, "_features", lambda x, trunk: rows.append(len(trunk)) or features(x, trunk))
+    counted = lambda x, trunk, way: rows.append(len(trunk)) or features(x, trunk, way)  # noqa: E731
+    monkeypatch.setattr(bench.engine, "_features", counted)
     pixels = picture(0)
     answers = bench.engine.run([(pixels, seat) for seat in (*heads, deep, deep)])
     assert rows == [2], "ten heads share the plain trunk, two rows of one prompted task share the other"

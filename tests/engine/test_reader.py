@@ -19,6 +19,7 @@ from server.bench import readers as bench
 from server.engine import attention, reader, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
+from server.engine.crossing import Straight
 from server.engine.lens import Lens, condition
 from server.engine.reader import Pieces, Reads, Recorded
 from server.methods.registry import Registry
@@ -157,7 +158,7 @@ def test_rows_of_other_methods_cost_what_they_did(eye: Backbone, monkeypatch: py
 def test_pieces_hold_every_reader_and_no_two_pictures(chosen: list[int]) -> None:
     names = sorted(set(chosen))
     of = np.array([names.index(each) for each in chosen])
-    found = Pieces.of(of, len(names), torch.device("cpu"))
+    found = Pieces.of(of, len(names), Straight(torch.device("cpu")))
     pictures = torch.arange(len(names)) if found.pictures is None else found.pictures
     assert (torch.from_numpy(of)[found.readers] == pictures[:, None]).all()
     assert torch.equal(found.readers.flatten()[found.place], torch.arange(len(of)))

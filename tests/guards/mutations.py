@@ -20,14 +20,14 @@ MUTATIONS = (
     Mutation(
         "A row is answered with its own task's lens, whoever shares its batch",
         "server/engine/engine.py",
-        "return self.rack.heads(features[trunk.index], [",
-        "return self.rack.heads(features[sorted(trunk.index)][::-1], [",
+        "own = features[crossing.send(np.array(trunk.index))]",
+        "own = features[crossing.send(np.array(sorted(trunk.index)[::-1]))]",
         "tests/engine/test_isolation.py::test_every_composition_of_a_batch_gives_the_literal_answers",
     ),
     Mutation(
         "Padding of ragged prompts is masked",
         "server/engine/gathered.py",
-        "return Prefix(keys, values, _mask(self._memory, lengths))",
+        "return Prefix(keys, values, self._mask(layer))",
         "return Prefix(keys, values, None)",
         "tests/engine/test_isolation.py::test_every_composition_of_a_batch_gives_the_literal_answers",
     ),

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,12 +73,13 @@ UNTRAINED_NOTE = (
 )
 
 
-def load_backbone(settings: Settings, threads: int) -> eye.Backbone:
+def load_backbone(settings: Settings, threads: int, device: str | None = None) -> eye.Backbone:
+    """On LENSRACK_DEVICE unless another is given."""
     torch.set_num_threads(threads)
     return eye.load(
         settings.backbone,
         settings.backbone_weights,
-        device=settings.device,
+        device=device or settings.device,
         dtype=settings.dtype,
         packed=settings.packed,
     )
@@ -244,15 +245,17 @@ class EngineRoom:
     loading: ThreadPoolExecutor
 
 
-def build_engine_room(settings: Settings, ring: KeyRing) -> EngineRoom:
-    cores = os.cpu_count() or 1
-    backbone = load_backbone(settings, settings.threads or max(1, cores - 1))
+def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> EngineRoom:
+    """The engine of a `number`, from 0; the first of several does what one alone must do. Raises ValueError."""
+    first, devices = number == 0, settings.engine_devices
+    threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
+    backbone = load_backbone(settings, threads, devices[number])
     if not backbone.spec.trained:
         log.warning(UNTRAINED_NOTE)
     log.info("backbone %s, fingerprint %s…", backbone.spec.arch, backbone.spec.fingerprint[:12])
     registry = Registry.installed()
     bundles = open_store(settings.store_url)
-    if settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
+    if first and settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
         log.info("ready tasks: %s", ", ".join(names))
     store = CachedStore(bundles, max_bytes=settings.cache_bytes)
     rack = Rack.sized(
@@ -275,7 +278,7 @@ def build_engine_room(settings: Settings, ring: KeyRing) -> EngineRoom:
     watchdog = Watchdog(
         batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )
-    workers = supervise(settings)
+    workers = supervise(settings, settings.workers if first else 0)
     measured.process(settings, backbone)
     measured.engine_room(settings, batcher, rack, workers)
     return EngineRoom(
@@ -296,6 +299,8 @@ def build_engine_room(settings: Settings, ring: KeyRing) -> EngineRoom:
 
 def build_server(settings: Settings) -> Server:
     """Raises UnsafeBind before anything that takes time."""
+    if len(settings.engine_devices) > 1:
+        raise ValueError("LENSRACK_DEVICES: several devices need front ends before them: LENSRACK_FRONTS, got 0")
     ring = open_ring(settings)
     require_safe_bind(settings, locked=ring.locked)
     room = build_engine_room(settings, ring)
@@ -439,10 +444,11 @@ async def occupied(rack: Rack, residency: Residency) -> wire.Rack:
     )
 
 
-def readiness(facts: Facts, settings: Settings, trouble: str, workers: int) -> wire.Ready:
-    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's."""
+def readiness(facts: Facts, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()) -> wire.Ready:
+    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's.
+    `away`: what is wrong with some of several engines, while others answer."""
     spec = facts.spec
-    notes = [note for note in (trouble, "" if spec.trained else UNTRAINED_NOTE) if note]
+    notes = [note for note in (trouble, *away, "" if spec.trained else UNTRAINED_NOTE) if note]
     if settings.scaled_decode:
         notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
     if workers < settings.workers:
@@ -460,11 +466,11 @@ def readiness(facts: Facts, settings: Settings, trouble: str, workers: int) -> w
             dim=spec.dim,
         ),
         notes=notes,
-        checks={"engine": trouble or "ok", "workers": f"{workers} of {settings.workers}"},
+        checks={"engine": trouble or "; ".join(away) or "ok", "workers": f"{workers} of {settings.workers}"},
     )
 
 
-def supervise(settings: Settings) -> Supervisor:
+def supervise(settings: Settings, count: int) -> Supervisor:
     """Workers are this program again. They find the same packages and the same home, wherever they start."""
     root, port = str(Path(__file__).resolve().parents[1]), settings.worker_metrics_port
     env = {
@@ -474,7 +480,7 @@ def supervise(settings: Settings) -> Supervisor:
     }
     return Supervisor(
         [sys.executable, "-m", "server", "work", "--until-stdin-closes"],
-        settings.workers,
+        count,
         env=env,
         grace_s=settings.drain_timeout_s,
         on_restart=metrics.WORKER_RESTARTS.inc,
@@ -484,7 +490,8 @@ def supervise(settings: Settings) -> Supervisor:
 
 def build_worker(settings: Settings, name: str) -> Trainer:
     cores = os.cpu_count() or 1
-    backbone = load_backbone(settings, settings.worker_threads or max(1, cores // 2))
+    threads = settings.worker_threads or max(1, cores // 2)
+    backbone = load_backbone(settings, threads, settings.worker_device)
     cap_memory(backbone.device, settings.worker_gpu_memory)
     measured.process(settings, backbone)
     if not backbone.spec.trained:

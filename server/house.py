@@ -1,6 +1,7 @@
-"""The parent of a server in several processes: forks the engine's process and the front ends, and keeps them there.
+"""The parent of a server in several processes: forks the engines' processes and the front ends, and keeps them there.
 
-    House ─┬─ engine     one; when it ends (killed, or lost: 70) it is forked anew, and fronts say 503 until it is back
+    House ─┬─ engine     one for each device; when it ends (killed, or lost: 70) it is forked anew, and fronts ask the
+           │             others until it is back, or say 503 where there is none
            └─ front 0 …  all accept from one listening socket, so what waits there outlives any of them
 
 It loads all code once and computes nothing, so that a fork is quick and shares that memory; no thread runs here.
@@ -69,7 +70,9 @@ class House:
         self._settings = settings
         self._listener: socket.socket
         self._folder: Path
-        self._engine = Child("engine", self._compute)
+        numbers = range(len(settings.engine_devices))
+        name = "engine" if len(numbers) == 1 else "engine-{}"
+        self._engines = [Child(name.format(n), partial(self._compute, number=n)) for n in numbers]
         self._fronts = [Child(f"front-{n}", partial(self._speak, first=n == 0)) for n in range(settings.fronts)]
         self._facts = ""
         self._asked_to_end = 0
@@ -97,7 +100,7 @@ class House:
     # --- in the parent ----------------------------------------------------------------------------------------------
 
     def _keep(self) -> int:
-        if not self._started([self._engine]):
+        if not self._started(self._engines):
             return self._end(NOT_STARTED)
         if not self._started(self._fronts):
             return self._end(NOT_STARTED)
@@ -107,7 +110,7 @@ class House:
         return self._end(0)
 
     def _children(self) -> list[Child]:
-        return [self._engine, *self._fronts]
+        return [*self._engines, *self._fronts]
 
     def _started(self, children: list[Child]) -> bool:
         """Whether all of them are ready. The first start is the only one that may fail for good."""
@@ -145,7 +148,7 @@ class House:
             os.close(child.begun)
             child.begun = -1
             child.ready = bool(child.said)
-            if child is self._engine and child.ready:
+            if child is self._engines[0] and child.ready:
                 self._facts = child.said.decode()
 
     def _notice(self, signals: bytes) -> None:
@@ -168,10 +171,10 @@ class House:
         child.again_at = time.monotonic() + child.pause_s
 
     def _end(self, status: int) -> int:
-        """Front ends first: they still need the engine."""
+        """Front ends first: they still need the engines."""
         drain_s = self._settings.drain_timeout_s
         self._end_all(self._fronts, 2 * drain_s + MARGIN_S)
-        self._end_all([self._engine], 2 * drain_s + MARGIN_S)
+        self._end_all(self._engines, 2 * drain_s + MARGIN_S)
         return status
 
     def _end_all(self, children: list[Child], most_s: float) -> None:
@@ -222,7 +225,7 @@ class House:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to all: the parent decides
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if child is self._engine:
+            if child in self._engines:
                 self._listener.close()  # nobody connects to somebody who never accepts
             for other in self._children():
                 if other.begun >= 0:
@@ -240,11 +243,11 @@ class House:
             tracing.stop()
             logging.shutdown()
 
-    def _compute(self, ready: Callable[[str], None], ledger: Ledger) -> int:
+    def _compute(self, ready: Callable[[str], None], ledger: Ledger, *, number: int) -> int:
         self._tell("lensrack-engine")
 
         async def work() -> int:
-            return await split.EngineProcess(self._settings, self._folder, ledger).run(ready)
+            return await split.EngineProcess(self._settings, self._folder, ledger, number).run(ready)
 
         return _left(serving.run(work))
 
@@ -252,7 +255,7 @@ class House:
         self._tell("lensrack-server")
 
         async def work() -> int:
-            facts = split.facts_of(self._facts)
+            facts = split.facts_of_all(split.facts_of(self._facts), self._settings)
             front = split.build_front(self._settings, facts, self._folder, ledger, first=first)
             await serving.serve_http(front, self._listener, lambda _: ready("ready"))
             return 0

@@ -3,7 +3,8 @@
 Each process writes its own samples into a file of a folder they share, every WRITE_S; who is scraped adds its own, of
 this moment, to what the others' files say. Counters and histograms are sums. When a process has ended, its counts are
 added to those of all who ended before it (`bury`), so no sum ever falls; its gauges go with it. A gauge of several
-processes is the largest, as most are fed by one of them and 0 in the others; the exceptions are named here.
+processes is the largest, as most are fed by one of them and 0 in the others; the exceptions are named here: among them
+what each of several engines has of its own, which is 0 in a process without one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ WRITE_S: Final = 2.0
 SUFFIX: Final = ".metrics"
 PAST: Final = "past.json"
 LEAST: Final = frozenset({"lensrack_engine_up", "process_start_time_seconds", "process_max_fds"})
-SUMMED: Final = frozenset({"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"})
+SUMMED: Final = frozenset(
+    {"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"}
+    | {f"lensrack_{name}" for name in ("queue_rows", "queue_places", "rack_lenses", "rack_slots", "rack_bytes")}
+)
 
 Key = tuple[str, tuple[tuple[str, str], ...]]  # a sample's name and labels
 Family = dict[str, Any]  # type, help, samples: [name, labels, value]

@@ -30,7 +30,7 @@ def process(settings: Settings, backbone: Backbone) -> None:
     dtype = str(backbone.dtype).removeprefix("torch.")
     metrics.build(version=__version__, backbone=backbone.spec.arch, device=backbone.device.type, dtype=dtype)
     if backbone.device.type == "cuda":
-        metrics.gpu_memory(partial(device_memory, backbone.device))
+        metrics.gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
 
 
 def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:

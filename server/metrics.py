@@ -77,7 +77,9 @@ STORE_UP = _gauge("store_up", "1 while the store answers, by store: bundles, job
 JOBS = _gauge("jobs", "Jobs in the job store by state.", "state")
 WORKERS = _gauge("workers", "Worker processes of this server, by state: running, wanted.", "state")
 WORKER_RESTARTS = _counter("worker_restarts_total", "Workers that died and were started again.")
-GPU_BYTES = _gauge("gpu_memory_bytes", "Memory of the CUDA device, by kind: allocated, reserved, free, total.", "kind")
+GPU_BYTES = _gauge(
+    "gpu_memory_bytes", "Memory of a CUDA device, by kind: allocated, reserved, free, total.", "device", "kind"
+)
 
 # --- training, fed by workers -----------------------------------------------------------------------------------------
 WORKER_BUSY = _gauge("worker_jobs", "Jobs that this worker is fitting.")
@@ -137,7 +139,7 @@ def _one(read: Callable[[], Mapping[str, int]], kind: str) -> float:
     return read()[kind]
 
 
-def gpu_memory(read: Callable[[], Mapping[str, int]]) -> None:
-    """`read` says how many bytes are allocated, reserved, free and there in all."""
+def gpu_memory(read: Callable[[], Mapping[str, int]], device: str) -> None:
+    """`read` says how many bytes of `device` are allocated, reserved, free and there in all."""
     for kind in ("allocated", "reserved", "free", "total"):
-        read_when_asked(GPU_BYTES.labels(kind), partial(_one, read, kind))
+        read_when_asked(GPU_BYTES.labels(device, kind), partial(_one, read, kind))

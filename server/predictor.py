@@ -261,10 +261,20 @@ class Predictor:
                 versions.append(version)
                 members.append((seat, hold))
             require_same_labels([seat for seat, _ in members], versions)
-            rows = [row for seat, hold in members for row in await self._rows(refs[0].task, seat, hold, asking)]
+            rows = await self._all_rows(refs[0].task, members, asking)
             logits = await _answers(rows, asking.room)
         labels = [seat.labels for seat, _ in members]
         return _Given(tuple(versions), labels, logits, _timings(asking, rows))
+
+    async def _all_rows(self, task: str, members: Sequence[tuple[Any, _Hold]], asking: _Asking) -> list[Row]:
+        rows: list[Row] = []
+        try:
+            for seat, hold in members:
+                rows += await self._rows(task, seat, hold, asking)
+        except BaseException:
+            _let_go(rows)
+            raise
+        return rows
 
     async def _rows(self, task: str, seat: Any, hold: _Hold, asking: _Asking) -> list[Row]:
         """A row an image, cut as this version asks."""
@@ -346,12 +356,22 @@ def _nothing() -> None:
 
 async def _answers(rows: Sequence[Row], room: Room) -> list[np.ndarray[Any, Any]]:
     """Queue rows and wait for all replies; on the way out, whatever the reason, nobody waits for one any more."""
-    room.submit(rows)
+    try:
+        room.submit(rows)
+    except BaseException:
+        _let_go(rows)
+        raise
     try:
         return list(await asyncio.gather(*(row.reply for row in rows)))
     finally:
         for row in rows:
             row.reply.cancel()
+
+
+def _let_go(rows: Sequence[Row]) -> None:
+    """They have not come into the queue, and so nobody else lets go of their seats."""
+    for row in rows:
+        row.leave()
 
 
 async def in_time(timeout_s: float, work: Awaitable[T]) -> T:

@@ -44,11 +44,18 @@ class Settings(BaseSettings):
         bool, Field(description="Put the tasks that come with the bundled backbone into a store that holds none.")
     ] = True
     device: Annotated[str, Field(description="`cpu`, `cuda`, `cuda:N`; `auto` takes CUDA where there is one.")] = "auto"
+    devices: Annotated[
+        str,
+        Field(
+            description="Several devices of one kind, such as `cuda:0,cuda:1`: an engine's process on each, behind "
+            "LENSRACK_FRONTS front ends (1 or more). Empty: LENSRACK_DEVICE alone."
+        ),
+    ] = ""
     dtype: Annotated[
         str, Field(description="`float32`, `bfloat16`, `float64`; `auto` is float32 on a CPU, bfloat16 on CUDA.")
     ] = "auto"
     threads: Annotated[
-        int, Field(ge=0, description="Engine threads on a CPU; 0 leaves one core to everything else.")
+        int, Field(ge=0, description="Threads of each engine on a CPU; 0 leaves one core to everything else.")
     ] = 0
     packed: Annotated[
         bool,
@@ -243,6 +250,22 @@ class Settings(BaseSettings):
         if len(lines) != 1 or not lines[0]:
             raise ValueError(f"LENSRACK_REDIS_PASSWORD_FILE: expected one line, got {len(lines)}")
         return lines[0]
+
+    @property
+    def engine_devices(self) -> tuple[str, ...]:
+        """One for each engine. Raises ValueError."""
+        named = tuple(one.strip() for one in self.devices.split(",")) if self.devices.strip() else (self.device,)
+        kinds = {one.partition(":")[0] for one in named}
+        if "" in kinds or len(kinds) > 1 or (len(named) > 1 and kinds == {"auto"}):
+            raise ValueError(
+                f"LENSRACK_DEVICES: expected devices of one kind with commas, such as cuda:0,cuda:1, got {self.devices}"
+            )
+        return named
+
+    @property
+    def worker_device(self) -> str:
+        """Workers fit on LENSRACK_DEVICE, or where that is left to us on the first engine's. Raises ValueError."""
+        return self.engine_devices[0] if self.device == "auto" else self.device
 
     @property
     def datasets_dir(self) -> Path:

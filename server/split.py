@@ -1,7 +1,7 @@
-"""A server in several processes: one that computes, and front ends before it. Their concrete parts, wired.
+"""A server in several processes: engines that compute, and front ends before them. Their concrete parts, wired.
 
     EngineProcess   store · backbone · rack · residency · engine · batcher · watchdog · workers · desk
-    FrontEnd        store · jobs · keys · line ─► remote residency and batcher · predictor · api
+    FrontEnd        store · jobs · keys · lines ─► remote residency and batcher · predictor · api
 
 Whoever forks them is `server.house`. What both have in common with a whole server is `server.bootstrap`'s.
 """
@@ -15,7 +15,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from server.jobs.store import JobStore
 from server.keys.ring import KeyRing
 from server.ledger import Ledger
 from server.link.desk import Desk, Room
+from server.link.engines import Engines, FarEngine, SpreadBatcher, SpreadResidency
 from server.link.line import Line
 from server.link.pixels import Slots
 from server.link.remote import Named, RemoteBatcher, RemoteResidency, take_over_tasks
@@ -59,13 +60,13 @@ LOOK: Final = "look"
 
 
 class EngineProcess:
-    """Everything but HTTP. `folder` is where the desk listens and the ledger lies."""
+    """Everything but HTTP, on the device of a `number`. `folder` is where the desk listens and the ledger lies."""
 
-    def __init__(self, settings: Settings, folder: Path, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, folder: Path, ledger: Ledger, number: int = 0) -> None:
         self.settings, self._ledger = settings, ledger
         self._ring = bootstrap.open_ring(settings)
-        self.room = bootstrap.build_engine_room(settings, self._ring)
-        self._desk = Desk(folder / SOCKET, _desk_room(self.room))
+        self.room = bootstrap.build_engine_room(settings, self._ring, number)
+        self._desk = Desk(_socket(folder, number), _desk_room(self.room))
         self._leaving = asyncio.Event()
 
     async def run(self, ready: Any) -> int:
@@ -97,6 +98,10 @@ class EngineProcess:
         while True:
             await self._ring.refresh()
             await asyncio.sleep(KEYS_S)
+
+
+def _socket(folder: Path, number: int) -> Path:
+    return folder / f"{SOCKET}-{number}"
 
 
 def _desk_room(room: EngineRoom) -> Room:
@@ -159,6 +164,12 @@ def facts_of(text: str) -> Facts:
     return Facts(Spec(**{**known["spec"], "preprocess": preprocess}), known["device"], known["dtype"], names)
 
 
+def facts_of_all(first: Facts, settings: Settings) -> Facts:
+    """Of several engines, which differ in their devices alone."""
+    devices = settings.engine_devices
+    return replace(first, device=",".join(devices)) if len(devices) > 1 else first
+
+
 # --- a front end ------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +179,8 @@ class FrontEnd:
 
     settings: Settings
     app: FastAPI
-    line: Line
-    slots: Slots
-    batcher: RemoteBatcher
+    engines: Engines
+    batcher: RemoteBatcher | SpreadBatcher
     store: Store
     jobs: JobStore
     ring: KeyRing
@@ -182,10 +192,11 @@ class FrontEnd:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        self.line.start()
+        for engine in self.engines.all:
+            engine.line.start()
         with suppress(TimeoutError):  # an engine that is away is told of; one that is there is not to be missed
             async with asyncio.timeout(CONNECT_S):
-                await self.line.connected()
+                await asyncio.gather(*(engine.line.connected() for engine in self.engines.all))
         writing = asyncio.create_task(self.ledger.keep_writing())
         if self.grpc is not None:
             log.info("gRPC on port %d", await self.grpc.start())
@@ -197,7 +208,8 @@ class FrontEnd:
             if self.grpc is not None:
                 await self.grpc.stop(self.settings.drain_timeout_s)
             await self.batcher.drain(self.settings.drain_timeout_s)
-            await self.line.stop()
+            for engine in self.engines.all:
+                await engine.line.stop()
             if self.watch is not None:
                 await self.watch.stop()
             writing.cancel()
@@ -217,28 +229,45 @@ def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, 
     ring, registry = bootstrap.open_ring(settings), Registry.installed()
     bundles = open_store(settings.store_url)
     store, jobs = CachedStore(bundles, max_bytes=settings.cache_bytes), bootstrap.open_jobs(settings)
-    slots = Slots(settings.max_queue + 4 * settings.max_batch, facts.spec.image_size)
-    line = Line(folder / SOCKET, slots, silence_s=settings.engine_timeout_s)
-    batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
-    line.on_state = take_over_tasks
-
-    async def rack() -> wire.Rack:
-        return wire.Rack.model_validate(await line.call("view", name="rack"))
+    engines = _far_engines(settings, facts, folder)
+    residency, batcher = _pair(engines)
 
     def ready() -> wire.Ready:
-        return bootstrap.readiness(facts, settings, line.trouble, int(line.mirror.facts.get("workers", 0)))
+        workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
+        away = [] if len(engines.all) == 1 else engines.troubles
+        return bootstrap.readiness(facts, settings, engines.trouble, workers, away)
 
     services, decoding = bootstrap.build_services(
         settings,
         facts,
         registry=registry,
-        pair=Pair(RemoteResidency(line), batcher, Named(LOOK, _looked), rack),
+        pair=Pair(residency, batcher, Named(LOOK, _looked), engines.rack),
         store=store,
         jobs=jobs,
         ready=ready,
     )
     metrics.shown = ledger.shown(own)
-    metrics.read_when_asked(metrics.ENGINE_UP, lambda: not line.trouble)
+    metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
     app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
     grpc = bootstrap.build_grpc(services, ring) if first else None
-    return FrontEnd(settings, app, line, slots, batcher, store, jobs, ring, watch, grpc, decoding, own)
+    return FrontEnd(settings, app, engines, batcher, store, jobs, ring, watch, grpc, decoding, own)
+
+
+def _far_engines(settings: Settings, facts: Facts, folder: Path) -> Engines:
+    def far(number: int, device: str) -> FarEngine:
+        slots = Slots(settings.max_queue + 4 * settings.max_batch, facts.spec.image_size)
+        line = Line(_socket(folder, number), slots, silence_s=settings.engine_timeout_s)
+        batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
+        return FarEngine(number, device, line, RemoteResidency(line, number), batcher)
+
+    engines = Engines([far(*one) for one in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
+    for one in engines.all:
+        one.line.on_state = lambda _: take_over_tasks([one.line.mirror for one in engines.all])
+    return engines
+
+
+def _pair(engines: Engines) -> tuple[RemoteResidency | SpreadResidency, RemoteBatcher | SpreadBatcher]:
+    """With one engine there is nothing to choose."""
+    if len(engines.all) == 1:
+        return engines.all[0].residency, engines.all[0].batcher
+    return SpreadResidency(engines), SpreadBatcher(engines)

@@ -157,8 +157,8 @@ class Line:
         return connection
 
     def _lost(self) -> None:
-        log.error("the line to the engine is gone")
-        self._connection = None
+        log.error("the line to %s is gone", self._path.name)
+        self._connection, self.mirror = None, Mirror()
         self._up.clear()
         for answer in self._calls.values():
             if not answer.done():

@@ -34,7 +34,7 @@ MOST_FACTS: Final = 4096  # versions whose labels are remembered
 
 @dataclass(frozen=True)
 class RemoteSeat:
-    """`number` is the engine's, for connection `epoch`; `slot` is its place on the rack."""
+    """`number` is the engine's, for connection `epoch`; `slot` is its place on the rack; `engine`: which of several."""
 
     epoch: int
     number: int
@@ -43,13 +43,14 @@ class RemoteSeat:
     version: str
     labels: tuple[str, ...]
     geometry: Geometry
+    engine: int = 0
 
 
 class RemoteResidency:
     """See `server.engine.residency.Residency`. What is asked without waiting is answered from the mirror."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, line: Line, engine: int = 0) -> None:
+        self._line, self._engine = line, engine
         self._facts: dict[Key, tuple[tuple[str, ...], Geometry]] = {}
 
     async def acquire(self, task: str, version: str) -> RemoteSeat:
@@ -58,7 +59,7 @@ class RemoteResidency:
         given = await self._line.call("acquire", task=task, version=version, known=known is not None)
         if known is None:
             known = self._learn((task, version), given)
-        return RemoteSeat(self._line.epoch, given["seat"], given["place"], task, version, *known)
+        return RemoteSeat(self._line.epoch, given["seat"], given["place"], task, version, *known, self._engine)
 
     def release(self, seat: RemoteSeat) -> None:
         if seat.epoch == self._line.epoch:
@@ -131,6 +132,26 @@ class RemoteBatcher:
     def __len__(self) -> int:
         return int(self._line.mirror.facts.get("waiting", 0))
 
+    @property
+    def sent(self) -> int:
+        """Rows of this front end that have not left the engine."""
+        return len(self._sent)
+
+    @property
+    def others(self) -> int:
+        """Rows of other front ends, as the engine told last."""
+        return int(self._line.mirror.facts.get("others", 0))
+
+    @property
+    def free(self) -> int:
+        """Places that are not taken, as far as this front end knows."""
+        return self._room()
+
+    @property
+    def most_inside(self) -> int:
+        """Requests that may be on their way to the queue or back."""
+        return self.max_queue + 2 * self._max_batch
+
     @contextmanager
     def promise(self, rows: int) -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
@@ -152,7 +173,7 @@ class RemoteBatcher:
         """Raises QueueFull."""
         if self._closing or self._line.trouble:
             return
-        if inside >= self.max_queue + 2 * self._max_batch:
+        if inside >= self.most_inside:
             raise self._full(f"{inside} requests are waiting or being answered")
         if self._room() < 1:
             raise self._full(f"all {self.max_queue} places of the queue are taken")
@@ -195,8 +216,7 @@ class RemoteBatcher:
 
     def _room(self) -> int:
         """Places that are not taken, as far as this front end knows. Rows inside the forward take none."""
-        others = int(self._line.mirror.facts.get("others", 0))
-        return self.max_queue + self._max_batch - self._kept - self._waiting - others
+        return self.max_queue + self._max_batch - self._kept - self._waiting - self.others
 
     def _full(self, detail: str, rows: int = 1) -> QueueFull:
         metrics.ROWS.labels("refused").inc(rows)
@@ -306,6 +326,6 @@ class RemoteBatcher:
             self._idle.set()
 
 
-def take_over_tasks(mirror: Mirror) -> None:
-    """The tasks that have a label of their own in the metrics are those of the engine, where rows are counted."""
-    metrics.TASKS.adopt(mirror.facts.get("tasks", []))
+def take_over_tasks(mirrors: Sequence[Mirror]) -> None:
+    """The tasks that have a label of their own in the metrics are those of the engines, where rows are counted."""
+    metrics.TASKS.adopt(sorted({task for mirror in mirrors for task in mirror.facts.get("tasks", [])}))

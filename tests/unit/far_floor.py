@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.link.desk import Desk, Room
+from server.link.engines import Engines, FarEngine, SpreadBatcher, SpreadResidency
 from server.link.line import Line
 from server.link.pixels import Slots
 from server.link.remote import Named, RemoteBatcher, RemoteResidency
@@ -68,13 +69,18 @@ async def desk(floor: Floor) -> AsyncIterator[tuple[Desk, Path]]:
             await asyncio.sleep(0)  # what was cut off is heard of
 
 
-@asynccontextmanager
-async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[Front]:
-    shared = Slots(slots, SIZE)
-    line = Line(path, shared)
-    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
-    residency = RemoteResidency(line)
-    predictor = Predictor(
+@dataclass(eq=False)
+class SeveralFront:
+    """A front end before several engines."""
+
+    engines: Engines
+    residency: SpreadResidency
+    batcher: SpreadBatcher
+    predictor: Predictor
+
+
+def predictor(floor: Floor, residency: Any, batcher: Any) -> Predictor:
+    return Predictor(
         floor.store,
         residency,
         batcher,
@@ -83,11 +89,46 @@ async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[
         geometry=GEOMETRY,
         fingerprint=FINGERPRINT,
     )
+
+
+def far_engine(floor: Floor, path: Path, *, number: int = 0, slots: int = 128) -> FarEngine:
+    shared = Slots(slots, SIZE)
+    line = Line(path, shared)
+    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
+    return FarEngine(number, "cpu", line, RemoteResidency(line, number), batcher)
+
+
+@asynccontextmanager
+async def several(floors: Sequence[Floor], paths: Sequence[Path]) -> AsyncIterator[SeveralFront]:
+    """Floors over one store, each behind its desk."""
+    far = [far_engine(*one, number=number) for number, one in enumerate(zip(floors, paths, strict=True))]
+    engines = Engines(far, max_batch=floors[0].max_batch)
+    residency, batcher = SpreadResidency(engines), SpreadBatcher(engines)
+    for one in far:
+        one.line.start()
+    try:
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(one.line.connected() for one in far))
+        yield SeveralFront(engines, residency, batcher, predictor(floors[0], residency, batcher))
+        await settled(lambda: not any(one.batcher.sent or one.seats for one in far))
+        batcher.check_integrity()
+    finally:
+        for one in far:
+            await one.line.stop()
+            one.line._slots.close()
+
+
+@asynccontextmanager
+async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[Front]:
+    shared = Slots(slots, SIZE)
+    line = Line(path, shared)
+    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
+    residency = RemoteResidency(line)
     line.start()
     try:
         async with asyncio.timeout(60):
             await line.connected()
-        yield Front(line, shared, batcher, residency, predictor)
+        yield Front(line, shared, batcher, residency, predictor(floor, residency, batcher))
         batcher.check_integrity()
     finally:
         await line.stop()
@@ -102,6 +143,19 @@ async def far(floor: Floor) -> AsyncIterator[Front]:
         try:
             yield built
             await settled(lambda: floor.shelf.in_use == 0 and not built.slots.used)
+        finally:
+            floor.engine.gate.set()
+            floor.predictor = near
+
+
+@asynccontextmanager
+async def spread(floor: Floor) -> AsyncIterator[SeveralFront]:
+    """As `far`, with the pair that several engines have, over this one."""
+    async with desk(floor) as (_, path), several([floor], [path]) as built:
+        near, floor.predictor = floor.predictor, built.predictor
+        try:
+            yield built
+            await settled(lambda: floor.shelf.in_use == 0)
         finally:
             floor.engine.gate.set()
             floor.predictor = near

@@ -6,8 +6,8 @@ import asyncio
 import math
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,30 +15,36 @@ import pytest
 
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
 from server.batching.row import Row
-from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unprocessable
+from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable, Unprocessable
+from server.pictures import Pictures
 from server.predictor import Answer, best, probabilities
 from server.seating import Ref
-from tests.unit.far_floor import far
+from tests.unit.far_floor import far, settled, spread
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["near", "far"], autouse=True)
+@pytest.fixture(params=["near", "far", "spread"], autouse=True)
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The engine's pair in this process, and the one of a front end before another."""
+    """The engine's pair in this process, the one of a front end before another, and that before several."""
     monkeypatch.setattr("tests.unit.test_predictor.WHERE", request.param)
     return str(request.param)
 
 
 WHERE = "near"
+PAIRS: dict[str, Callable[[Floor], AbstractAsyncContextManager[Any]]] = {
+    "near": nullcontext,
+    "far": far,
+    "spread": spread,
+}
 
 
 @asynccontextmanager
 async def floor(**changes: Any) -> AsyncIterator[Floor]:
     built = Floor(open_store("memory://"), **changes)
     try:
-        async with far(built) if WHERE == "far" else nullcontext():
+        async with PAIRS[WHERE](built):
             yield built
         built.batcher.check_integrity()
     finally:
@@ -378,8 +384,36 @@ async def test_many_tasks_one_image_decoded_once_in_one_forward():
         assert sorted(built.engine.rows) == [(task, grey) for task in "abc" for grey in (7, 8)]
 
 
+async def test_seats_are_given_back_where_the_engine_is_away_when_rows_are_ready():
+    async with floor() as built:
+        publish(built.store)
+        built.shelf.before_load = lambda version: built.batcher.suspend("it hangs")
+        with pytest.raises(Unavailable, match="it hangs"):
+            await ask(built, images=[png(1), png(2)])
+        await settled(lambda: built.shelf.in_use == 0)
+        built.batcher.resume()
+
+
+async def test_seats_are_given_back_where_one_versions_pixels_cannot_be_made(monkeypatch: pytest.MonkeyPatch):
+    """Those of another version of the ensemble are ready by then."""
+    async with floor() as built:
+        versions = [publish(built.store, "fish", seed) for seed in (0, 1)]
+        fitted, asked = Pictures.fitted, []
+
+        async def late(self: Pictures, geometry: Any) -> Any:
+            asked.append(geometry)
+            if len(asked) == 2:
+                raise Unprocessable("no pixels")
+            return await fitted(self, geometry)
+
+        monkeypatch.setattr(Pictures, "fitted", late)
+        with pytest.raises(Unprocessable):
+            await ask(built, f"fish@{'+'.join(versions)}")
+        await settled(lambda: built.shelf.in_use == 0)
+
+
 async def test_rows_of_one_image_know_each_other(where: str):
-    if where == "far":
+    if where != "near":
         pytest.skip("rows of an engine elsewhere know those that are there when they come")
     async with floor() as built:
         for task in ("a", "b", "c"):
@@ -404,7 +438,7 @@ async def test_one_failing_task_leaves_the_others_their_answers():
 
 
 async def test_tasks_with_their_own_geometry_get_their_own_pixels(where: str):
-    if where == "far":
+    if where != "near":
         pytest.skip("pictures of an engine elsewhere have its size, as all bundles that it serves have")
     async with floor() as built:
         publish(built.store, "small")

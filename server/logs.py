@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,6 +59,13 @@ class Lines(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+        self._second = (-1, "")  # the last one and its text: a busy server writes hundreds of lines in each
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  # logging's name
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = (second, time.strftime(self.default_time_format, self.converter(record.created)))
+        return f"{self._second[1]},{int(record.msecs):03d}"  # as the default writes it
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         said = super().formatMessage(record).replace("\n", "\\n")  # what a caller sent cannot begin a line of its own
@@ -102,5 +110,5 @@ def _whose() -> dict[str, str]:
 
 def _safe(text: str) -> str:
     """Without passwords in URLs, and not longer than a line may be."""
-    clean = _PASSWORD.sub(r"\1***@", text)
+    clean = _PASSWORD.sub(r"\1***@", text) if "://" in text else text
     return clean if len(clean) <= MOST_CHARACTERS else f"{clean[:MOST_CHARACTERS]}… ({len(clean)} characters)"

@@ -74,10 +74,13 @@ class Pictures:
         self._given, self._pool, self._max_pixels, self._margin = given, pool, max_pixels, margin
         self._fitted: dict[Geometry, asyncio.Future[list[Fitted]]] = {}
         self._shown: list[list[Row]] = [[] for _ in given]
+        self._cut = all(isinstance(image, Cut) for image in given)
         self.decode_s = 0.0
 
     async def fitted(self, geometry: Geometry) -> list[Fitted]:
         """uint8 [S, S, 3] per image; the same arrays for everybody who asks for this geometry."""
+        if self._cut:  # nothing is to be computed: a thread would cost more than the look at their shape
+            return [self._fit_one(i, geometry) for i in range(len(self._given))]
         if geometry not in self._fitted:
             self._fitted[geometry] = asyncio.ensure_future(self._fit(geometry))
         # a task whose time is up leaves the others their pixels

@@ -362,6 +362,8 @@ async def _answers(rows: Sequence[Row], room: Room) -> list[np.ndarray[Any, Any]
         _let_go(rows)
         raise
     try:
+        if len(rows) == 1:
+            return [await rows[0].reply]
         return list(await asyncio.gather(*(row.reply for row in rows)))
     finally:
         for row in rows:
@@ -397,6 +399,8 @@ def mean_scores(rows: Sequence[Scores], labels: Sequence[Sequence[str]]) -> list
 
     `rows` are the first member's for each image, then the second's, …; labels[m] names member m's classes.
     """
+    if len(labels) == 1:
+        return list(rows)
     images = len(rows) // len(labels)
     total = [np.zeros(len(labels[0])) for _ in range(images)]
     for member, own in enumerate(labels):
@@ -422,7 +426,7 @@ def require_same_labels(seats: Sequence[SeatLike], versions: Sequence[str]) -> N
 def best(scores: Scores, labels: Sequence[str], top_k: int) -> list[Scored]:
     """The `top_k` most likely labels (all, where there are fewer); ties by index. scores: [C]."""
     order = np.argsort(-scores, kind="stable")[:top_k]
-    return [Scored(labels[i], int(i), float(scores[i])) for i in order]
+    return [Scored(labels[i], i, score) for i, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
 
 
 def _check_finite(numbers: np.ndarray[Any, Any]) -> None:

@@ -1,7 +1,8 @@
 """The HTTP application: every route, inside what is true of all of them.
 
 Trace (id, log, metrics, the unforeseen) ─▶ Door (host, key, scope) ─▶ BodyLimit ─▶ Turnstile (is there room?) ─▶
-                        routes ─▶ what the key covers of predictor, residency, stores;   every failure ─▶ problems
+    Shortcut (plain predictions) or the router ─▶ routes ─▶ what the key covers of predictor, residency, stores;
+                                                                                      every failure ─▶ problems
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from server.api.door import Door
 from server.api.oip import routes as oip
 from server.api.openai import embeddings, files, jobs, models
 from server.api.services import Services
+from server.api.shortcut import Shortcut
 from server.api.tenancy import narrowing
 from server.api.trace import Trace
 from server.api.turnstile import Turnstile
@@ -73,6 +75,7 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
             Middleware(Door, ring=ring, settings=services.settings),
             Middleware(guard.BodyLimit, cap=guard.caps(services.settings), patience=guard.patience(services.settings)),
             Middleware(Turnstile, queue=services.batcher),
+            Middleware(Shortcut),
         ],
         dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},

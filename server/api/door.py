@@ -142,10 +142,11 @@ def _bearer(headers: Headers) -> str | None:
 
 def _cookie(headers: Headers) -> str | None:
     """The token of a session. A page of another site does not get to use it, whatever its browser thinks."""
-    if headers.get("sec-fetch-site") == "cross-site":
+    sent = headers.get("cookie")
+    if sent is None or headers.get("sec-fetch-site") == "cross-site":
         return None
     try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        morsel = SimpleCookie(sent).get(COOKIE)
     except CookieError:
         return None
     return unpacked(morsel.value) if morsel else None

@@ -148,7 +148,7 @@ class BodyLimit:
         except (TooLarge, Silent):
             if not reading.cut:
                 raise
-        if reading.cut:
+        if reading.cut and reading.error is not None:
             await problems.answer(reading.error, scope)(scope, receive, send)
 
 
@@ -162,13 +162,13 @@ class _Reading:
         self._until = None if most_s is None else asyncio.get_running_loop().time() + most_s
         told = headers.get("content-length", "")
         self.cut = told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > cap)
-        self.error: TooLarge | Silent = TooLarge(
-            f"expected a body of at most {cap} bytes, got {told[:30] if self.cut else 'more'}"
-        )
+        self.error: TooLarge | Silent | None = self._too_large(told[:30]) if self.cut else None
 
     async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
         try:
-            async with asyncio.timeout_at(None if self._whole else self._until):
+            async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
             self.cut = not self._answered
@@ -180,8 +180,12 @@ class _Reading:
             self._whole = not message.get("more_body", False)
             if self._got > self._cap:
                 self.cut = not self._answered
+                self.error = self._too_large("more")
                 raise self.error
         return message
+
+    def _too_large(self, got: str) -> TooLarge:
+        return TooLarge(f"expected a body of at most {self._cap} bytes, got {got}")
 
     async def send(self, message: Message) -> None:
         """Whatever the application makes of a body that was cut off is dropped: the answer is that it was too large."""

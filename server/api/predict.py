@@ -8,6 +8,7 @@ import binascii
 import logging
 import math
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
@@ -251,22 +252,34 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     The body must have been read: what the client says next can only be that it goes.
     """
-    asked = asyncio.ensure_future(work)
+    own, left = asyncio.current_task(), False
+    assert own is not None, "requests are answered in tasks"
+    before = own.cancelling()
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal left
+        if not gone.cancelled():
+            left = True
+            own.cancel()
+
     gone = asyncio.ensure_future(_gone(request))
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not asked.done():
-            raise ClientDisconnect
-        return asked.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and own.uncancel() <= before:  # nobody but the client has ended it
+            raise ClientDisconnect from None
+        raise
     finally:
-        asked.cancel()
+        gone.remove_done_callback(leave)
         gone.cancel()
-        await asyncio.gather(asked, gone, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    """Returns when the client has left, or the connection fails."""
+    with suppress(Exception):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
 
 # --- answers out ----------------------------------------------------------------------------------------------------

@@ -121,12 +121,13 @@ class Services:
     meter: Meter = field(default_factory=Meter)
 
 
-async def _services(request: Request) -> Services:  # a plain function would cost each request a thread
+async def services_of(request: Request) -> Services:  # a plain function would cost each request a thread
+    """What the request's key covers."""
     narrowed: Callable[[Key | None], Services] = request.app.state.services
     return narrowed(request.state.key)
 
 
-ServicesOf = Annotated[Services, Depends(_services)]
+ServicesOf = Annotated[Services, Depends(services_of)]
 
 
 def request_id(request: Request) -> str:

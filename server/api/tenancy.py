@@ -29,15 +29,21 @@ NOTHING: Final = "\0"  # what somebody without a key sees: no name begins with i
 
 
 def narrowing(services: Services) -> Callable[[Key | None], Services]:
-    """From a request's key to its services. Those of one prefix are made once."""
+    """From a request's key to its services. Those of one prefix are made once, a key's as long as it is unchanged."""
     made: dict[tuple[str, int | None], Services] = {}
+    kept: dict[str, Services] = {}
 
     def narrowed(key: Key | None) -> Services:
         tenant, quota = (NOTHING, 0) if key is None else (key.tasks, key.allowance.bytes_stored)
         if (tenant, quota) not in made:
             made[tenant, quota] = within(services, tenant, quota)
         found = made[tenant, quota]
-        return found if key is None else replace(found, key=key)
+        if key is None:
+            return found
+        own = kept.get(key.id)
+        if own is None or own.key is not key:
+            own = kept[key.id] = replace(found, key=key)
+        return own
 
     return narrowed
 

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -38,8 +38,12 @@ class Trace:
             await self.app(scope, receive, send)
             return
         traced = _Traced(scope, receive, send)
-        with logs.about(logs.REQUEST_ID, traced.id), traced.span():
-            await self._answer(traced)
+        about = logs.REQUEST_ID.set(traced.id)
+        try:
+            with traced.span():
+                await self._answer(traced)
+        finally:
+            logs.REQUEST_ID.reset(about)
 
     async def _answer(self, traced: _Traced) -> None:
         scope = traced.scope
@@ -74,11 +78,13 @@ class _Traced:
         self._span: Any = None
         self.status = 0
 
+    def span(self) -> AbstractContextManager[None]:
+        return self._traced() if tracing.on() else nullcontext()
+
     @contextmanager
-    def span(self) -> Iterator[None]:
-        with tracing.request(
-            self.scope["method"], self.scope["headers"], {"lensrack.request_id": self.id}
-        ) as self._span:
+    def _traced(self) -> Iterator[None]:
+        about = {"lensrack.request_id": self.id}
+        with tracing.request(self.scope["method"], self.scope["headers"], about) as self._span:
             yield
 
     async def receive(self) -> Message:

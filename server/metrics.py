@@ -58,7 +58,7 @@ QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "How long the oldest waiting row
 TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "task", "outcome")
 TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
 
-ENGINE_UP = _gauge("engine_up", "0 while the engine hangs, or fails at everything that it is asked.")
+ENGINE_UP = _gauge("engine_up", "0 while an engine hangs, fails at everything that it is asked, or is away.")
 ENGINE_UP.set(1)  # where no engine is watched, as in a worker, none is down
 
 # --- the rack ---------------------------------------------------------------------------------------------------------

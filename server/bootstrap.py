@@ -38,7 +38,10 @@ from server.datasets.upload_store import UploadStore
 from server.engine import backbone as eye
 from server.engine.attention import look
 from server.engine.engine import Engine
+from server.engine.graphs import Graphs, buckets
+from server.engine.graphs import recorded as graphs_of
 from server.engine.rack import Rack
+from server.engine.recorder import CudaRecorder
 from server.engine.residency import Loaded, Residency
 from server.errors import NotInstalled
 from server.importing.format import Width
@@ -267,7 +270,7 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
     )
     loading = ThreadPoolExecutor(2, thread_name_prefix="load")
     residency = build_residency(rack, registry, store, backbone, loading)
-    engine = Engine(backbone, rack)
+    engine = Engine(backbone, rack, record_graphs(settings, backbone, rack))
     batcher = Batcher(
         engine,
         max_batch=settings.max_batch,
@@ -295,6 +298,15 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         workers,
         loading,
     )
+
+
+def record_graphs(settings: Settings, backbone: eye.Backbone, rack: Rack) -> Graphs | None:
+    """None where they are not asked for. What cannot be recorded is logged and counted, and goes the ordinary way."""
+    if not settings.cuda_graphs:
+        return None
+    graphs = graphs_of(backbone, rack, partial(CudaRecorder, backbone.device), buckets(settings.max_batch))
+    measured.cuda_graphs(graphs)
+    return graphs
 
 
 def build_server(settings: Settings) -> Server:

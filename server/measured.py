@@ -13,6 +13,7 @@ from server import __version__, metrics
 from server.batching.batcher import Batcher
 from server.engine.backbone import Backbone
 from server.engine.device_memory import device_memory
+from server.engine.graphs import Graphs
 from server.engine.rack import Rack
 from server.quarantine import Quarantine
 from server.settings import Settings
@@ -43,6 +44,17 @@ def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Super
     metrics.read_when_asked(metrics.RACK_LENSES, lambda: rack.used_slots)
     metrics.WORKERS.labels("wanted").set(settings.workers)
     metrics.read_when_asked(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
+
+
+def cuda_graphs(graphs: Graphs) -> None:
+    metrics.read_when_asked(metrics.GRAPHS.labels("serving"), lambda: len(graphs.graphs))
+    metrics.read_when_asked(metrics.GRAPHS.labels("refused"), lambda: graphs.counts.refused)
+    graphs.on_rows = _went
+
+
+def _went(by_graph: int, beside: int) -> None:
+    metrics.GRAPH_ROWS.labels("graph").inc(by_graph)
+    metrics.GRAPH_ROWS.labels("beside").inc(beside)
 
 
 def front(quarantine: Quarantine) -> None:

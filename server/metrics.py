@@ -58,6 +58,8 @@ QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "How long the oldest waiting row
 TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "task", "outcome")
 TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
 
+GRAPHS = _gauge("cuda_graphs", "CUDA graphs of the forward, by state: serving, refused.", "state")
+GRAPH_ROWS = _counter("cuda_graph_rows_total", "Trunk rows by the way they went: graph, beside.", "way")
 ENGINE_UP = _gauge("engine_up", "0 while an engine hangs, fails at everything that it is asked, or is away.")
 ENGINE_UP.set(1)  # where no engine is watched, as in a worker, none is down
 

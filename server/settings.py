@@ -62,6 +62,14 @@ class Settings(BaseSettings):
         Field(description="On a CPU, a second copy of the blocks' weights in the layout that multiplies fastest."),
     ] = True
 
+    cuda_graphs: Annotated[
+        bool,
+        Field(
+            description="On CUDA, record the forward of prompts and heads at start, checked against the ordinary one, "
+            "and launch it as a whole. Off until somebody has run it on a GPU: nobody has yet."
+        ),
+    ] = False
+
     # --- HTTP -------------------------------------------------------------------------------------------------------
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")] = 8000

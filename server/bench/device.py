@@ -1,9 +1,11 @@
 """`python -m server bench device`: does a device give the CPU's answers and gradients, and how fast is it?
 
 First what must hold: one batch with a row of every method, and the gradients of every method's parameters, on the
-device in float64, float32 and bfloat16, beside the literal formulation in float64 on the CPU. Then how fast: the plain
-timm forward of one task, the literal formulation, the engine with a task a row, and both captured as a CUDA graph, with
-the share that each reaches of the rate at which the device multiplies matrices of those sizes. Weights are random.
+device in float64, float32 and bfloat16, beside the literal formulation in float64 on the CPU; and what the engine's own
+CUDA graphs answer, beside its ordinary forward. Then how fast: the plain timm forward of one task, the literal
+formulation, the engine with a task a row, timm and the plain trunk captured as a CUDA graph, and the engine from uint8
+pictures to logits on the host, launched one by one and by its own graphs; with the share that each reaches of the rate
+at which the device multiplies matrices of those sizes. Weights are random.
 Exits with 1 where an answer or a gradient is further off than rounding explains. Needs torch, timm, numpy, Pillow and
 safetensors only.
 """
@@ -18,21 +20,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from server.engine import reference, vit
+from server.engine import graphs, reference, vit
 from server.engine.backbone import Backbone
-from server.engine.engine import Engine
+from server.engine.engine import Engine, Pixels, Work
+from server.engine.graphs import Graphs, buckets, recorded
 from server.engine.images import Geometry
 from server.engine.lens import Lens, Plain, condition
 from server.engine.rack import Rack, demand
+from server.engine.recorder import CudaRecorder, Recorder, Rerun
 from server.engine.residency import Seat
 from server.methods.method import Method, Params
 from server.methods.registry import METHODS
@@ -42,6 +48,8 @@ CLASSES: Final = 10
 CPU: Final = torch.device("cpu")
 # How far off rounding may bring a logit (in standard deviations of all) or a gradient (in the largest of its tensor).
 BOUNDS: Final = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+SERVED: Final = "the engine, uint8 to logits on the host"
+BY_GRAPH: Final = f"{SERVED}, by its CUDA graphs"
 Run = Callable[[], object]
 
 
@@ -119,6 +127,7 @@ def _checks(arch: str, device: torch.device, dtype: torch.dtype, prompts: int) -
     pixels = torch.randn(len(METHODS), 3, size, size, dtype=torch.float64)
     name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
     yield Check("answers, all methods in one batch", name, _answers_drift(truth, eye, pixels, prompts), bound)
+    yield Check("answers by recorded forwards", name, _graphs_drift(eye, prompts), graphs.BOUNDS[dtype])
     for method in METHODS:
         yield Check(f"gradients, {method.name}", name, _gradients_drift(truth, eye, method, pixels[:2], prompts), bound)
 
@@ -134,6 +143,18 @@ def _answers_drift(truth: Backbone, eye: Backbone, pixels: Tensor, prompts: int)
         x = vit.embed(eye, pixels.to(eye.device, eye.dtype))
         got = torch.stack(Engine(eye, rack).logits(x, list(enumerate(seats)))).double().cpu()
     return float((got - wanted).abs().max() / wanted.std())
+
+
+def _graphs_drift(eye: Backbone, prompts: int) -> float:
+    """Of recorded forwards from the ordinary one; infinite where one could not be recorded. On a CPU they are run again
+    instead, in the same buckets and with the same padding."""
+    rack = Rack(dim=eye.spec.dim, slots=3, vectors=100_000, device=eye.device, dtype=eye.dtype)
+    found = recorded(eye, rack, partial(_recorder, eye.device), buckets(4, (0, prompts)))
+    return float("inf") if found.counts.refused else found.drift
+
+
+def _recorder(device: torch.device) -> Recorder:
+    return CudaRecorder(device) if device.type == "cuda" else Rerun()
 
 
 def _gradients_drift(truth: Backbone, eye: Backbone, method: Method, pixels: Tensor, prompts: int) -> float:
@@ -192,11 +213,18 @@ def _speeds(
             _literal(eye, method, own, row[None], options.prompts) for own, row in zip(at_home, pixels, strict=True)
         ]
     lacking: dict[str, str] = {}
-    for name in list(runs)[:3]:
+    for name in ("timm, one task", "the engine's plain trunk"):
         try:
             runs[f"{name}, as a CUDA graph"] = captured(runs[name], device)
         except RuntimeError as error:
-            lacking[f"{name}, as a CUDA graph"] = str(error).splitlines()[0][:100]
+            lacking[f"{name}, as a CUDA graph"] = _why(error)
+    work = _work(size, [seat for _, seat in rows])
+    runs[SERVED] = lambda: engine.run(work)
+    try:
+        by_graph = Engine(eye, rack, _graphs(eye, rack, device, batch, options.prompts))
+        runs[BY_GRAPH] = lambda: by_graph.run(work)
+    except RuntimeError as error:
+        lacking[BY_GRAPH] = _why(error)
     flops = _flops(plain, pixels[:1]) * batch
     for name, seconds in _seconds(runs, device, options.rounds).items():
         share = flops / seconds / rate
@@ -207,17 +235,29 @@ def _speeds(
 
 def captured(run: Run, device: torch.device) -> Run:
     """The same work as one launch. Raises RuntimeError where there is no CUDA, or `run` waits for the device inside."""
-    if device.type != "cuda":
-        raise RuntimeError("there are no graphs on this device")
-    side = torch.cuda.Stream(device)
-    with torch.inference_mode(), torch.cuda.stream(side):
-        for _ in range(3):  # what is set up lazily must be there before
-            run()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return CudaRecorder(device).record(run)
+
+
+def _graphs(eye: Backbone, rack: Rack, device: torch.device, batch: int, prompts: int) -> Graphs:
+    """The one graph of this batch, or RuntimeError. It is checked with lenses of its own, on a rack of its own."""
+    CudaRecorder(device)  # or RuntimeError
+    made = Rack(dim=eye.spec.dim, slots=3, vectors=100_000, device=device, dtype=eye.dtype)
+    wanted = [(batch, prompts)]
+    if (found := recorded(eye, made, partial(CudaRecorder, device), wanted)).counts.refused:
+        raise RuntimeError(f"the graph was refused, {found.drift:.1e} off")
+    with torch.inference_mode():
+        graph = graphs.Graph(eye, rack.slab, wanted[0], CudaRecorder(device))
+    return Graphs(rack, rack.slab, {wanted[0]: graph})
+
+
+def _work(size: int, seats: Sequence[Seat]) -> list[Work]:
+    drawn = np.random.default_rng(0)
+    pictures: list[Pixels] = [drawn.integers(0, 256, (size, size, 3), np.uint8) for _ in seats]
+    return list(zip(pictures, seats, strict=True))
+
+
+def _why(error: RuntimeError) -> str:
+    return str(error).splitlines()[0][:100]
 
 
 def _seconds(runs: dict[str, Run], device: torch.device, rounds: int) -> dict[str, float]:

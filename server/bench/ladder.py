@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from .engine import in_turns
 from .ladder_steps import (
     COMPILED,
+    CUDA,
     FINAL,
     RAGGED,
     STEPS,
@@ -83,7 +84,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Rows of all steps, with what is needed to tell where they come from."""
-    steps = [*STEPS, *RAGGED, *([COMPILED] if options.compile else [])]
+    steps = [*STEPS, *RAGGED, *CUDA, *([COMPILED] if options.compile else [])]
     if options.final:
         steps = [step for step in steps if step.name in FINAL]
     answers: dict[str, Answer] = {}
@@ -108,8 +109,8 @@ def _row(
         return Row(step.name, step.taken, f"not measured: {lacking[step.name]}")
     timm_ms = spent[STEPS[0].name]
     found = Row(step.name, step.taken, step.why, spent[step.name], round(timm_ms / spent[step.name], 2))
-    if step in RAGGED or step.start in (plain_timm, packed_timm, compiled):
-        return found  # other prompts, or none
+    if step in (*RAGGED, *CUDA) or step.start in (plain_timm, packed_timm, compiled):
+        return found  # other prompts or pictures, or none
     logits = answers[step.name]().double().numpy()
     drift = float(np.abs(logits - truth).max() / truth.std())
     agree = float((logits.argmax(1) == truth.argmax(1)).mean())

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,12 @@ from server.bench.engine import packed_model
 from server.engine import pooling, reference, vit
 from server.engine.backbone import Backbone, load_weights
 from server.engine.block import FrozenBlock
-from server.engine.engine import Engine
+from server.engine.engine import Engine, Work
+from server.engine.graphs import recorded
 from server.engine.images import Geometry
 from server.engine.packed import PackedLinear, can_pack
 from server.engine.rack import Rack
+from server.engine.recorder import CudaRecorder
 from server.engine.residency import Seat
 from server.methods.method import Params
 from server.methods.vpt_deep import VptDeep
@@ -99,11 +103,30 @@ class Bench:
 
     def _seat(self, eye: Backbone, rack: Rack, task: int, params: Params, lengths: Sequence[int]) -> Seat:
         with torch.inference_mode():
-            lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, tuple(lengths))
+            own = {name: value.to(eye.device, eye.dtype) for name, value in params.items()}
+            lens = METHOD.lower(eye, own, tuple(lengths))
         place = rack.allocate(lens)
         rack.write(place, lens)
         geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
         return Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
+
+    def on_cuda(self, *, by_graph: bool) -> Answer:
+        """uint8 pictures of its own to logits on the host, in float32. What is measured is the host's CPU time."""
+        if not torch.cuda.is_available():
+            raise NotHere("no CUDA")
+        device = torch.device("cuda", torch.cuda.current_device())
+        model = timm.create_model(self.arch, num_classes=0)
+        model.load_state_dict(self.model.state_dict())
+        eye = Backbone.of(self.arch, model, device=device)
+        rack = Rack(dim=eye.spec.dim, slots=self.tasks + 3, vectors=self.tasks * 10_000, device=device)
+        wanted = [(self.tasks, self.lengths[0])]
+        graphs = recorded(eye, rack, partial(CudaRecorder, device), wanted) if by_graph else None
+        if graphs is not None and not graphs.graphs:
+            raise NotHere("the graph was refused")
+        engine, size, drawn = Engine(eye, rack, graphs), eye.spec.image_size, np.random.default_rng(0)
+        seats = [self._seat(eye, rack, task, own, self.lengths) for task, own in enumerate(self.params)]
+        work: list[Work] = [(drawn.integers(0, 256, (size, size, 3), np.uint8), seat) for seat in seats]
+        return lambda: torch.from_numpy(np.stack(engine.run(work)))
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -223,6 +246,12 @@ RAGGED = (
     Step("lengths 0 … p in one lane, masked", lambda bench: ragged(bench, lambda answer: answer), True),
     Step("a lane for each length, no mask", lambda bench: ragged(bench, by_length), False),
 )
+CUDA = (
+    Step("CUDA float32, launched one by one", lambda bench: bench.on_cuda(by_graph=False), True,
+         "the host's time, waiting included; the device's is `bench device`'s"),
+    Step("CUDA float32, by CUDA graphs", lambda bench: bench.on_cuda(by_graph=True), False,
+         "where asked for: `LENSRACK_CUDA_GRAPHS`"),
+)  # fmt: skip
 COMPILED = Step("timm, torch.compile, one task", compiled, False, "a compiler on the machine, and minutes at start")
 
 

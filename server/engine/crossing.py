@@ -40,6 +40,10 @@ class Crossing(Protocol):
         """Copy the stacked arrays into the first of `target`, which lies on the device and stays where it is."""
         ...
 
+    def put(self, target: Tensor, array: Array) -> None:
+        """Copy an array of its shape into `target`, which lies on the device and stays where it is."""
+        ...
+
     def arrive(self, found: Tensor) -> Callable[[], Tensor]:
         """Start to fetch what the device finds. What is returned waits for it; then the batch is over."""
         ...
@@ -59,6 +63,9 @@ class Straight:
 
     def fill(self, target: Tensor, arrays: Sequence[Array]) -> None:
         target[: len(arrays)].copy_(torch.from_numpy(np.stack(arrays)))
+
+    def put(self, target: Tensor, array: Array) -> None:
+        target.copy_(torch.from_numpy(array))
 
     def arrive(self, found: Tensor) -> Callable[[], Tensor]:
         return found.cpu
@@ -90,6 +97,20 @@ class Block:
         return cls(tensor.numpy(), tensor)
 
 
+class Mark:
+    """A place on the device's stream that the host can wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, torch.cuda.Event()
+
+    def set(self) -> None:
+        """Behind all that was launched so far."""
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
 class Pinned:
     """Through pinned blocks. Where a batch brings more than they hold it gets one more, and the next batch gets one
     block of that size: after the largest batch nothing is allocated any more.
@@ -100,14 +121,12 @@ class Pinned:
 
     def __init__(self, device: torch.device, over: Callable[[Pinned], None]) -> None:
         self._device, self._over = device, over
-        self._event = torch.cuda.Event()
+        self._mark = Mark(device)
         self._blocks: list[Block] = []
         self._used = 0  # bytes of the last block
 
     def send(self, array: Array) -> Tensor:
-        host, tensor = self._room(array.shape, array.dtype)
-        host[...] = array
-        return tensor.to(self._device, non_blocking=True)
+        return self._laid(array).to(self._device, non_blocking=True)
 
     def stack(self, arrays: Sequence[Array]) -> Tensor:
         return self._stacked(arrays).to(self._device, non_blocking=True)
@@ -115,22 +134,30 @@ class Pinned:
     def fill(self, target: Tensor, arrays: Sequence[Array]) -> None:
         target[: len(arrays)].copy_(self._stacked(arrays), non_blocking=True)
 
+    def put(self, target: Tensor, array: Array) -> None:
+        target.copy_(self._laid(array), non_blocking=True)
+
     def arrive(self, found: Tensor) -> Callable[[], Tensor]:
         size = found.numel() * found.element_size()
         _, room = self._room((size,), np.dtype(np.uint8))
         host = room.view(found.dtype).view(found.shape)
         host.copy_(found, non_blocking=True)
-        self._event.record()
+        self._mark.set()
         return lambda: self._wait(host)
 
     def _wait(self, host: Tensor) -> Tensor:
-        self._event.synchronize()
+        self._mark.wait()
         own = host.clone()  # the block is the next batch's
         if len(self._blocks) > 1:
             self._blocks = [Block.of(sum(len(block.array) for block in self._blocks))]
         self._used = 0
         self._over(self)
         return own
+
+    def _laid(self, array: Array) -> Tensor:
+        host, tensor = self._room(array.shape, array.dtype)
+        host[...] = array
+        return tensor
 
     def _stacked(self, arrays: Sequence[Array]) -> Tensor:
         host, tensor = self._room((len(arrays), *arrays[0].shape), arrays[0].dtype)

@@ -9,7 +9,8 @@ work ─► distinct pictures ─► patch embedding ─► distinct trunk rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,15 @@ from .rack import Rack
 from .reader import Passing, Pieces, Reads, hidden_tokens
 from .residency import Seat
 
+if TYPE_CHECKING:
+    from .graphs import Graphs
+
 Pixels = NDArray[np.uint8] | NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that is normalised already
 Logits = NDArray[np.float64]  # [C]
 Work = tuple[Pixels, Seat]
 Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean and std
+Row = tuple[int, Seat]  # a picture's number, and whose answer is wanted
+Trunk = Callable[[Sequence[Row], Crossing], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
 Item = TypeVar("Item")
 SHARED = "shared"  # the lane of the trunk that readers read, and of head-only rows beside them
 
@@ -35,8 +41,8 @@ SHARED = "shared"  # the lane of the trunk that readers read, and of head-only r
 class Engine:
     """Runs in one thread: its methods are not to be called concurrently."""
 
-    def __init__(self, backbone: Backbone, rack: Rack) -> None:
-        self.backbone, self.rack = backbone, rack
+    def __init__(self, backbone: Backbone, rack: Rack, graphs: Graphs | None = None) -> None:
+        self.backbone, self.rack, self.graphs = backbone, rack, graphs
         self._crossings = Crossings(backbone.device)
 
     def run(self, work: Sequence[Work]) -> list[Logits]:
@@ -50,37 +56,57 @@ class Engine:
         answers are there."""
         crossing = self._crossings.take()
         pictures = _Distinct(work, lambda row: (id(row[0]), row[1].mean, row[1].std))
-        shown = [(pixels, seat.mean, seat.std) for pixels, seat in pictures.items]
+        shown: list[Shown] = [(pixels, seat.mean, seat.std) for pixels, seat in pictures.items]
         rows = [(picture, seat) for picture, (_, seat) in zip(pictures.index, work, strict=True)]
-        places = [seat.place for _, seat in rows]
-        arrived = crossing.arrive(self._logits(self._embed(shown, crossing), rows, crossing))
-        classes = [self.rack.classes(place) for place in places]
+        arrived = crossing.arrive(self._logits(partial(self._of_pictures, shown), rows, crossing))
+        classes = [self.rack.classes(seat.place) for _, seat in rows]
         return lambda: _cut(arrived(), classes)
 
-    def logits(self, x: Tensor, rows: Sequence[tuple[int, Seat]]) -> list[Tensor]:
+    def logits(self, x: Tensor, rows: Sequence[Row]) -> list[Tensor]:
         """Embedded pictures x [n, N, D] and rows (picture, seat) → logits [C] of each row, where x lies."""
-        found = self._logits(x, rows, Straight(x.device))
+        found = self._logits(partial(self._features, x), rows, Straight(x.device))
         return [row[: self.rack.classes(seat.place)] for row, (_, seat) in zip(found, rows, strict=True)]
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Pixels]) -> NDArray[np.float32]:
         """The frozen backbone's own pooled features [n, D], with the backbone's own normalisation."""
         own, crossing = self.backbone.spec.preprocess, self._crossings.take()
-        x = self._embed([(pixels, own.mean, own.std) for pixels in images], crossing)
+        shown: list[Shown] = [(pixels, own.mean, own.std) for pixels in images]
+        self._check(shown)
+        x = self._embed(shown, crossing)
         return crossing.arrive(vit.forward(self.backbone, x, Plain()))().float().numpy()
 
-    def _logits(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> Tensor:
+    def _logits(self, trunk_features: Trunk, rows: Sequence[Row], crossing: Crossing) -> Tensor:
         """→ [rows, most classes], as `Rack.logits` gives them."""
         trunk = _Distinct(rows, lambda row: (row[0], self._trunk_key(row[1])))
-        features = self._features(x, trunk.items, crossing)
+        features = trunk_features(trunk.items, crossing)
         own = features[crossing.send(np.array(trunk.index))]
         return self.rack.logits(own, [seat.place for _, seat in rows], crossing)
+
+    def _of_pictures(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor:
+        """Pooled features [rows, D]: of some rows by graph, where there are graphs, of the others beside them."""
+        self._check(shown)
+        taken = [] if self.graphs is None else self.graphs.takes(shown, rows)
+        found = None
+        if self.graphs is not None and taken:
+            found = self.graphs.features(shown, [rows[row] for row in taken], crossing)
+        if found is None:
+            return self._features(self._embed(shown, crossing), rows, crossing)
+        left = sorted(set(range(len(rows))) - set(taken))
+        beside = [self._beside(shown, [rows[row] for row in left], crossing)] if left else []
+        return torch.cat((found, *beside))[crossing.send(np.argsort([*taken, *left]))]
+
+    def _beside(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor:
+        """Pooled features [rows, D] of rows that no graph took, of the pictures that they show."""
+        own = _Distinct([picture for picture, _ in rows], lambda picture: picture)
+        x = self._embed([shown[picture] for picture in own.items], crossing)
+        return self._features(x, [(at, seat) for at, (_, seat) in zip(own.index, rows, strict=True)], crossing)
 
     def _trunk_key(self, seat: Seat) -> Hashable:
         """Seats with the same key run the same trunk on the same picture: heads that read the same pooled feature."""
         return self.rack.lane(seat.place) if self.rack.head_only(seat.place) else seat.slot
 
-    def _features(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> Tensor:
+    def _features(self, x: Tensor, rows: Sequence[Row], crossing: Crossing) -> Tensor:
         """Pooled features [rows, D]; rows go into a lane with their like."""
         trunk = self._trunk(x, rows, crossing)
         groups: dict[Hashable, list[int]] = {}
@@ -99,7 +125,7 @@ class Engine:
         order = crossing.send(at)
         return torch.cat(vit.forward_lanes(self.backbone, lanes))[order]
 
-    def _trunk(self, x: Tensor, rows: Sequence[tuple[int, Seat]], crossing: Crossing) -> _Trunk | None:
+    def _trunk(self, x: Tensor, rows: Sequence[Row], crossing: Crossing) -> _Trunk | None:
         """What readers read; None where there are none."""
         if not any(self.rack.reads(seat.place) for _, seat in rows):
             return None
@@ -112,7 +138,7 @@ class Engine:
     def _lane_key(self, seat: Seat, trunk: _Trunk | None) -> Hashable:
         return SHARED if trunk is not None and self.rack.plain(seat.place) else self.rack.lane(seat.place)
 
-    def _lane(self, x: Tensor, rows: Sequence[tuple[int, Seat]], trunk: _Trunk | None, crossing: Crossing) -> vit.Lane:
+    def _lane(self, x: Tensor, rows: Sequence[Row], trunk: _Trunk | None, crossing: Crossing) -> vit.Lane:
         """Rows with equal `Rack.lane`."""
         pictures = [picture for picture, _ in rows]
         condition = self.rack.gather([seat.place for _, seat in rows], crossing)
@@ -120,12 +146,15 @@ class Engine:
             return vit.Lane.of(x[crossing.send(np.array(pictures))], condition)
         return vit.Lane.reading(condition, trunk.reads(pictures))
 
-    def _embed(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
-        """→ [n, N, D]. Raises ValueError for what `images` would not give, a picture of another size above all."""
+    def _check(self, pictures: Sequence[Shown]) -> None:
+        """Raises ValueError for what `images` would not give, a picture of another size above all."""
         size = self.backbone.spec.image_size
         for pixels, _, _ in pictures:
             if not _whole(pixels, size):
                 raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
+
+    def _embed(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
+        """→ [n, N, D]"""
         sent = [at for at, (pixels, _, _) in enumerate(pictures) if pixels.dtype == np.float32]
         own = self._mixed(pictures, sent, crossing) if sent else self._normalised(pictures, crossing)
         return vit.embed(self.backbone, own)

@@ -62,6 +62,12 @@ class Slot:
         return not len(self.tokens) and not self.lengths.any() and not self.parts
 
     @cached_property
+    def prefix_only(self) -> bool:
+        """Whether prefixes are all that it brings to the trunk, and the backbone's own pooling all that it reads. Asked
+        of a slot in use only."""
+        return not len(self.tokens) and not self.parts and self.pool is None and self.reads_from is None
+
+    @cached_property
     def reads_from(self) -> int | None:
         """As `Lens.reads_from`. Asked of a slot in use only."""
         if not self.reads or self.head_only:

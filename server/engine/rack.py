@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .crossing import Crossing, Straight
-from .gathered import Gathered, Indices, Slot, Vectors, padded
+from .gathered import Gathered, Indices, Prompts, Slot, Vectors, padded
 from .lens import Lens
 
 
@@ -147,6 +147,18 @@ class Rack:
     def classes(self, place: Place) -> int:
         return len(self._check(place).head)
 
+    def prompts(self, places: Sequence[Place], rows: int, longest: int) -> Prompts:
+        """Numbers of these seats' prefixes, padded to `rows` rows of `longest` prompts."""
+        return Prompts.of([self._check(place) for place in places], longest, rows)
+
+    def prefix_only(self, place: Place) -> bool:
+        """Whether the seat's lens brings prefixes or nothing to the trunk, and reads what the backbone pools."""
+        return self._check(place).prefix_only
+
+    def longest(self, place: Place) -> int:
+        """The most prompts that the seat's lens has in a layer."""
+        return self._check(place).keys.shape[1]
+
     def head_only(self, place: Place) -> bool:
         """Whether the seat's lens asks for no more than the plain trunk's feature."""
         return self._check(place).head_only
@@ -165,6 +177,11 @@ class Rack:
         return self._check(place).lane
 
     # --- facts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def slab(self) -> Tensor:
+        """[V, D]: all vectors, where they stay as long as the rack does."""
+        return self._slab
 
     @property
     def slots(self) -> int:

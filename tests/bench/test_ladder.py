@@ -38,7 +38,9 @@ def test_a_step_that_rounds_says_so(report: dict[str, Any]) -> None:
 
 def test_the_table_has_every_step_and_marks_those_that_are_taken(report: dict[str, Any]) -> None:
     told = ladder.table(report).splitlines()
-    assert len(told) == 2 + len(ladder_steps.STEPS) + len(ladder_steps.RAGGED)
+    assert len(told) == 2 + len(ladder_steps.STEPS) + len(ladder_steps.RAGGED) + len(ladder_steps.CUDA)
+    absent = [line for line in told if "CUDA" in line and "not measured: no CUDA" in line]
+    assert len(absent) == (0 if torch.cuda.is_available() else len(ladder_steps.CUDA))
     assert "| **prefix: prompts as keys and values** |" in ladder.table(report)
     assert f"| {ladder_steps.STEPS[0].name} |" in told[2]
     assert "| 1.00 |" in told[2]
@@ -60,6 +62,7 @@ def test_from_the_command_line_with_files(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(ladder, "STEPS", ladder.STEPS[:3])
     monkeypatch.setattr(ladder, "RAGGED", ())
+    monkeypatch.setattr(ladder, "CUDA", ())
     threads = torch.get_num_threads()
     options = ["--arch", "vit_tiny_patch16_224", "--rounds", "1", "--tasks", "1", "--prompts", "1"]
     try:

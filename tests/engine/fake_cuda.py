@@ -68,12 +68,14 @@ class Watch(TorchDispatchMode):
             raise WaitsError(f"{source} {'to' if there else 'from'} the device: the host would wait")
 
 
-class Event:
+class Mark:
     """Where no device is, none is waited for."""
 
-    def record(self) -> None: ...
+    def __init__(self, device: torch.device) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def set(self) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 def _storage(tensor: Tensor) -> int:
@@ -82,7 +84,7 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of pinned memory have no common memory here, and events no device to wait for: both are stood in for."""
+    """Blocks of pinned memory have no common memory here, and marks no device to wait for: both are stood in for."""
 
     def block(size: int) -> crossing.Block:
         return crossing.Block(np.empty(size, np.uint8), torch.empty(size, dtype=torch.uint8, pin_memory=True))
@@ -92,7 +94,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("begin", "embed"):
         monkeypatch.setattr(Engine, name, torch.no_grad()(getattr(Engine, name).__wrapped__))
     monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape), raising=False)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(crossing, "Mark", Mark)
     monkeypatch.setattr(crossing.Block, "of", block)
     with FakeTensorMode():
         yield

@@ -19,7 +19,7 @@ from server.engine.crossing import Block, Pinned
 from server.engine.engine import Pixels, Work
 from server.engine.lens import Lens
 from server.methods.registry import METHODS
-from tests.engine.fake_cuda import Event, WaitsError, Watch, fake_cuda, on_fake_cuda
+from tests.engine.fake_cuda import Mark, WaitsError, Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import Bench, backbone
 from tests.engine.test_isolation import TASKS, picture
 
@@ -130,7 +130,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pinned]:
         tensor = torch.empty(size, dtype=torch.uint8)
         return Block(tensor.numpy(), tensor)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(crossing, "Mark", Mark)
     monkeypatch.setattr(Block, "of", block)
     monkeypatch.setattr(crossing, "SMALLEST", 1000)
     return lambda: free.pop() if free else Pinned(torch.device("cpu"), free.append)
@@ -143,7 +143,7 @@ ARRAYS = st.lists(
 
 
 @given(batches=st.lists(ARRAYS, max_size=4))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_sent_arrives(pinned: Callable[[], Pinned], batches: list[list[np.ndarray]]) -> None:
     """Arrays of a batch lie side by side, in one block or in several, and each comes out as it went in."""
     for batch in batches:

@@ -21,6 +21,7 @@ from prompts_store import VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import QueueFull, Unavailable
 from server.link.desk import Desk
+from server.settings import Settings
 from tests.unit.far_floor import LOOK, SeveralFront, desk, settled, several
 from tests.unit.serving import SIZE, Floor, png, publish
 
@@ -84,6 +85,32 @@ async def two(**changes: Any) -> AsyncIterator[Two]:
     finally:
         for floor in floors:
             await floor.close()
+
+
+# --- which devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "engines", "workers"),
+    [
+        ("auto", "", ("auto",), "auto"),
+        ("cuda:1", "", ("cuda:1",), "cuda:1"),
+        ("auto", "cuda:2", ("cuda:2",), "cuda:2"),
+        ("auto", "cuda:1, cuda:0", ("cuda:1", "cuda:0"), "cuda:1"),
+        ("cpu", "cuda:0,cuda:1", ("cuda:0", "cuda:1"), "cpu"),
+        ("auto", "cpu,cpu", ("cpu", "cpu"), "cpu"),
+    ],
+)
+async def test_each_engine_has_a_device(device: str, devices: str, engines: tuple[str, ...], workers: str):
+    told = Settings(device=device, devices=devices)
+    assert (told.engine_devices, told.worker_device) == (engines, workers)
+
+
+@pytest.mark.parametrize("devices", ["cpu,", ",", "cpu,cuda:0", "auto,auto", "cpu,,cpu"])
+async def test_devices_of_several_kinds_or_none_are_refused(devices: str):
+    """Another kind of device gives another last digit."""
+    with pytest.raises(ValueError, match=f"LENSRACK_DEVICES: expected .* got {devices}$"):
+        _ = Settings(devices=devices).engine_devices
 
 
 # --- who is asked -----------------------------------------------------------------------------------------------------

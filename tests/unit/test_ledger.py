@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server import metrics
-from server.ledger import Ledger, shown
+from server.ledger import SUMMED, Ledger, shown
 from server.task_labels import OTHER, TaskLabels
 
 
@@ -61,6 +61,29 @@ def test_gauges_are_told_as_their_meaning_asks(two: tuple[Process, Process]) -> 
     other.up.set(0)
     other.ledger.write()
     assert one.sees("lensrack_engine_up") == 0, "the least"
+
+
+def test_what_each_of_several_engines_has_is_added_up(tmp_path: Path) -> None:
+    """Rows that wait, places, racks; a front end has none of these. What is not a number of things is not added."""
+    engines = [Process(tmp_path, name) for name in ("engine-0-1", "engine-1-2")]
+    front = Process(tmp_path, "front-0-3")
+    for engine, rows in zip(engines, (3, 4), strict=True):
+        Gauge("lensrack_queue_rows", "Rows.", registry=engine.registry).set(rows)
+        Gauge("lensrack_queue_oldest_seconds", "Wait.", registry=engine.registry).set(rows)
+        Gauge("lensrack_rack_bytes", "Bytes.", ["state"], registry=engine.registry).labels("used").set(10 * rows)
+        engine.ledger.write()
+    Gauge("lensrack_queue_rows", "Rows.", registry=front.registry)
+    assert front.sees("lensrack_queue_rows") == 7
+    assert front.sees("lensrack_rack_bytes", state="used") == 70
+    assert front.sees("lensrack_queue_oldest_seconds") == 4
+    house = Ledger(tmp_path, "house", CollectorRegistry())
+    house.bury("engine-1-2")
+    assert front.sees("lensrack_queue_rows") == 3, "what waited at an engine that has ended waits no more"
+
+
+def test_the_gauges_that_are_added_up_are_there() -> None:
+    known = {family.name for family in metrics.REGISTRY.collect()}
+    assert {name for name in SUMMED if name.startswith("lensrack_")} <= known
 
 
 def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process], tmp_path: Path) -> None:

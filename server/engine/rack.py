@@ -14,6 +14,7 @@ somebody else's. Writing touches vectors that no living seat names; hence it may
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class Rack:
     ) -> None:
         self.dim, self.capacity = dim, vectors
         self._straight = Straight(torch.device(device))
-        self._slab = torch.zeros(vectors + 1, dim, device=device, dtype=dtype)
-        self._bias = torch.zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
+        self._slab = _zeros(vectors + 1, dim, device=device, dtype=dtype)
+        self._bias = _zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
         self._slots = [Slot() for _ in range(slots)]
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free = np.arange(vectors, 0, -1, dtype=np.int64)  # a stack: the free numbers are _free[:_left]
@@ -263,3 +264,15 @@ def demand(lens: Lens) -> int:
     prompts = 2 * sum(lens.prefix_lengths) + int(lens.tokens.shape[-2])
     head = lens.classes + sum(len(layer.weight) for layer in lens.hidden)
     return prompts + head + sum(len(part.vectors) for part in lens.parts.values())
+
+
+def _zeros(*shape: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """As `torch.zeros`, but host memory is the operating system's zero pages until a lens is written there.
+
+    `torch.zeros` writes all of it: an empty rack of 256 MiB would take 256 MiB. Free vectors are taken from one end, so
+    what was never needed is never touched.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(*shape, device=device, dtype=dtype)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -90,6 +93,25 @@ def test_the_slab_never_moves() -> None:
     for _ in range(50):
         rack.free(seated(rack, lens()))
     assert rack._slab.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_empty_rack_takes_no_memory(dtype: torch.dtype) -> None:
+    """It is zero all the same. A slab of 512 MiB; what else this process does meanwhile is small."""
+    dim, size = 1024, 512 * 2**20
+    before = resident()
+    rack = Rack.sized(dim=dim, slots=4, size_bytes=size, device="cpu", dtype=dtype)
+    assert rack.capacity * rack.vector_bytes > 0.99 * size
+    assert resident() - before < size / 4
+    assert rack._slab.shape == (rack.capacity + 1, dim)
+    assert rack._slab.dtype == rack._bias.dtype == dtype
+    assert not rack._slab[:: rack.capacity // 7].any()
+    rack.check_integrity()
+
+
+def resident() -> int:
+    with Path("/proc/self/statm").open() as pages:
+        return int(pages.read().split()[1]) * resource.getpagesize()
 
 
 class RackMachine(RuleBasedStateMachine):

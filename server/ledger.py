@@ -24,9 +24,10 @@ WRITE_S: Final = 2.0
 SUFFIX: Final = ".metrics"
 PAST: Final = "past.json"
 LEAST: Final = frozenset({"lensrack_engine_up", "process_start_time_seconds", "process_max_fds"})
+OF_EACH_ENGINE: Final = ("queue_rows", "queue_places", "rack_lenses", "rack_slots", "rack_bytes", "cuda_graphs")
 SUMMED: Final = frozenset(
     {"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"}
-    | {f"lensrack_{name}" for name in ("queue_rows", "queue_places", "rack_lenses", "rack_slots", "rack_bytes")}
+    | {f"lensrack_{name}" for name in OF_EACH_ENGINE}
 )
 
 Key = tuple[str, tuple[tuple[str, str], ...]]  # a sample's name and labels

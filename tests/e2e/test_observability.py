@@ -26,7 +26,11 @@ from tests.unit.dashboards import ALERTS, PROMETHEUS_OWN, Asked, alerts, panels
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 EVERYTHING = [*alerts(), *panels()]
-NOT_HERE = {"lensrack_gpu_memory_bytes"}  # only where there is a CUDA device
+NOT_HERE = {  # only where there is a CUDA device
+    "lensrack_gpu_memory_bytes",
+    "lensrack_cuda_graphs",
+    "lensrack_cuda_graph_rows_total",
+}
 
 
 @dataclass

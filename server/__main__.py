@@ -25,7 +25,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 
 from prompts_store import Store, StoreError, VersionNotFound, open_store
-from server import __version__, key_commands, logs, metrics, tracing
+from server import __version__, allocator, key_commands, logs, metrics, tracing
 from server.settings import Settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -87,6 +87,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (LENSRACK_PORT).")] = None,
 ) -> None:
     """Serve predictions and take training jobs."""
+    allocator.share_one_heap()
     settings = load_settings(host=host, port=port)
     if settings.fronts:
         start_logging(settings)  # each process traces for itself

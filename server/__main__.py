@@ -71,14 +71,20 @@ def start_logging(settings: Settings) -> None:
 def start_telling(settings: Settings, service: str) -> None:
     """Logs, and traces where they are wanted; a trace names this `service`."""
     start_logging(settings)
-    if not settings.otlp_endpoint:
-        return
-    try:
+    require_tracing(settings)
+    if settings.otlp_endpoint:
         tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
+        atexit.register(tracing.stop)  # whatever has not been sent
+
+
+def require_tracing(settings: Settings) -> None:
+    """Where traces are wanted and cannot be had, a sentence and not a traceback."""
+    try:
+        if settings.otlp_endpoint:
+            tracing.require()
     except tracing.NotInstalled as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    atexit.register(tracing.stop)  # whatever has not been sent
 
 
 @cli.command()
@@ -90,7 +96,8 @@ def serve(
     allocator.share_one_heap()
     settings = load_settings(host=host, port=port)
     if settings.fronts:
-        start_logging(settings)  # each process traces for itself
+        start_logging(settings)
+        require_tracing(settings)  # each process traces for itself
     else:
         start_telling(settings, "lensrack-server")
     from server.engine.backbone import BackboneError

@@ -277,6 +277,7 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         max_queue=settings.max_queue,
         share=ring.weight,
         target_s=settings.target_latency_s,
+        wait_s=settings.max_wait_s,
     )
     watchdog = Watchdog(
         batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s

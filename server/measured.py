@@ -36,7 +36,7 @@ def process(settings: Settings, backbone: Backbone) -> None:
 
 def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:
     """What a server's gauges say when they are read. A process has one engine at most."""
-    metrics.QUEUE_PLACES.set(settings.max_queue)
+    metrics.read_when_asked(metrics.QUEUE_PLACES, lambda: batcher.places)
     metrics.read_when_asked(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
     metrics.RACK_SLOTS.set(rack.slots)
     metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)

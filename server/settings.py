@@ -5,6 +5,7 @@ Set any of them as `LENSRACK_<NAME>`. Sizes end in `_bytes`, times in `_s`, coun
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
@@ -78,9 +79,10 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=64,
-            description="Processes that speak HTTP and decode images, before the engine's own (Linux); 0: all in one.",
+            description="Processes that speak HTTP and decode images, before the engine's own (Linux); 0: all in one, "
+            "which is all there is elsewhere.",
         ),
-    ] = 0
+    ] = 1 if sys.platform.startswith("linux") else 0
     grpc_port: Annotated[
         int,
         Field(
@@ -155,7 +157,17 @@ class Settings(BaseSettings):
             "has come are answered within so many seconds. 0: LENSRACK_MAX_BATCH alone counts.",
         ),
     ] = 0.0
-    max_queue: Annotated[int, Field(gt=0, description="Rows that may wait; beyond it the answer is 429.")] = 512
+    max_queue: Annotated[
+        int, Field(gt=0, description="Rows that may wait, whatever LENSRACK_MAX_WAIT_S; beyond it the answer is 429.")
+    ] = 512
+    max_wait_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="As many rows may wait as the engine works off in so many seconds, as measured, and a full "
+            "batch in any case; who comes then is told 429. 0: LENSRACK_MAX_QUEUE alone counts.",
+        ),
+    ] = 0.25
     rack_slots: Annotated[int, Field(gt=0, description="Most lenses on the device at once.")] = 1024
     rack_bytes: Annotated[int, Field(gt=0, description="Device memory of the rack.")] = 256 * MIB
     cache_bytes: Annotated[int, Field(ge=0, description="Host memory for decoded bundles.")] = 256 * MIB

@@ -108,6 +108,7 @@ def _desk_room(room: EngineRoom) -> Room:
     def facts() -> dict[str, Any]:
         return {
             "waiting": len(room.batcher),
+            "places": room.batcher.places,
             "retry_after_s": room.batcher.retry_after_s(),
             "trouble": room.batcher.suspended or room.watchdog.trouble,
             "workers": len(room.workers.pids),

@@ -21,6 +21,13 @@ Attributes = Mapping[str, str | int | float | bool]
 
 NONE: Final[Attributes] = {}
 _OFF: Final[AbstractContextManager[None]] = nullcontext()
+_MODULES: Final = (
+    "sdk.trace",
+    "sdk.trace.sampling",
+    "sdk.trace.export",
+    "exporter.otlp.proto.http.trace_exporter",
+    "sdk.resources",
+)
 _tracer: Any = None  # an OpenTelemetry Tracer while traces are on
 _provider: Any = None
 
@@ -29,19 +36,20 @@ class NotInstalled(RuntimeError):
     """Traces were asked for and the packages are not there."""
 
 
+def require() -> list[Any]:
+    """The modules that send traces, in the order of `_MODULES`. Raises NotInstalled."""
+    try:
+        return [importlib.import_module(f"opentelemetry.{name}") for name in _MODULES]
+    except ImportError as error:
+        raise NotInstalled(f"LENSRACK_OTLP_ENDPOINT needs the extra `otel`, which brings {error.name}") from error
+
+
 def start(endpoint: str, *, service: str, version: str, ratio: float) -> None:
     """Send traces to this OTLP/HTTP endpoint, such as http://collector:4318. Raises NotInstalled.
 
     `ratio` is the share of traces that begin here and are kept; a caller that has decided already is followed.
     """
-    try:
-        sdk = importlib.import_module("opentelemetry.sdk.trace")
-        sampling = importlib.import_module("opentelemetry.sdk.trace.sampling")
-        batches = importlib.import_module("opentelemetry.sdk.trace.export")
-        otlp = importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-        resources = importlib.import_module("opentelemetry.sdk.resources")
-    except ImportError as error:
-        raise NotInstalled(f"LENSRACK_OTLP_ENDPOINT needs the extra `otel`, which brings {error.name}") from error
+    sdk, sampling, batches, otlp, resources = require()
     resource = resources.Resource.create({"service.name": service, "service.version": version})
     sampler = sampling.ParentBased(sampling.TraceIdRatioBased(ratio))
     provider = sdk.TracerProvider(resource=resource, sampler=sampler)

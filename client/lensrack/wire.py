@@ -285,7 +285,8 @@ class Rack(Message):
     """The device at this moment; `seats` least recently used first. Counts are since the start.
 
     `batch_rows` and `batch_tasks` count forwards by their number of rows and of different tasks; a key is the upper
-    end of a range that begins above the key before it, `+Inf` the last.
+    end of a range that begins above the key before it, `+Inf` the last. As many rows may wait as there are `places`,
+    which follows what the engine does in a second, up to `max_queue`.
     """
 
     slots: int
@@ -297,6 +298,7 @@ class Rack(Message):
     loads: int
     evictions: int
     queued: int = 0
+    places: int = 0
     max_queue: int = 0
     max_batch: int = 0
     rows: dict[str, int] = {}

@@ -26,6 +26,7 @@ async def rack(services: ServicesOf) -> wire.Rack:
         update={
             "seats": seats,
             "queued": len(services.batcher),
+            "places": services.batcher.places,
             "max_queue": services.settings.max_queue,
             "max_batch": services.settings.max_batch,
             "rows": outcomes(metrics.ROWS),

@@ -14,10 +14,10 @@ Pure policy: no clock, no torch.
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import Final
 
-WINDOW: Final = 256  # forwards that are remembered
+from server.batching.forward_times import ForwardTimes
+
 EVERY: Final = 8  # forwards between two looks at them; so a limit stays for a while
 PERCENTILE: Final = 0.99
 BATCHES: Final = 2  # that a row waits for: the one under way and its own
@@ -32,40 +32,28 @@ class BatchLimit:
             raise ValueError(f"expected at least one row and a target of 0 s or more, got {most} and {target_s}")
         self.rows = most
         self._most, self._target_s = most, target_s
-        self._seen: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._times = ForwardTimes()
         self._since = 0
 
     def learn(self, rows: int, seconds: float) -> None:
         """A forward of so many rows took so long."""
         if not self._target_s:
             return
-        self._seen.append((rows, seconds))
+        self._times.learn(rows, seconds)
         self._since += 1
         if self._since >= EVERY:
             self._since = 0
             self.rows = self._found()
 
     def _found(self) -> int:
-        start, each = self._line()
-        beyond = sorted(seconds - start - each * rows for rows, seconds in self._seen)
+        start, each = self._times.line()
+        beyond = sorted(seconds - start - each * rows for rows, seconds in self._times.seen)
         late = max(0.0, beyond[math.ceil(PERCENTILE * len(beyond)) - 1])
         spare = self._target_s / BATCHES - start - late
         if spare >= each * self._most:
             return self._most
         in_time = math.floor(spare / each) if spare > 0 else 0
         return min(self._most, max(1, in_time, self._efficient(start, each)))
-
-    def _line(self) -> tuple[float, float]:
-        """Seconds of a forward with no rows, and of each row. From forwards of one size: all of it is the rows'."""
-        count = len(self._seen)
-        mean_rows = sum(rows for rows, _ in self._seen) / count
-        mean_s = sum(seconds for _, seconds in self._seen) / count
-        spread = sum((rows - mean_rows) ** 2 for rows, _ in self._seen)
-        if not spread:
-            return 0.0, mean_s / mean_rows
-        slope = sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self._seen) / spread
-        each = min(max(slope, 0.0), mean_s / mean_rows)  # no forward costs less than nothing before its first row
-        return mean_s - each * mean_rows, each
 
     def _efficient(self, start: float, each: float) -> int:
         """The fewest rows that reach LEAST_SHARE of the largest batch's throughput.

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from server import metrics, tracing
 from server.batching.batch_limit import BatchLimit
 from server.batching.engine_thread import Engine, EngineThread, Outcome
+from server.batching.places import Places
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
@@ -61,12 +62,14 @@ class Batcher:
         weight: Callable[[FlowKey], float] = equal_weights,
         share: Callable[[str], float] = equal_shares,
         target_s: float = 0.0,
+        wait_s: float = 0.0,
     ) -> None:
         self.max_queue = max_queue
         self.clock = clock
         self.thread = EngineThread(engine, clock)
         self._max_batch = max_batch
         self._limit = BatchLimit(max_batch, target_s)
+        self._places = Places(max_queue, min(max_batch, max_queue), wait_s)
         metrics.BATCH_LIMIT.set(max_batch)
         self._scheduler = Scheduler(max_queue, weight=weight, share=share)
         self._arrived = asyncio.Event()
@@ -111,13 +114,13 @@ class Batcher:
         server that drains or is suspended says so where it promises."""
         if self._closing or self._suspended:
             return
-        if inside >= self.max_queue + 2 * self._max_batch:
+        if inside >= self.places + 2 * self._max_batch:
             raise self._full(f"{inside} requests are waiting or being answered")
-        if self._room() < 1 and self.clock() - self._swept_at >= SWEEP_S:
+        if self._taken() >= self.places and self.clock() - self._swept_at >= SWEEP_S:
             self._swept_at = self.clock()
             self._scheduler.sweep()
-        if self._room() < 1:
-            raise self._full(f"all {self.max_queue} places of the queue are taken")
+        if self._taken() >= self.places:
+            raise self._full(f"all {self.places} places of the queue are taken")
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all of these rows or none. Raises what `promise` raises."""
@@ -127,6 +130,11 @@ class Batcher:
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T:
         """Run something else in the engine's thread, between two batches. The caller has been promised room."""
         return await self.thread.aside(lambda: work(pixels, seat))
+
+    @property
+    def places(self) -> int:
+        """Rows that may wait as things are: see `Places`."""
+        return self._places.rows
 
     @property
     def suspended(self) -> str:
@@ -179,8 +187,7 @@ class Batcher:
         """Time to work off what waits, at the measured rate: at least a second, at most a minute."""
         if not self._rows_per_s:
             return 1.0
-        waiting = self.max_queue - self._room()
-        return float(min(60, max(1, math.ceil(waiting / self._rows_per_s))))
+        return float(min(60, max(1, math.ceil(self._taken() / self._rows_per_s))))
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
@@ -194,10 +201,10 @@ class Batcher:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:
             raise self._unavailable()
-        if self._room() < rows:
+        if not self._fits(rows):
             self._scheduler.sweep()
-        if self._room() < rows:
-            taken = f"{self.max_queue - self._room()} of {self.max_queue} places are taken"
+        if not self._fits(rows):
+            taken = f"{self._taken()} of {self.places} places are taken"
             raise self._full(f"the queue has no room for {rows} more rows: {taken}", rows)
 
     def _full(self, detail: str, rows: int = 1) -> QueueFull:
@@ -207,8 +214,13 @@ class Batcher:
     def _unavailable(self) -> Unavailable:
         return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
-    def _room(self) -> int:
-        return self.max_queue - len(self._scheduler) - self._kept
+    def _fits(self, rows: int) -> bool:
+        """A request of many rows is let in where one of a single row is, or it never would be beside such; what the
+        bound in time leaves of the queue may be shorter than it. `max_queue` is what there is room for at all."""
+        return self._taken() < self.places and self._taken() + rows <= self.max_queue
+
+    def _taken(self) -> int:
+        return len(self._scheduler) + self._kept
 
     def _enqueue(self, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)  # whatever becomes of them, they take the places that were kept for them
@@ -268,6 +280,7 @@ class Batcher:
         metrics.FORWARD_S.observe(forward[1] - forward[0])
         self._measure(len(batch), compute_s)
         self._limit.learn(len(batch), compute_s)
+        self._places.learn(len(batch), compute_s)
         metrics.BATCH_LIMIT.set(self._limit.rows)
         if tracing.on():
             about = {"lensrack.batch.rows": len(batch), "lensrack.batch.tasks": len({id(row.seat) for row in batch})}

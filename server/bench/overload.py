@@ -46,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server = _processes(pid)
         with _memory(server) as memory:
             flood = _flooded(plan, _rate(before, options.capacity_seconds), options)
+            places = _places(url)
         after = generate(plan)
         memory["after"] = _rss_mib(server)
     found = report(options, before, flood, after)
-    found |= {"rss_mib": memory, "backbone": backbone, "max_queue": Settings().max_queue, "fronts": Settings().fronts}
+    found |= {"rss_mib": memory, "backbone": backbone, "places": places, "fronts": Settings().fronts}
     print(table(found))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -95,6 +96,12 @@ def _flooded(plan: Plan, capacity: float, options: argparse.Namespace) -> Seen:
     if not capacity:
         raise RuntimeError("the closed loop got no answers: there is no capacity to ask for a multiple of")
     return generate(replace(plan, seconds=options.seconds, rate=options.times * capacity, seed=options.seed))
+
+
+def _places(url: str) -> int:
+    """Of the queue, after what it has just been asked."""
+    with closing(PlainClient(url)) as client:
+        return int(wire.Rack.model_validate(client.get("/rack")).places)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "goodput (answers/s)", f"{found['goodput']}: {before} of the capacity before, {after} of that after"
     yield "p50, p99 of the accepted (ms)", _both(accepted)
     yield "the same, second half", _both(accepted["second_half"])
-    yield "places in the queue / capacity (ms)", f"{_full_queue_ms(found)}"
+    yield "places in the queue, at capacity (ms)", f"{found['places']}, {_full_queue_ms(found)}"
     yield "p50, p99 of the refused (ms)", _both(found["refused"])
     yield "refusals without Retry-After", f"{told['missing']} of {told['refused']}"
     yield "Retry-After min, median, max (s)", ", ".join(f"{told.get(name, '–')}" for name in ("min", "median", "max"))
@@ -245,7 +252,7 @@ def _status(code: str) -> str:
 def _full_queue_ms(found: dict[str, Any]) -> float | None:
     """What waiting behind a full queue takes: the latency that an accepted question has to expect."""
     capacity = found["capacity"]["before"]
-    return round(found["max_queue"] / capacity * 1e3, 1) if capacity else None
+    return round(found["places"] / capacity * 1e3, 1) if capacity else None
 
 
 if __name__ == "__main__":

@@ -183,6 +183,11 @@ class SpreadBatcher:
     def __len__(self) -> int:
         return sum(len(one.batcher) for one in self._engines.up)
 
+    @property
+    def places(self) -> int:
+        """Of all queues."""
+        return sum(one.batcher.places for one in self._engines.up)
+
     @contextmanager
     def promise(self, rows: int) -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""

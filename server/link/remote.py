@@ -145,12 +145,17 @@ class RemoteBatcher:
     @property
     def free(self) -> int:
         """Places that are not taken, as far as this front end knows."""
-        return self._room()
+        return self.places - self._taken()
 
     @property
     def most_inside(self) -> int:
         """Requests that may be on their way to the queue or back."""
-        return self.max_queue + 2 * self._max_batch
+        return self.places + 2 * self._max_batch
+
+    @property
+    def places(self) -> int:
+        """Rows that may wait as things are in the engine's process."""
+        return int(self._line.mirror.facts.get("places", self.max_queue))
 
     @contextmanager
     def promise(self, rows: int) -> Iterator[Room]:
@@ -175,8 +180,8 @@ class RemoteBatcher:
             return
         if inside >= self.most_inside:
             raise self._full(f"{inside} requests are waiting or being answered")
-        if self._room() < 1:
-            raise self._full(f"all {self.max_queue} places of the queue are taken")
+        if self.free < 1:
+            raise self._full(f"all {self.places} places of the queue are taken")
 
     async def aside(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
         """Run a work of the engine's, which is a `Named` one."""
@@ -211,12 +216,12 @@ class RemoteBatcher:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._line.require()
-        if self._room() < rows:
-            raise self._full(f"the queue has no room for {rows} more rows: it has {self.max_queue} places", rows)
+        if self.free < 1 or self._taken() + rows > self.max_queue:
+            raise self._full(f"the queue has no room for {rows} more rows: it has {self.places} places", rows)
 
-    def _room(self) -> int:
-        """Places that are not taken, as far as this front end knows. Rows inside the forward take none."""
-        return self.max_queue + self._max_batch - self._kept - self._waiting - self.others
+    def _taken(self) -> int:
+        """Places that are taken, as far as this front end knows. Rows inside the forward take none."""
+        return max(0, self._kept + self._waiting + self.others - self._max_batch)
 
     def _full(self, detail: str, rows: int = 1) -> QueueFull:
         metrics.ROWS.labels("refused").inc(rows)

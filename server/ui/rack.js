@@ -59,7 +59,7 @@ function facts(rack) {
   const asked = rack.hits + rack.loads;
   const shown = [['Lenses on the rack', `${rack.used_slots} of ${rack.slots}`], ['Memory', `${bytes(rack.used_bytes)} of ${bytes(rack.bytes)}`],
     ['Found on the rack', asked ? percent(rack.hits / asked, 0) : '–'], ['Loads', rack.loads], ['Evictions', rack.evictions],
-    ['Waiting rows', `${rack.queued} of ${rack.max_queue}`], ['Forwards', rack.forwards.toLocaleString('en')], ['Rows answered', answered(rack).toLocaleString('en')]];
+    ['Waiting rows', `${rack.queued} of ${rack.places}`], ['Forwards', rack.forwards.toLocaleString('en')], ['Rows answered', answered(rack).toLocaleString('en')]];
   return shown.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, String(value))));
 }
 

@@ -151,11 +151,29 @@ async def test_one_queue_for_all_front_ends():
         with pytest.raises(QueueFull) as caught:
             await ask(two)
         assert caught.value.retry_after_s >= 1
-        await settled(lambda: two.batcher._room() < 1)
+        await settled(lambda: two.batcher._taken() >= two.batcher.places)
         with pytest.raises(QueueFull):
             two.batcher.require_room(0)
         floor.engine.gate.set()
         assert len({(await answer).version for answer in asked}) == 1
+
+
+async def test_the_bound_of_the_queue_in_time_is_known_to_front_ends():
+    async with house(max_batch=1, max_queue=9, wait_s=0.001) as (floor, _, path), front(floor, path) as built:
+        assert built.batcher.places == 9
+        asked = await inside(floor, built)
+        await asyncio.sleep(0.2)
+        floor.engine.gate.set()
+        assert (await asked).version  # it took far more than a millisecond
+        await settled(lambda: built.batcher.places == floor.batcher.places == 1)
+        floor.engine.gate.clear()
+        floor.engine.entered.clear()
+        waiting = [await inside(floor, built), asyncio.create_task(ask(built))]
+        await settled(lambda: len(floor.batcher) == 1)
+        with pytest.raises(QueueFull, match="all 1 places"):
+            built.batcher.require_room(0)
+        floor.engine.gate.set()
+        assert all([(await one).version for one in waiting])
 
 
 async def test_a_suspended_engine_answers_those_who_wait_and_keeps_their_pixels():

@@ -1,8 +1,10 @@
-"""An engine that hangs or fails at everything: its clients are answered, and the process ends, to be started again."""
+"""An engine that hangs or fails at everything: its clients are answered, and its process ends, to be started again: by
+whoever started the server where it is all of it, by the server where there are front ends."""
 
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -65,8 +67,24 @@ def becomes_unready(server: ServerProcess) -> str:
     return str(ready.json()["checks"]["engine"])
 
 
+def is_left(server: ServerProcess, fronts: str, status: int) -> None:
+    if fronts == "0":
+        assert server.process.wait(LONG_S) == status
+        return
+    deadline = time.monotonic() + LONG_S
+    while not re.search(rf"engine \(pid \d+\) ended with {status}", server.log):
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+    while ask(server, "black").status_code != 200:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+
+
+both = pytest.mark.parametrize("fronts", ["0", "1"])
+
+
 def test_an_engine_that_hangs_is_left_and_its_clients_are_answered(tmp_path: Path) -> None:
-    with faulty(tmp_path, "hang") as server:
+    with faulty(tmp_path, "hang", fronts="0") as server:
         inside = Asking(server, "white")
         assert "more than 1 s" in becomes_unready(server)
         assert inside.answer == (503, "engine_unavailable", "5")
@@ -77,27 +95,34 @@ def test_an_engine_that_hangs_is_left_and_its_clients_are_answered(tmp_path: Pat
         assert "in doomed" in server.log, "the log shows where the engine was"
 
 
-def test_an_engine_that_fails_at_everything_is_left(tmp_path: Path) -> None:
-    with faulty(tmp_path, "fail", engine_timeout_s="100") as server:
+@both
+def test_an_engine_that_fails_at_everything_is_left(tmp_path: Path, fronts: str) -> None:
+    with faulty(tmp_path, "fail", engine_timeout_s="100", fronts=fronts) as server:
         failed = ask(server, "white")
         assert (failed.status_code, failed.json()["code"]) == (500, "engine_failed")
         assert "CUDA" not in failed.text
         assert "fails at everything" in becomes_unready(server)
-        assert server.process.wait(LONG_S) == 70
+        is_left(server, fronts, 70)
 
 
-def test_a_process_that_hangs_as_a_whole_ends_with_its_stacks(tmp_path: Path) -> None:
+@both
+def test_a_process_that_hangs_as_a_whole_ends_with_its_stacks(tmp_path: Path, fronts: str) -> None:
     """The interpreter's lock is never let go of: no Python runs any more that could notice it."""
-    with faulty(tmp_path, "hold", drain_timeout_s="1") as server:
-        with pytest.raises(httpx.TransportError):
-            ask(server, "white")
-        assert server.process.wait(LONG_S) == 1
+    with faulty(tmp_path, "hold", drain_timeout_s="1", fronts=fronts) as server:
+        if fronts == "0":
+            with pytest.raises(httpx.TransportError):
+                ask(server, "white")
+        else:
+            refused = ask(server, "white")
+            assert (refused.status_code, refused.json()["code"]) == (503, "engine_unavailable")
+        is_left(server, fronts, 1)
         assert "Timeout (0:00:03)!" in server.log
         assert "in doomed" in server.log
 
 
-def test_a_server_whose_engine_hangs_can_be_stopped(tmp_path: Path) -> None:
-    with faulty(tmp_path, "hang", drain_timeout_s="1", engine_timeout_s="0") as server:
+@both
+def test_a_server_whose_engine_hangs_can_be_stopped(tmp_path: Path, fronts: str) -> None:
+    with faulty(tmp_path, "hang", drain_timeout_s="1", engine_timeout_s="0", fronts=fronts) as server:
         inside = Asking(server, "white")
         deadline = time.monotonic() + LONG_S
         while "lensrack_batch_rows_count 2.0" not in httpx.get(f"{server.url}/metrics").text:

@@ -39,7 +39,9 @@ def room(floor: Floor) -> Room:
         }
 
     def facts() -> dict[str, Any]:
-        return {"waiting": len(floor.batcher), "retry_after_s": 1.0, "trouble": floor.batcher.suspended}
+        batcher = floor.batcher
+        told = {"waiting": len(batcher), "places": batcher.places, "retry_after_s": 1.0}
+        return {**told, "trouble": batcher.suspended}
 
     async def rack() -> Any:
         return {"slots": 8}

@@ -188,12 +188,13 @@ class Floor:
     store: Store
     max_batch: int = 8
     max_queue: int = 64
+    wait_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.engine = PlainEngine()
         self.shelf = Shelf(self.store)
         self.pool = ThreadPoolExecutor(2)
-        self.batcher = Batcher(self.engine, max_batch=self.max_batch, max_queue=self.max_queue)
+        self.batcher = Batcher(self.engine, max_batch=self.max_batch, max_queue=self.max_queue, wait_s=self.wait_s)
         self.predictor = Predictor(
             self.store,
             self.shelf,

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.batch_limit import EVERY, LEAST_SHARE, WINDOW, BatchLimit
+from server.batching.batch_limit import EVERY, LEAST_SHARE, BatchLimit
+from server.batching.forward_times import WINDOW
 
 Forward = Callable[[int], float]  # rows → seconds
 

@@ -20,9 +20,11 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def batching(max_batch: int = 4, max_queue: int = 16) -> AsyncIterator[tuple[Batcher, PlainEngine]]:
+async def batching(
+    max_batch: int = 4, max_queue: int = 16, wait_s: float = 0.0
+) -> AsyncIterator[tuple[Batcher, PlainEngine]]:
     engine = PlainEngine()
-    batcher = Batcher(engine, max_batch=max_batch, max_queue=max_queue)
+    batcher = Batcher(engine, max_batch=max_batch, max_queue=max_queue, wait_s=wait_s)
     try:
         yield batcher, engine
         batcher.check_integrity()
@@ -123,6 +125,44 @@ async def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_back(
         assert caught.value.code == "queue_full"
         assert 1 <= caught.value.retry_after_s <= 60
         batcher.submit([row(batcher, 0)])
+
+
+async def test_as_many_may_wait_as_are_worked_off_in_time_but_a_full_batch_always():
+    async with batching(max_batch=2, max_queue=60, wait_s=0.001) as (batcher, engine):
+        assert batcher.places == 60  # nothing is known yet
+        engine.gate.clear()
+        batcher.submit([first := row(batcher, 0)])
+        await asyncio.sleep(0.2)  # far more than a millisecond a row
+        engine.gate.set()
+        await first.reply
+        assert batcher.places == 2
+        engine.gate.clear()
+        engine.entered.clear()
+        batcher.submit([row(batcher, 0)])
+        await busy(engine)
+        batcher.submit([row(batcher, 0), row(batcher, 1)])
+        with pytest.raises(QueueFull, match="no room for 1 more rows: 2 of 2"):
+            batcher.submit([row(batcher, 0)])
+        with pytest.raises(QueueFull, match="all 2 places"):
+            batcher.require_room(0)
+
+
+async def test_a_request_longer_than_the_bound_in_time_is_let_in_where_a_single_row_is():
+    async with batching(max_batch=2, max_queue=6, wait_s=0.001) as (batcher, engine):
+        engine.gate.clear()
+        batcher.submit([first := row(batcher, 0)])
+        await asyncio.sleep(0.2)
+        engine.gate.set()
+        await first.reply
+        engine.gate.clear()
+        engine.entered.clear()
+        batcher.submit([row(batcher, 0)])
+        await busy(engine)
+        batcher.submit([row(batcher, 0)])
+        with pytest.raises(QueueFull):
+            batcher.submit([row(batcher, 0)] * 6)  # beyond max_queue
+        batcher.submit([row(batcher, 0) for _ in range(5)])
+        assert len(batcher) == 6
 
 
 async def test_retry_after_follows_the_measured_rate():

@@ -7,7 +7,7 @@ Prometheus asks, see `server.bootstrap`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -122,8 +122,13 @@ def samples(metric: Counter | Histogram) -> list[Sample]:
     return [sample for family in shown.collect() if family.name == wanted for sample in family.samples]
 
 
+async def _nothing_to_wait_for() -> None:
+    pass
+
+
 _begin_at_zero()
 shown: CollectorRegistry = REGISTRY  # what a scrape tells; in a server of several processes that of all of them
+brought_up_to_date: Callable[[], Awaitable[None]] = _nothing_to_wait_for  # `shown`, before it is told
 TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
 
 

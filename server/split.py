@@ -32,6 +32,7 @@ from server.api.app import create_app
 from server.bootstrap import EngineRoom, Facts, Pair
 from server.engine import attention
 from server.engine.backbone import Spec
+from server.errors import ServiceError
 from server.jobs.store import JobStore
 from server.keys.ring import KeyRing
 from server.ledger import Ledger
@@ -54,6 +55,8 @@ SOCKET: Final = "engine"  # in the folder that the processes share
 CONNECT_S: Final = 5.0  # before the first request is accepted
 KEYS_S: Final = 2.0  # between two looks at the tenants' weights
 LOOK: Final = "look"
+COUNTS: Final = "counts"  # a view that shows nothing: the engine's counts are in the ledger when it is answered
+COUNTS_S: Final = 1.0  # an engine that is busy with something else is told as it stood
 
 
 # --- the engine's process ---------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class EngineProcess:
         self.settings, self._ledger = settings, ledger
         self._ring = bootstrap.open_ring(settings)
         self.room = bootstrap.build_engine_room(settings, self._ring, number)
-        self._desk = Desk(_socket(folder, number), _desk_room(self.room))
+        self._desk = Desk(_socket(folder, number), _desk_room(self.room, ledger))
         self._leaving = asyncio.Event()
 
     async def run(self, ready: Any) -> int:
@@ -104,7 +107,7 @@ def _socket(folder: Path, number: int) -> Path:
     return folder / f"{SOCKET}-{number}"
 
 
-def _desk_room(room: EngineRoom) -> Room:
+def _desk_room(room: EngineRoom, ledger: Ledger) -> Room:
     def facts() -> dict[str, Any]:
         return {
             "waiting": len(room.batcher),
@@ -126,8 +129,12 @@ def _desk_room(room: EngineRoom) -> Room:
         facts=facts,
         residents=residents,
         revision=lambda: room.residency.revision,
-        views={"rack": partial(_rack, room)},
+        views={"rack": partial(_rack, room), COUNTS: partial(_written, ledger)},
     )
+
+
+async def _written(ledger: Ledger) -> None:
+    ledger.write()
 
 
 async def _rack(room: EngineRoom) -> Any:
@@ -247,11 +254,18 @@ def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, 
         jobs=jobs,
         ready=ready,
     )
-    metrics.shown = ledger.shown(own)
+    metrics.shown, metrics.brought_up_to_date = ledger.shown(own), partial(_counted, engines)
     metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
     app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
     grpc = bootstrap.build_grpc(services, ring) if first else None
     return FrontEnd(settings, app, engines, batcher, store, jobs, ring, watch, grpc, decoding, own)
+
+
+async def _counted(engines: Engines) -> None:
+    """What engines have counted so far is in the ledger, as far as they answer."""
+    with suppress(TimeoutError, ServiceError):
+        async with asyncio.timeout(COUNTS_S):
+            await engines.each(lambda one: one.line.call("view", name=COUNTS))
 
 
 def _far_engines(settings: Settings, facts: Facts, folder: Path) -> Engines:

@@ -63,7 +63,10 @@ def outcomes(asked: list[Future[httpx.Response]]) -> list[tuple[int, str]]:
 
 
 def test_all_who_wait_are_answered_where_the_deadline_allows_it(tmp_path: Path) -> None:
-    with forked(tmp_path, fault="slow", max_batch="1", max_wait_s="0", drain_timeout_s="60") as server, ThreadPoolExecutor(5) as pool:
+    with (
+        forked(tmp_path, fault="slow", max_batch="1", max_wait_s="0", drain_timeout_s="60") as server,
+        ThreadPoolExecutor(5) as pool,
+    ):
         listening = [pool.submit(listen, server, job(server, tmp_path), way) for way in ("stream", "page")]
         asked = crowd(server, pool, 3)
         assert server.stop() == 0, "who listens to a job that goes on elsewhere does not keep the server"
@@ -73,7 +76,10 @@ def test_all_who_wait_are_answered_where_the_deadline_allows_it(tmp_path: Path) 
 
 def test_what_the_deadline_does_not_allow_is_told_and_nobody_is_left_without_an_answer(tmp_path: Path) -> None:
     """Half-open bodies and listeners do not keep the process either."""
-    with forked(tmp_path, fault="slow", max_batch="1", max_wait_s="0", drain_timeout_s="2") as server, ThreadPoolExecutor(9) as pool:
+    with (
+        forked(tmp_path, fault="slow", max_batch="1", max_wait_s="0", drain_timeout_s="2") as server,
+        ThreadPoolExecutor(9) as pool,
+    ):
         asked = crowd(server, pool, 9)
         place = httpx.URL(server.url)
         with socket.create_connection((place.host, place.port or 0)) as half:

@@ -38,7 +38,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60) -> No
 
 
 def worker_pids(server_pid: int) -> list[int]:
-    return [child.pid for child in psutil.Process(server_pid).children() if "work" in child.cmdline()]
+    return [child.pid for child in psutil.Process(server_pid).children(recursive=True) if "work" in child.cmdline()]
 
 
 def test_a_fresh_machine_serves_with_the_untrained_stand_in_and_says_so(tmp_path: Path) -> None:

@@ -114,8 +114,11 @@ CHANGES: dict[Callable[[House], httpx.Response], str] = {
 
 @contextmanager
 def house(home: Path, fault: str, known: dict[str, Any]):  # type: ignore[no-untyped-def]
+    """In one process, which ends as a whole."""
     with (
-        forked(home, fault=fault, rack_slots="2", watch_s="0.2") as server,
+        forked(
+            home, fault=fault, fronts="0", rack_slots="2", watch_s="0.2"
+        ) as server,  # one process, which ends as a whole
         httpx.Client(base_url=server.url, timeout=LONG_S) as http,
     ):
         fingerprint = http.get("/readyz").json()["backbone"]["fingerprint"]

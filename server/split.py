@@ -29,6 +29,7 @@ from lensrack import wire
 from prompts_store import CachedStore, Preprocess, Store, open_store
 from server import bootstrap, ledger, metrics
 from server.api.app import create_app
+from server.batching.shares import room_for
 from server.bootstrap import EngineRoom, Facts, Pair
 from server.engine import attention
 from server.engine.backbone import Spec
@@ -270,7 +271,7 @@ async def _counted(engines: Engines) -> None:
 
 def _far_engines(settings: Settings, facts: Facts, folder: Path) -> Engines:
     def far(number: int, device: str) -> FarEngine:
-        slots = Slots(settings.max_queue + 4 * settings.max_batch, facts.spec.image_size)
+        slots = Slots(room_for(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
         line = Line(_socket(folder, number), slots, silence_s=settings.engine_timeout_s)
         batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
         return FarEngine(number, device, line, RemoteResidency(line, number), batcher)

@@ -5,6 +5,7 @@
 
 A refusal that costs as much as an answer is no refusal: asked for three times what the engine can do, a server would
 spend its time on saying no. A request is inside from the end of its body to its answer: a slow sender takes no place.
+Whose tenant has less than its share in the queue passes even then (`server.batching.shares`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import problems
 from server.api.door import TEMPLATE, Refused
 from server.errors import QueueFull
+from server.keys.key import Key
 
 ROWS_COME_BY: Final = frozenset(
     {
@@ -33,7 +35,7 @@ ROWS_COME_BY: Final = frozenset(
 class Queue(Protocol):
     """What is asked for room: `server.batching.batcher.Batcher`."""
 
-    def require_room(self, inside: int) -> None: ...
+    def require_room(self, inside: int, tenant: str = "") -> None: ...
 
 
 class Turnstile:
@@ -48,7 +50,8 @@ class Turnstile:
             await self.app(scope, receive, send)
             return
         try:
-            self._queue.require_room(self.inside)
+            key: Key | None = scope["state"].get("key")
+            self._queue.require_room(self.inside, "" if key is None else key.tasks)
         except QueueFull as error:
             scope["route"] = Refused(scope["state"][TEMPLATE])
             await problems.answer(error, scope)(scope, receive, send)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
+from functools import partial
 from typing import Any, TypeVar
 
 from server import metrics, tracing
@@ -26,6 +27,7 @@ from server.batching.engine_thread import Engine, EngineThread, Outcome
 from server.batching.places import Places
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
+from server.batching.shares import Shares, room_for
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ class Batcher:
         self._limit = BatchLimit(max_batch, target_s)
         self._places = Places(max_queue, min(max_batch, max_queue), wait_s)
         metrics.BATCH_LIMIT.set(max_batch)
-        self._scheduler = Scheduler(max_queue, weight=weight, share=share)
+        self._shares = Shares()
+        self._scheduler = Scheduler(room_for(max_queue), weight=weight, share=share)
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,28 +94,30 @@ class Batcher:
         return len(self._scheduler)
 
     @contextmanager
-    def promise(self, rows: int) -> Iterator[Room]:
+    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
         """Keep room for rows whose images are still to be decoded: a full queue is told before that work is done.
 
         Raises QueueFull (with Retry-After) or Unavailable (shutting_down). Rows promised before a drain are served.
         """
-        self._admit(rows)
-        room = Room(rows, self._enqueue)
+        self._admit(rows, tenant)
+        room = Room(rows, partial(self._enqueue, tenant))
         self._promised.add(room)
         self._kept += rows
+        self._shares.take(tenant, rows)
         self._idle.clear()
         try:
             yield room
         finally:
             self._promised.remove(room)
             self._kept -= room.places
+            self._shares.give_back(tenant, room.places)
             self._note_idle()
 
-    def require_room(self, inside: int) -> None:
+    def require_room(self, inside: int, tenant: str = "") -> None:
         """Raises QueueFull where a row more would certainly be refused, or where `inside`, requests on their way to the
         queue or back, are as many as it could ever hold. Cheap: it is asked before anything is done for a request. A
         server that drains or is suspended says so where it promises."""
-        if self._closing or self._suspended:
+        if self._closing or self._suspended or self._quiet(tenant):
             return
         if inside >= self.places + 2 * self._max_batch:
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -124,7 +129,7 @@ class Batcher:
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all of these rows or none. Raises what `promise` raises."""
-        with self.promise(len(rows)) as room:
+        with self.promise(len(rows), rows[0].tenant if rows else "") as room:
             room.submit(rows)
 
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T:
@@ -193,17 +198,19 @@ class Batcher:
         self._scheduler.check_integrity()
         assert all(room.places >= 0 for room in self._promised), "promised rows"
         assert self._kept == sum(room.places for room in self._promised), "places kept"
+        rows = len(self._scheduler) + self._scheduler.set_aside + len(self._inside)
+        self._shares.check_integrity(self._kept + rows)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, rows: int) -> None:
+    def _admit(self, rows: int, tenant: str) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:
             raise self._unavailable()
-        if not self._fits(rows):
+        if not self._fits(rows, tenant):
             self._scheduler.sweep()
-        if not self._fits(rows):
+        if not self._fits(rows, tenant):
             taken = f"{self._taken()} of {self.places} places are taken"
             raise self._full(f"the queue has no room for {rows} more rows: {taken}", rows)
 
@@ -214,22 +221,30 @@ class Batcher:
     def _unavailable(self) -> Unavailable:
         return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
-    def _fits(self, rows: int) -> bool:
+    def _fits(self, rows: int, tenant: str) -> bool:
         """A request of many rows is let in where one of a single row is, or it never would be beside such; what the
         bound in time leaves of the queue may be shorter than it. `max_queue` is what there is room for at all."""
-        return self._taken() < self.places and self._taken() + rows <= self.max_queue
+        if self._taken() < self.places and self._taken() + rows <= self.max_queue:
+            return True
+        return self._quiet(tenant, rows)
+
+    def _quiet(self, tenant: str, rows: int = 1) -> bool:
+        in_room = self._taken() + rows <= room_for(self.max_queue)
+        return in_room and self._shares.quiet(tenant, rows, self.places)
 
     def _taken(self) -> int:
         return len(self._scheduler) + self._kept
 
-    def _enqueue(self, rows: Sequence[Row]) -> None:
+    def _enqueue(self, tenant: str, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)  # whatever becomes of them, they take the places that were kept for them
+        self._shares.give_back(tenant, len(rows))
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:
             raise self._unavailable()
         for row in rows:
             self._scheduler.offer(row)
+            self._shares.take(row.tenant, 1)
         metrics.QUEUE_ROWS.set(len(self._scheduler))
         self._busy = True
         self._arrived.set()
@@ -304,6 +319,7 @@ class Batcher:
 
     def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
         """Answer a row that still has a listener, count it, and let go of it."""
+        self._shares.give_back(row.tenant, 1)
         metrics.ROWS.labels(how).inc()
         if row.task:  # features are nobody's
             metrics.TASK_ROWS.labels(metrics.TASKS.count(row.task), how).inc()

@@ -73,6 +73,11 @@ class Scheduler:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def set_aside(self) -> int:
+        """Rows that were dropped and that nobody has asked for yet."""
+        return len(self._departed)
+
     def offer(self, row: Row) -> None:
         """Queue a row. Raises Full; rows that nobody waits for make room first."""
         if self._rows >= self.max_rows and not self.sweep():

@@ -189,12 +189,12 @@ class SpreadBatcher:
         return sum(one.batcher.places for one in self._engines.up)
 
     @contextmanager
-    def promise(self, rows: int) -> Iterator[Room]:
+    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._engines.require()
-        if self._free() < 1:
+        if self._free() < 1 and not self._quiet(tenant, rows):
             raise self._full(f"no queue has room for {rows} more rows", rows)
         room = Room(rows, self._enqueue)
         self._kept += rows
@@ -212,10 +212,10 @@ class SpreadBatcher:
         with self.promise(len(rows)) as room:
             room.submit(rows)
 
-    def require_room(self, inside: int) -> None:
+    def require_room(self, inside: int, tenant: str = "") -> None:
         """Raises QueueFull."""
         up = self._engines.up
-        if self._closing or not up:
+        if self._closing or not up or self._quiet(tenant):
             return
         if inside >= sum(one.batcher.most_inside for one in up):
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -242,6 +242,9 @@ class SpreadBatcher:
             one.batcher.check_integrity()
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _quiet(self, tenant: str, rows: int = 1) -> bool:
+        return any(one.batcher.quiet(tenant, rows) for one in self._engines.up)
 
     def _free(self) -> int:
         return sum(max(0, one.batcher.free) for one in self._engines.up) - self._kept

@@ -19,6 +19,7 @@ from typing import Any, Final
 from server import metrics
 from server.batching.batcher import Room
 from server.batching.row import Row
+from server.batching.shares import Shares, room_for
 from server.engine.images import Geometry
 from server.errors import Internal, QueueFull, ServiceError, Unavailable
 from server.link import frames
@@ -123,6 +124,7 @@ class RemoteBatcher:
         self._sent: dict[int, _Sent] = {}
         self._numbers = count(1)
         self._kept = 0  # places promised
+        self._shares = Shares()  # of what this front end has there; what others have is nobody's
         self._waiting = 0  # rows sent and not answered
         self._closing = self._stopped = False
         self._idle = asyncio.Event()
@@ -158,25 +160,27 @@ class RemoteBatcher:
         return int(self._line.mirror.facts.get("places", self.max_queue))
 
     @contextmanager
-    def promise(self, rows: int) -> Iterator[Room]:
+    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
-        self._admit(rows)
-        room = Room(rows, self._enqueue)
+        self._admit(rows, tenant)
+        room = Room(rows, partial(self._enqueue, tenant))
         self._kept += rows
+        self._shares.take(tenant, rows)
         self._idle.clear()
         try:
             yield room
         finally:
             self._kept -= room.places
+            self._shares.give_back(tenant, room.places)
             self._note_idle()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        with self.promise(len(rows)) as room:
+        with self.promise(len(rows), rows[0].tenant if rows else "") as room:
             room.submit(rows)
 
-    def require_room(self, inside: int) -> None:
+    def require_room(self, inside: int, tenant: str = "") -> None:
         """Raises QueueFull."""
-        if self._closing or self._line.trouble:
+        if self._closing or self._line.trouble or self.quiet(tenant):
             return
         if inside >= self.most_inside:
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -207,16 +211,22 @@ class RemoteBatcher:
 
     def check_integrity(self) -> None:
         assert self._kept >= 0, "places kept"
+        self._shares.check_integrity(self._kept + self._waiting)
         assert self._waiting == sum(not sent.answered for sent in self._sent.values()), "rows that wait"
         assert bool(self._sent) or not self._slots.used, "slots without rows"
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, rows: int) -> None:
+    def quiet(self, tenant: str, rows: int = 1) -> bool:
+        """Whether a full queue lets in so many rows of this tenant, as far as this front end knows."""
+        in_room = self._taken() + rows <= room_for(self.max_queue)
+        return in_room and self._shares.quiet(tenant, rows, self.places)
+
+    def _admit(self, rows: int, tenant: str) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._line.require()
-        if self.free < 1 or self._taken() + rows > self.max_queue:
+        if (self.free < 1 or self._taken() + rows > self.max_queue) and not self.quiet(tenant, rows):
             raise self._full(f"the queue has no room for {rows} more rows: it has {self.places} places", rows)
 
     def _taken(self) -> int:
@@ -239,8 +249,9 @@ class RemoteBatcher:
             log.error("pixels that no engine takes: %s", error)
             raise Internal("the engine could not answer this image", code="engine_failed") from None
 
-    def _enqueue(self, rows: Sequence[Row]) -> None:
+    def _enqueue(self, tenant: str, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)
+        self._shares.give_back(tenant, len(rows))
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._line.require()
@@ -255,6 +266,8 @@ class RemoteBatcher:
                 self._slots.drop(row.image)
             raise
         self._waiting += len(rows)
+        for row in rows:
+            self._shares.take(row.tenant, 1)
         sent = [self._packed(*one) for one in taken]
         for at in range(0, len(sent), frames.MOST_ROWS):
             self._line.send(frames.submit(sent[at : at + frames.MOST_ROWS]))
@@ -300,6 +313,7 @@ class RemoteBatcher:
         if not sent.answered:
             sent.answered = True
             self._waiting -= 1
+            self._shares.give_back(sent.row.tenant, 1)
             self._note_idle()
 
     def _leave(self, number: int) -> None:

@@ -176,6 +176,21 @@ async def test_the_bound_of_the_queue_in_time_is_known_to_front_ends():
         assert all([(await one).version for one in waiting])
 
 
+async def test_a_full_queue_of_one_tenants_still_lets_another_in():
+    async with house(max_batch=1, max_queue=4) as (floor, _, path), front(floor, path) as built:
+        asked = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(4))]
+        await settled(lambda: len(floor.batcher) == 4)
+        with pytest.raises(QueueFull):
+            await ask(built)
+        built.batcher.require_room(100, "quiet")
+        quiet = asyncio.create_task(built.predictor.predict("fish", [png(7)], 1, key="", tenant="quiet", timeout_s=60))
+        await settled(lambda: len(floor.batcher) == 5)
+        built.batcher.check_integrity()
+        floor.batcher.check_integrity()
+        floor.engine.gate.set()
+        assert len({one.version for one in await asyncio.gather(quiet, *asked)}) == 1
+
+
 async def test_a_suspended_engine_answers_those_who_wait_and_keeps_their_pixels():
     async with house(max_batch=1) as (floor, _, path), front(floor, path) as built:
         asked = [await inside(floor, built), asyncio.create_task(ask(built))]

@@ -33,11 +33,19 @@ async def batching(
         await batcher.drain(5)
 
 
-def row(batcher: Batcher, grey: int, task: str = "fish", timeout_s: float = 20.0, left: list | None = None) -> Row:
+def row(
+    batcher: Batcher,
+    grey: int,
+    task: str = "fish",
+    timeout_s: float = 20.0,
+    *,
+    left: list | None = None,
+    tenant: str = "",
+) -> Row:
     image = np.full((8, 8, 3), grey, np.uint8)
     now = batcher.clock()
     new = Row(
-        task, "", Seat(0, 1, task, "v", ("a", "b", "c"), GEOMETRY), image, now + timeout_s, now,
+        task, tenant, Seat(0, 1, task, "v", ("a", "b", "c"), GEOMETRY), image, now + timeout_s, now,
         asyncio.get_running_loop().create_future(),
     )  # fmt: skip
     if left is not None:
@@ -163,6 +171,28 @@ async def test_a_request_longer_than_the_bound_in_time_is_let_in_where_a_single_
             batcher.submit([row(batcher, 0)] * 6)  # beyond max_queue
         batcher.submit([row(batcher, 0) for _ in range(5)])
         assert len(batcher) == 6
+
+
+async def test_a_full_queue_of_one_tenants_still_lets_another_in_up_to_its_share():
+    async with batching(max_batch=1, max_queue=8) as (batcher, engine):
+        engine.gate.clear()
+        batcher.submit([row(batcher, 0, tenant="loud")])
+        await busy(engine)
+        batcher.submit([row(batcher, 0, tenant="loud") for _ in range(8)])
+        with pytest.raises(QueueFull):
+            batcher.submit([row(batcher, 0, tenant="loud")])
+        batcher.require_room(1000, "quiet")
+        with pytest.raises(QueueFull):
+            batcher.require_room(1, "loud")
+        batcher.submit([first := row(batcher, 0, tenant="quiet")])
+        batcher.submit([row(batcher, 0, tenant="quiet")])
+        with pytest.raises(QueueFull):
+            batcher.submit([row(batcher, 0, tenant="quiet")])  # memory is for a quarter more, whose ever it is
+        assert len(batcher) == 10
+        batcher.check_integrity()
+        engine.gate.set()
+        await first.reply
+        assert len(batcher) >= 6, "its turn came before those of who had been there before"
 
 
 async def test_retry_after_follows_the_measured_rate():

@@ -105,6 +105,22 @@ def test_strangers_are_not_told_how_full_it_is(tmp_path: Path) -> None:
             assert_problem(known, 429, "queue_full")
 
 
+def test_another_tenants_flood_sends_nobody_else_away(tmp_path: Path) -> None:
+    keys, loud, quiet = tmp_path / "keys", "l" * 40, "q" * 40
+    known = [
+        {"id": "loud", "scopes": ["predict", "train"], "token": loud, "tasks": "f"},
+        {"id": "quiet", "scopes": ["predict"], "token": quiet, "tasks": "q-"},
+    ]
+    keys.write_text("\n".join(map(json.dumps, known)))
+    with (
+        serving(tmp_path, keys_file=keys, max_batch=1, max_queue=2, max_images=2, request_timeout_s=60) as api,
+        stuffed(api, authorization=f"Bearer {loud}"),
+    ):
+        for token, task, status, code in ((loud, "fish", 429, "queue_full"), (quiet, "q-fish", 404, "task_not_found")):
+            headers = {**HEADERS, "authorization": f"Bearer {token}"}
+            assert_problem(api.http.post(f"/predict/{task}", content=png(), headers=headers), status, code)
+
+
 def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) -> None:
     """Their rows are not queued yet: their pictures are being decoded."""
 

@@ -153,8 +153,8 @@ MUTATIONS = (
     Mutation(
         "A client that leaves while its picture is decoded keeps nothing",
         "server/api/predict.py",
-        "        asked.cancel()\n",
-        "",
+        "            own.cancel()\n",
+        "            pass\n",
         "tests/unit/test_overload.py::test_who_leaves_takes_the_row_along",
     ),
     Mutation(
@@ -204,5 +204,26 @@ MUTATIONS = (
         "        self.revision += 1\n        await asyncio.wait([entry.ready])\n",
         "        self.revision += 1\n        await asyncio.wait([entry.ready])\n        entry.gone = True\n",
         "tests/engine/test_residency.py::test_an_unload_that_its_client_left_frees_the_memory_as_well",
+    ),
+    Mutation(
+        "A task that is asked much does not wait at one engine while another has nothing to do",
+        "server/link/engines.py",
+        "if one.load <= least + self.max_batch]",
+        "if one]",
+        "tests/contract/test_devices.py::test_a_task_that_is_asked_much_spreads",
+    ),
+    Mutation(
+        "An engine that leaves before it has given a seat costs nobody the answer of another",
+        "server/link/engines.py",
+        "if not left or not _has_left(error):",
+        "if True:",
+        "tests/contract/test_devices.py::test_who_waits_for_a_seat_at_an_engine_that_leaves_gets_one_at_the_other",
+    ),
+    Mutation(
+        "A seat is given back although its rows were never queued",
+        "server/predictor.py",
+        "        _let_go(rows)\n        raise\n    try:",
+        "        raise\n    try:",
+        "tests/unit/test_predictor.py::test_seats_are_given_back_where_the_engine_is_away_when_rows_are_ready",
     ),
 )

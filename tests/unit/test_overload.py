@@ -27,7 +27,8 @@ HEADERS = {"content-type": "image/png"}
 @pytest.fixture
 def narrow(tmp_path: Path) -> Iterator[Api]:
     """An engine that takes a few milliseconds a batch of four, and sixteen places before it."""
-    with serving(tmp_path, max_batch=4, max_queue=PLACES, max_images=4) as api:
+    own = {"request_timeout_s": 300.0}  # longer than any test waits: what ends here has not ended by itself
+    with serving(tmp_path, max_batch=4, max_queue=PLACES, max_images=4, **own) as api:
         publish(api.floor.store)
         run = api.floor.engine.run
 

@@ -46,6 +46,7 @@ BENCHES = (
     "noisy",
     "overhead",
     "overload",
+    "precision",
     "prompts",
     "rack",
     "readers",

@@ -76,14 +76,16 @@ UNTRAINED_NOTE = (
 )
 
 
-def load_backbone(settings: Settings, threads: int, device: str | None = None) -> eye.Backbone:
-    """On LENSRACK_DEVICE unless another is given."""
+def load_backbone(
+    settings: Settings, threads: int, device: str | None = None, *, training: bool = False
+) -> eye.Backbone:
+    """On LENSRACK_DEVICE unless another is given. `training`: never in 8 bits."""
     torch.set_num_threads(threads)
     return eye.load(
         settings.backbone,
         settings.backbone_weights,
         device=device or settings.device,
-        dtype=settings.dtype,
+        dtype="auto" if training and settings.dtype == eye.FLOAT8 else settings.dtype,
         packed=settings.packed,
     )
 
@@ -227,7 +229,7 @@ class Facts:
     def of(cls, backbone: eye.Backbone) -> Facts:
         state = backbone.model.state_dict()
         names = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return cls(backbone.spec, str(backbone.device), str(backbone.dtype).removeprefix("torch."), names)
+        return cls(backbone.spec, str(backbone.device), backbone.precision, names)
 
 
 @dataclass
@@ -504,7 +506,7 @@ def supervise(settings: Settings, count: int) -> Supervisor:
 def build_worker(settings: Settings, name: str) -> Trainer:
     cores = os.cpu_count() or 1
     threads = settings.worker_threads or max(1, cores // 2)
-    backbone = load_backbone(settings, threads, settings.worker_device)
+    backbone = load_backbone(settings, threads, settings.worker_device, training=True)
     cap_memory(backbone.device, settings.worker_gpu_memory)
     measured.process(settings, backbone)
     if not backbone.spec.trained:

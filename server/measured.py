@@ -28,8 +28,8 @@ Found = TypeVar("Found")
 def process(settings: Settings, backbone: Backbone) -> None:
     """What is true of a server and of a worker alike."""
     metrics.TASKS.limit(settings.metrics_tasks)
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    metrics.build(version=__version__, backbone=backbone.spec.arch, device=backbone.device.type, dtype=dtype)
+    device, dtype = backbone.device.type, backbone.precision
+    metrics.build(version=__version__, backbone=backbone.spec.arch, device=device, dtype=dtype)
     if backbone.device.type == "cuda":
         metrics.gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
 

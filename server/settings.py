@@ -53,7 +53,12 @@ class Settings(BaseSettings):
         ),
     ] = ""
     dtype: Annotated[
-        str, Field(description="`float32`, `bfloat16`, `float64`; `auto` is float32 on a CPU, bfloat16 on CUDA.")
+        str,
+        Field(
+            description="`float32`, `bfloat16`, `float64`; `auto` is float32 on a CPU, bfloat16 on CUDA. `float8`: "
+            "products of the blocks in 8 bits, on CUDA devices of capability 8.9 and newer; workers fit as `auto`. "
+            "Ask `bench precision` what it costs; not yet run on a GPU."
+        ),
     ] = "auto"
     threads: Annotated[
         int, Field(ge=0, description="Threads of each engine on a CPU; 0 leaves one core to everything else.")

@@ -127,7 +127,7 @@ def _checks(arch: str, device: torch.device, dtype: torch.dtype, prompts: int) -
     pixels = torch.randn(len(METHODS), 3, size, size, dtype=torch.float64)
     name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
     yield Check("answers, all methods in one batch", name, _answers_drift(truth, eye, pixels, prompts), bound)
-    yield Check("answers by recorded forwards", name, _graphs_drift(eye, prompts), graphs.BOUNDS[dtype])
+    yield Check("answers by recorded forwards", name, _graphs_drift(eye, prompts), graphs.BOUNDS[name])
     for method in METHODS:
         yield Check(f"gradients, {method.name}", name, _gradients_drift(truth, eye, method, pixels[:2], prompts), bound)
 

@@ -41,12 +41,14 @@ Answerer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """A row of the ladder. `start` makes what is timed, or raises NotHere; `taken`: whether the engine does so."""
+    """A row of the ladder. `start` makes what is timed, or raises NotHere; `taken`: whether the engine does so;
+    `timed`: whether its time here says anything."""
 
     name: str
     start: Callable[[Bench], Answer]
     taken: bool
     why: str = ""
+    timed: bool = True
 
 
 class NotHere(RuntimeError):
@@ -186,6 +188,18 @@ def int8(bench: Bench) -> Answer:
     return bench.served(eye)
 
 
+def float8(bench: Bench) -> Answer:
+    """The numbers that a GPU's tensor cores multiply, in bfloat16's place between the products."""
+    model = timm.create_model(bench.arch, num_classes=0)
+    model.load_state_dict(bench.model.state_dict())
+    try:
+        answer = bench.served(Backbone.of(bench.arch, model, dtype=torch.bfloat16, float8=True))
+        answer()
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        raise NotHere("this build of PyTorch has no products in float8 here") from error
+    return answer
+
+
 def compiled(bench: Bench) -> Answer:
     """Inductor's kernels for the plain forward of one task, the weights frozen into them: what there is to win."""
     head = bench.params[0]["head.weight"], bench.params[0]["head.bias"]
@@ -234,6 +248,8 @@ STEPS = (
     Step("… bfloat16, attention by two products", lambda bench: bench.served(bench.eye(torch.bfloat16, packed=True)),
          True, "where asked for: `LENSRACK_DTYPE=bfloat16`"),
     Step("… int8, dynamic", int8, False, "rounding x costs what the products save"),
+    Step("… float8, emulated", float8, False, "for CUDA, where asked for: `LENSRACK_DTYPE=float8`; not timed on a CPU",
+         timed=False),
 )  # fmt: skip
 FINAL = (
     "timm float32, one task",

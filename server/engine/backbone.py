@@ -27,12 +27,15 @@ from prompts_store import Preprocess
 from . import bundled
 from .block import FrozenBlock
 from .bundled import BUNDLED
+from .float8 import refusal as float8_refusal
+from .float8 import unfit
 from .images import Geometry
 from .packed import can_pack
 from .plain import GLOBAL_POOLS, refusal
 from .pooling import Pool
 
 UNTRAINED = "untrained"
+FLOAT8 = "float8"  # the dtype setting's word: the blocks' products in 8 bits, all else in bfloat16
 UNTRAINED_CONFIG: dict[str, Any] = {
     "img_size": 96,
     "patch_size": 12,
@@ -81,18 +84,31 @@ class Backbone:
     """A frozen timm `VisionTransformer` on one device in one dtype.
 
     Shape: `model` maps pixels [B, 3, S, S] to tokens; prompts never enter it, see `vit.py`. `blocks` are its blocks as
-    the forward takes them; `packed` says whether their weights are packed.
+    the forward takes them; `packed` says whether their weights are packed, `float8` whether they multiply in 8 bits,
+    whatever `dtype` the rest is in.
     """
 
     def __init__(
-        self, spec: Spec, model: VisionTransformer, device: torch.device, dtype: torch.dtype, packed: bool
+        self,
+        spec: Spec,
+        model: VisionTransformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        packed: bool,
+        *,
+        float8: bool = False,
     ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self.packed = packed and can_pack(device, dtype)
-        self.blocks = [FrozenBlock(block, packed=self.packed) for block in self.model.blocks]
+        self.packed, self.float8 = packed and not float8 and can_pack(device, dtype), float8
+        self.blocks = [FrozenBlock(block, packed=self.packed, float8=float8) for block in self.model.blocks]
+
+    @property
+    def precision(self) -> str:
+        """What the blocks multiply in, as LENSRACK_DTYPE has it."""
+        return FLOAT8 if self.float8 else str(self.dtype).removeprefix("torch.")
 
     @classmethod
     def of(
@@ -104,15 +120,20 @@ class Backbone:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         packed: bool = True,
+        float8: bool = False,
     ) -> Backbone:
-        """Wrap a timm model. `packed`: pack the blocks' weights where the machine can multiply them, see `packed.py`.
+        """Wrap a timm model. `packed`: pack the blocks' weights where the machine can multiply them, see `packed.py`;
+        `float8`: multiply in 8 bits, see `float8.py`.
 
-        Raises BackboneError, saying why, where the model's forward is not the plain one.
+        Raises BackboneError, saying why, where the model's forward is not the plain one, or not in 8 bits.
         """
         reason = refusal(model)
         if reason is not None:
             raise BackboneError(f"backbone {arch!r} cannot be served: {reason}")
-        return cls(_spec(arch, model, trained), model, torch.device(device), dtype, packed)
+        spec = _spec(arch, model, trained)
+        if float8 and (reason := unfit({spec.dim, spec.hidden, model.blocks[0].mlp.fc2.in_features})) is not None:
+            raise BackboneError(f"backbone {arch!r} cannot be served in float8: {reason}")
+        return cls(spec, model, torch.device(device), dtype, packed, float8=float8)
 
 
 def load(
@@ -130,17 +151,22 @@ def load(
     seeded stand-in that has seen nothing.
     """
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    precision = _dtype(dtype, target)
+    how: dict[str, Any] = {
+        "device": target,
+        "dtype": _dtype(dtype, target),
+        "packed": packed,
+        "float8": dtype == FLOAT8,
+    }
     if name == UNTRAINED:
         if weights is not None:
             raise BackboneError("backbone 'untrained' takes no weights: name the timm architecture of the file")
-        return Backbone.of(name, _stand_in(), trained=False, device=target, dtype=precision, packed=packed)
+        return Backbone.of(name, _stand_in(), trained=False, **how)
     if name == BUNDLED:
-        return Backbone.of(*_bundled(weights), device=target, dtype=precision, packed=packed)
+        return Backbone.of(*_bundled(weights), **how)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise BackboneError(f"unknown backbone {name!r}: expected {BUNDLED!r}, {UNTRAINED!r} or a timm architecture")
     model = _create(name, weights)
-    return Backbone.of(name.split(".", maxsplit=1)[0], model, device=target, dtype=precision, packed=packed)
+    return Backbone.of(name.split(".", maxsplit=1)[0], model, **how)
 
 
 def _bundled(weights: Path | None) -> tuple[str, VisionTransformer]:
@@ -258,7 +284,11 @@ def _stand_in() -> VisionTransformer:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == FLOAT8:
+        if (reason := float8_refusal(device)) is not None:
+            raise BackboneError(f"dtype float8: {reason}")
+        return torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name not in known:
-        raise BackboneError(f"unknown dtype {name!r}: expected auto or one of {sorted(known)}")
+        raise BackboneError(f"unknown dtype {name!r}: expected auto or one of {sorted([*known, FLOAT8])}")
     return known[name]

@@ -11,6 +11,7 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .float8 import Float8Linear
 from .packed import Linear, PackedLinear, PlainLinear
 
 
@@ -19,17 +20,18 @@ class FrozenBlock:
 
     Queries are a product of their own where weights are packed: prompts and the last layer need keys and values alone,
     and a weight packed for each use would be in memory twice. Elsewhere slices cost nothing and one launch is saved.
+    In 8 bits (`float8.py`) they are a product of their own as well: each weight is there once.
     """
 
-    def __init__(self, block: Block, *, packed: bool) -> None:
-        kind = PackedLinear if packed else PlainLinear
+    def __init__(self, block: Block, *, packed: bool, float8: bool = False) -> None:
+        kind = Float8Linear if float8 else PackedLinear if packed else PlainLinear
         weight, bias, dim = block.attn.qkv.weight, block.attn.qkv.bias, block.attn.qkv.in_features
         self.heads: int = block.attn.num_heads
         self.norm1, self.norm2, self.ls1, self.ls2 = block.norm1, block.norm2, block.ls1, block.ls2
         self.q_norm, self.k_norm = block.attn.q_norm, block.attn.k_norm
         self.query: Linear = kind(weight[:dim], None if bias is None else bias[:dim])
         self._keys_values: Linear = kind(weight[dim:], None if bias is None else bias[dim:])
-        self._qkv: Linear | None = None if packed else kind(weight, bias)
+        self._qkv: Linear | None = None if packed or float8 else kind(weight, bias)
         self.project: Linear = kind(block.attn.proj.weight, block.attn.proj.bias)
         self.hidden: Linear = kind(block.mlp.fc1.weight, block.mlp.fc1.bias)
         self._fc2: Linear = kind(block.mlp.fc2.weight, block.mlp.fc2.bias)
@@ -47,6 +49,12 @@ class FrozenBlock:
 
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._keys_values(normed).chunk(2, dim=-1)
+        return keys, values
+
+    def prompts(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., D] of prompts, found once for each lens: never in 8 bits."""
+        linear = self._keys_values
+        keys, values = (linear.exact(normed) if isinstance(linear, Float8Linear) else linear(normed)).chunk(2, dim=-1)
         return keys, values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

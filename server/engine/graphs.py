@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 LENGTHS: Final = (0, 16, 64, 256)  # prompts of a layer
 # How far rounding may bring a row's features from the ordinary forward's, as a share of their size.
-BOUNDS: Final = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+BOUNDS: Final = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.1, "float8": 0.2}
 Bucket = tuple[int, int]  # rows, prompts of a layer
 
 
@@ -240,7 +240,7 @@ def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder)
         log.warning("no CUDA graph of %d rows and %d prompts: %s", rows, prompts, str(error).splitlines()[0])
         return
     graphs.drift = max(graphs.drift, drift)
-    if drift <= BOUNDS[backbone.dtype]:
+    if drift <= BOUNDS[backbone.precision]:
         graphs.graphs[bucket] = graph
     else:
         graphs.counts.refused += 1

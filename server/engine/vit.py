@@ -158,7 +158,7 @@ def classify(features: Tensor, lens: Lens) -> Tensor:
 def project(block: FrozenBlock, prompts: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Prompts [..., p, D] of one layer to the keys and values [..., p, D] that the layer's attention sees of them.
     `shift` [2·D]: what a task adds to the biases of both."""
-    keys, values = block.keys_values(block.norm1(prompts))
+    keys, values = block.prompts(block.norm1(prompts))
     if shift is not None:
         to_keys, to_values = shift.chunk(2, dim=-1)
         keys, values = keys + to_keys, values + to_values

@@ -63,5 +63,5 @@ class Cvpt:
 def _cross(block: FrozenBlock, prompts: Tensor) -> Additions | None:
     if prompts.shape[-2] == 0:
         return None
-    keys, values = block.keys_values(prompts)
+    keys, values = block.prompts(prompts)
     return Additions(cross=Cross(block.per_head(keys, block.k_norm), values))

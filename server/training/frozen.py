@@ -116,7 +116,7 @@ class FrozenFeatures:
         if images.digest is None:
             return None
         own = self._own
-        dtype = str(backbone.dtype).removeprefix("torch.") + (" packed" if backbone.packed else "")
+        dtype = backbone.precision + (" packed" if backbone.packed else "")
         return FeatureKey(images.digest, spec.fingerprint, backbone.device.type, dtype, own.mean, own.std, what)
 
     @torch.no_grad()

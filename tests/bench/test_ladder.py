@@ -24,7 +24,11 @@ def report() -> dict[str, Any]:
 
 def test_every_step_in_float32_gives_the_literal_answer(report: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in report["rows"]}
-    exact = [name for name in rows if "bfloat16" not in name and "int8" not in name and rows[name]["drift"] is not None]
+    exact = [
+        name
+        for name in rows
+        if not any(kind in name for kind in ("bfloat16", "int8", "float8")) and rows[name]["drift"] is not None
+    ]
     assert len(exact) >= 3
     assert all(rows[name]["drift"] < EXACT and rows[name]["agree"] == 1 for name in exact), rows
 
@@ -34,6 +38,12 @@ def test_a_step_that_rounds_says_so(report: dict[str, Any]) -> None:
     drifts = [row["drift"] for row in report["rows"] if "bfloat16" in row["name"]]
     assert len(drifts) == 2
     assert all(drift > 1e-3 for drift in drifts)
+
+
+def test_float8_is_rounded_and_not_timed(report: dict[str, Any]) -> None:
+    [row] = [row for row in report["rows"] if "float8" in row["name"]]
+    assert row["cpu_ms"] is row["speed"] is None
+    assert row["drift"] is None or 1e-3 < row["drift"] < 2, row
 
 
 def test_the_table_has_every_step_and_marks_those_that_are_taken(report: dict[str, Any]) -> None:

@@ -1,0 +1,79 @@
+"""Frozen linear layers in 8 bits: float8_e4m3fn (Micikevicius et al., FP8 Formats for Deep Learning, 2022).
+
+    weight [O, D]   a scale for each output, found once
+    x [M, D]        a scale for each row, found in every call
+    x · weightᵀ     `torch._scaled_mm`: tensor cores, on CUDA devices of capability 8.9 and newer
+
+Queries, keys, values, projection and MLP of the blocks are multiplied so. Norms, softmax, sums, GELU, patch embedding,
+rack, additions and heads stay in the backbone's dtype; so do a lens's own keys and values, which are found once, and
+whatever a gradient is asked for. A CPU multiplies the same numbers, slowly: for tests and for measuring what rounding
+costs, not for serving.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOAT8: Final = torch.float8_e4m3fn
+LARGEST: Final = torch.finfo(FLOAT8).max
+CAPABILITY: Final = (8, 9)
+MULTIPLE: Final = 16  # of inputs and of outputs, which the tensor cores ask for
+
+
+class Float8Linear:
+    """A `packed.Linear`. weight: [O, D] in the dtype of x; bias: [O]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._rounded, self._scale = rounded(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.exact(x)
+        flat, scale = rounded(x.reshape(-1, x.shape[-1]))
+        found = torch._scaled_mm(flat, self._rounded.t(), scale, self._scale.t(), out_dtype=x.dtype)
+        return (found if self._bias is None else found + self._bias).view(*x.shape[:-1], -1)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """Without 8 bits: for prompts, when a lens is made, and for gradients."""
+        return F.linear(x, self._weight, self._bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
+
+    def onto(self, base: Tensor, x: Tensor) -> Tensor:
+        return base + self(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x))
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, D] → in 8 bits [M, D], and each row's scale [M, 1] in float32: their product is x but for rounding. The
+    largest number of a row becomes the largest that there is."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / LARGEST
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why this device cannot serve in 8 bits; None where it can."""
+    if device.type != "cuda":
+        return f"expected a CUDA device of capability {_words(CAPABILITY)} or newer, got {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return f"expected capability {_words(CAPABILITY)} or newer, this device has {_words(capability)}"
+    return None
+
+
+def unfit(widths: set[int]) -> str | None:
+    """Why layers of these widths cannot be multiplied in 8 bits; None where they can."""
+    odd = sorted(width for width in widths if width % MULTIPLE)
+    return f"expected layers whose widths are multiples of {MULTIPLE}, got {odd}" if odd else None
+
+
+def _words(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -30,8 +30,9 @@ $(EXTRAS): $(STAMP)  # tracing, the chart's renderer, foreign clients: where the
 serve: $(SERVED)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
-test: $(EXTRAS) redis chromium prometheus  ## all tests
-	$(BIN)/python -m pytest
+TESTERS ?= 2
+test: $(EXTRAS) redis chromium prometheus  ## all tests, in TESTERS processes; a file's stay together
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 test-long: $(EXTRAS) redis  ## the proofs that take minutes each
 	$(BIN)/python -m pytest -m long

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin slow a busy machine
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as there are testers, each with one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LENSRACK_BACKBONE", "untrained")  # a fifth of the bundled one's work; who wants that says so
 
 import shutil

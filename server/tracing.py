@@ -21,13 +21,6 @@ Attributes = Mapping[str, str | int | float | bool]
 
 NONE: Final[Attributes] = {}
 _OFF: Final[AbstractContextManager[None]] = nullcontext()
-_MODULES: Final = (
-    "sdk.trace",
-    "sdk.trace.sampling",
-    "sdk.trace.export",
-    "exporter.otlp.proto.http.trace_exporter",
-    "sdk.resources",
-)
 _tracer: Any = None  # an OpenTelemetry Tracer while traces are on
 _provider: Any = None
 
@@ -37,9 +30,15 @@ class NotInstalled(RuntimeError):
 
 
 def require() -> list[Any]:
-    """The modules that send traces, in the order of `_MODULES`. Raises NotInstalled."""
+    """The modules that send traces: SDK, sampling, export, OTLP's exporter, resources. Raises NotInstalled."""
     try:
-        return [importlib.import_module(f"opentelemetry.{name}") for name in _MODULES]
+        return [
+            importlib.import_module("opentelemetry.sdk.trace"),
+            importlib.import_module("opentelemetry.sdk.trace.sampling"),
+            importlib.import_module("opentelemetry.sdk.trace.export"),
+            importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter"),
+            importlib.import_module("opentelemetry.sdk.resources"),
+        ]
     except ImportError as error:
         raise NotInstalled(f"LENSRACK_OTLP_ENDPOINT needs the extra `otel`, which brings {error.name}") from error
 

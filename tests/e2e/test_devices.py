@@ -69,7 +69,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     of an answer may depend on how many rows were multiplied at once, and who comes together is chance."""
     home = tmp_path_factory.mktemp("devices")
     with (
-        forked(home, fronts="1", devices="cpu,cpu", fault="slow", max_batch="1", drain_timeout_s="60") as server,
+        forked(
+            home, fronts="1", devices="cpu,cpu", fault="slow", max_batch="1", drain_timeout_s="60", max_wait_s="0"
+        ) as server,
         httpx.Client(base_url=server.url, timeout=LONG_S) as http_client,
         ThreadPoolExecutor(4) as pool,
     ):
@@ -105,7 +107,6 @@ def test_counts_are_sums_over_both(house: House) -> None:
 
 def test_it_answers_as_one_process_does_to_the_last_digit(house: House, tmp_path: Path) -> None:
     questions = [*(f"/predict/{task}?top_k=3" for task in TASKS), "/embed", f"/tasks/{TASKS[0]}/attention"]
-    questions.append(f"/predict?{'&'.join(f'task={task}' for task in TASKS)}")
 
     def answers(url: str) -> list[bytes]:
         given = [httpx.post(f"{url}{one}", content=picture(), headers=IMAGE, timeout=LONG_S) for one in questions]
@@ -113,14 +114,26 @@ def test_it_answers_as_one_process_does_to_the_last_digit(house: House, tmp_path
         return [one.content for one in given]
 
     with forked(tmp_path, fronts="0", max_batch="1", store=f"file://{house.server.home / 'store'}") as whole:
-        alone = answers(whole.url)
+        alone, together = answers(whole.url), scores(whole.url)
     assert answers(house.server.url) == alone
     for task in TASKS:  # on both from now on
         assert house.client.http.post(f"/tasks/{task}/pin", json={"pinned": True}).status_code == 200
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(answers, [house.server.url] * 8)) == [alone] * 8
+        for given in pool.map(answers, [house.server.url] * 8):
+            assert given == alone
+        for one in pool.map(scores, [house.server.url] * 8):  # rows of one picture go together as they come
+            assert one == pytest.approx(together, abs=1e-6)
     for task in TASKS:
         house.client.http.post(f"/tasks/{task}/pin", json={"pinned": False})
+
+
+def scores(url: str) -> dict[str, float]:
+    """What all tasks say of one picture, asked at once: by task and label."""
+    question = f"{url}/predict?{'&'.join(f'task={task}' for task in TASKS)}"
+    told = httpx.post(question, content=picture(), headers=IMAGE, timeout=LONG_S)
+    assert told.status_code == 200, told.text
+    results = told.json()["results"]
+    return {f"{task} {one['label']}": one["score"] for task in TASKS for one in results[task]["predictions"][0]}
 
 
 def test_racks_add_up_and_what_is_done_by_hand_is_done_to_all(house: House) -> None:

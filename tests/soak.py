@@ -1,10 +1,10 @@
 """`python -m tests.soak`: does a server grow? Predictions, load/predict/unload cycles and train jobs, many of each.
 
-A real server process with its worker on the small stand-in for a backbone, which has seen batches of every size before
-anything is read. Each kind of work comes in portions; after a portion everything is idle, its connections are closed,
-and resident memory and file descriptors of both processes are read. The first quarter of a kind's readings is compared
-with its last: memory may have grown by the band (MiB), and descriptors by theirs. Status 1 where one has not stayed in
-its band.
+A real server, a front end and an engine, with its worker on the small stand-in for a backbone, which has seen batches
+of every size before anything is read. Each kind of work comes in portions; after a portion everything is idle, its
+connections are closed, and resident memory and file descriptors of each process are read. The first quarter of a kind's
+readings is compared with its last: memory may have grown by the band (MiB), and descriptors by theirs. Status 1 where
+one has not stayed in its band.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.e2e.server_process import serving
 MIB = 2**20
 PORTIONS = 20
 SETTLE_S = 0.5  # for sockets that were closed a moment ago
-PROCESSES = ("server", "worker")
+PROCESSES = ("front end", "engine", "worker")
 JOBS_AT_ONCE = 4
 CLIENTS = 64  # two full batches
 
@@ -130,9 +130,11 @@ class Soak:
 
     def read(self) -> dict[str, Reading]:
         time.sleep(SETTLE_S)
-        root = psutil.Process(self._pid)
-        worker = next(child for child in root.children() if "work" in child.cmdline())
-        return {name: _reading(process) for name, process in zip(PROCESSES, (root, worker), strict=True)}
+        house = psutil.Process(self._pid)
+        worker = next(child for child in house.children(recursive=True) if "work" in child.cmdline())
+        engine = next(child for child in house.children() if child.pid == worker.ppid())
+        front = next(child for child in house.children() if child.pid != engine.pid)
+        return {name: _reading(process) for name, process in zip(PROCESSES, (front, engine, worker), strict=True)}
 
 
 def _reading(process: psutil.Process) -> Reading:
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     with (
         tempfile.TemporaryDirectory(prefix="lensrack-soak-") as folder,
-        serving(Path(folder) / "home") as server,
+        serving(Path(folder) / "home", fronts="1") as server,
         closing(Soak(server.url, server.process.pid, Path(folder) / "pictures")) as soak,
     ):
         soak.warm_up(options.warm_up)

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from server import metrics, tracing
 from server.batching.batch_limit import BatchLimit
-from server.batching.engine_thread import Engine, EngineThread, Outcome
+from server.batching.engine_thread import Begun, Engine, EngineThread, Outcome
 from server.batching.places import Places
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
@@ -35,6 +36,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUSPENDED_RETRY_S = 5.0  # a server that ends itself is back, or another one asked, by then
 SWEEP_S = 0.05  # between two looks for rows that nobody waits for, where the queue is only asked whether it has room
+
+
+@dataclass(eq=False)
+class _Batch:
+    rows: list[Row]
+    taken_at: float
+    begun: Begun
 
 
 class Room:
@@ -87,7 +95,8 @@ class Batcher:
         self._promised: set[Room] = set()
         self._kept = 0  # places of these
         self._swept_at = -math.inf
-        self._inside: list[Row] = []  # the rows of the batch under way that have not been let go of
+        self._inside: list[Row] = []  # the rows of batches under way that have not been let go of
+        self._finished_at = -math.inf  # the last batch
         self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
 
     def __len__(self) -> int:
@@ -254,57 +263,84 @@ class Batcher:
             self._serving = loop.create_task(self._serve(), name="batcher", context=Context())
 
     async def _serve(self) -> None:
+        """Every row is let go of, whatever goes wrong, and the queue goes on."""
+        try:
+            await self._serve_in_turn()
+        finally:  # a drain that ran out of time, as a rule: nobody may be left waiting
+            why: ServiceError = Internal("the engine could not answer this image", code="engine_failed")
+            if self._stopped:
+                why = Unavailable("the server is shutting down", code="shutting_down")
+            self._give_up(list(self._inside), why)
+
+    async def _serve_in_turn(self) -> None:
+        """A batch is taken; then the one before is answered, if the engine could be put to the new one meanwhile."""
+        before: _Batch | None = None
         while True:
-            await self._arrived.wait()
-            now = self.clock()
-            batch, expired = self._scheduler.take(now, self._limit.rows)
-            self._count_dropped(expired)
-            if batch:
-                await self._forward(batch, now)
-            if not len(self._scheduler):
+            if before is None:
+                await self._arrived.wait()
+            batch = await self._take()
+            if before is not None:
+                await self._finish(before)
+            before = batch
+            if before is not None and not self.thread.ahead:
+                await self._finish(before)
+                before = None
+            if before is None and not len(self._scheduler):
                 self._arrived.clear()
                 self._busy = False
                 self._note_idle()
+
+    async def _take(self) -> _Batch | None:
+        now = self.clock()
+        rows, expired = self._scheduler.take(now, self._limit.rows)
+        self._count_dropped(expired)
+        if not rows:
+            return None
+        self._inside += rows
+        metrics.BATCH_ROWS.observe(len(rows))
+        metrics.BATCH_TASKS.observe(len({id(row.seat) for row in rows}))
+        return _Batch(rows, now, await self.thread.begin(rows))
 
     def _note_idle(self) -> None:
         if not self._busy and not self._promised and not len(self._scheduler):
             self._idle.set()
 
-    async def _forward(self, batch: list[Row], taken_at: float) -> None:
-        """Every row is let go of, whatever goes wrong, and the queue goes on."""
-        self._inside = list(batch)
-        refusal: ServiceError = Internal("the engine could not answer this image", code="engine_failed")
+    async def _finish(self, batch: _Batch) -> None:
         try:
-            await self._answer(batch, taken_at)
+            await self._answer(batch)
         except Exception:
-            log.exception("a batch of %d rows failed around the engine", len(batch))
-        except BaseException:  # cancelled by a drain that ran out of time: nobody may be left waiting
-            refusal = Unavailable("the server is shutting down", code="shutting_down")
-            raise
-        finally:
-            for row in self._inside:
-                self._settle(row, refusal, "failed" if isinstance(refusal, Internal) else "refused")
-            self._inside = []
+            log.exception("a batch of %d rows failed around the engine", len(batch.rows))
+            left = [row for row in batch.rows if row in self._inside]
+            self._give_up(left, Internal("the engine could not answer this image", code="engine_failed"))
 
-    async def _answer(self, batch: list[Row], taken_at: float) -> None:
-        metrics.BATCH_ROWS.observe(len(batch))
-        metrics.BATCH_TASKS.observe(len({id(row.seat) for row in batch}))
-        outcomes, forward = await self.thread.answer(batch)
+    def _give_up(self, rows: Sequence[Row], why: ServiceError) -> None:
+        for row in rows:
+            self._inside.remove(row)
+            self._settle(row, why, "failed" if isinstance(why, Internal) else "refused")
+
+    async def _answer(self, batch: _Batch) -> None:
+        outcomes, forward = await self.thread.finish(batch.begun)
         now = self.clock()
-        compute_s = now - taken_at
+        compute_s = now - batch.taken_at
+        self._learn(len(batch.rows), now - max(batch.taken_at, self._finished_at))  # of two at once, each its own time
+        self._finished_at = now
         metrics.FORWARD_S.observe(forward[1] - forward[0])
-        self._measure(len(batch), compute_s)
-        self._limit.learn(len(batch), compute_s)
-        self._places.learn(len(batch), compute_s)
-        metrics.BATCH_LIMIT.set(self._limit.rows)
         if tracing.on():
-            about = {"lensrack.batch.rows": len(batch), "lensrack.batch.tasks": len({id(row.seat) for row in batch})}
-            tracing.batch(((row.context, row.arrived) for row in batch), taken_at, forward, now, about)
-        for row, outcome in zip(batch, outcomes, strict=True):
-            row.watch.queue_s, row.watch.compute_s = taken_at - row.arrived, compute_s
+            tasks = len({id(row.seat) for row in batch.rows})
+            about = {"lensrack.batch.rows": len(batch.rows), "lensrack.batch.tasks": tasks}
+            tracing.batch(((row.context, row.arrived) for row in batch.rows), batch.taken_at, forward, now, about)
+        for row, outcome in zip(batch.rows, outcomes, strict=True):
+            row.watch.queue_s, row.watch.compute_s = batch.taken_at - row.arrived, compute_s
             metrics.QUEUE_S.observe(row.watch.queue_s)
             self._inside.remove(row)
             self._settle(row, outcome, "failed" if isinstance(outcome, ServiceError) else "answered")
+
+    def _learn(self, rows: int, seconds: float) -> None:
+        """From a forward of so many rows that took so long."""
+        self._measure(rows, seconds)
+        self._limit.learn(rows, seconds)
+        self._places.learn(rows, seconds)
+        metrics.BATCH_LIMIT.set(self._limit.rows)
 
     def _measure(self, rows: int, seconds: float) -> None:
         rate = rows / max(seconds, 1e-6)

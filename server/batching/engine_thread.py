@@ -2,6 +2,10 @@
 
 rows ─▶ forward ─▶ an outcome for each row
           └ fails, for want of memory or because of a row ─▶ halves, each for itself ─▶ … ─▶ the culprit alone
+
+A device that computes while the host goes on is put to the next batch before the answers of the one before are waited
+for: `begin(n) · begin(n+1) · finish(n) · begin(n+2) · finish(n+1) …`. Where the host computes, a batch is begun when it
+is finished.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -24,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Outcome = np.ndarray[Any, Any] | ServiceError
 Span = tuple[float, float]  # when a forward began and ended
+Logits = Callable[[], Sequence[np.ndarray[Any, Any]]]  # waits for them
 
 
 class Engine(Protocol):
@@ -38,19 +44,45 @@ class Engine(Protocol):
         ...
 
 
+class Ahead(Engine, Protocol):
+    """An engine on a device of its own: `ahead` is whether a batch can be begun while the one before is computed."""
+
+    ahead: bool
+
+    def begin(self, work: Sequence[tuple[Any, Any]]) -> Logits:
+        """What is returned waits for the logits that `run` would give. The pixels have been read by then."""
+        ...
+
+
+@dataclass(eq=False)
+class Begun:
+    """Rows that the engine may be at: `logits` waits for those of the rows with a seat, None where it has not begun."""
+
+    rows: Sequence[Row]
+    since: float | None = None
+    logits: Logits | None = None
+
+
 class EngineThread:
     """Batches and other works, one at a time. Its methods belong to the event loop, but for `busy_s`."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
+        self.ahead = bool(getattr(engine, "ahead", False))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._one_aside = asyncio.Lock()
         self._entered_at: float | None = None
         self.failures = 0  # rows that it could not answer since it last answered one
 
-    async def answer(self, rows: Sequence[Row]) -> tuple[list[Outcome], Span]:
+    async def begin(self, rows: Sequence[Row]) -> Begun:
+        """Put a batch under way, where the engine can be ahead of its answers; elsewhere nothing happens yet."""
+        if not self.ahead:
+            return Begun(rows)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._begin, rows)
+
+    async def finish(self, begun: Begun) -> tuple[list[Outcome], Span]:
         """Every row's outcome, and when the forward began and ended."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, rows)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._finish, begun)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """Run something else between two batches; of several such works one at a time, so that batches get their turn.
@@ -77,22 +109,31 @@ class EngineThread:
 
     # --- in the thread ----------------------------------------------------------------------------------------------
 
-    def _timed(self, rows: Sequence[Row]) -> tuple[list[Outcome], Span]:
-        began = self._clock()
-        return self._answer(rows), (began, self._clock())
+    def _begin(self, rows: Sequence[Row]) -> Begun:
+        begun = Begun(rows, self._clock())
+        asked = [(row.image, row.seat) for row in rows if row.seat is not None]
+        try:
+            begun.logits = self._entered(lambda: cast(Ahead, self._engine).begin(asked)) if asked else None
+        except Exception as error:  # it is tried again as a whole when its turn to be answered comes, and told then
+            log.warning("a batch of %d rows could not be begun: %s", len(rows), type(error).__name__)
+        return begun
 
-    def _answer(self, rows: Sequence[Row]) -> list[Outcome]:
-        outcomes = self._attempt(rows)
+    def _finish(self, begun: Begun) -> tuple[list[Outcome], Span]:
+        since = self._clock() if begun.since is None else begun.since
+        return self._answer(begun.rows, begun.logits), (since, self._clock())
+
+    def _answer(self, rows: Sequence[Row], logits: Logits | None = None) -> list[Outcome]:
+        outcomes = self._attempt(rows, logits)
         if outcomes is None:
             middle = len(rows) // 2
             return self._answer(rows[:middle]) + self._answer(rows[middle:])
         return outcomes
 
-    def _attempt(self, rows: Sequence[Row]) -> list[Outcome] | None:
+    def _attempt(self, rows: Sequence[Row], logits: Logits | None) -> list[Outcome] | None:
         """None for several rows that failed together. The error is gone then, and with it what its traceback kept:
         halves that are tried beside the tensors of a forward that ran out of memory would run out of it, too."""
         try:
-            answers: list[Outcome] = self._entered(lambda: self._run(rows))
+            answers: list[Outcome] = self._entered(lambda: self._run(rows, logits))
         except Exception as error:
             if len(rows) > 1:
                 log.warning("a batch of %d rows failed and is halved: %s", len(rows), type(error).__name__)
@@ -105,13 +146,13 @@ class EngineThread:
         self.failures = 0
         return answers
 
-    def _run(self, rows: Sequence[Row]) -> list[Outcome]:
+    def _run(self, rows: Sequence[Row], logits: Logits | None) -> list[Outcome]:
         answers: list[Any] = [None] * len(rows)
         asked = [i for i, row in enumerate(rows) if row.seat is not None]
         plain = [i for i, row in enumerate(rows) if row.seat is None]
         if asked:
-            logits = self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
-            answers = _place(answers, asked, logits)
+            found = logits() if logits else self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
+            answers = _place(answers, asked, found)
         if plain:
             features = self._engine.embed([rows[i].image for i in plain])
             answers = _place(answers, plain, list(features))

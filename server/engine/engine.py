@@ -44,6 +44,7 @@ class Engine:
     def __init__(self, backbone: Backbone, rack: Rack, graphs: Graphs | None = None) -> None:
         self.backbone, self.rack, self.graphs = backbone, rack, graphs
         self._crossings = Crossings(backbone.device)
+        self.ahead = backbone.device.type == "cuda"  # a CPU is through with a batch when it has been begun
 
     def run(self, work: Sequence[Work]) -> list[Logits]:
         """Logits [C] of each row. Rows that carry the very same array object share what can be shared."""

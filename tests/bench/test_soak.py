@@ -17,7 +17,7 @@ BAND = argparse.Namespace(rss_mib=32.0, fds=4.0)
 
 
 @pytest.mark.slow
-def test_it_tells_of_both_processes_and_each_kind_of_work(tmp_path: Path) -> None:
+def test_it_tells_of_every_process_and_each_kind_of_work(tmp_path: Path) -> None:
     budget = ["--predictions", "3", "--cycles", "2", "--jobs", "1"]
     band = [
         "--warm-up",
@@ -35,9 +35,9 @@ def test_it_tells_of_both_processes_and_each_kind_of_work(tmp_path: Path) -> Non
     found = json.loads((tmp_path / "soak.json").read_text())
     told = {(one["work"], one["done"], one["process"]) for one in found}
     kinds = {("predictions", 3), ("cycles", 2), ("jobs", 1)}
-    assert told == {(*kind, process) for kind in kinds for process in ("server", "worker")}
+    assert told == {(*kind, process) for kind in kinds for process in ("front end", "engine", "worker")}
     assert all(min(*one["rss_mib"], *one["fds"]) > 0 for one in found)
-    assert "| 3 predictions | server |" in done.stdout
+    assert "| 3 predictions | engine |" in done.stdout
 
 
 @pytest.mark.parametrize(

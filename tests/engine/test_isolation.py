@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from server.engine import reference
+from server.engine import reference, vit
 from server.engine.backbone import Backbone
 from server.engine.engine import normalise
 from server.engine.residency import Seat
@@ -84,6 +85,40 @@ def test_every_composition_of_a_batch_gives_the_literal_answers(eye: Backbone) -
             batch = shuffle.sample(pairs, size)
             for pair, row in zip(batch, bench.engine.run([(pictures[i], seats[t]) for i, t in batch]), strict=True):
                 np.testing.assert_allclose(row, answers[pair], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5])
+def test_rows_that_go_some_after_the_others_are_answered_literally(
+    eye: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU, where all rows at once would not stay in its cache; readers go together, whose trunk is one."""
+    bench, parts = Bench(eye), []
+    forward_lanes = vit.forward_lanes
+
+    def counted(backbone: Backbone, lanes: Sequence[vit.Lane]) -> list[torch.Tensor]:
+        features = forward_lanes(backbone, lanes)
+        parts.append(sum(map(len, features)))
+        return features
+
+    monkeypatch.setattr(vit, "forward_lanes", counted)
+    monkeypatch.setattr(bench.engine, "_at_once", at_once)
+    readers = {at for at, own in enumerate(TASKS) if own.method == "readonly"}
+    seats, pictures = [bench.seat(own.lens(eye)) for own in TASKS], [picture(n) for n in range(2)]
+    pairs = list(itertools.product(range(2), range(len(TASKS))))
+    random.Random(1).shuffle(pairs)
+    for batch in (pairs, [pair for pair in pairs if pair[1] not in readers]):
+        parts.clear()
+        for (shown, task), row in zip(
+            batch, bench.engine.run([(pictures[i], seats[t]) for i, t in batch]), strict=True
+        ):
+            np.testing.assert_allclose(row, truth(eye, TASKS[task], pictures[shown]), atol=EXACT, rtol=0)
+    assert max(parts) <= at_once, "without readers"
+    assert len(parts) > 5
+
+
+def test_a_cpu_takes_as_many_rows_at_once_as_its_cache_holds(eye: Backbone) -> None:
+    row = eye.spec.tokens * eye.spec.hidden * 8
+    assert Bench(eye).engine._at_once == max(8, 10 * 2**20 // row)
 
 
 def test_pictures_that_came_normalised_are_answered_literally_beside_others(eye: Backbone) -> None:

@@ -98,10 +98,11 @@ class TaskLabels:
         for traffic, task in rising[: self.most]:
             if task == OTHER:
                 continue
-            least = min(self._placed, key=lambda name: self._placed[name])
-            if traffic <= TAKEN_OVER_AT * self._placed[least]:
-                break
-            self._give_up(least)
+            if len(self._placed) >= self.most:
+                least = min(self._placed, key=lambda name: self._placed[name])
+                if traffic <= TAKEN_OVER_AT * self._placed[least]:
+                    break
+                self._give_up(least)
             del self._watched[task]
             self._placed[task] = traffic
         self._placed = {task: traffic / 2 for task, traffic in self._placed.items()}

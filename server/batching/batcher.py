@@ -354,20 +354,18 @@ class Batcher:
         metrics.QUEUE_ROWS.set(len(self._scheduler))
 
     def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
-        """Answer a row that still has a listener, count it, and let go of it."""
+        """Answer a row that still has a listener, let go of it, and count it."""
         self._shares.give_back(row.tenant, 1)
-        metrics.ROWS.labels(how).inc()
-        if row.task:  # features are nobody's
-            metrics.TASK_ROWS.labels(metrics.TASKS.count(row.task), how).inc()
         if not row.reply.done():
             if isinstance(outcome, ServiceError):
                 row.reply.set_exception(outcome)
             else:
                 row.reply.set_result(outcome)
-        try:
-            row.leave()
-        except Exception:  # somebody else's seat: it must not cost the rows behind it their answers
-            log.exception("a row of task %s could not let go of its seat", row.task)
+        for work in (row.leave, partial(_count, row, how)):
+            try:
+                work()
+            except Exception:  # neither a seat nor a metric must cost the rows behind this one their answers
+                log.exception("a row of task %s could not let go of its seat, or be counted", row.task)
 
     async def _stop(self) -> None:
         self._stopped = True
@@ -375,3 +373,9 @@ class Batcher:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
         self.thread.close()
+
+
+def _count(row: Row, how: str) -> None:
+    metrics.ROWS.labels(how).inc()
+    if row.task:  # features are nobody's
+        metrics.TASK_ROWS.labels(metrics.TASKS.count(row.task), how).inc()

@@ -195,6 +195,19 @@ async def test_a_full_queue_of_one_tenants_still_lets_another_in_up_to_its_share
         assert len(batcher) >= 6, "its turn came before those of who had been there before"
 
 
+async def test_a_metric_that_fails_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch):
+    def broken(task: str) -> str:
+        raise ValueError(task)
+
+    async with batching() as (batcher, _):
+        monkeypatch.setattr(metrics.TASKS, "count", broken)
+        left: list[Row] = []
+        rows = [row(batcher, grey, left=left) for grey in range(5)]
+        batcher.submit(rows)
+        assert [int(answer.argmax()) for answer in await asyncio.gather(*(one.reply for one in rows))]
+        assert len(left) == 5
+
+
 async def test_retry_after_follows_the_measured_rate():
     async with batching(max_batch=1, max_queue=60) as (batcher, engine):
         engine.gate.clear()

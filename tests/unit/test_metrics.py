@@ -119,6 +119,16 @@ def test_no_places_at_all_is_a_choice(clock: Clock):
     assert {none.count(f"task-{n}") for n in range(100)} == {OTHER}
 
 
+def test_places_that_open_up_are_taken_by_who_was_watched(clock: Clock):
+    labels = TaskLabels(0, lambda task: None, clock=clock)
+    for task in ("fish", "birds", "fish"):
+        labels.count(task)
+    labels.limit(1)
+    clock.now = 2 * REVIEW_S
+    assert labels.count("trees") == OTHER
+    assert labels.placed() == ["fish"]
+
+
 def test_ten_thousand_tasks_in_the_registry_are_a_page_of_bounded_size():
     """As the floors feed it: rows, seconds, hits, loads and evictions of 10,000 tasks, and a change of the busiest."""
     places = metrics.TASKS.most

@@ -169,8 +169,8 @@ class Settings(BaseSettings):
         float,
         Field(
             ge=0,
-            description="As many rows may wait as the engine works off in so many seconds, as measured, and a full "
-            "batch in any case; who comes then is told 429. 0: LENSRACK_MAX_QUEUE alone counts.",
+            description="As many rows may wait as the engine works off in so many seconds, as measured, and two "
+            "full batches in any case; who comes then is told 429. 0: LENSRACK_MAX_QUEUE alone counts.",
         ),
     ] = 0.25
     rack_slots: Annotated[int, Field(gt=0, description="Most lenses on the device at once.")] = 1024

@@ -79,7 +79,7 @@ class Batcher:
         self.thread = EngineThread(engine, clock)
         self._max_batch = max_batch
         self._limit = BatchLimit(max_batch, target_s)
-        self._places = Places(max_queue, min(max_batch, max_queue), wait_s)
+        self._places = Places(max_queue, max_batch, wait_s)
         metrics.BATCH_LIMIT.set(max_batch)
         self._shares = Shares()
         self._scheduler = Scheduler(room_for(max_queue), weight=weight, share=share)

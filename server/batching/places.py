@@ -3,7 +3,8 @@
 A queue of a fixed length is seconds on a slow machine and milliseconds on a fast one. Bounded in time, who is let in
 waits about as long whatever the machine and however many more are asking; the others are told at once to come again.
 
-A full batch may wait always, or forwards under load would not be full. Before anything has been measured it is `most`.
+Two full batches may wait always: forwards under load are to be full, and a client that sends as many at once is no
+flood, however slow the engine is. Before anything has been measured it is `most`.
 
 Pure policy: no clock, no torch.
 """
@@ -16,6 +17,7 @@ from typing import Final
 from server.batching.forward_times import ForwardTimes
 
 EVERY: Final = 8  # forwards between two looks at them
+LEAST_BATCHES: Final = 2
 
 
 class Places:
@@ -38,4 +40,4 @@ class Places:
         if self._since >= min(EVERY, len(self._times.seen)):
             self._since = 0
             in_time = math.ceil(self._times.rate(self._batch) * self._wait_s)
-            self.rows = min(self.most, max(self._batch, in_time))
+            self.rows = min(self.most, max(LEAST_BATCHES * self._batch, in_time))

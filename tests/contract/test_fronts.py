@@ -165,12 +165,12 @@ async def test_the_bound_of_the_queue_in_time_is_known_to_front_ends():
         await asyncio.sleep(0.2)
         floor.engine.gate.set()
         assert (await asked).version  # it took far more than a millisecond
-        await settled(lambda: built.batcher.places == floor.batcher.places == 1)
+        await settled(lambda: built.batcher.places == floor.batcher.places == 2)
         floor.engine.gate.clear()
         floor.engine.entered.clear()
-        waiting = [await inside(floor, built), asyncio.create_task(ask(built))]
-        await settled(lambda: len(floor.batcher) == 1)
-        with pytest.raises(QueueFull, match="all 1 places"):
+        waiting = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(2))]
+        await settled(lambda: len(floor.batcher) == 2)
+        with pytest.raises(QueueFull, match="all 2 places"):
             built.batcher.require_room(0)
         floor.engine.gate.set()
         assert all([(await one).version for one in waiting])

@@ -135,8 +135,8 @@ async def test_a_full_queue_refuses_all_of_a_request_and_says_when_to_come_back(
         batcher.submit([row(batcher, 0)])
 
 
-async def test_as_many_may_wait_as_are_worked_off_in_time_but_a_full_batch_always():
-    async with batching(max_batch=2, max_queue=60, wait_s=0.001) as (batcher, engine):
+async def test_as_many_may_wait_as_are_worked_off_in_time_but_two_full_batches_always():
+    async with batching(max_batch=1, max_queue=60, wait_s=0.001) as (batcher, engine):
         assert batcher.places == 60  # nothing is known yet
         engine.gate.clear()
         batcher.submit([first := row(batcher, 0)])
@@ -156,7 +156,7 @@ async def test_as_many_may_wait_as_are_worked_off_in_time_but_a_full_batch_alway
 
 
 async def test_a_request_longer_than_the_bound_in_time_is_let_in_where_a_single_row_is():
-    async with batching(max_batch=2, max_queue=6, wait_s=0.001) as (batcher, engine):
+    async with batching(max_batch=1, max_queue=6, wait_s=0.001) as (batcher, engine):
         engine.gate.clear()
         batcher.submit([first := row(batcher, 0)])
         await asyncio.sleep(0.2)

@@ -112,6 +112,8 @@ def draw(found: Mapping[str, Any]) -> str:
             axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set(ylabel="CPU ms of the server by request", title=f"{found['options']['tasks']} tasks, closed loop")
-        axes.legend(frameon=False)
+        axes.legend(
+            frameon=False, ncols=len(servers), loc="upper center", bbox_to_anchor=(0.5, -0.1)
+        )  # no bar behind it
         axes.spines[["top", "right"]].set_visible(False)
         return as_svg(figure)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from server.settings import Settings
 
 from .load_generator import Plan
 from .own_server import ROOT, START_S, own_server
+from .peer_process import stop, wait_until_well
 
 
 @dataclass(frozen=True)
@@ -111,30 +110,8 @@ def _peer(python: str, kind: str, store: str, more: Sequence[str]) -> Iterator[t
             command = _command(python, kind, store, ("--port", str(port), *more))
             process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
         try:
-            _wait_for(kind, port, process, log_file)
+            path = "health" if kind == "litserve" else "openapi.json"
+            wait_until_well(process, f"http://127.0.0.1:{port}/{path}", START_S, log_file.read_text)
             yield port, process.pid
         finally:
-            _stop(process)
-
-
-def _wait_for(kind: str, port: int, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    """Until it answers that it is well; LitServe says so only once its worker is."""
-    url = f"http://127.0.0.1:{port}/{'health' if kind == 'litserve' else 'openapi.json'}"
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=5).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"{kind} did not start: has that Python all it needs?\n{log_file.read_text()[-2000:]}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+            stop(process)

@@ -15,13 +15,11 @@ import argparse
 import base64
 import io
 import json
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -39,6 +36,7 @@ from server.settings import Settings
 
 from .load_generator import Plan, generate
 from .own_server import ROOT, own_server
+from .peer_process import stop, wait_until_well
 from .process_tree import cpu_s
 
 [TASK] = made_tasks.names(1)
@@ -193,32 +191,10 @@ def _process(command: Sequence[str], more: Sequence[str]) -> Iterator[tuple[int,
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, str(port), *more], cwd=ROOT, stdout=log, stderr=log)
         try:
-            _wait_for(port, process)
+            wait_until_well(process, f"http://127.0.0.1:{port}/health", START_S)
             yield port, process.pid
         finally:
-            _stop(process)
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Until it answers that it is well; LitServe says so only once its worker is."""
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"{process.args!r} did not start: has that Python all it needs?")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+            stop(process)
 
 
 if __name__ == "__main__":

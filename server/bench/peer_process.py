@@ -1,0 +1,37 @@
+"""A process of another server's: until it answers, and its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import httpx
+
+ASK_S = 0.1
+
+
+def wait_until_well(process: subprocess.Popen[bytes], url: str, most_s: float, log: Callable[[], str] = str) -> None:
+    """Until `url` answers with success; LitServe's `/health` does so only once its worker is well.
+
+    Raises RuntimeError, with the end of what `log` gives, where the process ends or the time does.
+    """
+    deadline = time.monotonic() + most_s
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(ASK_S)
+    raise RuntimeError(f"{process.args!r} did not start: has that Python all it needs?\n{log()[-2000:]}".rstrip())
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -84,7 +84,8 @@ def test_it_answers_as_one_process_does_to_the_last_digit(house: House, tmp_path
         assert [one.status_code for one in given] == [200] * len(questions), [one.text for one in given]
         return [one.json() for one in given]
 
-    with forked(tmp_path, store=f"file://{home / 'store'}") as whole:
+    # rows that share a batch may round otherwise than alone: both take one at a time
+    with forked(tmp_path, store=f"file://{home / 'store'}", fronts="0", max_batch="1") as whole:
         assert answers(whole.url) == answers(house.server.url)
 
 

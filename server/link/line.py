@@ -70,6 +70,7 @@ class Line:
         self._heard_at = 0.0
         self._up = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
+        self._leaving = False
         self._out: list[bytes] = []
 
     def start(self) -> None:
@@ -80,6 +81,7 @@ class Line:
         await self._up.wait()
 
     async def stop(self) -> None:
+        self._leaving = True
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
@@ -157,7 +159,7 @@ class Line:
         return connection
 
     def _lost(self) -> None:
-        log.error("the line to %s is gone", self._path.name)
+        log.log(logging.INFO if self._leaving else logging.ERROR, "the line to %s is gone", self._path.name)
         self._connection, self.mirror = None, Mirror()
         self._up.clear()
         for answer in self._calls.values():

@@ -99,6 +99,9 @@ def test_residency_is_told_and_moved_across_processes(house: House) -> None:
     assert loaded["resident"] is True
     assert loaded["bytes"] > 0
     assert "fish" in {seat["task"] for seat in http.get("/rack").json()["seats"]}
+    before = http.get("/rack").json()["forwards"]
+    assert house.client.ask("fish").status_code == 200
+    assert http.get("/rack").json()["forwards"] == before + 1, "of this moment, although another process counts them"
 
 
 def test_counts_are_sums_over_all_processes(house: House) -> None:

@@ -36,7 +36,7 @@ Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean a
 Row = tuple[int, Seat]  # a picture's number, and whose answer is wanted
 Trunk = Callable[[Sequence[Row], Crossing], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
 Item = TypeVar("Item")
-CACHED_BYTES = 10 * 2**20  # found by trying 4 to 64 rows of ViT-Ti and ViT-B, in float32 and bfloat16
+CACHED_BYTES = 10 * 2**20  # found by trying 4 to 32 rows of ViT-Ti and ViT-B, in float32 and bfloat16
 LEAST_AT_ONCE = 8
 SHARED = "shared"  # the lane of the trunk that readers read, and of head-only rows beside them
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .packed import PlainLinear
 
 FLOAT8: Final = torch.float8_e4m3fn
 LARGEST: Final = torch.finfo(FLOAT8).max
@@ -24,11 +25,11 @@ CAPABILITY: Final = (8, 9)
 MULTIPLE: Final = 16  # of inputs and of outputs, which the tensor cores ask for
 
 
-class Float8Linear:
-    """A `packed.Linear`. weight: [O, D] in the dtype of x; bias: [O]."""
+class Float8Linear(PlainLinear):
+    """weight: [O, D] in the dtype of x; bias: [O]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+        super().__init__(weight, bias)
         self._rounded, self._scale = rounded(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -40,16 +41,7 @@ class Float8Linear:
 
     def exact(self, x: Tensor) -> Tensor:
         """Without 8 bits: for prompts, when a lens is made, and for gradients."""
-        return F.linear(x, self._weight, self._bias)
-
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
-
-    def onto(self, base: Tensor, x: Tensor) -> Tensor:
-        return base + self(x)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x))
+        return super().__call__(x)
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,9 +147,9 @@ def work(
     """Fit queued training jobs, one after the other."""
     settings = load_settings()
     start_telling(settings, "lensrack-worker")
-    from server.bootstrap import build_worker
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
+    from server.worker import build_worker
 
     os.nice(settings.worker_nice)
     try:
@@ -231,11 +231,11 @@ def import_(
     wanted = Wanted(task, form, words, _object("--preprocess", preprocess))
     try:
         with _backbone_and_store(store) as (backbone, opened), ExitStack() as stack:
-            from server.bootstrap import build_importer
+            from server.facts import Facts, importer_for
             from server.methods.registry import Registry
 
             given = [(file.name, stack.enter_context(file.open("rb"))) for file in files]
-            bundle = build_importer(backbone, Registry.installed()).bundle(given, wanted, opened)
+            bundle = importer_for(Facts.of(backbone), Registry.installed()).bundle(given, wanted, opened)
             opened.put(bundle)
             if alias is not None:
                 opened.set_alias(task, alias, bundle.version)
@@ -308,7 +308,7 @@ def _backbone_and_store(url: str | None) -> Iterator[tuple[Any, Store]]:
     """In float32 on the CPU, whatever the server runs in: nothing is lost on the way."""
     settings = load_settings(store=url, device="cpu", dtype="float32", packed=False)
     start_logging(settings)
-    from server.bootstrap import load_backbone
+    from server.facts import load_backbone
 
     backbone = load_backbone(settings, settings.threads or os.cpu_count() or 1)
     with closing(open_store(settings.store_url)) as store:

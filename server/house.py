@@ -27,9 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from server import __version__, bootstrap, logs, serving, shared_folder, split, tracing
+from server import __version__, logs, serving, shared_folder, split, tracing
 from server.api.guard import require_safe_bind
+from server.facts import Facts
 from server.ledger import Ledger
+from server.opening import open_ring
 from server.settings import Settings
 
 log = logging.getLogger("server")
@@ -91,7 +93,7 @@ class House:
             gc.unfreeze()
 
     def _check(self) -> None:
-        ring = bootstrap.open_ring(self._settings)
+        ring = open_ring(self._settings)
         try:
             require_safe_bind(self._settings, locked=ring.locked)
         finally:
@@ -255,7 +257,7 @@ class House:
         self._tell("lensrack-server")
 
         async def work() -> int:
-            facts = split.facts_of_all(split.facts_of(self._facts), self._settings)
+            facts = Facts.from_json(self._facts).on(self._settings.engine_devices)
             front = split.build_front(self._settings, facts, self._folder, ledger, first=first)
             await serving.serve_http(front, self._listener, lambda _: ready("ready"))
             return 0

@@ -2,7 +2,7 @@
 
 A server and a worker are two processes with a registry each: what only the other one feeds stays at zero. Gauges that
 somebody has to look at (stores, jobs) are `server.watch`'s; those that can be read off at any moment are read when
-Prometheus asks, see `server.bootstrap`.
+Prometheus asks, see `server.measured`.
 """
 
 from __future__ import annotations

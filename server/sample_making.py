@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompts_store import open_store
-from server.bootstrap import build_worker, open_datasets, open_jobs
 from server.engine.bundled import BUNDLED, FOLDER
+from server.opening import open_datasets, open_jobs
 from server.settings import Settings
+from server.worker import build_worker
 
 SIDE = 64  # pixels: enlarged once, so that whoever asks sends what the task has seen
 HELD_BACK = 4  # every fourth picture is a test picture

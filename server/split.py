@@ -3,19 +3,19 @@
     EngineProcess   store · backbone · rack · residency · engine · batcher · watchdog · workers · desk
     FrontEnd        store · jobs · keys · lines ─► remote residency and batcher · predictor · api
 
-Whoever forks them is `server.house`. What both have in common with a whole server is `server.bootstrap`'s.
+Whoever forks them is `server.house`. What both have in common with a whole server (`server.bootstrap`)
+is in `server.engine_room` and `server.front_services`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +26,15 @@ import torch
 from fastapi import FastAPI
 
 from lensrack import wire
-from prompts_store import CachedStore, Preprocess, Store, open_store
-from server import bootstrap, ledger, metrics
+from prompts_store import CachedStore, Store, open_store
+from server import ledger, metrics
 from server.api.app import create_app
 from server.batching.shares import room_for
-from server.bootstrap import EngineRoom, Facts, Pair
 from server.engine import attention
-from server.engine.backbone import Spec
+from server.engine_room import EngineRoom, build_engine_room, see_nothing
 from server.errors import ServiceError
+from server.facts import Facts
+from server.front_services import Pair, build_grpc, build_services, readiness
 from server.jobs.store import JobStore
 from server.keys.ring import KeyRing
 from server.ledger import Ledger
@@ -43,6 +44,7 @@ from server.link.line import Line
 from server.link.pixels import Slots
 from server.link.remote import Named, RemoteBatcher, RemoteResidency, take_over_tasks
 from server.methods.registry import Registry
+from server.opening import close_all, open_jobs, open_ring
 from server.settings import Settings
 from server.watch import Watch
 from server.watchdog import EXIT_CODE
@@ -68,8 +70,8 @@ class EngineProcess:
 
     def __init__(self, settings: Settings, folder: Path, ledger: Ledger, number: int = 0) -> None:
         self.settings, self._ledger = settings, ledger
-        self._ring = bootstrap.open_ring(settings)
-        self.room = bootstrap.build_engine_room(settings, self._ring, number)
+        self._ring = open_ring(settings)
+        self.room = build_engine_room(settings, self._ring, number)
         self._desk = Desk(_socket(folder, number), _desk_room(self.room, ledger))
         self._leaving = asyncio.Event()
 
@@ -79,12 +81,12 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._leaving.set)
         room.watchdog.on_lost = self._leaving.set
-        await asyncio.to_thread(bootstrap.see_nothing, room.engine)
+        await asyncio.to_thread(see_nothing, room.engine)
         await self._desk.start()
         room.workers.start()
         room.watchdog.start()
         others = [asyncio.create_task(work) for work in (self._ledger.keep_writing(), self._keep_weights())]
-        ready(told(room.facts))
+        ready(room.facts.as_json())
         await self._leaving.wait()
         await room.batcher.drain(0.0 if room.watchdog.lost else grace_s)
         await self._desk.stop()
@@ -93,7 +95,7 @@ class EngineProcess:
         await room.workers.stop()
         await room.watchdog.stop()
         room.loading.shutdown(wait=False, cancel_futures=True)
-        await bootstrap.close_all(room.store, self._ring)
+        await close_all(room.store, self._ring)
         self._ledger.write()
         return EXIT_CODE if room.watchdog.lost else 0
 
@@ -139,7 +141,7 @@ async def _written(ledger: Ledger) -> None:
 
 
 async def _rack(room: EngineRoom) -> Any:
-    return (await bootstrap.occupied(room.rack, room.residency)).model_dump(mode="json")
+    return (await room.occupied()).model_dump(mode="json")
 
 
 def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
@@ -156,27 +158,6 @@ def _looked(told: Mapping[str, Any]) -> Any:
     return SimpleNamespace(
         **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
     )
-
-
-# --- facts ------------------------------------------------------------------------------------------------------------
-
-
-def told(facts: Facts) -> str:
-    return json.dumps(asdict(facts))
-
-
-def facts_of(text: str) -> Facts:
-    known = json.loads(text)
-    own = known["spec"]["preprocess"]
-    preprocess = Preprocess(**{**own, "mean": tuple(own["mean"]), "std": tuple(own["std"])})
-    names = {name: tuple(shape) for name, shape in known["names"].items()}
-    return Facts(Spec(**{**known["spec"], "preprocess": preprocess}), known["device"], known["dtype"], names)
-
-
-def facts_of_all(first: Facts, settings: Settings) -> Facts:
-    """Of several engines, which differ in their devices alone."""
-    devices = settings.engine_devices
-    return replace(first, device=",".join(devices)) if len(devices) > 1 else first
 
 
 # --- a front end ------------------------------------------------------------------------------------------------------
@@ -223,7 +204,7 @@ class FrontEnd:
                 await self.watch.stop()
             writing.cancel()
             self.decoding.shutdown(wait=False, cancel_futures=True)
-            await bootstrap.close_all(self.store, self.jobs, self.ring)
+            await close_all(self.store, self.jobs, self.ring)
             self.ledger.write()
 
     def leave(self) -> None:
@@ -235,18 +216,18 @@ class FrontEnd:
 def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> FrontEnd:
     """`first`: of several, the one that does what one alone must do (gRPC's port, looking at the stores)."""
     torch.set_num_threads(1)
-    ring, registry = bootstrap.open_ring(settings), Registry.installed()
+    ring, registry = open_ring(settings), Registry.installed()
     bundles = open_store(settings.store_url)
-    store, jobs = CachedStore(bundles, max_bytes=settings.cache_bytes), bootstrap.open_jobs(settings)
+    store, jobs = CachedStore(bundles, max_bytes=settings.cache_bytes), open_jobs(settings)
     engines = _far_engines(settings, facts, folder)
     residency, batcher = _pair(engines)
 
     def ready() -> wire.Ready:
         workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
         away = [] if len(engines.all) == 1 else engines.troubles
-        return bootstrap.readiness(facts, settings, engines.trouble, workers, away)
+        return readiness(facts, settings, engines.trouble, workers, away)
 
-    services, decoding = bootstrap.build_services(
+    services, decoding = build_services(
         settings,
         facts,
         registry=registry,
@@ -258,7 +239,7 @@ def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, 
     metrics.shown, metrics.brought_up_to_date = ledger.shown(own), partial(_counted, engines)
     metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
     app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
-    grpc = bootstrap.build_grpc(services, ring) if first else None
+    grpc = build_grpc(services, ring) if first else None
     return FrontEnd(settings, app, engines, batcher, store, jobs, ring, watch, grpc, decoding, own)
 
 

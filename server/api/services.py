@@ -1,4 +1,4 @@
-"""What the HTTP layer stands on: everything it calls, handed over once by `server.bootstrap`.
+"""What the HTTP layer stands on: everything it calls, handed over once by `server.front_services`.
 
 A route gets its `ServicesOf` narrowed to what the key of the request covers, and has no other way to them.
 """

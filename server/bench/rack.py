@@ -33,11 +33,11 @@ from server.bench.figures import latencies, machine
 from server.bench.own_redis import own_redis
 from server.bench.process_tree import rss_mib
 from server.bench.svg import LINES, OURS, as_svg, style
-from server.bootstrap import build_residency
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.engine.rack import Rack
 from server.engine.residency import Residency
+from server.engine_room import build_residency
 from server.methods.registry import Registry
 from server.settings import Settings
 

@@ -286,8 +286,8 @@ def test_the_unforeseen_says_nothing_of_itself(api: Api, client: Any) -> None:
 
 
 def test_without_its_packages_the_setting_is_told_why(monkeypatch: pytest.MonkeyPatch, api: Api) -> None:
-    from server.bootstrap import build_grpc
     from server.errors import NotInstalled
+    from server.front_services import build_grpc
 
     services = api.services
     assert build_grpc(services, None) is None  # type: ignore[arg-type]  # no port, no front

@@ -21,7 +21,7 @@ from typing import Any
 def forge() -> ForkServerContext:
     """Where workers come from; its first one takes the time that torch takes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["server.bootstrap", "tests.e2e.doomed_worker"])
+    context.set_forkserver_preload(["server.worker", "tests.e2e.doomed_worker"])
     return context
 
 

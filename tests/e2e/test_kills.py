@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from prompts_store import Store, open_store
-from server.bootstrap import open_datasets, open_jobs
 from server.checkpoints import Checkpoints
 from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
+from server.opening import open_datasets, open_jobs
 from server.settings import Settings
 from tests.e2e.doomed_worker import POINTS, start
 

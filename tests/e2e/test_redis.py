@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from prompts_store import open_store
-from server.bootstrap import open_datasets, open_jobs
 from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.store import JobStore
+from server.opening import open_datasets, open_jobs
 from server.samples import draw
 from server.settings import Settings
 from tests.e2e.server_process import environment

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import measured, metrics
-from server.bootstrap import record_graphs
 from server.engine import graphs as module
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine, Work
 from server.engine.graphs import Graphs, buckets, recorded
 from server.engine.recorder import CudaRecorder, Recorder, Rerun
 from server.engine.residency import Seat
+from server.engine_room import record_graphs
 from server.settings import Settings
 from tests.engine.fake_cuda import Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import Bench, Task, backbone

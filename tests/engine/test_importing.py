@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prompts_store import Bundle, open_store
-from server.bootstrap import build_importer
 from server.engine import lens, vit
 from server.errors import Conflict, ServiceError, Unprocessable
-from server.importing.importer import Wanted
+from server.facts import Facts, importer_for
+from server.importing.importer import Importer, Wanted
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Task, backbone, cases, drawing, numbers, pixels, recipe, task, tolerance
 
@@ -146,8 +146,12 @@ def files(parts: list[tuple[str, Any]], **how: Any) -> list[tuple[str, io.BytesI
     return found
 
 
+def own_importer() -> Importer:
+    return importer_for(Facts.of(backbone(ARCH, 101, torch.float32)), Registry())
+
+
 def imported(given: list[tuple[str, Any]], **wanted: Any) -> Bundle:
-    importer = build_importer(backbone(ARCH, 101, torch.float32), Registry())
+    importer = own_importer()
     with closing(open_store("memory://")) as store:
         return importer.bundle(given, Wanted("birds", **wanted), store)
 
@@ -195,7 +199,7 @@ def test_labels_and_preprocessing_are_the_callers() -> None:
 
 
 def test_the_same_checkpoint_is_the_same_version() -> None:
-    importer = build_importer(backbone(ARCH, 101, torch.float32), Registry())
+    importer = own_importer()
     parts = files(prompt_ep(CASES["nano-vpt_deep_p6"]))
     with closing(open_store("memory://")) as store:
         first = importer.bundle(parts, Wanted("birds"), store)

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from server.bench import engine as bench
-from server.bootstrap import load_backbone
 from server.engine import backbone as eyes
 from server.engine import reference, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Plain, condition
 from server.engine.packed import PackedLinear, PlainLinear, can_pack
+from server.facts import load_backbone
 from server.methods.method import Params
 from server.methods.registry import Registry
 from server.settings import Settings

@@ -25,8 +25,19 @@ def test_what_is_tried_on_a_gpu_machine_needs_none_either() -> None:
     assert not (SERVICE | {"typer", "rich", "pytest"}) & loaded_by("server.bench.device", "server.bench.ladder")
 
 
+def test_a_worker_needs_nothing_that_speaks_http() -> None:
+    assert not {"fastapi", "starlette", "uvicorn"} & loaded_by("server.worker")
+
+
 @pytest.mark.parametrize(
-    "module", ["prompts_store", "server.batching.scheduler", "server.jobs.sqlite_store", "server.importing.importer"]
+    "module",
+    [
+        "prompts_store",
+        "server.batching.scheduler",
+        "server.jobs.sqlite_store",
+        "server.importing.importer",
+        "server.opening",
+    ],
 )
 def test_what_needs_no_torch_loads_none(module: str) -> None:
     assert not {"torch", "timm"} & loaded_by(module)

@@ -106,8 +106,9 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
 
 def test_readiness_tells_of_it() -> None:
-    from server.bootstrap import Facts, readiness
     from server.engine import backbone
+    from server.facts import Facts
+    from server.front_services import readiness
 
     facts = Facts.of(backbone.load("untrained", device="cpu", packed=False))
     for margin, told in ((0.0, False), (2.0, True)):

@@ -1,0 +1,124 @@
+"""All that routes call, and gRPC beside them, over an engine room in this process or in another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lensrack import wire
+from prompts_store import Store
+from server import measured
+from server.api import services as api
+from server.api.services import Services
+from server.api.tenancy import narrowing
+from server.errors import NotInstalled
+from server.facts import UNTRAINED_NOTE, Facts, importer_for
+from server.jobs.store import JobStore
+from server.keys.ring import KeyRing
+from server.methods.registry import Registry
+from server.opening import open_datasets, open_feedback, open_meter, open_uploads
+from server.predictor import Limits, Predictor, Queue
+from server.settings import Settings
+
+if TYPE_CHECKING:  # its packages are an extra's
+    from server.grpc_front.front import GrpcFront
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The engine's side as HTTP sees it, in this process or in another; `look` and `rack` go with it."""
+
+    residency: api.Residency
+    batcher: Queue
+    look: api.Look
+    rack: Callable[[], Awaitable[wire.Rack]]
+
+
+def build_services(
+    settings: Settings,
+    facts: Facts,
+    *,
+    registry: Registry,
+    pair: Pair,
+    store: Store,
+    jobs: JobStore,
+    ready: Callable[[], wire.Ready],
+) -> tuple[Services, ThreadPoolExecutor]:
+    """All that routes call, and the threads that decode."""
+    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    predictor = Predictor(
+        store,
+        pair.residency,
+        pair.batcher,
+        decoding,
+        limits=Limits(
+            settings.max_images,
+            settings.max_image_pixels,
+            settings.max_tasks_per_request,
+            settings.scaled_decode or math.inf,
+        ),
+        geometry=facts.spec.geometry,
+        fingerprint=facts.spec.fingerprint,
+    )
+    measured.front(predictor.quarantine)
+    services = Services(
+        settings=settings,
+        predictor=predictor,
+        batcher=pair.batcher,
+        residency=pair.residency,
+        store=store,
+        jobs=jobs,
+        datasets=open_datasets(settings),
+        uploads=open_uploads(settings),
+        feedback=open_feedback(settings),
+        ready=ready,
+        rack=pair.rack,
+        look=pair.look,
+        methods=registry.meanings,
+        baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
+        check_bundle=lambda bundle: registry.check(bundle, facts.spec),
+        importer=importer_for(facts, registry),
+        meter=open_meter(settings),
+    )
+    return services, decoding
+
+
+def readiness(facts: Facts, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()) -> wire.Ready:
+    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's.
+    `away`: what is wrong with some of several engines, while others answer."""
+    spec = facts.spec
+    notes = [note for note in (trouble, *away, "" if spec.trained else UNTRAINED_NOTE) if note]
+    if settings.scaled_decode:
+        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
+    if workers < settings.workers:
+        notes.append(f"{workers} of {settings.workers} workers are running: training may wait")
+    return wire.Ready(
+        ready=not trouble,
+        backbone=wire.Backbone(
+            arch=spec.arch,
+            fingerprint=spec.fingerprint,
+            trained=spec.trained,
+            device=facts.device,
+            dtype=facts.dtype,
+            image_size=spec.image_size,
+            depth=spec.depth,
+            dim=spec.dim,
+        ),
+        notes=notes,
+        checks={"engine": trouble or "; ".join(away) or "ok", "workers": f"{workers} of {settings.workers}"},
+    )
+
+
+def build_grpc(services: Services, ring: KeyRing) -> GrpcFront | None:
+    """None where no port is set. Raises NotInstalled."""
+    settings = services.settings
+    if not settings.grpc_port:
+        return None
+    try:
+        from server.grpc_front.front import GrpcFront
+    except ImportError as error:
+        raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
+    return GrpcFront(narrowing(services), ring, settings, settings.grpc_port)

@@ -1,0 +1,25 @@
+"""What an engine tells front ends of its backbone, in JSON."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine import backbone
+from server.facts import Facts
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return Facts.of(backbone.load("untrained", device="cpu", packed=False))
+
+
+def test_facts_arrive_as_they_were_sent(facts: Facts) -> None:
+    assert facts.names
+    assert Facts.from_json(facts.as_json()) == facts
+
+
+def test_several_engines_differ_in_their_devices_alone(facts: Facts) -> None:
+    assert facts.on(["cuda:0"]) == facts
+    both = facts.on(["cuda:0", "cuda:1"])
+    assert both.device == "cuda:0,cuda:1"
+    assert (both.spec, both.dtype, both.names) == (facts.spec, facts.dtype, facts.names)

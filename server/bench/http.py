@@ -2,18 +2,22 @@
 
 Made-up `vpt_deep` tasks in one store, JPEGs in, labels out. Our server, in float32 and in bfloat16 where the machine
 has it; a FastAPI app with a forward for each request; with `--peer`, a Python that has LitServe and PyTorch, a LitServe
-app that sorts its batches by task. Each is a process tree of its own on loopback, with one engine thread. Rounds of all
-servers take turns. Closed loop, for each popularity of the tasks: CPU time of the server's processes by request, the
-main figure, for it does not depend on what else the machine does, and its ratio to LitServe's in the same round. Open
-loop, questions by a Poisson process, latencies counted from when a question was due: percentiles, and the share that
-was answered within the objective. Then memory, beside that of a process with a copy of the model for each task.
-Nothing is asserted.
+app that sorts its batches by task, and the same app with a whole model for each task instead of one backbone and
+prompts. Each is a process tree of its own on loopback with the same environment and as many engine threads, on the CPU.
+Rounds of all servers take turns. Closed loop, for each popularity of the tasks: CPU time of the server's processes by
+request, the main figure, for it does not depend on what else the machine does, and its ratio to that of LitServe, by
+task, in the same round. Open loop, questions by a Poisson process, latencies counted from when a question was due:
+percentiles, and the share that was answered within the objective. Then memory, the highest at the end of a turn, after
+all tasks have been asked; beside it that of a process with a copy of the model for each task and no server. It is
+counted so that servers that run at the same time do not make each other's smaller (`process_tree.py`). Nothing is
+asserted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -104,16 +108,25 @@ def _prepared(folder: Path, options: argparse.Namespace) -> tuple[str, tuple[str
 @contextmanager
 def _all(folder: Path, store: str, options: argparse.Namespace) -> Iterator[list[Target]]:
     """All servers, up; LitServe last."""
+    threads = _threads()
+    on_cpu = {"LENSRACK_DEVICE": "cpu", "LENSRACK_DEVICES": "", "LENSRACK_THREADS": str(threads)}  # as the others
     with ExitStack() as stack:
         up = stack.enter_context
-        targets = [up(http_targets.ours("lensrack, float32", folder, store, "float32"))]
+        targets = [up(http_targets.ours("lensrack, float32", folder, store, "float32", on_cpu))]
         if can_pack(torch.device("cpu"), torch.bfloat16):
-            targets.append(up(http_targets.ours("lensrack, bfloat16", folder, store, "bfloat16")))
-        targets.append(up(http_targets.fastapi(sys.executable, folder, store)))
+            targets.append(up(http_targets.ours("lensrack, bfloat16", folder, store, "bfloat16", on_cpu)))
+        targets.append(up(http_targets.fastapi(sys.executable, folder, store, threads)))
         if options.peer is not None:
-            batch, wait_s = options.peer_batch, options.peer_wait
-            targets.append(up(http_targets.litserve(str(options.peer), folder, store, batch, wait_s)))
+            how = http_targets.LitServe(str(options.peer), options.peer_batch, options.peer_wait, threads)
+            targets.append(up(http_targets.litserve(how, folder, store)))
+            if options.copies:
+                targets.append(up(http_targets.litserve(how, folder, store, own_models=True)))
         yield targets
+
+
+def _threads() -> int:
+    """Of each server's engine: as LENSRACK_THREADS has them."""
+    return Settings().threads or max(1, (os.cpu_count() or 1) - 1)
 
 
 class Bench:
@@ -174,7 +187,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="*", default=[4.0], help="questions a second of the open loop")
     parser.add_argument("--seconds", type=float, default=10.0, help="of an open loop's turn")
     parser.add_argument("--objective", type=float, default=250.0, help="ms within which an answer is good (SLO)")
-    parser.add_argument("--copies", action=argparse.BooleanOptionalAction, default=True, help="measure copies, too")
+    parser.add_argument(
+        "--copies",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure a server and a process with a copy of the model for each task, too",
+    )
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
     return parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from .svg import LINES, as_svg, style
 if TYPE_CHECKING:
     from .http import Found, Turns
 
-PEER = "LitServe"
+PEER, OWN_MODELS = "LitServe, by task", "LitServe, a copy a task"
 
 
 def report(
@@ -23,7 +23,8 @@ def report(
     copies: Mapping[str, float] | None,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Of each server: medians of the rounds; ratios are the medians of each round's own, to LitServe or the last."""
+    """Of each server: medians of the rounds; ratios are the medians of each round's own, to the LitServe app that sorts
+    by task or else the last."""
     return {
         "closed": {kind: _by_server(found, options) for kind, found in closed.items()},
         "open": {rate: _by_server(found, options) for rate, found in opened.items()},
@@ -38,7 +39,7 @@ def _by_server(found: Mapping[str, Turns], options: argparse.Namespace) -> dict[
 
 
 def _base(found: Mapping[str, Turns]) -> Turns:
-    return next((turns for name, turns in found.items() if name.startswith(PEER)), [*found.values()][-1])
+    return found.get(PEER, [*found.values()][-1])
 
 
 def _told(turns: Turns, base: list[float], options: argparse.Namespace) -> dict[str, Any]:
@@ -86,14 +87,17 @@ def _open(found: Mapping[str, Any], rate: str, options: Mapping[str, Any]) -> st
 
 
 def _memory(found: Mapping[str, Any]) -> str:
-    copies = found["copies"]
-    rows = [(name, mib) for name, mib in found["memory_mib"].items()]
+    """A column of shares for each of those with a copy for every task, a server and a process without one, if there."""
+    rows, copies, tasks = {**found["memory_mib"]}, found["copies"], found["options"]["tasks"]
+    wholes = {f"of a server with {tasks} copies": rows[OWN_MODELS]} if OWN_MODELS in rows else {}
     if copies is not None:
-        rows.append(("one copy of the model, no server", copies["first_mib"]))
-        rows.append((f"{copies['copies']} copies of the model, no server", copies["all_mib"]))
-    whole = rows[-1][1]
-    head = ["| | MiB | share of the last |", "|---|---|---|"]
-    return "\n".join(head + [f"| {name} | {mib:,.0f} | {mib / whole:.2f} |" for name, mib in rows])
+        rows["one copy of the model, no server"] = copies["first_mib"]
+        rows[f"{copies['copies']} copies of the model, no server"] = copies["all_mib"]
+        wholes[f"of {copies['copies']} copies, no server"] = copies["all_mib"]
+    lines = [f"| | {' | '.join(['MiB', *wholes])} |", "|---" * (2 + len(wholes)) + "|"]
+    for name, mib in rows.items():
+        lines.append(f"| {' | '.join([name, f'{mib:,.0f}', *(f'{mib / whole:.2f}' for whole in wholes.values())])} |")
+    return "\n".join(lines)
 
 
 def draw(found: Mapping[str, Any]) -> str:
@@ -112,8 +116,6 @@ def draw(found: Mapping[str, Any]) -> str:
             axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set(ylabel="CPU ms of the server by request", title=f"{found['options']['tasks']} tasks, closed loop")
-        axes.legend(
-            frameon=False, ncols=len(servers), loc="upper center", bbox_to_anchor=(0.5, -0.1)
-        )  # no bar behind it
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))  # no bar behind it
         axes.spines[["top", "right"]].set_visible(False)
         return as_svg(figure)

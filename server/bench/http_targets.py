@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import socket
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ import httpx
 from server.settings import Settings
 
 from .load_generator import Plan
-from .own_server import ROOT, START_S, own_server
+from .own_server import ROOT, START_S, environment, own_server
 from .peer_process import stop, wait_until_well
 
 
@@ -48,6 +47,16 @@ class Target:
             raise RuntimeError(f"{self.name} answered {answer.status_code}: {answer.text[:300]}")
 
 
+@dataclass(frozen=True)
+class LitServe:
+    """A Python that has it, and its app's largest batch, the seconds that one waits to fill, and engine threads."""
+
+    python: str
+    batch: int = 16
+    wait_s: float = 0.0
+    threads: int = 1
+
+
 def bodies(folder: Path, tasks: Sequence[str], pictures: Sequence[Path]) -> None:
     """Every task's picture as a JPEG and as the JSON that LitServe takes."""
     for number, task in enumerate(tasks):
@@ -65,22 +74,29 @@ def ours(name: str, folder: Path, store: str, dtype: str, more: Mapping[str, str
 
 
 @contextmanager
-def fastapi(python: str, folder: Path, store: str) -> Iterator[Target]:
-    with _peer(python, "fastapi", store, ()) as (port, pid):
+def fastapi(python: str, folder: Path, store: str, threads: int) -> Iterator[Target]:
+    with _peer(python, "fastapi", store, ("--threads", str(threads))) as (port, pid):
         yield Target("FastAPI, a forward each", pid, port, "/predict/{task}", str(folder / "{task}.jpg"), "image/jpeg")
 
 
 @contextmanager
-def litserve(python: str, folder: Path, store: str, batch: int, wait_s: float) -> Iterator[Target]:
-    with _peer(python, "litserve", store, ("--batch", str(batch), "--wait", str(wait_s))) as (port, pid):
-        yield Target("LitServe, by task", pid, port, "/predict", str(folder / "{task}.json"), "application/json")
+def litserve(how: LitServe, folder: Path, store: str, *, own_models: bool = False, tasks: int = 0) -> Iterator[Target]:
+    """`own_models`: a whole model for each task; `tasks`: of the store, the first so many, 0: all."""
+    more = ["--batch", str(how.batch), "--wait", str(how.wait_s), "--threads", str(how.threads), "--tasks", str(tasks)]
+    name = "LitServe, a copy a task" if own_models else "LitServe, by task"
+    with _peer(how.python, "litserve", store, [*more, "--own-models"] if own_models else more) as (port, pid):
+        yield Target(name, pid, port, "/predict", str(folder / "{task}.json"), "application/json")
 
 
 def copies(python: str, store: str) -> dict[str, float]:
-    """Memory of a process with one model, and with a copy for every task of the store."""
-    done = subprocess.run(
-        _command(python, "copies", store, ()), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
-    )
+    """Memory of a process with a model for one task, and of one with a model for every task of the store."""
+    one, every = (_copies(python, store, tasks) for tasks in (1, 0))
+    return {"copies": every["copies"], "first_mib": one["mib"], "all_mib": every["mib"]}
+
+
+def _copies(python: str, store: str, tasks: int) -> dict[str, float]:
+    command = _command(python, "copies", store, ("--tasks", str(tasks)))
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the copies could not be made:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -95,11 +111,6 @@ def _command(python: str, kind: str, store: str, more: Sequence[str]) -> list[st
     return [python, "-m", module, kind, *own, *more]
 
 
-def _environment() -> dict[str, str]:
-    path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_WAIT_POLICY": "passive"}
-
-
 @contextmanager
 def _peer(python: str, kind: str, store: str, more: Sequence[str]) -> Iterator[tuple[int, int]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -108,7 +119,7 @@ def _peer(python: str, kind: str, store: str, more: Sequence[str]) -> Iterator[t
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:
             command = _command(python, kind, store, ("--port", str(port), *more))
-            process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
         try:
             path = "health" if kind == "litserve" else "openapi.json"
             wait_until_well(process, f"http://127.0.0.1:{port}/{path}", START_S, log_file.read_text)

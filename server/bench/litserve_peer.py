@@ -1,5 +1,6 @@
 """A LitServe app that answers many tasks, as good as such an app gets here: batches as they come, sorted by task, a
-forward for each task in a batch, no gradients, the fast queue, one worker.
+forward for each task in a batch, no gradients, the fast queue, one worker. With `--own-models` it holds a whole model
+for each task instead of one backbone and prompts.
 
 Run by a Python that has LitServe: `python -m server.bench.litserve_peer litserve --store URL …`.
 """
@@ -12,7 +13,7 @@ from typing import Any
 
 import litserve
 
-from server.bench.peers import Model, by_task, options
+from server.bench.peers import by_task, loaded, options
 
 
 class Grouped(litserve.LitAPI):  # type: ignore[misc]
@@ -23,7 +24,7 @@ class Grouped(litserve.LitAPI):  # type: ignore[misc]
         self._asked = asked
 
     def setup(self, device: str) -> None:
-        self._model = Model(self._asked)
+        self._model = loaded(self._asked)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe reads an annotation as a schema
         return request["task"], self._model.decode(base64.b64decode(request["image"]))

@@ -41,9 +41,15 @@ def own_server(
 
 
 def _environment(home: Path, store: str) -> dict[str, str]:
-    path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
     own = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": store, "LENSRACK_JOBS": ""}
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **own}
+    return {**environment(), **own}
+
+
+def environment() -> dict[str, str]:
+    """What every process of a benchmark is given, ours and a peer's: all of this one's, settings and the allocator's
+    variables among it, and the way to the packages. Idle threads sleep, as `python -m server` has them do."""
+    path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:

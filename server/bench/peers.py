@@ -1,9 +1,10 @@
-"""What `bench http` is held against: two servers that a user might write in an afternoon, for the same tasks.
+"""What `bench http` is held against: servers that a user might write in an afternoon, for the same tasks.
 
 LitServe, in `litserve_peer.py`: batches, sorted by task. `fastapi`: a plain FastAPI app, a forward for each request, in
 a thread, no batches. Both have our decoding and the very bundles of the store, and the forward is the
-official one: prompts inserted as tokens, `server.engine.reference`. They are run by the benchmark, by a Python that has
-what they need: `python -m server.bench.peers fastapi --store URL …`.
+official one: prompts inserted as tokens, `server.engine.reference`. With `--own-models` either is what one runs who has
+fine-tuned a whole model for each task: as many models, each with a task's head, plain forwards. They are run by the
+benchmark, by a Python that has what they need: `python -m server.bench.peers fastapi --store URL …`.
 """
 
 from __future__ import annotations
@@ -13,45 +14,43 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from prompts_store import Bundle, open_store
+from prompts_store import Bundle, Manifest, open_store
 from server.engine import backbone as engine_backbone
 from server.engine import images, reference
 from server.engine.images import Geometry
 
 MAX_PIXELS = 100_000_000
 TOP = 5
+TUNED = 0.01  # how far, of itself, fine-tuning moves a weight here
 
 
 class Model:
-    """The backbone and every task of a store, ready to answer one task at a time."""
+    """The backbone and the tasks of a store, ready to answer one task at a time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
         self._eye = engine_backbone.load(
             options.backbone, options.weights, device="cpu", dtype=options.dtype, packed=False
         )
-        store = open_store(options.store)
-        self._bundles = {task: _live(store, task) for task in store.tasks()}
-        store.close()
-        self._params = {
-            task: {name: torch.tensor(value, dtype=self._eye.dtype) for name, value in bundle.tensors.items()}
-            for task, bundle in self._bundles.items()
-        }
+        bundles = _live_ones(options.store, options.tasks)
+        self._manifests: dict[str, Manifest] = {task: bundle.manifest for task, bundle in bundles.items()}
+        self._params = {task: self._kept(bundle) for task, bundle in bundles.items()}
         how = self._eye.spec.preprocess
         self._geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
         self._mean, self._std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (how.mean, how.std))
 
     @property
     def tasks(self) -> list[str]:
-        return [*self._bundles]
+        return [*self._manifests]
 
     @property
     def image_size(self) -> int:
@@ -61,13 +60,6 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self._eye.dtype
 
-    def own(self) -> Model:
-        """The same with a copy of the weights."""
-        twin = copy.copy(self)
-        twin._eye = copy.copy(self._eye)
-        twin._eye.model = copy.deepcopy(self._eye.model)
-        return twin
-
     def decode(self, data: bytes) -> Tensor:
         """[3, S, S], normalised."""
         cut = torch.from_numpy(images.pixels(data, self._geometry, max_pixels=MAX_PIXELS))
@@ -75,14 +67,56 @@ class Model:
 
     @torch.inference_mode()
     def answer(self, task: str, pictures: Sequence[Tensor]) -> list[list[dict[str, Any]]]:
-        bundle = self._bundles[task]
-        lengths = bundle.manifest.prompt_lengths
-        logits = reference.vpt_deep(self._eye, torch.stack(list(pictures)), self._params[task], lengths)
-        return [_best(row, bundle.manifest.labels) for row in logits.double().softmax(-1).numpy()]
+        logits = self._logits(task, torch.stack(list(pictures)))
+        return [_best(row, self._manifests[task].labels) for row in logits.double().softmax(-1).numpy()]
+
+    def _kept(self, bundle: Bundle) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, dtype=self._eye.dtype) for name, value in bundle.tensors.items()}
+
+    def _logits(self, task: str, pixels: Tensor) -> Tensor:
+        return reference.vpt_deep(self._eye, pixels, self._params[task], self._manifests[task].prompt_lengths)
 
 
-def _live(store: Any, task: str) -> Bundle:
-    return store.get(task, store.aliases(task)["live"].targets[0].version)  # type: ignore[no-any-return]
+class OwnModels(Model):
+    """A whole ViT for every task, as if each had been fine-tuned, with that task's head. No prompts.
+
+    No two share memory, and as every weight has been changed, the system cannot share any either. There are as many
+    models as tasks: the last has the one that was loaded.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        first, last = self._eye.model, self.tasks[-1]
+        self.models = {task: first if task == last else copy.deepcopy(first) for task in self.tasks}
+        for seed, model in enumerate(self.models.values()):
+            _fine_tune(model, seed)
+
+    def _kept(self, bundle: Bundle) -> dict[str, Tensor]:
+        return {name: value for name, value in super()._kept(bundle).items() if name.startswith("head.")}
+
+    def _logits(self, task: str, pixels: Tensor) -> Tensor:
+        model, params = self.models[task], self._params[task]
+        features = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        return F.linear(features, params["head.weight"], params["head.bias"])
+
+
+def loaded(options: argparse.Namespace) -> Model:
+    return OwnModels(options) if options.own_models else Model(options)
+
+
+def _live_ones(url: str, most: int) -> Mapping[str, Bundle]:
+    store = open_store(url)
+    tasks = list(store.tasks())[: most or None]
+    found = {task: store.get(task, store.aliases(task)["live"].targets[0].version) for task in tasks}
+    store.close()
+    return found
+
+
+def _fine_tune(model: nn.Module, seed: int) -> None:
+    """Moves every parameter by a factor of its own: as by a fit all are written; what they become does not matter."""
+    chance = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.mul_(1 + TUNED * (torch.rand((), generator=chance) - 0.5))
 
 
 def _best(scores: np.ndarray[Any, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -107,7 +141,7 @@ def fastapi(options: argparse.Namespace) -> None:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
 
-    app, model, one_at_a_time = FastAPI(), Model(options), threading.Lock()
+    app, model, one_at_a_time = FastAPI(), loaded(options), threading.Lock()
 
     def answered(task: str, body: bytes) -> dict[str, Any]:
         picture = model.decode(body)
@@ -123,17 +157,14 @@ def fastapi(options: argparse.Namespace) -> None:
 
 
 def copies(options: argparse.Namespace) -> None:
-    """What a model of its own for every task takes: MiB with one copy, and with as many as there are tasks."""
+    """What a model for each task takes without a server around it, once all have answered."""
     from server.bench.process_tree import memory_mib
 
-    model = Model(options)
+    model = OwnModels(options)
     picture = torch.zeros(3, model.image_size, model.image_size, dtype=model.dtype)
-    kept, told = [], []
     for task in model.tasks:
-        kept.append(model.own())
-        kept[-1].answer(task, [picture])
-        told.append(memory_mib(os.getpid()))
-    print(json.dumps({"copies": len(kept), "first_mib": told[0], "all_mib": told[-1]}), flush=True)
+        model.answer(task, [picture])
+    print(json.dumps({"copies": len(model.tasks), "mib": memory_mib(os.getpid())}), flush=True)
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,6 +172,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("kind", choices=("litserve", "fastapi", "copies"))
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--store", required=True)
+    parser.add_argument("--tasks", type=int, default=0, help="of the store, the first so many; 0: all")
+    parser.add_argument("--own-models", action="store_true", help="a whole model for each task, no prompts")
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--dtype", default="float32")

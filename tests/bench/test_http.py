@@ -1,4 +1,4 @@
-"""The HTTP benchmark asks as it says, its peers answer what the engine answers, and it tells what it has measured."""
+"""The HTTP benchmark asks as it says and tells what it has measured."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import numpy as np
-import psutil
 import pytest
-import torch
 
-from prompts_store import open_store
-from server.bench import http, http_report, made_tasks, peers
+from server.bench import http, http_report, made_tasks
 from server.bench.load_generator import Answer, Plan, Seen, generate
-from server.bench.process_tree import cpu_s, memory_mib
-from server.engine import backbone as engine_backbone
-from server.engine import reference
 from server.settings import Settings
 from tests.e2e.server_process import environment
 
@@ -100,32 +93,6 @@ def test_popularities(popularity: str, expected: list[float]) -> None:
     assert http.shares(popularity, 3) == expected
 
 
-def test_peers_answer_what_the_reference_answers(tmp_path: Path) -> None:
-    store = open_store(f"file://{tmp_path / 'store'}")
-    eye = engine_backbone.load("untrained", device="cpu")
-    bundles = [store.get(task, version) for task, version in
-               zip(TASKS, made_tasks.publish(store, eye.spec, TASKS, "vpt_deep", 2), strict=True)]  # fmt: skip
-    store.close()
-    threads = torch.get_num_threads()
-    try:
-        arguments = ["fastapi", "--store", f"file://{tmp_path / 'store'}", "--backbone", "untrained"]
-        model = peers.Model(peers.options([*arguments, "--threads", str(threads)]))
-    finally:
-        torch.set_num_threads(threads)
-    [picture, other] = [model.decode(file.read_bytes()) for file in made_tasks.pictures(None, tmp_path, 2, side=100)]
-    batch = [(TASKS[2], picture), (TASKS[0], other), (TASKS[2], other)]
-    for (task, pixels), answer in zip(batch, peers.by_task(batch, model), strict=True):
-        bundle = bundles[TASKS.index(task)]
-        params = {name: torch.tensor(value) for name, value in bundle.tensors.items()}
-        logits = reference.vpt_deep(eye, pixels[None], params, bundle.manifest.prompt_lengths)[0]
-        assert answer[0]["index"] == int(logits.argmax())
-        scores = {one["label"]: one["score"] for one in answer}
-        expected = logits.double().softmax(-1)
-        for label, score in scores.items():
-            np.testing.assert_allclose(score, float(expected[bundle.manifest.labels.index(label)]), atol=1e-5)
-    assert model.own().answer(TASKS[0], [picture]) == model.answer(TASKS[0], [picture])
-
-
 def test_made_up_tasks_are_served_by_the_backbone_they_are_made_for(tmp_path: Path) -> None:
     from server.methods.registry import Registry
 
@@ -145,11 +112,12 @@ def turns(*cpu: float, latency: float) -> http.Turns:
 
 
 def test_ratios_are_medians_of_rounds_against_the_peer() -> None:
-    found = {"uniform": {"lensrack": turns(1, 9, 3, latency=10), "LitServe, by task": turns(2, 3, 6, latency=400)}}
+    found = {"uniform": {"lensrack": turns(1, 9, 3, latency=10), "LitServe, by task": turns(2, 3, 6, latency=400),
+                         "LitServe, a copy a task": turns(4, 6, 12, latency=400)}}  # fmt: skip
     options = argparse.Namespace(objective=250.0)
     report = http_report.report(found, {"4": found["uniform"]}, {"lensrack": 5.0}, None, options)
-    ours, peer = report["closed"]["uniform"].values()
-    assert (ours["cpu_ms"], ours["ratio"], peer["ratio"]) == (3, 0.5, 1)
+    ours, peer, copied = report["closed"]["uniform"].values()
+    assert (ours["cpu_ms"], ours["ratio"], peer["ratio"], copied["ratio"]) == (3, 0.5, 1, 2)
     assert (ours["within_objective"], peer["within_objective"]) == (0.8, 0)
     assert (ours["asked"], ours["answered"], ours["p95_ms"]) == (15, 12, 10)
     told = http_report.tables({**report, "options": {"tasks": 2, "objective": 250}})
@@ -157,13 +125,26 @@ def test_ratios_are_medians_of_rounds_against_the_peer() -> None:
     assert "| LitServe, by task | 400.0 | 400.0 | 400.0 | 0.0% | 12 of 15 |" in told
 
 
-def test_a_process_is_charged_with_its_children() -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'sum(range(10**6))']); print(1); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # its child has ended
-        own = psutil.Process(process.pid).cpu_times()
-        assert cpu_s(process.pid) >= own.user + own.children_user > own.user
-        assert memory_mib(process.pid) > 1
-        process.communicate("\n")
+def test_memory_is_held_against_a_server_and_a_process_with_copies() -> None:
+    memory = {"lensrack, float32": 300.0, "LitServe, by task": 500.0, "LitServe, a copy a task": 1200.0}
+    copies = {"copies": 8, "first_mib": 200.0, "all_mib": 1000.0}
+    told = memory_table(memory, copies)
+    assert told[0] == "| | MiB | of a server with 8 copies | of 8 copies, no server |"
+    assert "| lensrack, float32 | 300 | 0.25 | 0.30 |" in told
+    assert "| LitServe, a copy a task | 1,200 | 1.00 | 1.20 |" in told
+    assert "| one copy of the model, no server | 200 | 0.17 | 0.20 |" in told
+    assert "| 8 copies of the model, no server | 1,000 | 0.83 | 1.00 |" in told
+
+
+def test_memory_without_copies_has_no_shares() -> None:
+    memory = {"lensrack, float32": 300.0, "FastAPI, a forward each": 250.0}
+    assert memory_table(memory, None)[:3] == ["| | MiB |", "|---|---|", "| lensrack, float32 | 300 |"]
+    [head, *_] = memory_table(memory, {"copies": 8, "first_mib": 200.0, "all_mib": 1000.0})  # and without a peer
+    assert head == "| | MiB | of 8 copies, no server |"
+
+
+def memory_table(memory: dict[str, float], copies: dict[str, float] | None) -> list[str]:
+    options = argparse.Namespace(tasks=8, objective=250.0)
+    found = {"uniform": {name: turns(1.0, latency=10) for name in memory}}
+    report = http_report.report(found, {}, memory, copies, options)
+    return http_report.tables({**report, "options": vars(options)}).split("\n\n")[-1].splitlines()

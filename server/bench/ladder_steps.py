@@ -20,6 +20,7 @@ from torch import Tensor
 
 from server.bench.engine import packed_model
 from server.engine import pooling, reference, vit
+from server.engine.attend import Attend, by_products, fused
 from server.engine.backbone import Backbone, load_weights
 from server.engine.block import FrozenBlock
 from server.engine.engine import Engine, Work
@@ -155,24 +156,17 @@ def prefix(bench: Bench) -> Answer:
 
 
 def packed_only(bench: Bench) -> Answer:
-    return bench.served(_with(bench.eye(packed=True), Separate))
-
-
-def products(bench: Bench) -> Answer:
-    eye = bench.eye(packed=True)
-    for block in eye.blocks:
-        block._by_products = True
-    return bench.served(eye)
+    return bench.served(_with(bench.eye(packed=True), Separate, fused))
 
 
 def one_product(bench: Bench) -> Answer:
-    return bench.served(_with(bench.eye(packed=True), OneProduct))
+    return bench.served(_with(bench.eye(packed=True), OneProduct, fused))
 
 
-def fused_attention(bench: Bench) -> Answer:
-    eye = bench.eye(torch.bfloat16, packed=True)
+def attending(bench: Bench, attention: Attend, dtype: torch.dtype = torch.float32) -> Answer:
+    eye = bench.eye(dtype, packed=True)
     for block in eye.blocks:
-        block._by_products = False
+        block._attend = attention
     return bench.served(eye)
 
 
@@ -241,10 +235,12 @@ STEPS = (
     Step("prefix: prompts as keys and values", prefix, True),
     Step("last block for the class token alone", lambda bench: bench.served(bench.plain), True),
     Step("packed float32 weights", packed_only, True),
-    Step("sum and GELU on the product's way", lambda bench: bench.served(bench.eye(packed=True)), True),
+    Step("sum and GELU on the product's way", partial(attending, attention=fused), True),
     Step("… queries, keys, values in one product", one_product, False, "no gain worth a second copy of the weights"),
-    Step("… attention by two products", products, False, "slower in float32"),
-    Step("… bfloat16, PyTorch's fused attention", fused_attention, False, "that kernel does not multiply in bfloat16"),
+    Step("… attention by two products", partial(attending, attention=by_products), False, "slower in float32"),
+    Step("attention head by head", lambda bench: bench.served(bench.eye(packed=True)), True),
+    Step("… bfloat16, PyTorch's fused attention", partial(attending, attention=fused, dtype=torch.bfloat16), False,
+         "that kernel does not multiply in bfloat16"),
     Step("… bfloat16, attention by two products", lambda bench: bench.served(bench.eye(torch.bfloat16, packed=True)),
          True, "where asked for: `LENSRACK_DTYPE=bfloat16`"),
     Step("… int8, dynamic", int8, False, "rounding x costs what the products save"),
@@ -255,7 +251,7 @@ FINAL = (
     "timm float32, one task",
     "timm packed float32, one task",
     "literal, task by task",
-    "sum and GELU on the product's way",
+    "attention head by head",
     "… bfloat16, attention by two products",
 )
 RAGGED = (
@@ -317,8 +313,10 @@ class Int8Linear:
         return F.gelu(self(x))
 
 
-def _with(eye: Backbone, kind: type[FrozenBlock]) -> Backbone:
+def _with(eye: Backbone, kind: type[FrozenBlock], attention: Attend) -> Backbone:
     eye.blocks = [kind(block, packed=eye.packed) for block in eye.model.blocks]
+    for block in eye.blocks:
+        block._attend = attention
     return eye
 
 

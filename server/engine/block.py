@@ -6,11 +6,11 @@ How the products are computed is decided once, when the backbone is loaded: plai
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import GluMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .attend import Attend, by_products, fused, head_by_head
 from .float8 import Float8Linear
 from .packed import Linear, PackedLinear, PlainLinear
 
@@ -38,7 +38,7 @@ class FrozenBlock:
         self.act, self._mlp_norm = block.mlp.act, block.mlp.norm
         self._gate_last: bool | None = block.mlp.gate_last if isinstance(block.mlp, GluMlp) else None
         self._gelu = self._gate_last is None and type(self.act) is nn.GELU and self.act.approximate == "none"
-        self._by_products = packed and weight.dtype == torch.bfloat16
+        self._attend: Attend = _attend_by(packed, weight.dtype)
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [..., D]."""
@@ -59,9 +59,7 @@ class FrozenBlock:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, Q, D], keys and values [B, N, D], mask [B, 1, 1, N], True where a key may be seen → [B, Q, D]."""
-        attention = _by_products if self._by_products else F.scaled_dot_product_attention
-        mixed = attention(self._heads(query), self._heads(keys), self._heads(values), mask)
-        return mixed.transpose(1, 2).flatten(2)
+        return self._attend(self._heads(query), self._heads(keys), self._heads(values), mask)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Of readers: scores [B, H, Q, N] → what each query gives to each key, 1 in all."""
@@ -106,10 +104,7 @@ def _nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity)
 
 
-def _by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as it is written. PyTorch's fused kernel does not multiply in bfloat16 on a CPU: this takes half of its
-    time, in training a third; its price is [B, H, Q, N] scores in memory."""
-    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1) @ values
+def _attend_by(packed: bool, dtype: torch.dtype) -> Attend:
+    if not packed:
+        return fused
+    return by_products if dtype == torch.bfloat16 else head_by_head

@@ -66,7 +66,7 @@ class PackedLinear:
         self._turned: Tensor | None = None  # weightᵀ: training alone needs it
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _recorded(x):
+        if recorded(x):
             return _Product.apply(x, self)
         return self.forward(x)  # the same bits; serving small models, autograd's book-keeping would be felt
 
@@ -74,21 +74,21 @@ class PackedLinear:
         return F.linear(x, self._weight)
 
     def onto(self, base: Tensor, x: Tensor) -> Tensor:
-        if _recorded(x, base):
+        if recorded(x, base):
             return base + self(x)
         return _multiply_onto(base, x, self._packed, self._bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x)) if _recorded(x) else _multiply(x, self._packed, self._bias, "gelu")
+        return F.gelu(self(x)) if recorded(x) else multiply(x, self._packed, self._bias, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return _multiply(x, self._packed, self._bias)
+        return multiply(x, self._packed, self._bias)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Gradient of the output [..., O] → of the input [..., D]: a product with the transposed weight."""
         if self._turned is None:
             self._turned = _pack(self._weight.t())
-        return _multiply(gradient, self._turned, None)
+        return multiply(gradient, self._turned, None)
 
 
 class _Product(torch.autograd.Function):
@@ -111,7 +111,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         x, packed = torch.zeros(1, 16, dtype=dtype), _pack(torch.zeros(16, 16, dtype=dtype))
-        _multiply_onto(_multiply(x, packed, None, "gelu"), x, packed, None)
+        _multiply_onto(multiply(x, packed, None, "gelu"), x, packed, None)
+        multiply(x, torch.zeros(16, 16, dtype=dtype).t())
     except (AttributeError, RuntimeError, NotImplementedError):  # not public operators: a build may lack them
         return False
     return True
@@ -119,18 +120,20 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _pack(weight: Tensor) -> Tensor:
-    """[O, D] → the same numbers in oneDNN's layout; only `_multiply` can read it."""
+    """[O, D] → the same numbers in oneDNN's layout; only `multiply` can read it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """By oneDNN: x [..., D] · weightᵀ + bias [O]. weight: packed, or [O, D] with one of its strides 1."""
     x = x.contiguous()  # oneDNN takes strided rows too, at a third of the speed
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], "none")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
 
 
 def _multiply_onto(base: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), base.contiguous(), packed, bias, "add")
 
 
-def _recorded(*inputs: Tensor) -> bool:
+def recorded(*inputs: Tensor) -> bool:
+    """Whether autograd will want what is done to them."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from server.bench import engine as bench
+from server.engine import attend, reference, vit
 from server.engine import backbone as eyes
-from server.engine import reference, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Plain, condition
@@ -199,8 +199,11 @@ def test_the_same_rows_give_the_same_bits_also_when_packed_anew() -> None:
 
 
 @needs_float32
+@pytest.mark.parametrize("many", [1, attend.MANY], ids=["head by head", "fused"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_packed_forward_is_the_literal_one(kind: str) -> None:
+def test_the_packed_forward_is_the_literal_one(kind: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "MANY", many)  # these pictures have few tokens
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     eye = an_eye(torch.float32, True, **KINDS[kind])
     lengths = (3, 0, 5)
     deep, shallow = some_params(eye, "vpt_deep", lengths), some_params(eye, "vpt_shallow", (4, 0, 0))
@@ -266,19 +269,6 @@ def test_bfloat16_answers_and_gradients_are_close_and_gradients_reach_float32_pa
     for name, own in mixed_gradients(narrow).items():
         assert own.dtype == torch.float32
         assert similarity(own, gradients[name]) > 0.99
-
-
-@needs_bfloat16
-def test_attention_by_products_is_the_fused_one_and_keeps_to_its_mask() -> None:
-    plain, packed = (an_eye(torch.bfloat16, own).blocks[0] for own in (False, True))
-    query, keys, values = (torch.randn(3, n, 64, dtype=torch.bfloat16) for n in (5, 9, 9))
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]]))[:, None, None]
-    truth = plain.attend(query, keys, values, mask)
-    found = packed.attend(query, keys, values, mask)
-    torch.testing.assert_close(found, truth, atol=0.05, rtol=0)
-    hidden = ~mask[:, 0, 0, :, None]
-    loud = packed.attend(query, keys.masked_fill(hidden, 1e4), values.masked_fill(hidden, 1e4), mask)
-    assert torch.equal(loud, found)
 
 
 @needs_bfloat16

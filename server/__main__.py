@@ -94,7 +94,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (LENSRACK_PORT).")] = None,
 ) -> None:
     """Serve predictions and take training jobs."""
-    allocator.share_one_heap()
+    allocator.keep_one_heap()
     settings = load_settings(host=host, port=port)
     if settings.fronts:
         start_logging(settings)
@@ -145,6 +145,7 @@ def work(
     ] = False,
 ) -> None:
     """Fit queued training jobs, one after the other."""
+    allocator.keep_one_heap()
     settings = load_settings()
     start_telling(settings, "lensrack-worker")
     from server.engine.backbone import BackboneError

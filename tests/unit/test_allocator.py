@@ -1,4 +1,4 @@
-"""One heap for all threads, as glibc itself counts them."""
+"""One heap for all threads, as glibc itself counts them, that keeps its pages, as the kernel counts those."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ THREADS = """
 import ctypes, sys, threading
 from server import allocator
 
-print(allocator.share_one_heap() if sys.argv[1] == "share" else None, flush=True)
+print(allocator.keep_one_heap() if sys.argv[1] == "keep" else None, flush=True)
 all_there = threading.Barrier(4)
 
 def allocate():
@@ -33,24 +33,63 @@ libc.fflush(None)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts glibc's heaps")
 
 
+def untold() -> dict[str, str]:
+    """This environment, but for what would keep the server from choosing."""
+    return {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+
+
 def told(how: str, **environment: str) -> tuple[str, int]:
-    """What `share_one_heap` said, and how many heaps there are once four threads have allocated."""
-    plain = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    """What `keep_one_heap` said, and how many heaps there are once four threads have allocated."""
     done = subprocess.run(
         [sys.executable, "-c", THREADS, how],
-        cwd=ROOT, env={**plain, **environment}, capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, env={**untold(), **environment}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout.split(maxsplit=1)[0], done.stdout.count("<heap nr=")
 
 
 @glibc
-def test_threads_share_one_heap() -> None:
+def test_threads_keep_one_heap() -> None:
     assert told("leave")[1] > 1, "nothing to share: the test shows nothing"
-    assert told("share") == ("True", 1)
+    assert told("keep") == ("True", 1)
 
 
 @glibc
 def test_what_the_environment_says_stays() -> None:
-    said, heaps = told("share", MALLOC_ARENA_MAX="3")
+    said, heaps = told("keep", MALLOC_ARENA_MAX="3")
     assert said == "False"
     assert 1 < heaps <= 3
+
+
+FAULTS = """
+import resource, sys
+from server import allocator
+
+if sys.argv[1] == "keep":
+    assert allocator.keep_one_heap()
+
+def batch():
+    blocks = [bytearray(b"x") * (3 * 2**20) for _ in range(10)]
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(3):
+    batch()
+before = faults()
+for _ in range(20):
+    batch()
+print((faults() - before) / 20)
+"""
+
+
+@glibc
+def test_what_one_batch_frees_the_next_one_has_without_new_pages() -> None:
+    def faults(how: str) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how],
+            cwd=ROOT, env=untold(), capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        return float(done.stdout)
+
+    assert faults("leave") > 1000, "nothing to keep: the test shows nothing"
+    assert faults("keep") < 100

@@ -14,7 +14,7 @@ import numpy as np
 
 from lensrack import wire
 from prompts_store import CachedStore, Store, open_store
-from server import measured, metrics, sample_tasks
+from server import allocator, measured, metrics, sample_tasks
 from server.batching.batcher import Batcher
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
@@ -113,9 +113,12 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
     workers = supervise(settings, settings.workers if first else 0)
     measured.process(settings, backbone)
     measured.engine_room(settings, batcher, rack, workers)
+    facts = Facts.of(backbone)
+    backbone.let_weights_go()
+    allocator.hand_back()
     return EngineRoom(
         settings,
-        Facts.of(backbone),
+        facts,
         registry,
         bundles,
         store,

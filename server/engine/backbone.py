@@ -105,6 +105,15 @@ class Backbone:
         self.packed, self.float8 = packed and not float8 and can_pack(device, dtype), float8
         self.blocks = [FrozenBlock(block, packed=self.packed, float8=float8) for block in self.model.blocks]
 
+    def let_weights_go(self) -> None:
+        """Free the blocks' weights as the model has them, where packed copies multiply in their place. For a process
+        that only serves: `model` can no longer be run, copied or exported, by whoever tries."""
+        if not self.packed:
+            return
+        for block in self.model.blocks:
+            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                linear.weight.data = linear.weight.new_empty(0)
+
     @property
     def precision(self) -> str:
         """What the blocks multiply in, as LENSRACK_DTYPE has it."""

@@ -2,7 +2,8 @@
 
 `F.linear` lays the weight out anew in every call, and in float32 it takes MKL's slow path on CPUs that are not Intel's.
 A frozen weight can be laid out once: same products to float32 rounding, about twice the speed in float32. What it
-costs is memory: a packed weight is a second copy, and the first backward makes a third, packed the other way round.
+costs is memory: a packed weight is a second copy, which one who only serves lets go of (`Backbone.let_weights_go`), and
+the first backward makes another, packed the other way round.
 """
 
 from __future__ import annotations
@@ -61,17 +62,15 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+        self._bias = bias
         self._packed = _pack(weight)
         self._turned: Tensor | None = None  # weightᵀ: training alone needs it
 
     def __call__(self, x: Tensor) -> Tensor:
-        if recorded(x):
-            return _Product.apply(x, self)
-        return self.forward(x)  # the same bits; serving small models, autograd's book-keeping would be felt
+        return self._multiply(x, self._bias)
 
     def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
+        return self._multiply(x, None)
 
     def onto(self, base: Tensor, x: Tensor) -> Tensor:
         if recorded(x, base):
@@ -81,26 +80,31 @@ class PackedLinear:
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(self(x)) if recorded(x) else multiply(x, self._packed, self._bias, "gelu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return multiply(x, self._packed, self._bias)
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return multiply(x, self._packed, bias)
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Gradient of the output [..., O] → of the input [..., D]: a product with the transposed weight."""
         if self._turned is None:
-            self._turned = _pack(self._weight.t())
+            self._turned = _pack(self._packed.to_dense().t())
         return multiply(gradient, self._turned, None)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if recorded(x):
+            return _Product.apply(x, self, bias)
+        return self.forward(x, bias)  # the same bits; serving small models, autograd's book-keeping would be felt
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: PackedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: PackedLinear, bias: Tensor | None) -> Tensor:
         ctx.linear = linear
-        return linear.forward(x)
+        return linear.forward(x, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.backward(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.linear.backward(gradient), None, None
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

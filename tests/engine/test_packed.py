@@ -249,6 +249,34 @@ def test_gradients_of_mixed_lanes_are_the_plain_ones(kind: str) -> None:
     assert all(parameter.grad is None for parameter in packed.model.parameters())
 
 
+@needs_float32
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_models_own_weights_answers_and_gradients_have_the_same_bits(kind: str) -> None:
+    eye = an_eye(torch.float32, True, **KINDS[kind])
+    lengths = (3, 0, 5)
+    params = some_params(eye, "vpt_deep", lengths)
+    biases = some_params(eye, "bias", (0, 0, 0))  # what it adds is a product without a bias
+    with torch.inference_mode():
+        before = [logits(eye, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))]
+    gradients = mixed_gradients(an_eye(torch.float32, True, **KINDS[kind]))
+    held = sum(parameter.numel() for parameter in eye.model.parameters())
+    eye.let_weights_go()
+    assert sum(parameter.numel() for parameter in eye.model.parameters()) < held / 3
+    with torch.inference_mode():
+        after = [logits(eye, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))]
+    assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
+    for name, own in mixed_gradients(eye).items():
+        assert torch.equal(own, gradients[name])
+    with pytest.raises(RuntimeError):
+        eye.model(images(1))
+
+
+def test_weights_that_are_not_packed_stay() -> None:
+    eye = an_eye(torch.float32, packed=False)
+    eye.let_weights_go()
+    assert eye.model(images(1)).shape == (1, 64)
+
+
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 

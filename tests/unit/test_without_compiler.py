@@ -1,0 +1,84 @@
+"""timm without the compiler: not loaded by the import, there for whoever asks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def told(code: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", "import json, sys\n" + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOADED = """
+there = lambda: [name for name in ("torch._dynamo", "torch._inductor", "triton", "sympy") if name in sys.modules]
+"""
+LEAN = (
+    LOADED
+    + """
+from server.without_compiler import import_timm
+import_timm()
+"""
+)
+
+
+def test_a_plain_import_loads_it_or_there_is_nothing_to_put_off() -> None:
+    assert "torch._dynamo" in told(LOADED + "import timm; print(json.dumps(there()))")
+
+
+def test_the_servers_import_does_not_and_neither_does_what_serves() -> None:
+    served = """
+import server.bootstrap, server.house, server.engine_room
+import torch
+from server.engine import backbone, vit
+from server.engine.lens import Plain
+eye = backbone.load("untrained", device="cpu")
+with torch.inference_mode():
+    vit.forward(eye, vit.embed(eye, torch.zeros(1, 3, eye.spec.image_size, eye.spec.image_size)), Plain())
+print(json.dumps(there()))
+"""
+    assert told(LEAN + served) == []
+
+
+def test_who_wants_it_gets_the_real_one() -> None:
+    wanted = """
+import torch, torchvision
+before = there()
+shape = list(torchvision.ops.roi_align(torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).shape)
+doubled = torch.compiler.disable(lambda x: 2 * x)(21)
+print(json.dumps([before, shape, doubled, "torch._dynamo" in there(), hasattr(torch._dynamo, "OptimizedModule")]))
+"""
+    assert told(LEAN + wanted) == [[], [1, 3, 2, 2], 42, True, True]
+
+
+def test_what_was_marked_on_the_way_runs_and_is_marked() -> None:
+    marked = """
+import torch
+from server.without_compiler import _put_off
+with _put_off():
+    later = torch.compiler.disable(lambda x, *, by: x * by, recursive=False)
+    early = there()
+print(json.dumps([early, later(6, by=7), there()]))
+"""
+    early, product, late = told(LEAN + marked)
+    assert early == ["torch._dynamo"], "the stand-in alone"
+    assert product == 42
+    assert {"torch._dynamo", "torch._inductor"} <= set(late)
+
+
+def test_where_it_is_loaded_already_nothing_is_put_off() -> None:
+    before = "import torch._dynamo; own = sys.modules['torch._dynamo']\n"
+    assert told(before + LEAN + "print(json.dumps(own is sys.modules['torch._dynamo']))")

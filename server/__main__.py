@@ -134,10 +134,10 @@ async def _serve(settings: Settings) -> int:
 
     def ready(front: serving.Front) -> None:
         log.info("serving on http://%s:%d", *listener.getsockname()[:2])
-        server.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
+        server.room.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
 
     await serving.serve_http(server, listener, ready)
-    return EXIT_CODE if server.watchdog.lost else 0
+    return EXIT_CODE if server.room.lost else 0
 
 
 @cli.command()

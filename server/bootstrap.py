@@ -1,8 +1,9 @@
-"""A whole server in one process: an engine room, and HTTP before it.
+"""A server: HTTP and gRPC before an engine room, in this process or in others; and the whole of it in one process.
 
-build_server   engine room · stores · keys · predictor · api · gRPC
+    build_before   an engine room, wherever it is ─► stores · keys · predictor · api · gRPC
+    build_server   the engine room of this process, and what is before it
 
-Workers are `server.worker`'s; a server in several processes is `server.split`'s.
+Workers are `server.worker`'s; engine rooms in other processes are `server.split`'s.
 """
 
 from __future__ import annotations
@@ -14,26 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI
 
 from prompts_store import Store
 from server.api.app import create_app
 from server.api.guard import require_safe_bind
-from server.batching.batcher import Batcher
 from server.engine.attention import look
-from server.engine.engine import Engine
-from server.engine.residency import Residency
-from server.engine_room import build_engine_room, see_nothing
-from server.front_services import Pair, build_grpc, build_services, readiness
+from server.engine_room import EngineRoom, build_engine_room
+from server.front_services import EngineSide, build_grpc, build_services, readiness
 from server.jobs.store import JobStore
 from server.keys.ring import KeyRing
+from server.methods.registry import Registry
 from server.opening import close_all, open_jobs, open_ring
 from server.settings import Settings
-from server.supervisor import Supervisor
 from server.watch import Watch
-from server.watchdog import Watchdog
 
 if TYPE_CHECKING:  # its packages are an extra's
     from server.grpc_front.front import GrpcFront
@@ -41,88 +38,102 @@ if TYPE_CHECKING:  # its packages are an extra's
 log = logging.getLogger(__name__)
 
 
+class AskedRoom(Protocol):
+    """What a server asks of the engine room behind it: `server.engine_room.EngineRoom` or `server.split.FarRoom`."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it will answer nothing any more, so that nobody need wait for it."""
+
+    async def warm_up(self) -> None:
+        """Before the first request is accepted."""
+
+    def start(self) -> None: ...
+    async def drain(self, timeout_s: float) -> None: ...
+    async def stop(self) -> None: ...
+
+
+AnyRoom = TypeVar("AnyRoom", bound=AskedRoom)
+
+
 @dataclass
-class Server:
-    """Everything a serving process holds. `running` brings it up and takes it down."""
+class Server(Generic[AnyRoom]):
+    """Everything that a process which speaks HTTP holds. `running` brings it up and takes it down."""
 
     settings: Settings
+    room: AnyRoom
     app: FastAPI
-    engine: Engine
-    residency: Residency
-    batcher: Batcher
     store: Store
     jobs: JobStore
     ring: KeyRing
-    workers: Supervisor
-    watch: Watch
+    watch: Watch | None
     grpc: GrpcFront | None
-    watchdog: Watchdog
-    pools: tuple[ThreadPoolExecutor, ...]
+    decoding: ThreadPoolExecutor
     _drain: asyncio.Future[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Warm the engine, start the workers; afterwards drain the queue, stop the workers, close the stores."""
-        await asyncio.to_thread(self._warm_up)
+        """Warm the engine room up and start it; afterwards drain the queue, stop the room, close the stores."""
+        await self.room.warm_up()
         if self.grpc is not None:
             log.info("gRPC on port %d", await self.grpc.start())
-        self.workers.start()
-        self.watch.start()
-        self.watchdog.start()
+        self.room.start()
+        if self.watch is not None:
+            self.watch.start()
         try:
             yield
         finally:
             if self.grpc is not None:
-                await self.grpc.stop(0.0 if self.watchdog.lost else self.settings.drain_timeout_s)
-            await self.batcher.drain(0.0 if self.watchdog.lost else self.settings.drain_timeout_s)
-            await self.workers.stop()
-            await self.watch.stop()
-            await self.watchdog.stop()
-            for pool in self.pools:
-                pool.shutdown(wait=False, cancel_futures=True)
+                await self.grpc.stop(self._grace_s())
+            await self.room.drain(self._grace_s())
+            await self.room.stop()
+            if self.watch is not None:
+                await self.watch.stop()
+            self.decoding.shutdown(wait=False, cancel_futures=True)
             await close_all(self.store, self.jobs, self.ring)
 
     def leave(self) -> None:
         """Somebody asked the process to end: from now on nothing new is begun, and who waits is answered or told."""
         self.app.state.leaving = True
-        self._drain = asyncio.ensure_future(self.batcher.drain(self.settings.drain_timeout_s))
+        self._drain = asyncio.ensure_future(self.room.drain(self.settings.drain_timeout_s))
 
-    def _warm_up(self) -> None:
-        """One forward before the first request pays for lazy set-up."""
-        see_nothing(self.engine)
+    def _grace_s(self) -> float:
+        return 0.0 if self.room.lost else self.settings.drain_timeout_s
 
 
-def build_server(settings: Settings) -> Server:
+def build_before(
+    room: AnyRoom,
+    side: EngineSide,
+    settings: Settings,
+    *,
+    ring: KeyRing,
+    registry: Registry,
+    bundles: Store,
+    store: Store,
+    first: bool = True,
+) -> Server[AnyRoom]:
+    """`store` is a cache over `bundles`. `first`: of several, the one that does what one alone must do (gRPC's port,
+    looking at the stores)."""
+    jobs = open_jobs(settings)
+    services, decoding = build_services(settings, side, registry=registry, store=store, jobs=jobs)
+    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
+    grpc = build_grpc(services, ring) if first else None
+    return Server(settings, room, app, store, jobs, ring, watch, grpc, decoding)
+
+
+def build_server(settings: Settings) -> Server[EngineRoom]:
     """Raises UnsafeBind before anything that takes time."""
     if len(settings.engine_devices) > 1:
         raise ValueError("LENSRACK_DEVICES: several devices need front ends before them: LENSRACK_FRONTS, got 0")
     ring = open_ring(settings)
     require_safe_bind(settings, locked=ring.locked)
     room = build_engine_room(settings, ring)
-    workers, watchdog = room.workers, room.watchdog
-    jobs = open_jobs(settings)
-    services, decoding = build_services(
-        settings,
+    side = EngineSide(
         room.facts,
-        registry=room.registry,
-        pair=Pair(room.residency, room.batcher, partial(look, room.engine), room.occupied),
-        store=room.store,
-        jobs=jobs,
-        ready=lambda: readiness(room.facts, settings, watchdog.trouble, len(workers.pids)),
-    )
-    app, watch = create_app(services, ring), Watch(room.bundles, jobs, settings.watch_s)
-    return Server(
-        settings,
-        app,
-        room.engine,
         room.residency,
         room.batcher,
-        room.store,
-        jobs,
-        ring,
-        workers,
-        watch,
-        build_grpc(services, ring),
-        watchdog,
-        (room.loading, decoding),
+        look=partial(look, room.engine),
+        rack=room.occupied,
+        ready=lambda: readiness(room.facts, settings, room.watchdog.trouble, len(room.workers.pids)),
     )
+    return build_before(room, side, settings, ring=ring, registry=room.registry, bundles=room.bundles, store=room.store)

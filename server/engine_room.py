@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -35,7 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class EngineRoom:
-    """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP."""
+    """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP.
+
+    `warm_up`, `start`, whatever is asked of it, `drain`, `stop`.
+    """
 
     settings: Settings
     facts: Facts
@@ -49,6 +53,27 @@ class EngineRoom:
     watchdog: Watchdog
     workers: Supervisor
     loading: ThreadPoolExecutor
+
+    @property
+    def lost(self) -> bool:
+        return self.watchdog.lost
+
+    async def warm_up(self) -> None:
+        """One forward before the first request pays for lazy set-up."""
+        await asyncio.to_thread(see_nothing, self.engine)
+
+    def start(self) -> None:
+        self.workers.start()
+        self.watchdog.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        await self.batcher.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """After a drain. Its store stays open: whoever opened others closes all of them at once."""
+        await self.workers.stop()
+        await self.watchdog.stop()
+        self.loading.shutdown(wait=False, cancel_futures=True)
 
     async def occupied(self) -> wire.Rack:
         """What `GET /rack` says of the device."""
@@ -78,12 +103,8 @@ class EngineRoom:
 
 def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> EngineRoom:
     """The engine of a `number`, from 0; the first of several does what one alone must do. Raises ValueError."""
-    first, devices = number == 0, settings.engine_devices
-    threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
-    backbone = load_backbone(settings, threads, devices[number])
-    if not backbone.spec.trained:
-        log.warning(UNTRAINED_NOTE)
-    log.info("backbone %s, fingerprint %s…", backbone.spec.arch, backbone.spec.fingerprint[:12])
+    first = number == 0
+    backbone = _own_backbone(settings, number)
     registry = Registry.installed()
     bundles = open_store(settings.store_url)
     if first and settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
@@ -130,6 +151,17 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         workers,
         loading,
     )
+
+
+def _own_backbone(settings: Settings, number: int) -> Backbone:
+    """One core is left to the event loop."""
+    devices = settings.engine_devices
+    threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
+    backbone = load_backbone(settings, threads, devices[number])
+    if not backbone.spec.trained:
+        log.warning(UNTRAINED_NOTE)
+    log.info("backbone %s, fingerprint %s…", backbone.spec.arch, backbone.spec.fingerprint[:12])
+    return backbone
 
 
 def record_graphs(settings: Settings, backbone: Backbone, rack: Rack) -> Graphs | None:

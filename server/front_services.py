@@ -28,31 +28,27 @@ if TYPE_CHECKING:  # its packages are an extra's
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The engine's side as HTTP sees it, in this process or in another; `look` and `rack` go with it."""
+class EngineSide:
+    """The engine's side as HTTP sees it, in this process or in another; `look`, `rack` and `ready` go with it."""
 
+    facts: Facts
     residency: api.Residency
     batcher: Queue
     look: api.Look
     rack: Callable[[], Awaitable[wire.Rack]]
+    ready: Callable[[], wire.Ready]
 
 
 def build_services(
-    settings: Settings,
-    facts: Facts,
-    *,
-    registry: Registry,
-    pair: Pair,
-    store: Store,
-    jobs: JobStore,
-    ready: Callable[[], wire.Ready],
+    settings: Settings, side: EngineSide, *, registry: Registry, store: Store, jobs: JobStore
 ) -> tuple[Services, ThreadPoolExecutor]:
     """All that routes call, and the threads that decode."""
+    facts = side.facts
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     predictor = Predictor(
         store,
-        pair.residency,
-        pair.batcher,
+        side.residency,
+        side.batcher,
         decoding,
         limits=Limits(
             settings.max_images,
@@ -67,16 +63,16 @@ def build_services(
     services = Services(
         settings=settings,
         predictor=predictor,
-        batcher=pair.batcher,
-        residency=pair.residency,
+        batcher=side.batcher,
+        residency=side.residency,
         store=store,
         jobs=jobs,
         datasets=open_datasets(settings),
         uploads=open_uploads(settings),
         feedback=open_feedback(settings),
-        ready=ready,
-        rack=pair.rack,
-        look=pair.look,
+        ready=side.ready,
+        rack=side.rack,
+        look=side.look,
         methods=registry.meanings,
         baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
         check_bundle=lambda bundle: registry.check(bundle, facts.spec),

@@ -33,7 +33,7 @@ KEEP_ALIVE_S = 75  # longer than clients and proxies keep a silent connection (h
 
 
 class Served(Protocol):
-    """What is served: `server.bootstrap.Server` or `server.split.FrontEnd`."""
+    """What is served: a `server.bootstrap.Server`, whole or a front end."""
 
     settings: Settings
     app: FastAPI

@@ -1,10 +1,9 @@
 """A server in several processes: engines that compute, and front ends before them. Their concrete parts, wired.
 
     EngineProcess   store · backbone · rack · residency · engine · batcher · watchdog · workers · desk
-    FrontEnd        store · jobs · keys · lines ─► remote residency and batcher · predictor · api
+    FarRoom         lines to engines ─► remote residency and batcher          what a front end has before it instead
 
-Whoever forks them is `server.house`. What both have in common with a whole server (`server.bootstrap`)
-is in `server.engine_room` and `server.front_services`.
+Whoever forks them is `server.house`. A front end is a `server.bootstrap.Server` before such a room.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,20 +21,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from fastapi import FastAPI
 
 from lensrack import wire
-from prompts_store import CachedStore, Store, open_store
+from prompts_store import CachedStore, open_store
 from server import ledger, metrics
-from server.api.app import create_app
 from server.batching.shares import room_for
+from server.bootstrap import Server, build_before
 from server.engine import attention
-from server.engine_room import EngineRoom, build_engine_room, see_nothing
+from server.engine_room import EngineRoom, build_engine_room
 from server.errors import ServiceError
 from server.facts import Facts
-from server.front_services import Pair, build_grpc, build_services, readiness
-from server.jobs.store import JobStore
-from server.keys.ring import KeyRing
+from server.front_services import EngineSide, readiness
 from server.ledger import Ledger
 from server.link.desk import Desk, Room
 from server.link.engines import Engines, FarEngine, SpreadBatcher, SpreadResidency
@@ -44,13 +39,12 @@ from server.link.line import Line
 from server.link.pixels import Slots
 from server.link.remote import Named, RemoteBatcher, RemoteResidency, take_over_tasks
 from server.methods.registry import Registry
-from server.opening import close_all, open_jobs, open_ring
+from server.opening import close_all, open_ring
 from server.settings import Settings
-from server.watch import Watch
 from server.watchdog import EXIT_CODE
 
 if TYPE_CHECKING:
-    from server.grpc_front.front import GrpcFront
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -81,23 +75,20 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._leaving.set)
         room.watchdog.on_lost = self._leaving.set
-        await asyncio.to_thread(see_nothing, room.engine)
+        await room.warm_up()
         await self._desk.start()
-        room.workers.start()
-        room.watchdog.start()
+        room.start()
         others = [asyncio.create_task(work) for work in (self._ledger.keep_writing(), self._keep_weights())]
         ready(room.facts.as_json())
         await self._leaving.wait()
-        await room.batcher.drain(0.0 if room.watchdog.lost else grace_s)
+        await room.drain(0.0 if room.lost else grace_s)
         await self._desk.stop()
         for task in others:
             task.cancel()
-        await room.workers.stop()
-        await room.watchdog.stop()
-        room.loading.shutdown(wait=False, cancel_futures=True)
+        await room.stop()
         await close_all(room.store, self._ring)
         self._ledger.write()
-        return EXIT_CODE if room.watchdog.lost else 0
+        return EXIT_CODE if room.lost else 0
 
     async def _keep_weights(self) -> None:
         """Tenants' shares are their keys', which nobody here asks for otherwise."""
@@ -164,83 +155,72 @@ def _looked(told: Mapping[str, Any]) -> Any:
 
 
 @dataclass
-class FrontEnd:
-    """What a process that speaks HTTP holds. `running` brings it up and takes it down, as a whole server's does."""
+class FarRoom:
+    """Engine rooms in other processes, as a front end has them: lines to them, and a ledger of its own counts."""
 
-    settings: Settings
-    app: FastAPI
     engines: Engines
     batcher: RemoteBatcher | SpreadBatcher
-    store: Store
-    jobs: JobStore
-    ring: KeyRing
-    watch: Watch | None
-    grpc: GrpcFront | None
-    decoding: ThreadPoolExecutor
     ledger: Ledger
-    _drain: asyncio.Future[None] | None = None
+    _writing: asyncio.Task[None] | None = None
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    @property
+    def lost(self) -> bool:
+        """Never: an engine that has ended is forked anew."""
+        return False
+
+    async def warm_up(self) -> None:
+        """An engine that is away is told of; one that is there is not to be missed."""
         for engine in self.engines.all:
             engine.line.start()
-        with suppress(TimeoutError):  # an engine that is away is told of; one that is there is not to be missed
+        with suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_S):
                 await asyncio.gather(*(engine.line.connected() for engine in self.engines.all))
-        writing = asyncio.create_task(self.ledger.keep_writing())
-        if self.grpc is not None:
-            log.info("gRPC on port %d", await self.grpc.start())
-        if self.watch is not None:
-            self.watch.start()
-        try:
-            yield
-        finally:
-            if self.grpc is not None:
-                await self.grpc.stop(self.settings.drain_timeout_s)
-            await self.batcher.drain(self.settings.drain_timeout_s)
-            for engine in self.engines.all:
-                await engine.line.stop()
-            if self.watch is not None:
-                await self.watch.stop()
-            writing.cancel()
-            self.decoding.shutdown(wait=False, cancel_futures=True)
-            await close_all(self.store, self.jobs, self.ring)
-            self.ledger.write()
 
-    def leave(self) -> None:
-        """From now on nothing new is begun, and who waits is answered or told."""
-        self.app.state.leaving = True
-        self._drain = asyncio.ensure_future(self.batcher.drain(self.settings.drain_timeout_s))
+    def start(self) -> None:
+        self._writing = asyncio.create_task(self.ledger.keep_writing())
+
+    async def drain(self, timeout_s: float) -> None:
+        await self.batcher.drain(timeout_s)
+
+    async def stop(self) -> None:
+        for engine in self.engines.all:
+            await engine.line.stop()
+        if self._writing is not None:
+            self._writing.cancel()
+        self.ledger.write()
 
 
-def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> FrontEnd:
-    """`first`: of several, the one that does what one alone must do (gRPC's port, looking at the stores)."""
+def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> Server[FarRoom]:
+    """`first`: see `server.bootstrap.build_before`."""
     torch.set_num_threads(1)
-    ring, registry = open_ring(settings), Registry.installed()
-    bundles = open_store(settings.store_url)
-    store, jobs = CachedStore(bundles, max_bytes=settings.cache_bytes), open_jobs(settings)
+    ring, bundles = open_ring(settings), open_store(settings.store_url)
     engines = _far_engines(settings, facts, folder)
     residency, batcher = _pair(engines)
-
-    def ready() -> wire.Ready:
-        workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
-        away = [] if len(engines.all) == 1 else engines.troubles
-        return readiness(facts, settings, engines.trouble, workers, away)
-
-    services, decoding = build_services(
-        settings,
-        facts,
-        registry=registry,
-        pair=Pair(residency, batcher, Named(LOOK, _looked), engines.rack),
-        store=store,
-        jobs=jobs,
-        ready=ready,
-    )
     metrics.shown, metrics.brought_up_to_date = ledger.shown(own), partial(_counted, engines)
     metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
-    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
-    grpc = build_grpc(services, ring) if first else None
-    return FrontEnd(settings, app, engines, batcher, store, jobs, ring, watch, grpc, decoding, own)
+    return build_before(
+        FarRoom(engines, batcher, own),
+        EngineSide(
+            facts,
+            residency,
+            batcher,
+            look=Named(LOOK, _looked),
+            rack=engines.rack,
+            ready=partial(_ready, engines, facts, settings),
+        ),
+        settings,
+        ring=ring,
+        registry=Registry.installed(),
+        bundles=bundles,
+        store=CachedStore(bundles, max_bytes=settings.cache_bytes),
+        first=first,
+    )
+
+
+def _ready(engines: Engines, facts: Facts, settings: Settings) -> wire.Ready:
+    workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
+    away = [] if len(engines.all) == 1 else engines.troubles
+    return readiness(facts, settings, engines.trouble, workers, away)
 
 
 async def _counted(engines: Engines) -> None:

@@ -62,7 +62,7 @@ class Site:
     told: Counter[tuple[int, str]] = field(default_factory=Counter)
 
     def furnish(self) -> None:
-        backbone, registry = self.server.engine.backbone, Registry.installed()
+        backbone, registry = self.server.room.engine.backbone, Registry.installed()
         for number in range(TASKS):
             method = list(METHODS)[number % len(METHODS)]
             own = [self._bundle(f"task-{number}", method, 10 * number + one, registry) for one in range(VERSIONS)]
@@ -73,7 +73,7 @@ class Site:
                     self.truth[bundle.version, place] = self._literal(bundle, params, data, backbone)
 
     def _bundle(self, task: str, method: str, seed: int, registry: Registry) -> Bundle:
-        backbone = self.server.engine.backbone
+        backbone = self.server.room.engine.backbone
         spec, lengths, classes = backbone.spec, METHODS[method], 3 + seed % 4
         generator = torch.Generator().manual_seed(seed)
         params = registry.get(method).init(spec, lengths, classes, generator)
@@ -165,7 +165,7 @@ class Site:
 
     @property
     def left(self) -> dict[str, int]:
-        batcher, residency = self.server.batcher, self.server.residency
+        batcher, residency = self.server.room.batcher, self.server.room.residency
         return {
             "rows": len(batcher), "promises": len(batcher._promised), "inside": len(batcher._inside),
             "loads": sum(not entry.ready.done() for entry in residency._entries.values()),
@@ -205,13 +205,13 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         print(dict(place.told))
         answered = place.told[200, ""]
         assert answered > CLIENTS * QUESTIONS // 3, "hardly anything was asked of what is there"
-        assert place.server.residency.counts.evictions > 0, "the rack was never full"
+        assert place.server.room.residency.counts.evictions > 0, "the rack was never full"
         await until(lambda: not any(place.left.values()), f"something is left: {place.left}")
-        place.server.residency.check_integrity()
-        place.server.batcher.check_integrity()
-        for occupant in place.server.residency.occupants():
-            await place.server.residency.unload(occupant.seat.task, occupant.seat.version)
-        rack = place.server.engine.rack
+        place.server.room.residency.check_integrity()
+        place.server.room.batcher.check_integrity()
+        for occupant in place.server.room.residency.occupants():
+            await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
+        rack = place.server.room.engine.rack
         assert (rack.used_slots, rack.used_vectors) == (0, 0)
         rack.check_integrity()
 

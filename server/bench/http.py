@@ -33,7 +33,7 @@ from server.bench import http_report, http_targets, made_tasks
 from server.bench.figures import machine
 from server.bench.http_targets import Target
 from server.bench.load_generator import Seen, generate
-from server.bench.process_tree import cpu_s, memory_mib
+from server.bench.process_tree import Memory, cpu_s, memory
 from server.engine.packed import can_pack
 from server.settings import Settings
 
@@ -68,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _all(folder, store, options) as targets:
             bench = Bench(targets, tasks, options)
             closed, opened = bench.rounds()
-        memory = dict(bench.memory)
+        taken = dict(bench.memory)
         copies = http_targets.copies(sys.executable, store) if options.copies else None
     report = {
         "benchmark": "http",
         "machine": machine(),
         "backbone": Settings().backbone,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        **http_report.report(closed, opened, memory, copies, options),
+        **http_report.report(closed, opened, taken, copies, options),
     }
     print(http_report.tables(report))
     if options.json is not None:
@@ -134,7 +134,7 @@ class Bench:
 
     def __init__(self, targets: Sequence[Target], tasks: Sequence[str], options: argparse.Namespace) -> None:
         self._targets, self._tasks, self._options = targets, tasks, options
-        self.memory = dict.fromkeys((target.name for target in targets), 0.0)
+        self.memory = dict.fromkeys((target.name for target in targets), Memory(0, 0))
 
     def rounds(self) -> tuple[Found, Found]:
         options, closed, opened = self._options, Found(), Found()
@@ -165,7 +165,7 @@ class Bench:
         before = cpu_s(target.pid)
         seen = generate(plan)
         found.setdefault(target.name, Turns()).add(seen, cpu_s(target.pid) - before)
-        self.memory[target.name] = max(self.memory[target.name], memory_mib(target.pid))
+        self.memory[target.name] = max(self.memory[target.name], memory(target.pid))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

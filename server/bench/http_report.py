@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .figures import latencies
+from .http_targets import Copies
+from .process_tree import Memory
 from .svg import LINES, as_svg, style
 
 if TYPE_CHECKING:
     from .http import Found, Turns
 
 PEER, OWN_MODELS = "LitServe, by task", "LitServe, a copy a task"
+ONE_COPY, COPIES = "one copy of the model, no server", "{} copies of the model, no server"
 
 
 def report(
     closed: Found,
     opened: Found,
-    memory: Mapping[str, float],
-    copies: Mapping[str, float] | None,
+    memory: Mapping[str, Memory],
+    copies: Copies | None,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Of each server: medians of the rounds; ratios are the medians of each round's own, to the LitServe app that sorts
@@ -28,8 +31,8 @@ def report(
     return {
         "closed": {kind: _by_server(found, options) for kind, found in closed.items()},
         "open": {rate: _by_server(found, options) for rate, found in opened.items()},
-        "memory_mib": dict(memory),
-        "copies": None if copies is None else dict(copies),
+        "memory_mib": {name: taken._asdict() for name, taken in _with_copies(memory, copies).items()},
+        "copies": None if copies is None else copies.tasks,
     }
 
 
@@ -86,17 +89,24 @@ def _open(found: Mapping[str, Any], rate: str, options: Mapping[str, Any]) -> st
     return "\n".join(lines)
 
 
+def _with_copies(memory: Mapping[str, Memory], copies: Copies | None) -> dict[str, Memory]:
+    if copies is None:
+        return dict(memory)
+    return {**memory, ONE_COPY: copies.first, COPIES.format(copies.tasks): copies.every}
+
+
 def _memory(found: Mapping[str, Any]) -> str:
-    """A column of shares for each of those with a copy for every task, a server and a process without one, if there."""
-    rows, copies, tasks = {**found["memory_mib"]}, found["copies"], found["options"]["tasks"]
-    wholes = {f"of a server with {tasks} copies": rows[OWN_MODELS]} if OWN_MODELS in rows else {}
-    if copies is not None:
-        rows["one copy of the model, no server"] = copies["first_mib"]
-        rows[f"{copies['copies']} copies of the model, no server"] = copies["all_mib"]
-        wholes[f"of {copies['copies']} copies, no server"] = copies["all_mib"]
-    lines = [f"| | {' | '.join(['MiB', *wholes])} |", "|---" * (2 + len(wholes)) + "|"]
-    for name, mib in rows.items():
-        lines.append(f"| {' | '.join([name, f'{mib:,.0f}', *(f'{mib / whole:.2f}' for whole in wholes.values())])} |")
+    """In all and own, each with a column of shares for those with a copy for every task, a server and a process without
+    one, if they are there."""
+    rows, tasks = found["memory_mib"], found["options"]["tasks"]
+    wholes = {f"of a server with {tasks} copies": OWN_MODELS, f"of {tasks} copies, no server": COPIES.format(tasks)}
+    wholes = {head: name for head, name in wholes.items() if name in rows}
+    lines = [f"| | {' | '.join(['MiB', *wholes, 'own MiB', *wholes])} |", "|---" * (3 + 2 * len(wholes)) + "|"]
+    for name, taken in rows.items():
+        cells = [name]
+        for kind in ("held", "own"):
+            cells += [f"{taken[kind]:,.0f}", *(f"{taken[kind] / rows[whole][kind]:.2f}" for whole in wholes.values())]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

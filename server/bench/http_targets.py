@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,6 +21,7 @@ from server.settings import Settings
 from .load_generator import Plan
 from .own_server import ROOT, START_S, environment, own_server
 from .peer_process import stop, wait_until_well
+from .process_tree import Memory
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,27 @@ def litserve(how: LitServe, folder: Path, store: str, *, own_models: bool = Fals
         yield Target(name, pid, port, "/predict", str(folder / "{task}.json"), "application/json")
 
 
-def copies(python: str, store: str) -> dict[str, float]:
-    """Memory of a process with a model for one task, and of one with a model for every task of the store."""
-    one, every = (_copies(python, store, tasks) for tasks in (1, 0))
-    return {"copies": every["copies"], "first_mib": one["mib"], "all_mib": every["mib"]}
+class Copies(NamedTuple):
+    """Of a process with a model for one task, and of one with a model for each of so many `tasks`."""
+
+    tasks: int
+    first: Memory
+    every: Memory
 
 
-def _copies(python: str, store: str, tasks: int) -> dict[str, float]:
+def copies(python: str, store: str) -> Copies:
+    """Without a server around them."""
+    (_, first), (count, every) = (_copies(python, store, tasks) for tasks in (1, 0))
+    return Copies(count, first, every)
+
+
+def _copies(python: str, store: str, tasks: int) -> tuple[int, Memory]:
     command = _command(python, "copies", store, ("--tasks", str(tasks)))
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the copies could not be made:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    found = json.loads(done.stdout.splitlines()[-1])
+    return int(found.pop("copies")), Memory(**found)
 
 
 def _command(python: str, kind: str, store: str, more: Sequence[str]) -> list[str]:

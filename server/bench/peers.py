@@ -158,13 +158,13 @@ def fastapi(options: argparse.Namespace) -> None:
 
 def copies(options: argparse.Namespace) -> None:
     """What a model for each task takes without a server around it, once all have answered."""
-    from server.bench.process_tree import memory_mib
+    from server.bench.process_tree import memory
 
     model = OwnModels(options)
     picture = torch.zeros(3, model.image_size, model.image_size, dtype=model.dtype)
     for task in model.tasks:
         model.answer(task, [picture])
-    print(json.dumps({"copies": len(model.tasks), "mib": memory_mib(os.getpid())}), flush=True)
+    print(json.dumps({"copies": len(model.tasks), **memory(os.getpid())._asdict()}), flush=True)
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,13 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MIB = 2**20
 PAGE = mmap.PAGESIZE
+IN_MEMORY = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV")  # what maps calls shared memory
 ENTRY = 8  # bytes of a page's entry in pagemap
 MAPPED_IN = np.uint64(1 << 63 | 1 << 61)  # it is in memory, and a page of a file or of shared memory
 
@@ -30,9 +31,16 @@ def cpu_s(pid: int) -> float:
     return float(sum(sum(each.cpu_times()[:4]) for each in _tree(pid)))
 
 
-def memory_mib(pid: int) -> float:
-    """The tree's own pages, those that its processes share once; and every page of a file or of shared memory that any
-    of them has mapped in, once. Who else has it mapped in changes nothing. Linux only."""
+class Memory(NamedTuple):
+    """Of a tree, in MiB: `held` in all; `own`, of that, what is in no file, so that the kernel cannot drop it."""
+
+    held: float
+    own: float
+
+
+def memory(pid: int) -> Memory:
+    """The tree's own pages, those that its processes share once; and every page of a file that any of them has mapped
+    in, once. Who else has it mapped in changes nothing. Linux only."""
     own_bytes, files = 0, defaultdict[str, list[NDArray[np.int64]]](list)
     for each in _tree(pid):
         gone = () if each.pid == pid else (FileNotFoundError, ProcessLookupError)  # a child may end meanwhile
@@ -40,8 +48,13 @@ def memory_mib(pid: int) -> float:
             own_bytes += _own_bytes(each.pid)
             for file, pages in _mapped(each.pid):
                 files[file].append(pages)
-    once = sum(len(np.unique(np.concatenate(found))) for found in files.values())
-    return float(round((own_bytes + once * PAGE) / MIB, 1))
+    once = {file: len(np.unique(np.concatenate(found))) * PAGE for file, found in files.items()}
+    shared = sum(size for file, size in once.items() if file.startswith(IN_MEMORY))
+    return Memory(round((own_bytes + sum(once.values())) / MIB, 1), round((own_bytes + shared) / MIB, 1))
+
+
+def memory_mib(pid: int) -> float:
+    return memory(pid).held
 
 
 def _own_bytes(pid: int) -> int:
@@ -53,15 +66,18 @@ def _own_bytes(pid: int) -> int:
 
 
 def _mapped(pid: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """By device and inode, the places in the file, in pages, of what the process has mapped in of it."""
+    """By path, device and inode, the places in the file, in pages, of what the process has mapped in of it."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as table:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, _, offset, device, inode, *_ = line.split(maxsplit=5)
+            span, _, offset, device, inode, *path = line.split(maxsplit=5)
             if inode != "0":  # of a file or of shared memory
                 start, end = (int(address, 16) // PAGE for address in span.split("-"))
                 table.seek(start * ENTRY)
                 entries = np.frombuffer(table.read((end - start) * ENTRY), np.uint64)
-                yield f"{device} {inode}", np.flatnonzero(entries & MAPPED_IN == MAPPED_IN) + int(offset, 16) // PAGE
+                yield (
+                    f"{path[0]} {device} {inode}",
+                    np.flatnonzero(entries & MAPPED_IN == MAPPED_IN) + int(offset, 16) // PAGE,
+                )
 
 
 def rss_mib() -> float:

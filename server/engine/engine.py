@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -36,18 +37,26 @@ Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean a
 Row = tuple[int, Seat]  # a picture's number, and whose answer is wanted
 Trunk = Callable[[Sequence[Row], Crossing], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
 Item = TypeVar("Item")
-CACHED_BYTES = 10 * 2**20  # found by trying 4 to 32 rows of ViT-Ti and ViT-B, in float32 and bfloat16
-LEAST_AT_ONCE = 8
+CACHED_BYTES = 2.5 * 2**20  # found by trying 1 to 32 rows of ViT-Ti and ViT-B, in float32 and bfloat16, on one thread
+LEAST_AT_ONCE = 4
 SHARED = "shared"  # the lane of the trunk that readers read, and of head-only rows beside them
 
 
 def _at_once(backbone: Backbone) -> int:
     """The most rows that go through the blocks together: any number on a device that is the faster the more there are;
-    on a CPU, which is not, as many as whose widest activations stay in its cache."""
+    on a CPU, which is not, for each thread as many as whose widest activations stay in its cache. Few also mean few
+    shapes, for each of which oneDNN keeps code: 6 MiB a shape."""
     if backbone.device.type != "cpu":
         return sys.maxsize
     row = backbone.spec.tokens * backbone.spec.hidden * backbone.dtype.itemsize
-    return max(LEAST_AT_ONCE, CACHED_BYTES // row)
+    return torch.get_num_threads() * max(LEAST_AT_ONCE, int(CACHED_BYTES // row))
+
+
+def _parts(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
+    """In order, as evenly as can be, none with more than `most`."""
+    parts = -(-len(items) // most)
+    ends = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[start:end] for start, end in pairwise(ends)]
 
 
 class Engine:
@@ -125,10 +134,7 @@ class Engine:
         if len(rows) <= self._at_once or any(self.rack.reads(seat.place) for _, seat in rows):
             return self._through_lanes(x, rows, crossing)  # a trunk that is read is computed once for all its readers
         order = [row for members in self._by_lane(rows, None).values() for row in members]
-        parts = [
-            self._through_lanes(x, [rows[row] for row in order[at : at + self._at_once]], crossing)
-            for at in range(0, len(order), self._at_once)
-        ]
+        parts = [self._through_lanes(x, [rows[row] for row in part], crossing) for part in _parts(order, self._at_once)]
         return torch.cat(parts)[crossing.send(np.argsort(order))]
 
     def _by_lane(self, rows: Sequence[Row], trunk: _Trunk | None) -> dict[Hashable, list[int]]:
@@ -183,7 +189,11 @@ class Engine:
                 raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
 
     def _embed(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
-        """→ [n, N, D]"""
+        """→ [n, N, D], as many pictures at a time as rows go through the blocks: in float32 they take much memory."""
+        found = [self._embed_part(part, crossing) for part in _parts(pictures, self._at_once)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _embed_part(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
         sent = [at for at, (pixels, _, _) in enumerate(pictures) if pixels.dtype == np.float32]
         own = self._mixed(pictures, sent, crossing) if sent else self._normalised(pictures, crossing)
         return vit.embed(self.backbone, own)

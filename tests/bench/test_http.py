@@ -15,7 +15,9 @@ from threading import Thread
 import pytest
 
 from server.bench import http, http_report, made_tasks
+from server.bench.http_targets import Copies
 from server.bench.load_generator import Answer, Plan, Seen, generate
+from server.bench.process_tree import Memory
 from server.settings import Settings
 from tests.e2e.server_process import environment
 
@@ -115,7 +117,7 @@ def test_ratios_are_medians_of_rounds_against_the_peer() -> None:
     found = {"uniform": {"lensrack": turns(1, 9, 3, latency=10), "LitServe, by task": turns(2, 3, 6, latency=400),
                          "LitServe, a copy a task": turns(4, 6, 12, latency=400)}}  # fmt: skip
     options = argparse.Namespace(objective=250.0)
-    report = http_report.report(found, {"4": found["uniform"]}, {"lensrack": 5.0}, None, options)
+    report = http_report.report(found, {"4": found["uniform"]}, {"lensrack": Memory(5, 4)}, None, options)
     ours, peer, copied = report["closed"]["uniform"].values()
     assert (ours["cpu_ms"], ours["ratio"], peer["ratio"], copied["ratio"]) == (3, 0.5, 1, 2)
     assert (ours["within_objective"], peer["within_objective"]) == (0.8, 0)
@@ -125,25 +127,33 @@ def test_ratios_are_medians_of_rounds_against_the_peer() -> None:
     assert "| LitServe, by task | 400.0 | 400.0 | 400.0 | 0.0% | 12 of 15 |" in told
 
 
+COPIES = Copies(8, first=Memory(200, 100), every=Memory(1000, 800))
+
+
 def test_memory_is_held_against_a_server_and_a_process_with_copies() -> None:
-    memory = {"lensrack, float32": 300.0, "LitServe, by task": 500.0, "LitServe, a copy a task": 1200.0}
-    copies = {"copies": 8, "first_mib": 200.0, "all_mib": 1000.0}
-    told = memory_table(memory, copies)
-    assert told[0] == "| | MiB | of a server with 8 copies | of 8 copies, no server |"
-    assert "| lensrack, float32 | 300 | 0.25 | 0.30 |" in told
-    assert "| LitServe, a copy a task | 1,200 | 1.00 | 1.20 |" in told
-    assert "| one copy of the model, no server | 200 | 0.17 | 0.20 |" in told
-    assert "| 8 copies of the model, no server | 1,000 | 0.83 | 1.00 |" in told
+    memory = {
+        "lensrack, float32": Memory(300, 250),
+        "LitServe, by task": Memory(500, 300),
+        "LitServe, a copy a task": Memory(1200, 1000),
+    }
+    told = memory_table(memory, COPIES)
+    shares = "of a server with 8 copies | of 8 copies, no server"
+    assert told[0] == f"| | MiB | {shares} | own MiB | {shares} |"
+    assert "| lensrack, float32 | 300 | 0.25 | 0.30 | 250 | 0.25 | 0.31 |" in told
+    assert "| LitServe, a copy a task | 1,200 | 1.00 | 1.20 | 1,000 | 1.00 | 1.25 |" in told
+    assert "| one copy of the model, no server | 200 | 0.17 | 0.20 | 100 | 0.10 | 0.12 |" in told
+    assert "| 8 copies of the model, no server | 1,000 | 0.83 | 1.00 | 800 | 0.80 | 1.00 |" in told
 
 
 def test_memory_without_copies_has_no_shares() -> None:
-    memory = {"lensrack, float32": 300.0, "FastAPI, a forward each": 250.0}
-    assert memory_table(memory, None)[:3] == ["| | MiB |", "|---|---|", "| lensrack, float32 | 300 |"]
-    [head, *_] = memory_table(memory, {"copies": 8, "first_mib": 200.0, "all_mib": 1000.0})  # and without a peer
-    assert head == "| | MiB | of 8 copies, no server |"
+    memory = {"lensrack, float32": Memory(300, 250), "FastAPI, a forward each": Memory(250, 200)}
+    rows = ["| | MiB | own MiB |", "|---|---|---|", "| lensrack, float32 | 300 | 250 |"]
+    assert memory_table(memory, None)[:3] == rows
+    [head, *_] = memory_table(memory, COPIES)  # and without a peer
+    assert head == "| | MiB | of 8 copies, no server | own MiB | of 8 copies, no server |"
 
 
-def memory_table(memory: dict[str, float], copies: dict[str, float] | None) -> list[str]:
+def memory_table(memory: dict[str, Memory], copies: Copies | None) -> list[str]:
     options = argparse.Namespace(tasks=8, objective=250.0)
     found = {"uniform": {name: turns(1.0, latency=10) for name in memory}}
     report = http_report.report(found, {}, memory, copies, options)

@@ -91,9 +91,10 @@ def test_models_of_their_own_share_no_weight(store: str, threads: int) -> None:
 def test_a_process_grows_by_a_model_for_each_task(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENSRACK_BACKBONE", "untrained")
     found = http_targets.copies(sys.executable, store)
-    assert found["copies"] == len(TASKS)
-    grown = found["all_mib"] - found["first_mib"]
-    assert grown == pytest.approx((len(TASKS) - 1) * MODEL_MIB, abs=MODEL_MIB)
+    assert found.tasks == len(TASKS)
+    for first, every in zip(found.first, found.every, strict=True):  # in all, and own
+        assert every - first == pytest.approx((len(TASKS) - 1) * MODEL_MIB, abs=MODEL_MIB)
+    assert found.first.own < found.first.held
 
 
 @pytest.mark.long

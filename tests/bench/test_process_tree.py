@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.bench.process_tree import MIB, cpu_s, memory_mib
+from server.bench.process_tree import MIB, cpu_s, memory, memory_mib
 
 FILE = OWN = SHARED = 32  # MiB
 READER = """
@@ -60,6 +60,15 @@ def test_what_several_processes_of_a_tree_share_is_counted_once(file: Path) -> N
         resident = sum(each.memory_info().rss for each in processes(process.pid)) / MIB
     assert whole <= found <= whole + 2 * python_mib + 4  # what a child has written since is its own
     assert resident >= 2 * whole  # which both have
+
+
+def test_own_is_what_no_file_holds(file: Path) -> None:
+    with reading(file) as bare:
+        python_mib = memory(bare.pid).own
+    with reading(file, own=OWN, shared=SHARED, fork=True) as process:
+        held, own = memory(process.pid)
+    assert OWN + SHARED <= own <= OWN + SHARED + 2 * python_mib + 4
+    assert held - own >= FILE
 
 
 def test_who_else_has_a_file_mapped_in_changes_nothing(file: Path) -> None:

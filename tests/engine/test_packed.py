@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from server.methods.registry import Registry
 from server.settings import Settings
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"img_size": 64, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 0}
 KINDS = {
     "class token": {},
@@ -372,3 +374,39 @@ def test_the_bench_prints_and_saves_its_table(tmp_path: Path, capsys: pytest.Cap
     for name in (name for times in groups for name in times):
         assert name in shown
     assert all(ms > 0 for times in groups for ms in times.values())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+SHAPES = """
+import ctypes, sys
+if sys.argv[1] == "server":
+    import server.__main__
+import torch
+from server.engine.packed import PackedLinear
+linear = PackedLinear(torch.randn(32, 32), None)
+def held_mib(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def multiply(shapes):
+    with torch.inference_mode():
+        for rows in shapes:
+            linear(torch.zeros(rows, 32))
+multiply(range(1, 300))
+before = held_mib()
+multiply(range(300, 900))
+print(held_mib() - before)
+"""
+
+
+@needs_float32
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="asks Linux's /proc")
+def test_rows_of_ever_other_numbers_take_no_more_memory() -> None:
+    """Lanes of carried tokens make ever new shapes, and oneDNN keeps the code that it has made for each."""
+
+    def grown(how: str) -> float:
+        plain = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+        command = [sys.executable, "-c", SHAPES, how]
+        done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300, check=True)
+        return float(done.stdout)
+
+    assert grown("plain") > 150, "nothing to bound: the test shows nothing"
+    assert grown("server") < 50

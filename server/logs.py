@@ -35,6 +35,7 @@ def start(level: str, format_: Format, stream: TextIO | None = None) -> None:
     out = logging.StreamHandler(stream or sys.stderr)
     out.setFormatter(JsonLines() if format_ == "json" else Lines())
     logging.basicConfig(level=level.upper(), handlers=[out], force=True)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line tells them: not asked for
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

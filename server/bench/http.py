@@ -33,7 +33,7 @@ from server.bench import http_report, http_targets, made_tasks
 from server.bench.figures import machine
 from server.bench.http_targets import Target
 from server.bench.load_generator import Seen, generate
-from server.bench.process_tree import Memory, cpu_s, memory
+from server.bench.process_tree import Memory, cpu_s, memory, paused
 from server.engine.packed import can_pack
 from server.settings import Settings
 
@@ -163,7 +163,8 @@ class Bench:
 
     def _ask(self, target: Target, plan: Any, found: dict[str, Turns]) -> None:
         before = cpu_s(target.pid)
-        seen = generate(plan)
+        with paused(*(other.pid for other in self._targets if other.polls and other is not target)):
+            seen = generate(plan)
         found.setdefault(target.name, Turns()).add(seen, cpu_s(target.pid) - before)
         self.memory[target.name] = max(self.memory[target.name], memory(target.pid))
 

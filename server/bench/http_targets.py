@@ -26,7 +26,9 @@ from .process_tree import Memory
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how it is asked. `pid`: of the process whose tree is charged; `picture`: with `{task}` in it."""
+    """A server and how it is asked. `pid`: of the process whose tree is charged; `picture`: with `{task}` in it;
+    `polls`: it is at work while nobody asks it (LitServe takes 0.6 of a core), and stands still while others are asked.
+    """
 
     name: str
     pid: int
@@ -34,6 +36,7 @@ class Target:
     path: str
     picture: str
     content_type: str
+    polls: bool = False
 
     def plan(self, tasks: Sequence[str], shares: Sequence[float]) -> Plan:
         return Plan(
@@ -87,7 +90,8 @@ def litserve(how: LitServe, folder: Path, store: str, *, own_models: bool = Fals
     more = ["--batch", str(how.batch), "--wait", str(how.wait_s), "--threads", str(how.threads), "--tasks", str(tasks)]
     name = "LitServe, a copy a task" if own_models else "LitServe, by task"
     with _peer(how.python, "litserve", store, [*more, "--own-models"] if own_models else more) as (port, pid):
-        yield Target(name, pid, port, "/predict", str(folder / "{task}.json"), "application/json")
+        picture = str(folder / "{task}.json")
+        yield Target(name, pid, port, "/predict", picture, "application/json", polls=True)
 
 
 class Copies(NamedTuple):

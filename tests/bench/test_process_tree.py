@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.bench.process_tree import MIB, cpu_s, memory, memory_mib
+from server.bench.process_tree import MIB, cpu_s, memory, memory_mib, paused
 
 FILE = OWN = SHARED = 32  # MiB
 READER = """
@@ -106,3 +109,19 @@ def processes(pid: int) -> list[psutil.Process]:
 
 def pss_mib(pid: int) -> float:
     return float(sum(each.memory_full_info().pss for each in processes(pid)) / MIB)
+
+
+def test_a_tree_that_is_paused_takes_no_time_and_goes_on() -> None:
+    spin = "import os; os.fork(); exec('while True: pass')"
+    with subprocess.Popen([sys.executable, "-c", spin], start_new_session=True) as process:
+        try:
+            while len(processes(process.pid)) < 2 or cpu_s(process.pid) < 0.2:
+                time.sleep(0.05)
+            with paused(process.pid):
+                still = cpu_s(process.pid)
+                time.sleep(0.5)
+                assert cpu_s(process.pid) - still < 0.1
+            while cpu_s(process.pid) < still + 0.2:
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import httpx
 
@@ -29,9 +30,16 @@ def wait_until_well(process: subprocess.Popen[bytes], url: str, most_s: float, l
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started: a shell's background job ignores SIGINT, and so do its children."""
+    import psutil  # of the extra `dev`
+
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGINT)
     try:
         process.wait(20)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()

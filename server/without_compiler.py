@@ -8,7 +8,6 @@ until they are called; whoever wants more of the compiler gets the real one at o
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +49,9 @@ class _StandIn(ModuleType):
 
 def _real(name: str) -> ModuleType:
     _dismiss()
-    return importlib.import_module(name)
+    import torch._dynamo.utils  # its parent comes with it
+
+    return sys.modules[name]
 
 
 def _dismiss() -> None:

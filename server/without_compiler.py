@@ -49,7 +49,7 @@ class _StandIn(ModuleType):
 
 def _real(name: str) -> ModuleType:
     _dismiss()
-    import torch._dynamo.utils  # its parent comes with it
+    import torch._dynamo.utils  # noqa: F401 - its parent comes with it
 
     return sys.modules[name]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Before torch, which reads them once. Idle threads must not spin beside a worker's. The code that oneDNN makes for each
-# shape that it multiplies is 0.6 MiB; two caches would keep 1,024 of them, oneDNN's and that of ideep, by which PyTorch
+# shape that it multiplies is large; two caches would keep that of 1,024, oneDNN's and that of ideep, by which PyTorch
 # calls it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

@@ -5,8 +5,8 @@ blocks are a batch's activations, in the engine's thread, and pictures, in those
 peak. In one heap they share their memory, and no request got slower.
 
 What lies free at the heap's end goes back to the system, and large blocks at once; a forward frees its activations and
-takes as much again in the next moment. Its pages then have to be zeroed anew, thousands of them a batch: a twentieth of
-a small model's time. So the heap keeps as much as a batch's activations come to, and gives back what is beyond.
+takes as much again in the next moment. Its pages then have to be zeroed anew, thousands of them a batch, which a
+small model feels. So the heap keeps as much as a batch's activations come to, and gives back what is beyond.
 Source: mallopt(3), M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD.
 """
 

@@ -1,4 +1,4 @@
-"""timm without the compiler behind `torch.compile`, which nothing here uses: its import is a second and 140 MiB.
+"""timm without the compiler behind `torch.compile`, which nothing here uses: its import takes time and much memory.
 
 timm and torchvision each touch `torch._dynamo` once while they are imported: one marks a function as not to be
 compiled, one takes a function that asks whether something can be. While they are, stand-ins answer that put both off

@@ -27,7 +27,7 @@ from .process_tree import Memory
 @dataclass(frozen=True)
 class Target:
     """A server and how it is asked. `pid`: of the process whose tree is charged; `picture`: with `{task}` in it;
-    `polls`: it is at work while nobody asks it (LitServe takes 0.6 of a core), and stands still while others are asked.
+    `polls`: it is at work while nobody asks it, as LitServe is, and stands still while others are asked.
     """
 
     name: str

@@ -53,10 +53,6 @@ def memory(pid: int) -> Memory:
     return Memory(round((own_bytes + sum(once.values())) / MIB, 1), round((own_bytes + shared) / MIB, 1))
 
 
-def memory_mib(pid: int) -> float:
-    return memory(pid).held
-
-
 def _own_bytes(pid: int) -> int:
     """Pages of no file. A fork shares them with its parent, so proportionally: both are of the tree."""
     found = re.search(r"^Pss_Anon: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)

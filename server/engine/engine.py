@@ -45,7 +45,7 @@ SHARED = "shared"  # the lane of the trunk that readers read, and of head-only r
 def _at_once(backbone: Backbone) -> int:
     """The most rows that go through the blocks together: any number on a device that is the faster the more there are;
     on a CPU, which is not, for each thread as many as whose widest activations stay in its cache. Few also mean few
-    shapes, for each of which oneDNN keeps code: 6 MiB for each number of rows."""
+    shapes, for each of which oneDNN keeps code."""
     if backbone.device.type != "cpu":
         return sys.maxsize
     row = backbone.spec.tokens * backbone.spec.hidden * backbone.dtype.itemsize

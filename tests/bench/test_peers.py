@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prompts_store import Bundle, open_store
 from server.bench import http_targets, made_tasks, peers
-from server.bench.process_tree import MIB, memory_mib
+from server.bench.process_tree import MIB, memory
 from server.engine import backbone as engine_backbone
 from server.engine import reference
 
@@ -126,13 +126,13 @@ def test_litserve_with_a_copy_a_task(
         for task in TASKS:
             target.check(task)
         [answer, other] = (asked(target.port, task, pictures[0]) for task in TASKS[:2])
-        all_mib = memory_mib(target.pid)
+        all_mib = memory(target.pid).held
     [expected] = model.answer(TASKS[0], [model.decode(pictures[0].read_bytes())])
     assert scores(answer) == pytest.approx(scores(expected), abs=1e-5)
     assert scores(answer) != pytest.approx(scores(other), abs=1e-2)
     with http_targets.litserve(how, tmp_path, store, own_models=True, tasks=1) as target:
         target.check(TASKS[0])
-        grown = all_mib - memory_mib(target.pid)
+        grown = all_mib - memory(target.pid).held
     assert grown == pytest.approx((len(TASKS) - 1) * MODEL_MIB, abs=2 * MODEL_MIB)
 
 

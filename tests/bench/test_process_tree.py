@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.bench.process_tree import MIB, cpu_s, memory, memory_mib, paused
+from server.bench.process_tree import MIB, cpu_s, memory, paused
 
 FILE = OWN = SHARED = 32  # MiB
 READER = """
@@ -56,10 +56,10 @@ def file(tmp_path: Path) -> Path:
 
 def test_what_several_processes_of_a_tree_share_is_counted_once(file: Path) -> None:
     with reading(file) as bare:
-        python_mib = memory_mib(bare.pid) - FILE
+        python_mib = memory(bare.pid).held - FILE
     whole = FILE + OWN + SHARED
     with reading(file, own=OWN, shared=SHARED, fork=True) as process:
-        found = memory_mib(process.pid)
+        found = memory(process.pid).held
         resident = sum(each.memory_info().rss for each in processes(process.pid)) / MIB
     assert whole <= found <= whole + 2 * python_mib + 4  # what a child has written since is its own
     assert resident >= 2 * whole  # which both have
@@ -76,11 +76,11 @@ def test_own_is_what_no_file_holds(file: Path) -> None:
 
 def test_who_else_has_a_file_mapped_in_changes_nothing(file: Path) -> None:
     with reading(file, own=1) as process:
-        alone, usual = memory_mib(process.pid), pss_mib(process.pid)
+        alone, usual = memory(process.pid).held, pss_mib(process.pid)
         with ExitStack() as stack:
             for _ in range(3):
                 stack.enter_context(reading(file))
-            beside, halved = memory_mib(process.pid), pss_mib(process.pid)
+            beside, halved = memory(process.pid).held, pss_mib(process.pid)
     assert abs(alone - beside) < 0.5
     assert usual - halved > FILE / 2  # of four, each has a fourth
 
@@ -88,7 +88,7 @@ def test_who_else_has_a_file_mapped_in_changes_nothing(file: Path) -> None:
 def test_a_process_alone_takes_what_it_has_resident(file: Path) -> None:
     with reading(file, own=OWN) as process:
         resident = psutil.Process(process.pid).memory_info().rss / MIB
-        assert abs(memory_mib(process.pid) - resident) < 1  # the kernel's counters lag behind by a few pages
+        assert abs(memory(process.pid).held - resident) < 1  # the kernel's counters lag behind by a few pages
 
 
 def test_cpu_time_of_children_that_have_ended_counts() -> None:

@@ -4,51 +4,46 @@ Every row answers the same pictures for the same `vpt_deep` tasks, a picture eac
 neighbours on a busy machine count as little as possible; rows take turns, round after round, and medians are reported
 with their ratio to the plain timm forward of one task. Beside the time stands how far each row's logits are from the
 literal forward in float64: the largest difference, in standard deviations of the logits, and the share of pictures
-whose first label is the same. Steps that are not taken stay in the table, marked so. Nothing is asserted.
+whose first label is the same. Steps that are not taken stay in the table, marked so. A second table lays the final
+float32 forward out over the CPU's threads, by the clock as well. Nothing is asserted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .engine import in_turns
-from .ladder_steps import (
-    COMPILED,
-    CUDA,
-    FINAL,
-    RAGGED,
-    STEPS,
-    Answer,
-    Bench,
-    NotHere,
-    Step,
-    compiled,
-    packed_timm,
-    plain_timm,
-)
+from .engine import by_both_clocks
+from .ladder_bench import Answer, Bench, Drift, NotHere, Step
+from .ladder_cuda import CUDA
+from .ladder_layouts import layouts
+from .ladder_steps import COMPILED, FINAL, RAGGED, STEPS
 from .svg import as_svg, style
+
+Truth = Callable[[Callable[[Bench], Answer]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a step. `drift`: largest difference from the literal logits, in their standard deviations;
-    `agree`: share of pictures with the same first label."""
+    """What was measured of a step. `speed`: times the table's first row; `drift` and `agree`: as `Drift` has them."""
 
     name: str
     taken: bool
     why: str
     cpu_ms: float | None = None
-    speed: float | None = None  # times the plain timm forward
+    clock_ms: float | None = None
+    speed: float | None = None
     drift: float | None = None
     agree: float | None = None
 
@@ -61,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         weights = options.weights if len(options.arch) == 1 else None
         bench = Bench(arch, options.tasks, options.prompts, weights=weights)
         reports.append(measure(bench, options))
-        print(f"{reports[-1]['title']}\n\n{table(reports[-1])}\n", flush=True)
+        print(f"{reports[-1]['title']}\n\n{tables(reports[-1])}\n", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(reports, indent=2) + "\n")
     if options.picture is not None:
@@ -83,54 +78,75 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Rows of all steps, with what is needed to tell where they come from."""
-    steps = [*STEPS, *RAGGED, *CUDA, *([COMPILED] if options.compile else [])]
+    """Rows of all steps and of all layouts, with what is needed to tell where they come from."""
+    steps, cores = [*STEPS, *RAGGED, *CUDA, *([COMPILED] if options.compile else [])], os.cpu_count() or 1
     if options.final:
         steps = [step for step in steps if step.name in FINAL]
+    truth: Truth = cache(lambda make: make(bench)().numpy())
+    rows = _rows(bench, steps, options.rounds, truth, by="cpu_ms")
+    laid_out = [] if options.final else _rows(bench, layouts(cores), options.rounds, truth, by="clock_ms")
+    title = f"{bench.arch}: {bench.tasks} tasks, {bench.lengths[0]} prompts a layer, a picture each"
+    facts = {"torch": torch.__version__, "machine": platform.machine(), "rounds": options.rounds, "threads": 1}
+    own = {"rows": [asdict(row) for row in rows], "layouts": [asdict(row) for row in laid_out], "cores": cores}
+    return {"title": title, **facts, **own}
+
+
+def _rows(
+    bench: Bench, steps: Sequence[Step], rounds: int, truth: Truth, *, by: Literal["cpu_ms", "clock_ms"]
+) -> list[Row]:
+    """Of steps that take turns. `by`: which time is compared with the first step's."""
+    answers, lacking = _started(bench, steps)
+    timed = {step.name: answers[step.name] for step in steps if step.timed and step.name in answers}
+    spent = by_both_clocks(timed, rounds)
+    rows = []
+    for step in steps:
+        row = Row(step.name, step.taken, lacking.get(step.name, step.why))
+        if step.name in spent:
+            cpu_ms, clock_ms = spent[step.name]
+            row = replace(row, cpu_ms=cpu_ms, clock_ms=clock_ms)
+        if step.name in answers and step.truth is not None:
+            row = replace(row, **asdict(Drift.of(answers[step.name](), truth(step.truth))))
+        rows.append(row)
+    return _compared(rows, by)
+
+
+def _started(bench: Bench, steps: Sequence[Step]) -> tuple[dict[str, Answer], dict[str, str]]:
+    """What answers, by the steps' names; and of the others why they cannot be taken here."""
     answers: dict[str, Answer] = {}
     lacking: dict[str, str] = {}
     for step in steps:
         try:
             answers[step.name] = step.start(bench)
         except NotHere as error:
-            lacking[step.name] = str(error)
-    spent = in_turns(
-        {step.name: answers[step.name] for step in steps if step.timed and step.name in answers}, options.rounds
-    )
-    truth = bench.literal(torch.float64)().numpy()
-    rows = [_row(step, answers, lacking, spent, truth) for step in steps]
-    title = f"{bench.arch}: {bench.tasks} tasks, {bench.lengths[0]} prompts a layer, a picture each"
-    facts = {"torch": torch.__version__, "machine": platform.machine(), "rounds": options.rounds, "threads": 1}
-    return {"title": title, **facts, "rows": [asdict(row) for row in rows]}
+            lacking[step.name] = f"not measured: {error}"
+    return answers, lacking
 
 
-def _row(
-    step: Step, answers: dict[str, Answer], lacking: dict[str, str], spent: dict[str, float], truth: NDArray[np.float64]
-) -> Row:
-    if step.name in lacking:
-        return Row(step.name, step.taken, f"not measured: {lacking[step.name]}")
-    timm_ms = spent[STEPS[0].name]
-    own = spent.get(step.name)
-    found = Row(step.name, step.taken, step.why, own, None if own is None else round(timm_ms / own, 2))
-    if step in (*RAGGED, *CUDA) or step.start in (plain_timm, packed_timm, compiled):
-        return found  # other prompts or pictures, or none
-    logits = answers[step.name]().double().numpy()
-    drift = float(np.abs(logits - truth).max() / truth.std())
-    agree = float((logits.argmax(1) == truth.argmax(1)).mean())
-    return replace(found, drift=drift, agree=agree)
+def _compared(rows: Sequence[Row], by: Literal["cpu_ms", "clock_ms"]) -> list[Row]:
+    times: list[float | None] = [getattr(row, by) for row in rows]
+    first = times[0] if times else None
+    return [
+        row if own is None or first is None else replace(row, speed=round(first / own, 2))
+        for row, own in zip(rows, times, strict=True)
+    ]
 
 
-def table(report: dict[str, Any]) -> str:
+def tables(report: dict[str, Any]) -> str:
     """Markdown; in bold what the engine does."""
-    lines = ["| step | CPU ms | × timm | drift / σ | same label | |", "|---|---|---|---|---|---|"]
-    for row in report["rows"]:
+    found = [_table(report["rows"], "step", "× timm", "cpu_ms")]
+    if report["layouts"]:
+        found.append(_table(report["layouts"], "layout", "× one thread, by the clock", "cpu_ms", "clock_ms"))
+    return "\n\n".join(found)
+
+
+def _table(rows: Sequence[dict[str, Any]], kind: str, speed: str, *times: str) -> str:
+    named = {"cpu_ms": "CPU ms", "clock_ms": "clock ms"}
+    forms = {**dict.fromkeys(times, ",.1f"), "speed": ".2f", "drift": ".0e", "agree": ".0%"}
+    heads = [kind, *(named[time] for time in times), speed, "drift / σ", "same label", ""]
+    lines = [f"| {' | '.join(heads[:-1])} | |", "|---" * len(heads) + "|"]
+    for row in rows:
         name = f"**{row['name']}**" if row["taken"] else row["name"]
-        figures = [
-            "–" if row["cpu_ms"] is None else f"{row['cpu_ms']:,.1f}",
-            "–" if row["speed"] is None else f"{row['speed']:.2f}",
-            "–" if row["drift"] is None else f"{row['drift']:.0e}",
-            "–" if row["agree"] is None else f"{row['agree']:.0%}",
-        ]
+        figures = ("–" if row[key] is None else format(row[key], form) for key, form in forms.items())
         lines.append(f"| {name} | {' | '.join(figures)} | {row['why']} |")
     return "\n".join(lines)
 

@@ -1,0 +1,234 @@
+"""What the rows of `bench ladder` have in common: pictures, tasks, one model, and what is true of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from server.engine import reference, vit
+from server.engine.backbone import Backbone, load_weights
+from server.engine.crossing import Crossing, Crossings, Straight
+from server.engine.engine import Engine, Work, normalise
+from server.engine.graphs import Graphs, recorded
+from server.engine.images import Geometry
+from server.engine.lens import Lens
+from server.engine.packed import can_pack
+from server.engine.rack import Rack
+from server.engine.recorder import CudaRecorder
+from server.engine.residency import Seat
+from server.methods.method import Params
+from server.methods.vpt_deep import VptDeep
+
+METHOD = VptDeep()
+CLASSES = 10
+CPU = torch.device("cpu")
+HALF = (0.5,) * 3  # mean and std of every picture, of full scale
+Answer = Callable[[], Tensor]  # logits [tasks, CLASSES]
+Drawn = tuple[Params, tuple[int, ...]]  # a task's parameters, and how many prompts each layer has
+
+
+class NotHere(RuntimeError):
+    """This machine or this build of PyTorch cannot take the step; the message says what is lacking."""
+
+
+class Bench:
+    """Pictures [tasks, 3, S, S], a task each with prompts of its own, and one timm model for all rows."""
+
+    def __init__(self, arch: str, tasks: int, prompts: int, *, weights: Path | None = None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.arch, self.tasks = arch, tasks
+        self.model: VisionTransformer = timm.create_model(arch, num_classes=0).eval().requires_grad_(False)
+        if weights is not None:
+            load_weights(self.model, weights)
+        self.plain = self.eye()
+        size = self.plain.spec.image_size
+        self.pixels = torch.randn(tasks, 3, size, size)
+        self.pictures = np.random.default_rng(seed).integers(0, 256, (tasks, size, size, 3), np.uint8)
+        self.lengths = METHOD.prompt_lengths(self.plain.spec, prompts)
+        self.even = [self._drawn(task, self.lengths) for task in range(tasks)]
+
+    @cached_property
+    def ragged(self) -> list[Drawn]:
+        """Prompts of 0 … p, another length for each task."""
+        most, last = self.lengths[0], max(1, self.tasks - 1)
+        return [self._drawn(task, (task * most // last,) * len(self.lengths)) for task in range(self.tasks)]
+
+    @cached_property
+    def packed(self) -> Backbone:
+        """As the engine has it in float32, for rows that leave it as it is."""
+        return self.eye(packed=True)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Of the first task."""
+        params, _ = self.even[0]
+        return params["head.weight"], params["head.bias"]
+
+    def eye(
+        self, dtype: torch.dtype = torch.float32, *, packed: bool = False, float8: bool = False, device: object = CPU
+    ) -> Backbone:
+        if packed and not can_pack(CPU, dtype):
+            raise NotHere(f"this machine or build of PyTorch packs no {dtype} weights")
+        model = timm.create_model(self.arch, num_classes=0)
+        model.load_state_dict(self.model.state_dict())
+        where = torch.device(str(device))
+        return Backbone.of(self.arch, model, device=where, dtype=dtype, packed=packed, float8=float8)
+
+    def _drawn(self, task: int, lengths: Sequence[int]) -> Drawn:
+        drawn = METHOD.init(self.plain.spec, tuple(lengths), CLASSES, torch.Generator().manual_seed(task))
+        drawn["head.weight"] = torch.randn(drawn["head.weight"].shape, generator=torch.Generator().manual_seed(task))
+        return drawn, tuple(lengths)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def literal(
+        self, dtype: torch.dtype = torch.float32, tasks: Sequence[Drawn] | None = None, pixels: Tensor | None = None
+    ) -> Answer:
+        """Task by task, as the papers write it."""
+        eye, shown = self.eye(dtype), self.pixels if pixels is None else pixels
+        own = [
+            ({name: value.to(dtype) for name, value in params.items()}, lengths)
+            for params, lengths in tasks or self.even
+        ]
+
+        def answer() -> Tensor:
+            rows = zip(shown.to(dtype), own, strict=True)
+            return torch.cat([reference.vpt_deep(eye, row[None], *drawn) for row, drawn in rows])
+
+        return inferred(answer)
+
+    def served(self, eye: Backbone, tasks: Sequence[Drawn] | None = None) -> Answer:
+        """All rows in one forward of the engine. tasks: `even` ones, unless others are given."""
+        rack, seats = self.seated(eye, self.lenses(eye, tasks or self.even))
+        return self.of_rows(Engine(eye, rack), seats, range(self.tasks))
+
+    def of_rows(self, engine: Engine, seats: Sequence[Seat], rows: Sequence[int]) -> Answer:
+        """Logits [rows, CLASSES] of some of the pictures, each for its own task."""
+        eye, pixels = engine.backbone, self.pixels[rows[0] : rows[-1] + 1]
+        asked = [(row - rows[0], seats[row]) for row in rows]
+        return inferred(lambda: torch.stack(engine.logits(vit.embed(eye, pixels.to(eye.dtype)), asked)))
+
+    @torch.inference_mode()
+    def lenses(self, eye: Backbone, tasks: Sequence[Drawn]) -> list[Lens]:
+        return [
+            METHOD.lower(eye, {name: value.to(eye.device, eye.dtype) for name, value in params.items()}, lengths)
+            for params, lengths in tasks
+        ]
+
+    def seated(self, eye: Backbone, lenses: Sequence[Lens]) -> tuple[Rack, list[Seat]]:
+        """On a rack of their own, with room for what records graphs."""
+        vectors = self.tasks * 10_000
+        rack = Rack(dim=eye.spec.dim, slots=len(lenses) + 3, vectors=vectors, device=eye.device, dtype=eye.dtype)
+        geometry, seats = Geometry(eye.spec.image_size, "bicubic", 1.0, "center"), []
+        for task, lens in enumerate(lenses):
+            place = rack.allocate(lens)
+            rack.write(place, lens)
+            seats.append(Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, HALF, HALF))
+        return rack, seats
+
+    def shown(
+        self, eye: Backbone, lenses: Sequence[Lens], *, pinned: bool = True, graphs: GraphsOf | None = None
+    ) -> Answer:
+        """`pictures`, in uint8, to logits on the host: the whole way of a batch. `pinned`: whether a GPU's host lays
+        what crosses into memory that the driver has pinned, as the engine does."""
+        rack, seats = self.seated(eye, lenses)
+        engine = Engine(eye, rack, None if graphs is None else graphs(eye, rack))
+        if not pinned:
+            engine._crossings = Unpinned(eye.device)
+        work: list[Work] = list(zip(self.pictures, seats, strict=True))
+        return lambda: torch.from_numpy(np.stack(engine.run(work)))
+
+    def graphs(self, eye: Backbone, rack: Rack) -> Graphs:
+        wanted = [(self.tasks, self.lengths[0])]
+        found = recorded(eye, rack, partial(CudaRecorder, eye.device), wanted)
+        if not found.graphs:
+            raise NotHere("the graph was refused")
+        return found
+
+
+GraphsOf = Callable[[Backbone, Rack], Graphs]
+
+
+class Unpinned(Crossings):
+    """Memory that the driver has not pinned: the host waits for each copy."""
+
+    def take(self) -> Crossing:
+        return Straight(self._device)
+
+
+# --- what is true -----------------------------------------------------------------------------------------------------
+
+
+def true(bench: Bench) -> Answer:
+    return bench.literal(torch.float64)
+
+
+def true_ragged(bench: Bench) -> Answer:
+    return bench.literal(torch.float64, bench.ragged)
+
+
+def true_shown(bench: Bench) -> Answer:
+    return bench.literal(torch.float64, pixels=_normalised(bench))
+
+
+def true_shown_ragged(bench: Bench) -> Answer:
+    return bench.literal(torch.float64, bench.ragged, _normalised(bench))
+
+
+def _normalised(bench: Bench) -> Tensor:
+    half = torch.full((bench.tasks, 3), HALF[0], dtype=torch.float64)
+    return normalise(torch.from_numpy(bench.pictures), half, half, torch.float64)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """drift: largest difference from the true logits, in their standard deviations; agree: share of pictures with the
+    same first label."""
+
+    drift: float
+    agree: float
+
+    @classmethod
+    def of(cls, logits: Tensor, truth: NDArray[np.float64]) -> Drift:
+        found = logits.double().numpy()
+        agree = float((found.argmax(1) == truth.argmax(1)).mean())
+        return cls(float(np.abs(found - truth).max() / truth.std()), agree)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row of the ladder. `start` makes what is timed, or raises NotHere; `taken`: whether the engine does so;
+    `timed`: whether its time here says anything; `truth`: what it should answer, None where it answers less."""
+
+    name: str
+    start: Callable[[Bench], Answer]
+    taken: bool
+    why: str = ""
+    timed: bool = True
+    truth: Callable[[Bench], Answer] | None = true
+
+
+def inferred(answer: Answer) -> Answer:
+    def once() -> Tensor:
+        with torch.inference_mode():
+            return answer()
+
+    return once
+
+
+def under(patch: Callable[[], AbstractContextManager[object]], answer: Answer) -> Answer:
+    def once() -> Tensor:
+        with patch():
+            return answer()
+
+    return once

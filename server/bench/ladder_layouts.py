@@ -1,0 +1,84 @@
+"""How the final float32 forward of `bench ladder` is laid out over a CPU's threads.
+
+    threads in a product     PyTorch's own: each operation is shared out, and all wait for its last part
+    workers of one thread    the rows are shared out instead, and nobody waits before the end; threads of one process,
+                             not processes: one copy of the weights and of the rack, and nothing crosses
+
+CPU time alone says little here: threads that wait may spin, which is CPU time, or sleep, which is not. So the clock's
+time stands beside it, neighbours on a busy machine and all, and it is by the clock that layouts are compared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.engine import Engine
+
+from .ladder_bench import Answer, Bench, NotHere, Step, under
+
+
+def layouts(cores: int) -> tuple[Step, ...]:
+    """1, 2, 4 … threads up to the cores, and as many as the server takes for one engine unless told otherwise."""
+    served = max(1, cores - 1)
+    counts = sorted({*(2**power for power in range(cores.bit_length())), served, cores})
+    alone = Step("one thread", partial(within, threads=1), served == 1, "attention head by head")
+    more = [count for count in counts if count > 1]
+    return (alone, *(_within(count, count == served) for count in more), *map(_workers, more))
+
+
+def _within(threads: int, taken: bool) -> Step:
+    why = f"attention by PyTorch's kernel, not head by head; {waiting()}"
+    return Step(f"{threads} threads in each product", partial(within, threads=threads), taken, why)
+
+
+def _workers(count: int) -> Step:
+    why = "ahead while cores are idle; the server's engine is one thread, and a core is left to HTTP and decoding"
+    return Step(f"{count} workers of one thread, the rows shared out", partial(workers, count=count), False, why)
+
+
+def waiting() -> str:
+    """How OpenMP's threads wait for each other: read from the environment when PyTorch is loaded, not to be changed."""
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    return f"`OMP_WAIT_POLICY={policy}`" if policy else "`OMP_WAIT_POLICY` not set"
+
+
+def within(bench: Bench, threads: int) -> Answer:
+    with using(threads):  # it decides how many rows an engine takes at once
+        answer = bench.served(bench.packed)
+    return under(partial(using, threads), answer)
+
+
+def workers(bench: Bench, count: int) -> Answer:
+    if bench.tasks < count:
+        raise NotHere(f"fewer pictures than workers: {bench.tasks}")
+    eye = bench.packed
+    rack, seats = bench.seated(eye, bench.lenses(eye, bench.even))
+    parts = np.array_split(np.arange(bench.tasks), count)
+    with using(1):
+        own = [bench.of_rows(Engine(eye, rack), seats, part.tolist()) for part in parts]
+    # what OpenMP takes for the number of threads is each thread's own
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    return under(partial(using, 1), lambda: torch.cat(list(pool.map(_answered, own))))
+
+
+def _answered(answer: Answer) -> Tensor:
+    return answer()
+
+
+@contextmanager
+def using(threads: int) -> Iterator[None]:
+    """So many threads within an operation; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

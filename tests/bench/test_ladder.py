@@ -22,7 +22,7 @@ EXACT = 1e-4  # float32 against float64, in standard deviations of the logits
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     bench = Bench("vit_tiny_patch16_224", tasks=2, prompts=3)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ladder_layouts.using(1):  # as from the command line
         patch.setattr(ladder, "layouts", lambda cores: LAYOUTS)
         return ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False))
 

@@ -31,8 +31,8 @@ from pydantic import ValidationError
 
 from prompts_store import Store, StoreError, VersionNotFound, open_store
 from server import __version__, allocator, key_commands, logs, metrics, tracing
+from server.lean_timm import import_timm
 from server.settings import Settings
-from server.without_compiler import import_timm
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 log = logging.getLogger("server")
@@ -107,7 +107,7 @@ def serve(
         require_tracing(settings)  # each process traces for itself
     else:
         start_telling(settings, "lensrack-server")
-    import_timm()
+    import_timm(hub=settings.downloads_weights)
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
 

@@ -93,7 +93,10 @@ class Pictures:
             row.companions = companions
 
     def close(self) -> None:
-        """Nobody waits any more: what is not decoded yet need not be."""
+        """Nobody waits any more: what is not decoded yet need not be, and rows that know each other, so that none of
+        them goes before the garbage is collected, forget each other and with them the pixels."""
+        for companions in self._shown:
+            companions.clear()
         for fitting in self._fitted.values():
             if not fitting.done():
                 fitting.cancel()

@@ -277,6 +277,11 @@ class Settings(BaseSettings):
         return lines[0]
 
     @property
+    def downloads_weights(self) -> bool:
+        """Whether timm has to find the backbone's weights by itself."""
+        return self.backbone_weights is None and self.backbone not in ("bundled", "untrained")
+
+    @property
     def engine_devices(self) -> tuple[str, ...]:
         """One for each engine. Raises ValueError."""
         named = tuple(one.strip() for one in self.devices.split(",")) if self.devices.strip() else (self.device,)

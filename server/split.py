@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -42,9 +42,6 @@ from server.methods.registry import Registry
 from server.opening import close_all, open_ring
 from server.settings import Settings
 from server.watchdog import EXIT_CODE
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

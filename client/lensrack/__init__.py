@@ -8,34 +8,41 @@
         print(client.predict("trash", "bottle.jpg").best.label)
 
 `AsyncClient` has the same methods with await. What a call can raise is drawn at the top of `lensrack.errors`.
+
+
+Nothing is loaded before it is asked for: who wants `lensrack.wire` alone, as a server does, loads no HTTP client.
 """
 
-from ._archive import Progress
-from ._core import Reply, __version__
-from ._images import ImageInput
-from .answers import Answer, ManyAnswers, RawResponse
-from .async_client import AsyncClient, AsyncJobHandle
-from .client import Client, JobHandle
-from .errors import (
-    ApiError,
-    AuthenticationError,
-    BadRequestError,
-    ConflictError,
-    ConnectError,
-    DeadlineError,
-    InvalidInput,
-    JobFailed,
-    LensrackError,
-    NotFoundError,
-    PreconditionFailedError,
-    ProtocolError,
-    RateLimitedError,
-    RequestTimeout,
-    ServerError,
-    TooLargeError,
-    UnavailableError,
-    UnsupportedMediaError,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._archive import Progress
+    from ._core import Reply, __version__
+    from ._images import ImageInput
+    from .answers import Answer, ManyAnswers, RawResponse
+    from .async_client import AsyncClient, AsyncJobHandle
+    from .client import Client, JobHandle
+    from .errors import (
+        ApiError,
+        AuthenticationError,
+        BadRequestError,
+        ConflictError,
+        ConnectError,
+        DeadlineError,
+        InvalidInput,
+        JobFailed,
+        LensrackError,
+        NotFoundError,
+        PreconditionFailedError,
+        ProtocolError,
+        RateLimitedError,
+        RequestTimeout,
+        ServerError,
+        TooLargeError,
+        UnavailableError,
+        UnsupportedMediaError,
+    )
 
 __all__ = [
     "Answer",
@@ -68,3 +75,33 @@ __all__ = [
     "UnsupportedMediaError",
     "__version__",
 ]
+
+_WHERE = {  # all others are errors
+    "Answer": "answers",
+    "AsyncClient": "async_client",
+    "AsyncJobHandle": "async_client",
+    "Client": "client",
+    "ImageInput": "_images",
+    "JobHandle": "client",
+    "ManyAnswers": "answers",
+    "Progress": "_archive",
+    "RawResponse": "answers",
+    "Reply": "_core",
+    "__version__": "_core",
+}
+_MODULES = ("answers", "async_client", "client", "errors", "wire")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that has it (PEP 562)."""
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_WHERE.get(name, 'errors')}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

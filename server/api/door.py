@@ -3,7 +3,7 @@
     Host known? ─► Origin ours? ─► whose key? ─► does it have the scope that the route asks for? ─► crowded? ─► route
         421            403             401              403                                          503
 
-`request.state.key` is then the key; None on a route that is open to nobody in particular. `request.state.admitted` asks
+`request.state.key` is then the key; None on a route that is open to nobody in particular. `state.admitted(scope)` asks
 anew, for answers that take so long that the key may be revoked meanwhile. As long as there are no keys
 everybody is `NOBODY`, who may do everything; Host and Origin then keep out the web pages that visitors of this machine
 happen to look at, which could otherwise send requests (CSRF) or pretend to be this server (DNS rebinding).
@@ -72,14 +72,14 @@ class Door:
         scope["state"]["open_metrics"] = self._open_metrics
         token = bearer or cookie
         scope["state"]["key"] = await self._whose(token)
-        scope["state"]["admitted"] = partial(self._still_admit, scope, token)
+        scope["state"]["admitted"] = partial(self._still_admit, token)  # and no cycle with the scope
         scopes.check(scope, scope["state"][TEMPLATE], given=bool(token))
         if connections.crowded(scope["state"], scope["state"][TEMPLATE]):
             raise Unavailable(
                 "too many connections are open", code="too_many_connections", retry_after_s=connections.RETRY_S
             )
 
-    async def _still_admit(self, scope: Scope, token: str | None) -> None:
+    async def _still_admit(self, token: str | None, scope: Scope) -> None:
         """Whether the one who came in would come in now, to the same tasks. Raises Unauthenticated, Forbidden."""
         before, now = scope["state"]["key"], await self._whose(token)
         same = before is not None and now is not None and before.tasks == now.tasks

@@ -107,7 +107,7 @@ async def _events(request: Request, services: Services, job_id: str, after: int,
     """Each look asks for the key anew: whoever waits must not outlive its revocation, nor keep a server that leaves."""
     until = time.monotonic() + wait_s
     while True:
-        await request.state.admitted()
+        await request.state.admitted(request.scope)
         job = await current(services, job_id)  # before its events: an end that is seen here is among them
         found: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
         if found or job.finished or time.monotonic() >= until or request.app.state.leaving:

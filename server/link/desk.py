@@ -279,7 +279,7 @@ class Guest(asyncio.Protocol):
         )
         if hold:
             hold.share()
-        row.leave = partial(self._left, sent, row, hold)
+        row.leave = partial(self._left, sent, hold)
         row.reply.add_done_callback(partial(self._replied, sent.number))
         self.rows[sent.number] = row
         self._shown[sent.slot].rows.append(row)
@@ -295,11 +295,12 @@ class Guest(asyncio.Protocol):
             self._answered.add(number)
             self._send(frames.answer(number, _reply(row, left=False)))
 
-    def _left(self, sent: SentRow, row: Row, hold: _Hold | None) -> None:
-        del self.rows[sent.number]
+    def _left(self, sent: SentRow, hold: _Hold | None) -> None:
+        row = self.rows.pop(sent.number)
         shown = self._shown[sent.slot]
         shown.inside -= 1
         if not shown.inside:
+            shown.rows.clear()  # they know each other: none would go before the garbage is collected
             del self._shown[sent.slot]
         if hold:
             hold.drop()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lensrack
 from lensrack import wire
 from server import metrics
 from tests.unit.api_server import Api, assert_problem, serving
+from tests.unit.garbage import collected
 from tests.unit.serving import FINGERPRINT, bundle, png, publish
 
 PNG = {"content-type": "image/png"}
@@ -40,6 +42,16 @@ def b64(data: bytes) -> dict[str, str]:
 
 
 # --- envelopes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_leaves_nothing_of_ours_to_the_garbage_collector(api: Api):
+    ask(api)
+    with collected() as garbage:
+        assert [ask(api).status_code for _ in range(3)] == [200] * 3
+    ours = (type(one).__module__ for one in garbage if not isinstance(one, partial))
+    bound = (one.func for one in garbage if isinstance(one, partial))
+    assert [name for name in ours if name.startswith("server.")] == []
+    assert [one for one in bound if getattr(one, "__module__", "").startswith("server.")] == []
 
 
 @pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "image/webp", "image/bmp", "IMAGE/PNG; q=1"])

@@ -1,4 +1,4 @@
-"""timm without the compiler: not loaded by the import, there for whoever asks."""
+"""timm without the compiler and the hub: not loaded by the import, there for whoever asks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from server.engine.backbone import BUNDLED, UNTRAINED
+from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +34,7 @@ there = lambda: [name for name in ("torch._dynamo", "torch._inductor", "triton",
 LEAN = (
     LOADED
     + """
-from server.without_compiler import import_timm
+from server.lean_timm import import_timm
 import_timm()
 """
 )
@@ -67,7 +72,7 @@ print(json.dumps([before, shape, doubled, "torch._dynamo" in there(), hasattr(to
 def test_what_was_marked_on_the_way_runs_and_is_marked() -> None:
     marked = """
 import torch
-from server.without_compiler import _put_off
+from server.lean_timm import _put_off
 with _put_off():
     later = torch.compiler.disable(lambda x, *, by: x * by, recursive=False)
     early = there()
@@ -82,3 +87,46 @@ print(json.dumps([early, later(6, by=7), there()]))
 def test_where_it_is_loaded_already_nothing_is_put_off() -> None:
     before = "import torch._dynamo; own = sys.modules['torch._dynamo']\n"
     assert told(before + LEAN + "print(json.dumps(own is sys.modules['torch._dynamo']))")
+
+
+HUBS = """
+from server.lean_timm import import_timm
+import_timm(hub={hub})
+own = "huggingface_hub" in sys.modules
+import timm
+from timm.models import _hub
+timm.create_model("vit_tiny_patch16_224", num_classes=0)
+print(json.dumps([own, _hub.has_hf_hub(), "huggingface_hub" in sys.modules]))
+"""
+
+
+def test_the_hubs_client_is_loaded_where_timm_is_to_find_weights() -> None:
+    assert told(HUBS.format(hub=True)) == [True, True, True]
+
+
+def test_without_it_models_are_made_all_the_same() -> None:
+    assert told(HUBS.format(hub=False)) == [False, False, False]
+
+
+def test_without_it_others_may_import_it_afterwards() -> None:
+    assert (
+        told(HUBS.format(hub=False) + "import huggingface_hub as hub; print(json.dumps(hub.__name__))")
+        == "huggingface_hub"
+    )
+
+
+def test_where_it_is_loaded_already_it_stays() -> None:
+    assert told("import huggingface_hub\n" + HUBS.format(hub=False)) == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "downloads"),
+    [
+        (BUNDLED, None, False),
+        (UNTRAINED, None, False),
+        ("vit_base_patch16_224.augreg_in21k", None, True),
+        ("vit_base_patch16_224", Path("base.safetensors"), False),
+    ],
+)
+def test_only_timms_own_weights_have_to_be_found(backbone: str, weights: Path | None, downloads: bool) -> None:
+    assert Settings(backbone=backbone, backbone_weights=weights).downloads_weights is downloads

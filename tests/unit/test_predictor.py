@@ -20,6 +20,7 @@ from server.pictures import Pictures
 from server.predictor import Answer, best, probabilities
 from server.seating import Ref
 from tests.unit.far_floor import far, settled, spread
+from tests.unit.garbage import collected
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -412,9 +413,17 @@ async def test_seats_are_given_back_where_one_versions_pixels_cannot_be_made(mon
         await settled(lambda: built.shelf.in_use == 0)
 
 
-async def test_rows_of_one_image_know_each_other(where: str):
+async def test_rows_of_one_image_know_each_other(where: str, monkeypatch: pytest.MonkeyPatch):
     if where != "near":
         pytest.skip("rows of an engine elsewhere know those that are there when they come")
+    known: dict[int, tuple[Row, ...]] = {}
+    close = Pictures.close
+
+    def look_before_it_is_over(pictures: Pictures) -> None:
+        known.update({id(row): tuple(rows) for rows in pictures._shown for row in rows})
+        close(pictures)
+
+    monkeypatch.setattr(Pictures, "close", look_before_it_is_over)
     async with floor() as built:
         for task in ("a", "b", "c"):
             publish(built.store, task)
@@ -424,8 +433,20 @@ async def test_rows_of_one_image_know_each_other(where: str):
         await ask_many(built, ["a", "b", "c"], [png(7), png(8)])
         assert len(offered) == 6
         for row in offered:
-            assert {each.task for each in row.companions} == {"a", "b", "c"}
-            assert {id(each.image) for each in row.companions} == {id(row.image)}
+            assert {each.task for each in known[id(row)]} == {"a", "b", "c"}
+            assert {id(each.image) for each in known[id(row)]} == {id(row.image)}
+
+
+async def test_a_request_leaves_no_pixels_to_the_garbage_collector():
+    async with floor() as built:
+        for task in ("a", "b"):
+            publish(built.store, task)
+        await ask_many(built, ["a", "b"])
+        with collected() as garbage:
+            await ask(built, "a", [png(6), png(7)])
+            await ask_many(built, ["a", "b"], [png(8)])
+            await settled(lambda: built.shelf.in_use == 0)
+        assert [one for one in garbage if isinstance(one, Row | np.ndarray)] == []
 
 
 async def test_one_failing_task_leaves_the_others_their_answers():

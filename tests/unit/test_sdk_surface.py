@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lensrack
 from lensrack import errors
 
@@ -68,12 +70,27 @@ def test_errors_are_also_what_python_calls_them() -> None:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    assert not loaded_by("import lensrack") & {"torch", "numpy", "typer", "PIL", "server", "prompts_store", "timm"}
+    heavy = {"torch", "numpy", "typer", "PIL", "server", "prompts_store", "timm"}
+    assert not loaded_by("from lensrack import *") & heavy
+
+
+def test_nothing_is_loaded_before_it_is_asked_for() -> None:
+    assert not loaded_by("import lensrack") & {"httpx", "pydantic", "anyio"}
+    assert "httpx" not in loaded_by("import lensrack; lensrack.wire.Ready")
+    assert "httpx" in loaded_by("import lensrack; lensrack.Client")
+
+
+def test_public_names_are_what_their_modules_have() -> None:
+    assert lensrack.Client is lensrack.client.Client
+    assert lensrack.ApiError is lensrack.errors.ApiError
+    assert set(SURFACE) <= set(dir(lensrack))
+    with pytest.raises(AttributeError, match="no attribute 'Cleint'"):
+        lensrack.Cleint  # noqa: B018
 
 
 def test_rich_comes_in_only_where_httpx_itself_brings_it() -> None:
     """httpx imports its own command line, hence rich, where it finds click installed; lensrack adds nothing to that."""
-    added = loaded_by("import lensrack") - loaded_by("import httpx, pydantic, anyio.to_thread")
+    added = loaded_by("from lensrack import *") - loaded_by("import httpx, pydantic, anyio.to_thread")
     assert not added & {"rich", "click", "pygments"}
 
 

@@ -70,8 +70,8 @@ def loaded(task: str, seconds: float) -> None:
     metrics.LOAD_S.labels(label).observe(seconds)
 
 
-def hit(task: str) -> None:
-    metrics.RACK_HITS.labels(metrics.TASKS.label(task)).inc()
+def hit(task: str, times: int) -> None:
+    metrics.RACK_HITS.labels(metrics.TASKS.label(task)).inc(times)
 
 
 def evicted(task: str) -> None:

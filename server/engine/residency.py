@@ -99,8 +99,8 @@ class Counts:
 class Residency:
     """Seats by (task, version). All methods belong to the event loop's thread.
 
-    The hooks for metrics: `on_load(task, seconds)` after each load, `on_hit(task)` when a load is not needed or under
-    way already, `on_evict(task)`.
+    The hooks for metrics: `on_load(task, seconds)` after each load, `on_hit(task, times)` when a load is not needed or
+    under way already, `on_evict(task)`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Residency:
         executor: Executor,
         *,
         on_load: Callable[[str, float], None] | None = None,
-        on_hit: Callable[[str], None] | None = None,
+        on_hit: Callable[[str, int], None] | None = None,
         on_evict: Callable[[str], None] | None = None,
     ) -> None:
         self._rack, self._loader, self._executor = rack, loader, executor
@@ -129,16 +129,17 @@ class Residency:
             entry.ready = asyncio.create_task(self._load(task, version, entry))
             entry.ready.add_done_callback(partial(self._arrived, entry))
         else:
-            self.counts.hits += 1
-            if self._on_hit is not None:
-                self._on_hit(task)
-            self._entries.move_to_end((task, version))
+            self._hit(task, version)
         entry.pins += 1
         try:
             return await asyncio.shield(entry.ready)
         except BaseException:
             self._unpin(entry)
             raise
+
+    def again(self, seat: Seat, times: int) -> None:
+        """Whoever has acquired it gave it to others so many times: had they asked, it would have been there."""
+        self._hit(seat.task, seat.version, times)
 
     def release(self, seat: Seat) -> None:
         self._unpin(self._sitting[seat.place])
@@ -264,6 +265,15 @@ class Residency:
                 if self._on_evict is not None:
                     self._on_evict(key[0])
         return self._rack.can_allocate(lens)
+
+    def _hit(self, task: str, version: str, times: int = 1) -> None:
+        if not times:
+            return
+        self.counts.hits += times
+        if self._on_hit is not None:
+            self._on_hit(task, times)
+        if (task, version) in self._entries:  # else it has been unloaded meanwhile
+            self._entries.move_to_end((task, version))
 
     def _changed(self) -> None:
         self.revision += 1

@@ -45,6 +45,7 @@ class Residency(Protocol):
     """`server.engine.residency.Residency`, or what is as good."""
 
     async def acquire(self, task: str, version: str) -> Any: ...
+    def again(self, seat: Any, times: int) -> None: ...
     def release(self, seat: Any) -> None: ...
     async def load(self, task: str, version: str) -> None: ...
     async def unload(self, task: str, version: str) -> bool: ...
@@ -240,8 +241,9 @@ class Guest(asyncio.Protocol):
                 if number in self.rows:
                     self.rows[number].reply.cancel()
         else:
-            for number in frames.read_numbers(one.payload):
-                self._hold(number)
+            for number, times in frames.read_released(one.payload):
+                hold = self._hold(number)
+                self._room.residency.again(hold.seat, times)
                 self._seats.pop(number).drop()
 
     def _hold(self, number: Any) -> _Hold:

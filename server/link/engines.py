@@ -25,7 +25,8 @@ from server.batching.batcher import Room
 from server.batching.row import Row
 from server.errors import QueueFull, ServiceError, Unavailable
 from server.link.line import AWAY, RETRY_S, Line
-from server.link.remote import RemoteBatcher, RemoteResidency, RemoteSeat
+from server.link.remote import RemoteBatcher, RemoteResidency
+from server.link.seats import RemoteSeat
 
 T = TypeVar("T")
 

@@ -4,7 +4,8 @@
     HELLO     front: JSON; beside it the descriptor of the shared memory that its pixels lie in
     CALL      front: JSON {"do": …}; answered by one RETURN of the same number: JSON {"value": …} or {"fault": …}
     SUBMIT    front: rows, each ROW and its tenant and request id; answered by one ANSWER each
-    CANCEL    front: row numbers, u64 each           RELEASE   front: seat numbers, u64 each
+    CANCEL    front: row numbers, u64 each
+    RELEASE   front: seats, each its number u64 · how often it was taken again without asking u64
     ANSWER    engine: of the row `number`: REPLY, then logits [C] float64, features [D] float32, or a fault in JSON
     LEFT      engine: the row `number`, answered before, has left the engine: its pixels may be overwritten
     STATE     engine: JSON, what has changed
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -29,7 +30,7 @@ from prompts_store import errors as stored
 from server import errors
 from server.errors import Internal, ServiceError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MIB: Final = 2**20
 MOST_TO_ENGINE: Final = MIB
 MOST_TO_FRONT: Final = 32 * MIB
@@ -40,6 +41,7 @@ HEADER: Final = struct.Struct(">IBQ")
 ROW: Final = struct.Struct(">QIIBddHH")  # number, seat (0: none), slot, form, deadline, arrived; lengths of two texts
 REPLY: Final = struct.Struct(">BBdd")  # form, has it left the engine too, seconds in the queue, seconds of the forward
 NUMBER: Final = struct.Struct(">Q")
+SEAT: Final = struct.Struct(">QQ")  # number, times
 
 
 class ProtocolError(Exception):
@@ -195,6 +197,16 @@ def read_numbers(payload: bytes) -> list[int]:
     if len(payload) % NUMBER.size:
         raise ProtocolError(f"expected numbers of {NUMBER.size} bytes, got {len(payload)}")
     return [value for (value,) in NUMBER.iter_unpack(payload)]
+
+
+def released(seats: Mapping[int, int]) -> bytes:
+    return frame(Kind.RELEASE, 0, b"".join(SEAT.pack(*one) for one in seats.items()))
+
+
+def read_released(payload: bytes) -> list[tuple[int, int]]:
+    if len(payload) % SEAT.size:
+        raise ProtocolError(f"expected seats of {SEAT.size} bytes, got {len(payload)}")
+    return [(number, times) for number, times in SEAT.iter_unpack(payload)]
 
 
 def answer(number: int, reply: Reply) -> bytes:

@@ -198,7 +198,7 @@ class Line:
         """A seat that was taken for somebody who has left meanwhile is given back."""
         value = told.get("value")
         if isinstance(value, dict) and isinstance(value.get("seat"), int):
-            self.send(frames.numbers(Kind.RELEASE, [value["seat"]]))
+            self.send(frames.released({value["seat"]: 0}))
 
 
 class _Connection(asyncio.Protocol):

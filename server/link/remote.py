@@ -26,25 +26,11 @@ from server.link import frames
 from server.link.frames import Frame, Kind, SentRow
 from server.link.line import AWAY, RETRY_S, Line, Mirror, request_id
 from server.link.pixels import Slots
+from server.link.seats import Key, RemoteSeat, Seats
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, str]
 MOST_FACTS: Final = 4096  # versions whose labels are remembered
-
-
-@dataclass(frozen=True)
-class RemoteSeat:
-    """`number` is the engine's, for connection `epoch`; `slot` is its place on the rack; `engine`: which of several."""
-
-    epoch: int
-    number: int
-    slot: int
-    task: str
-    version: str
-    labels: tuple[str, ...]
-    geometry: Geometry
-    engine: int = 0
 
 
 class RemoteResidency:
@@ -53,23 +39,30 @@ class RemoteResidency:
     def __init__(self, line: Line, engine: int = 0) -> None:
         self._line, self._engine = line, engine
         self._facts: dict[Key, tuple[tuple[str, ...], Geometry]] = {}
+        self._seats = Seats(lambda gone: line.send(frames.released(gone)), lambda: line.epoch)
 
     async def acquire(self, task: str, version: str) -> RemoteSeat:
         """Raises what the loader raises, and Unavailable (engine_unavailable)."""
-        known = self._facts.get((task, version))
+        key = task, version
+        self._line.require()
+        if self.resident(*key) and (shared := self._seats.again(key)) is not None:
+            return shared
+        known = self._facts.get(key)
         given = await self._line.call("acquire", task=task, version=version, known=known is not None)
         if known is None:
-            known = self._learn((task, version), given)
-        return RemoteSeat(self._line.epoch, given["seat"], given["place"], task, version, *known, self._engine)
+            known = self._learn(key, given)
+        seat = RemoteSeat(self._line.epoch, given["seat"], given["place"], task, version, *known, self._engine)
+        self._seats.add(key, seat)
+        return seat
 
     def release(self, seat: RemoteSeat) -> None:
-        if seat.epoch == self._line.epoch:
-            self._line.send(frames.numbers(Kind.RELEASE, [seat.number]))
+        self._seats.leave(seat)
 
     async def load(self, task: str, version: str) -> None:
         await self._line.call("load", task=task, version=version)
 
     async def unload(self, task: str, version: str) -> bool:
+        self._seats.forget((task, version))
         return bool(await self._line.call("unload", task=task, version=version))
 
     async def pin(self, task: str, version: str, on: bool) -> bool:

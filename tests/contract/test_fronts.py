@@ -63,19 +63,51 @@ async def inside(floor: Floor, built: Front) -> asyncio.Task[Any]:
 # --- one of the two leaves --------------------------------------------------------------------------------------------
 
 
-async def test_a_front_end_that_leaves_takes_its_rows_and_seats_along():
+@pytest.fixture
+def shared_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is, seats are shared."""
+    monkeypatch.setattr("server.link.seats.SHARED_S", 600.0)
+
+
+async def test_requests_for_a_task_share_a_seat_and_the_engine_counts_each(shared_long: None):
+    async with house(max_batch=1) as (floor, _, path), front(floor, path) as built:
+        [version] = [info.version for info in floor.store.versions("fish")]
+        asked = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(3))]
+        await settled(lambda: len(floor.batcher) == 3)
+        assert floor.shelf.in_use == 1, "they sit on one seat"
+        floor.engine.gate.set()
+        assert len(await asyncio.gather(*asked)) == 4
+        await settled(lambda: floor.shelf.in_use == 0)
+        assert floor.shelf.shared == {version: 3}
+
+
+async def test_what_has_left_the_rack_is_asked_for_anew(shared_long: None):
+    async with house() as (floor, _, path), front(floor, path) as built, front(floor, path) as other:
+        [version] = [info.version for info in floor.store.versions("fish")]
+        asked = await inside(floor, built)
+        await other.residency.unload("fish", version)
+        await settled(lambda: not built.residency.resident("fish", version))
+        again = asyncio.create_task(ask(built))
+        await settled(lambda: len(floor.shelf.loads) == 2)
+        floor.engine.gate.set()
+        assert len(await asyncio.gather(asked, again)) == 2
+        await settled(lambda: floor.shelf.in_use == 0)
+        assert not floor.shelf.shared.total()
+
+
+async def test_a_front_end_that_leaves_takes_its_rows_and_seats_along(shared_long: None):
     async with house(max_batch=1) as (floor, opened, path), front(floor, path) as other:
         async with front(floor, path) as built:
             asked = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(3))]
             await settled(lambda: len(floor.batcher) == 3)
-            assert floor.shelf.in_use == 4
+            assert floor.shelf.in_use == 1, "they sit on one seat"
             await built.line.stop()
             for one in asked:
                 with pytest.raises(Unavailable) as caught:
                     await one
                 assert caught.value.code == "engine_unavailable"
             await settled(lambda: len(opened.guests) == 1)
-            assert floor.shelf.in_use == 4, "the engine is still at a row of it, and the queue has not been looked at"
+            assert floor.shelf.in_use == 1, "the engine is still at a row of it"
         floor.engine.gate.set()
         await settled(lambda: floor.shelf.in_use == 0)
         assert len(floor.engine.batches) == 1, "what waited was not computed"
@@ -238,14 +270,14 @@ async def cut_off(path: Path, said: bytes, descriptors: list[int]) -> None:
 
 
 def hello(slots: Any, **changes: Any) -> bytes:
-    return frames.message(Kind.HELLO, 0, {"version": 1, "pid": 1, "slots": slots, "size": SIZE, **changes})
+    return frames.message(Kind.HELLO, 0, {"version": frames.VERSION, "pid": 1, "slots": slots, "size": SIZE, **changes})
 
 
 @pytest.mark.parametrize(
     "said",
     [
         b"GET / HTTP/1.1\r\n\r\n" * 4,
-        hello(4, version=2),
+        hello(4, version=frames.VERSION + 1),
         hello(4, size=SIZE + 1),
         hello(5),
         hello("4"),
@@ -321,8 +353,8 @@ ROW = SentRow(1, 0, 0, Form.BYTES, 1e9, 0.0, "", "")
         frames.frame(Kind.CALL, 1, b"{"),
         frames.frame(Kind.CALL, 1, b"[" * 100_000),
         frames.frame(Kind.RETURN, 1, b"{}"),
-        frames.numbers(Kind.RELEASE, [1]),
-        frames.frame(Kind.RELEASE, 0, b"\0" * 7),
+        frames.released({1: 0}),
+        frames.frame(Kind.RELEASE, 0, b"\0" * 15),
         frames.submit([SentRow(1, 99, 0, Form.BYTES, 1e9, 0.0, "", "")]),
         frames.submit([SentRow(1, 0, 4, Form.BYTES, 1e9, 0.0, "", "")]),
         frames.submit([ROW, ROW]),
@@ -417,8 +449,10 @@ def read(one: Frame) -> None:
         frames.read_rows(one)
     elif one.kind == Kind.ANSWER:
         frames.read_answer(one.payload)
-    elif one.kind in (Kind.CANCEL, Kind.RELEASE):
+    elif one.kind == Kind.CANCEL:
         frames.read_numbers(one.payload)
+    elif one.kind == Kind.RELEASE:
+        frames.read_released(one.payload)
     elif one.kind != Kind.LEFT:
         told = frames.read_message(one.payload)
         if isinstance(told.get("fault"), dict):

@@ -97,6 +97,7 @@ class Shelf:
 
     store: Store
     pins: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)  # without asking
     held: set[str] = field(default_factory=set)
     loads: list[str] = field(default_factory=list)
     seats: dict[str, Seat] = field(default_factory=dict)
@@ -118,6 +119,9 @@ class Shelf:
         geometry = Geometry(how.size, how.interpolation, how.crop_pct, how.crop_mode)
         slot = len(self.loads)
         return Seat(slot, 1, bundle.manifest.task, bundle.version, bundle.manifest.labels, geometry)
+
+    def again(self, seat: Seat, times: int) -> None:
+        self.shared[seat.version] += times
 
     def release(self, seat: Seat) -> None:
         assert self.pins[seat.version] > 0, "released more often than acquired"

@@ -45,7 +45,6 @@ BENCHES = (
     "compare",
     "decode",
     "engine",
-    "fit",
     "http",
     "jobs",
     "ladder",
@@ -57,6 +56,7 @@ BENCHES = (
     "rack",
     "readers",
     "swap",
+    "train",
     "training-load",
 )  # modules of `server.bench`
 

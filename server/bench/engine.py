@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -23,6 +21,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from server.bench import telling
+from server.bench.svg import Panel, bars
 from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = []
     for arch in options.arch:
         reports.append(measure(arch, options))
-        print(table(reports[-1]), flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(reports, indent=2) + "\n")
+    told = telling.stated("engine", options, dtype="as the rows say", seeds="0, and of each task its number")
+    tables = "\n\n".join(table(report) for report in reports)
+    telling.tell({**told, "archs": reports}, tables, options, draw)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-batch", type=int, default=32, help="pictures of a training step")
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
     parser.add_argument("--residents", type=int, default=1000, help="tasks on the rack (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 
@@ -133,14 +133,27 @@ def _median_ms(spent: Sequence[tuple[float, float]], clock: int) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Times and how many times faster than the first row of the group each is."""
-    lines = [f"{report['arch']} (one thread, CPU ms, torch {report['torch']})"]
-    for group, times in report.items():
-        if isinstance(times, dict):
-            first = next(iter(times.values()))
-            lines.append(f"  {group}")
-            lines += [f"    {name:<42}{ms:>10.1f}{first / ms:>8.2f}×" for name, ms in times.items()]
-    return "\n".join(lines)
+    """Markdown: times, and how many times faster than the first row of its group each is."""
+    found = []
+    for group, times in _groups(report).items():
+        first = next(iter(times.values()))
+        lines = [f"| {report['arch']}: {group} | CPU ms | × the first |", "|---|---|---|"]
+        found.append("\n".join(lines + [f"| {name} | {ms:,.1f} | {first / ms:.2f} |" for name, ms in times.items()]))
+    return "\n\n".join(found)
+
+
+def draw(report: Mapping[str, Any]) -> str:
+    """SVG: a panel for each group of each architecture."""
+    panels = [
+        Panel(f"{own['arch']}: {group}", "CPU ms", times, ours=[name for name in times if not name.startswith("timm")])
+        for own in report["archs"]
+        for group, times in _groups(own).items()
+    ]
+    return bars(panels)
+
+
+def _groups(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {group: times for group, times in report.items() if isinstance(times, dict)}
 
 
 def _timm_variants(model: VisionTransformer, pixels: Tensor) -> Variants:

@@ -25,6 +25,7 @@ def latencies(values: Sequence[float], shares: Sequence[int] = (50, 95, 99)) -> 
 
 def machine() -> dict[str, Any]:
     """`load_average` tells of neighbours."""
+    import timm
     import torch
 
     return {
@@ -33,6 +34,7 @@ def machine() -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "timm": timm.__version__,
         "lensrack": __version__,
         "cuda": torch.cuda.is_available(),
     }

@@ -16,7 +16,6 @@ asserted.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -29,8 +28,7 @@ from typing import Any
 import torch
 
 from prompts_store import open_store
-from server.bench import http_report, http_targets, made_tasks
-from server.bench.figures import machine
+from server.bench import http_report, http_targets, made_tasks, telling
 from server.bench.http_targets import Target
 from server.bench.load_generator import Seen, generate
 from server.bench.process_tree import Memory, cpu_s, memory, paused
@@ -70,18 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             closed, opened = bench.rounds()
         taken = dict(bench.memory)
         copies = http_targets.copies(sys.executable, store) if options.copies else None
+    seeds = "of each task its number; of arrivals and popularity that of the round"
     report = {
-        "benchmark": "http",
-        "machine": machine(),
+        **telling.stated("http", options, dtype="as the rows say, else float32", seeds=seeds),
         "backbone": Settings().backbone,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         **http_report.report(closed, opened, taken, copies, options),
     }
-    print(http_report.tables(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.picture is not None:
-        options.picture.write_text(http_report.draw(report))
+    telling.tell(report, http_report.tables(report), options, http_report.draw)
 
 
 def shares(popularity: str, tasks: int) -> list[float]:
@@ -194,8 +187,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="measure a server and a process with a copy of the model for each task, too",
     )
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
-    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 

@@ -11,7 +11,6 @@ float32 forward out over the CPU's threads, by the clock as well. Nothing is ass
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from . import telling
 from .engine import by_both_clocks
 from .ladder_bench import Answer, Bench, Drift, NotHere, Step
 from .ladder_cuda import CUDA
@@ -56,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         weights = options.weights if len(options.arch) == 1 else None
         bench = Bench(arch, options.tasks, options.prompts, weights=weights)
         reports.append(measure(bench, options))
-        print(f"{reports[-1]['title']}\n\n{tables(reports[-1])}\n", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(reports, indent=2) + "\n")
-    if options.picture is not None:
-        options.picture.write_text(draw(reports))
+        telling.show(f"{reports[-1]['title']}\n\n{tables(reports[-1])}\n")
+    seeds = "0, and of each task its number"
+    told = telling.stated("ladder", options, dtype="float32 where a row says nothing else", seeds=seeds)
+    telling.tell({**told, "archs": reports}, "", options, lambda _: draw(reports))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,8 +71,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer (default: %(default)s)")
     parser.add_argument("--final", action="store_true", help="only timm, the literal forward and what the engine does")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well: takes minutes")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
-    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 

@@ -11,10 +11,9 @@ Nothing is asserted.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,10 +22,11 @@ from typing import Any
 import httpx
 
 from prompts_store import open_store
-from server.bench import http_targets, made_tasks
-from server.bench.figures import latencies, machine
+from server.bench import http_targets, made_tasks, telling
+from server.bench.figures import latencies
 from server.bench.http_targets import Target
 from server.bench.load_generator import Seen, generate
+from server.bench.svg import Panel, bars
 from server.settings import Settings
 
 CALM, NOISY, FLOODED = "calm", "noisy", "flooded"
@@ -61,17 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _servers(folder, store, options) as targets:
             found = _rounds(targets, tasks, options)
             limits = {target.name: _limit(target) for target in targets}
+            dtype = httpx.get(f"http://127.0.0.1:{targets[0].port}/readyz").json()["backbone"]["dtype"]
     report = {
-        "benchmark": "noisy",
-        "machine": machine(),
+        **telling.stated("noisy", options, dtype=dtype, seeds="of each task its number; of arrivals that of the round"),
         "backbone": Settings().backbone,
-        "options": {name: value for name, value in vars(options).items() if name != "json"},
         "quiet": {server: _told(kinds) for server, kinds in found.items()},
         "batch_limit": limits,
     }
-    print(table(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    telling.tell(report, table(report), options, draw)
 
 
 def shares(kind: str, tasks: int, times: float, flood: float) -> list[float]:
@@ -158,6 +155,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"rows that a forward may have at the end: {limits}"])
 
 
+def draw(report: Mapping[str, Any]) -> str:
+    """SVG: the quiet tasks' p99, a panel for each server."""
+    panels = [
+        Panel(f"quiet tasks' p99, server {server}", "ms", {kind: own["p99_ms"] for kind, own in kinds.items()}, [CALM])
+        for server, kinds in report["quiet"].items()
+    ]
+    return bars(panels)
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m server bench noisy",
@@ -173,7 +179,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", type=float, default=0.0, help="seconds: a second server that keeps a p99 target")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each kind")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 

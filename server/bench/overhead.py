@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,14 @@ import numpy as np
 from PIL import Image
 
 from prompts_store import open_store
-from server.bench import made_tasks
+from server.bench import made_tasks, telling
 from server.settings import Settings
 
 from .load_generator import Plan, generate
 from .own_server import ROOT, own_server
 from .peer_process import stop, wait_until_well
 from .process_tree import cpu_s
+from .svg import Panel, bars
 
 [TASK] = made_tasks.names(1)
 START_S = 120.0
@@ -97,10 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.peer is not None:
             asked += stack.enter_context(_litserve(options.peer, max(options.clients), bodies))
         figures = {f"{clients}": _measure(asked, clients, options) for clients in options.clients}
-    report = {"requests": options.requests, "rounds": options.rounds, "image_size": spec.image_size, "cpu_ms": figures}
-    print(table(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    told = telling.stated("overhead", options, dtype="none: nothing is computed", seeds="0, of the pixels")
+    report = {**told, "image_size": spec.image_size, "cpu_ms": figures}
+    telling.tell(report, table(report), options, draw)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,7 +110,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="that ask at once")
     parser.add_argument("--requests", type=int, default=1000, help="of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 
@@ -123,6 +123,13 @@ def table(report: dict[str, Any]) -> str:
         cells = [_cell(found, name) for found in figures.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(report: Mapping[str, Any]) -> str:
+    """SVG: a panel for each number of clients."""
+    figures: dict[str, dict[str, float]] = report["cpu_ms"]
+    ours = [name for name in next(iter(figures.values())) if name.startswith("lensrack")]
+    return bars([Panel(f"clients: {clients}", "CPU ms a request", found, ours) for clients, found in figures.items()])
 
 
 def _cell(found: dict[str, float], name: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +26,32 @@ def as_svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A group of bars that may be compared: by name how long each is, in `unit`. `ours` are filled in."""
+
+    title: str
+    unit: str
+    bars: Mapping[str, float]
+    ours: Sequence[str] = ()
+
+
+def bars(panels: Sequence[Panel]) -> str:
+    """SVG: the panels one beneath the other, their bars from top to bottom."""
+    from matplotlib.figure import Figure
+
+    with style():
+        heights = [1.0 + 0.24 * len(panel.bars) for panel in panels]
+        figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
+        places = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, panel in zip(places, panels, strict=True):
+            names = [*panel.bars][::-1]
+            colours = [OURS if name in panel.ours else OTHER for name in names]
+            drawn = axes.barh(names, [panel.bars[name] for name in names], color=colours)
+            axes.bar_label(drawn, fmt="%.4g", padding=2)
+            axes.set(title=panel.title, xlabel=panel.unit)
+            axes.margins(x=0.1)
+            axes.spines[["top", "right"]].set_visible(False)
+        return as_svg(figure)

@@ -11,11 +11,10 @@ the intended moment, in rounds without and with swaps, in turns; the first task 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,11 @@ import httpx
 from prompts_store import Bundle, Store, open_store
 from server.samples import draw
 
-from .figures import machine
+from . import telling
 from .own_redis import own_redis
 from .own_server import own_server
 from .plain_client import WAIT_S, PlainClient
+from .svg import Panel, bars
 
 SWAPPED, NEIGHBOUR = "fruit", "weather"
 
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fit(client, home, options)
         store = stack.enter_context(closing(open_store(url or f"file://{home / 'store'}")))
         report = _report(Bench(server, home, store, options).run(), client, options)
-    print(table(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    telling.tell(report, table(report), options, draw_bars)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,7 +66,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of calm and swaps (default: %(default)s)")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between swaps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=20.0, help="the neighbour's requests a second")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 
@@ -89,6 +87,21 @@ def table(report: dict[str, Any]) -> str:
         lines
         + [f"| {name} | {at['p50']:.1f} | {at['p99']:.1f} | {at['worst']:.1f} | {at['count']} |" for name, at in rows]
     )
+
+
+def draw_bars(report: Mapping[str, Any]) -> str:
+    """SVG: p50, p99 and the worst of each kind of answer."""
+    kinds = {
+        "first answer of the new version": "first_answer_ms",
+        "any answer of that task": "any_answer_ms",
+        "neighbour, calm": "neighbour_calm_ms",
+        "neighbour, beside swaps": "neighbour_swapping_ms",
+    }
+    panels = [
+        Panel(at, "ms", {name: report[key][at] for name, key in kinds.items()}, ours=[*kinds][:1])
+        for at in ("p50", "p99", "worst")
+    ]
+    return bars(panels)
 
 
 def _fit(client: PlainClient, home: Path, options: argparse.Namespace) -> None:
@@ -181,13 +194,13 @@ def _changed(parent: Bundle, by: float) -> Bundle:
 
 
 def _report(seen: Seen, client: PlainClient, options: argparse.Namespace) -> dict[str, Any]:
+    backbone = client.get("/readyz")["backbone"]
     return {
+        **telling.stated("swap", options, dtype=backbone["dtype"], seeds="0, of the pictures"),
         "store": "Redis" if options.redis else "file",
-        "backbone": client.get("/readyz")["backbone"]["arch"],
+        "backbone": backbone["arch"],
         "method": options.method,
         "failures": seen.failures,
-        "machine": machine(),
-        "options": {name: value for name, value in vars(options).items() if name != "json"},
         "first_answer_ms": _figures(seen.first_answer),
         "any_answer_ms": _figures(seen.any_answer),
         "neighbour_calm_ms": _figures(seen.calm),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.bench import fit
+from server.bench import train
 
 
 def test_what_a_step_takes_is_told_with_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,11 +17,11 @@ def test_what_a_step_takes_is_told_with_its_memory(tmp_path: Path, capsys: pytes
     small = ["--arch", "vit_tiny_patch16_224", "--prompts", "2", "--batch", "2", "--rounds", "1"]
     small += ["--kinds", "lensrack plain float32"]
     try:
-        fit.main([*small, "--json", str(tmp_path / "fit.json"), "--picture", str(tmp_path / "fit.svg")])
+        train.main([*small, "--json", str(tmp_path / "fit.json"), "--picture", str(tmp_path / "fit.svg")])
     finally:
         torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "fit.json").read_text())["rows"]
-    assert rows[0]["name"] == fit.LITERAL
+    assert rows[0]["name"] == train.LITERAL
     assert rows[0]["gradient_off"] == 0
     assert len(rows) == 2
     for row in rows:
@@ -32,8 +32,8 @@ def test_what_a_step_takes_is_told_with_its_memory(tmp_path: Path, capsys: pytes
 
 
 def test_every_variant_has_the_literal_gradient() -> None:
-    options = fit._options(["--arch", "vit_tiny_patch16_224", "--batch", "2"])
-    literal = fit.step(fit.LITERAL, 3, options)()
-    for name in fit._kinds(options):
-        off = float((fit.step(name, 3, options)() - literal).norm() / literal.norm())
+    options = train._options(["--arch", "vit_tiny_patch16_224", "--batch", "2"])
+    literal = train.step(train.LITERAL, 3, options)()
+    for name in train._kinds(options):
+        off = float((train.step(name, 3, options)() - literal).norm() / literal.norm())
         assert off < (1e-4 if "float32" in name else 0.2), name

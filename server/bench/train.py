@@ -1,4 +1,4 @@
-"""`python -m server bench fit`: forward and backward of a training step, ours beside the papers' own formulation.
+"""`python -m server bench train`: forward and backward of a training step, ours beside the papers' own formulation.
 
 `vpt_deep` on one batch of pictures, for each number of prompts: the literal forward, in which prompts are tokens and
 pass through every block, and ours, in which they are keys and values; in float32, with packed weights, and in bfloat16
@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.bench import telling
 from server.bench.engine import in_turns
-from server.bench.figures import machine
 from server.bench.process_tree import peak_rss_mib, rss_mib
 from server.bench.svg import LINES, as_svg, style
 from server.engine import reference, vit
@@ -52,11 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(_peak_mib(options)))
         return
     report = measure(options)
-    print(table(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.picture is not None:
-        options.picture.write_text(draw(report))
+    telling.tell(report, table(report), options, draw)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,8 +73,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "gradient_off": float((once() - literal).norm() / literal.norm()),
                 }
             )
-    told = {name: str(own) if isinstance(own, Path) else own for name, own in vars(options).items()}
-    return {"benchmark": "fit", "machine": machine(), "options": told, "rows": rows}
+    told = telling.stated(
+        "train", options, dtype="as the rows say", seeds=f"{options.seed}, of pictures and parameters"
+    )
+    return {**told, "rows": rows}
 
 
 def _kinds(options: argparse.Namespace) -> list[str]:
@@ -130,7 +128,7 @@ def step(name: str, prompts: int, options: argparse.Namespace) -> Step:
 def _measured_peak(name: str, prompts: int, options: argparse.Namespace) -> float:
     """In a process of its own: a peak never falls."""
     own = ["--peak-of", name, "--prompts", str(prompts), "--batch", str(options.batch), "--arch", options.arch]
-    command = [sys.executable, "-m", "server.bench.fit", *own]
+    command = [sys.executable, "-m", "server.bench.train", *own]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     if done.returncode:
         raise RuntimeError(f"memory could not be measured:\n{done.stderr[-2000:]}")
@@ -164,7 +162,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any]) -> str:
+def draw(report: Mapping[str, Any]) -> str:
     """SVG: images a second and memory, a group of bars for each number of prompts."""
     from matplotlib.figure import Figure
 
@@ -188,7 +186,7 @@ def draw(report: dict[str, Any]) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m server bench fit",
+        prog="python -m server bench train",
         description=(__doc__ or "").split("\n\n")[1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -200,8 +198,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and parameters")
     parser.add_argument("--peak-of", choices=[*KINDS], help="only the memory of one variant, as JSON")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
-    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 

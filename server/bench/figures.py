@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from server import __version__
@@ -30,11 +32,20 @@ def machine() -> dict[str, Any]:
 
     return {
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": processor(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
         "lensrack": __version__,
-        "cuda": torch.cuda.is_available(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def processor() -> str:
+    """By its name, where the system tells (proc_cpuinfo(5)), else by its kind."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return f"{found[1].strip()} ({platform.machine()})" if found else platform.machine()

@@ -51,7 +51,9 @@ def show(markdown: str) -> None:
 def facts(report: Mapping[str, Any]) -> str:
     """A line, of what `stated` gives."""
     of = report["machine"]
-    where = f"{of['cores']} cores of {of['processor']}, load {of['load_average'][0]:g} at the end"
+    where = (
+        f"{of['cores']} cores of {of['processor']}, {of['cuda'] or 'no GPU'}, load {of['load_average'][0]:g} at the end"
+    )
     versions = ", ".join(f"{name} {of[name]}" for name in ("python", "torch", "timm", "lensrack"))
     return f"{report['benchmark']}: {where}; {versions}; dtype: {report['dtype']}; seeds: {report['seeds']}"
 

@@ -110,7 +110,7 @@ STEPS = (
     Step("… attention by two products", partial(attending, attention=by_products), False, "slower in float32"),
     Step("attention head by head", lambda bench: bench.served(bench.packed), True),
     Step("… prompts and heads stacked from tensors of each task's own", own_tensors, False,
-         "no gain; ragged lenses do not stack, and CUDA graphs need addresses that stay"),
+         "ragged lenses do not stack, and CUDA graphs need addresses that stay"),
     Step("… bfloat16, PyTorch's fused attention", partial(attending, attention=fused, dtype=torch.bfloat16), False,
          "that kernel does not multiply in bfloat16"),
     Step("… bfloat16, attention by two products", lambda bench: bench.served(bench.eye(torch.bfloat16, packed=True)),

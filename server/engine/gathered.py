@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -101,6 +102,10 @@ class Vectors:
     def index(self, numbers: NDArray[np.generic]) -> Tensor:
         return self.crossing.send(numbers)
 
+    def at(self, index: Tensor) -> Tensor:
+        """[…] → […, D]: `slab[index]`, whose kernel on a CPU copies number by number; this one vector by vector."""
+        return F.embedding(index, self.slab)
+
 
 class Gathered:
     """What a batch's seats bring (a `lens.Condition`). Raises ValueError unless they may share a lane."""
@@ -127,7 +132,7 @@ class Gathered:
         longest = int(self._longest[layer])
         if longest == 0 or self._prompts is None or self._numbers is None:
             return None
-        keys, values = (self._memory.slab[own[layer, :, :longest]] for own in self._numbers)
+        keys, values = (self._memory.at(own[layer, :, :longest]) for own in self._numbers)
         return Prefix(keys, values, self._mask(layer))
 
     def additions(self, layer: int) -> Additions | None:
@@ -153,7 +158,7 @@ class Gathered:
 
     def _vectors(self, numbers: Sequence[Indices]) -> Tensor:
         """[B, longest, D], zero where a row has fewer."""
-        return self._memory.slab[self._memory.index(padded(numbers))]
+        return self._memory.at(self._memory.index(padded(numbers)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ class FoundPart:
 
     @cached_property
     def vectors(self) -> Tensor:
-        return self._memory.slab[self._index]
+        return self._memory.at(self._index)
 
     @property
     def scalars(self) -> Tensor:
@@ -212,7 +217,7 @@ class FoundPart:
         if len(rows) == len(lengths):
             return self.vectors, _mask(self._memory, lengths), None
         index = self._memory.index(padded([self._numbers[row] for row in rows.tolist()]))
-        return self._memory.slab[index], _mask(self._memory, lengths[rows]), self._memory.index(rows)
+        return self._memory.at(index), _mask(self._memory, lengths[rows]), self._memory.index(rows)
 
 
 def padded(numbers: Sequence[Indices]) -> Indices:

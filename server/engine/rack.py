@@ -255,7 +255,7 @@ class Rack:
     def _dense(self, features: Tensor, numbers: Sequence[Indices], crossing: Crossing) -> Tensor:
         """Features [R, D], a layer a row → [R, longest], 0 where a row's layer is shorter."""
         index = crossing.send(padded(numbers))  # [R, C]
-        found = torch.baddbmm(self._bias[index].unsqueeze(-1), self._slab[index], features.unsqueeze(-1))
+        found = torch.baddbmm(self._bias[index].unsqueeze(-1), F.embedding(index, self._slab), features.unsqueeze(-1))
         return found.squeeze(-1)
 
 

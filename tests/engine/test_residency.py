@@ -196,7 +196,9 @@ async def test_whoever_leaves_while_waiting_leaves_no_pin(residency: Residency, 
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+    ready = residency._entries["a", "1"].ready
     shelf.gate.set()
+    await asyncio.wait([ready])  # it comes all the same
     for name in "bcd":
         await asyncio.wait_for(residency.load(name, "1"), 5)
     assert not residency.resident("a", "1"), "nobody needed it, so it was the first to leave"

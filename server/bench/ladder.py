@@ -29,7 +29,7 @@ from .ladder_bench import Answer, Bench, Drift, NotHere, Step
 from .ladder_cuda import CUDA
 from .ladder_layouts import layouts
 from .ladder_steps import COMPILED, FINAL, RAGGED, STEPS
-from .svg import as_svg, style
+from .svg import OTHER, OURS, as_svg, style
 
 Truth = Callable[[Callable[[Bench], Answer]], NDArray[np.float64]]
 
@@ -158,7 +158,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> str:
         for number, report in enumerate(reports, start=1):
             rows = [row for row in report["rows"] if row["speed"] is not None][::-1]
             axes = figure.add_subplot(len(reports), 1, number)
-            colours = ["#1f77b4" if row["taken"] else "#d0d7de" for row in rows]
+            colours = [OURS if row["taken"] else OTHER for row in rows]
             bars = axes.barh([row["name"] for row in rows], [row["speed"] for row in rows], color=colours)
             axes.bar_label(bars, fmt="%.2f", padding=2)
             axes.axvline(1, color="#57606a", linewidth=0.8)

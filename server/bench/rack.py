@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from typing import Any, cast
 import torch
 
 from prompts_store import Bundle, CachedStore, Store, open_store
-from server.bench import made_tasks
-from server.bench.figures import latencies, machine
+from server.bench import made_tasks, telling
+from server.bench.figures import latencies
 from server.bench.own_redis import own_redis
 from server.bench.process_tree import rss_mib
 from server.bench.svg import LINES, OURS, as_svg, style
@@ -78,11 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings()
         eye = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu")
         report = asyncio.run(_measured(url, eye, options))
-    print(table(report))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.picture is not None:
-        options.picture.write_text(draw(report))
+    telling.tell(report, table(report), options, draw)
 
 
 def _published(url: str, eye: Backbone, options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -107,11 +102,11 @@ async def _measured(url: str, eye: Backbone, options: argparse.Namespace) -> dic
         residency.check_integrity()
         bundle_bytes = len(counted.get(*made[0]).data)
         used = rack.used_slots
+    dtype, seeds = str(eye.dtype).removeprefix("torch."), f"{options.seed}, of the tasks that are asked"
+    told = telling.stated("rack", options, dtype=dtype, seeds=seeds)
     return {
-        "benchmark": "rack",
-        "machine": machine(),
+        **told,
         "backbone": eye.spec.arch,
-        "options": {name: str(own) if isinstance(own, Path) else own for name, own in vars(options).items()},
         "store": bench.store,
         "published_s": round(published_s, 1),
         "bundle_bytes": bundle_bytes,
@@ -224,7 +219,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any]) -> str:
+def draw(report: Mapping[str, Any]) -> str:
     """SVG: where tasks were found, and memory over the swaps."""
     from matplotlib.figure import Figure
 
@@ -262,8 +257,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=20_000, help="by Zipf's law, after half as many that warm up")
     parser.add_argument("--swaps", type=int, default=0, help="lenses that make room for others while memory is read")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--json", type=Path, help="where to save the figures as well")
-    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    telling.add_files(parser)
     return parser.parse_args(arguments)
 
 

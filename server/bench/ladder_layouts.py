@@ -23,19 +23,20 @@ from torch import Tensor
 from server.engine.engine import Engine
 
 from .ladder_bench import Answer, Bench, NotHere, Step, under
+from .ladder_steps import HEADS_APART
 
 
 def layouts(cores: int) -> tuple[Step, ...]:
     """1, 2, 4 … threads up to the cores, and as many as the server takes for one engine unless told otherwise."""
     served = max(1, cores - 1)
     counts = sorted({*(2**power for power in range(cores.bit_length())), served, cores})
-    alone = Step("one thread", partial(within, threads=1), served == 1, "attention head by head")
+    alone = Step("one thread", partial(within, threads=1), served == 1, "attention head by head" if HEADS_APART else "")
     more = [count for count in counts if count > 1]
     return (alone, *(_within(count, count == served) for count in more), *map(_workers, more))
 
 
 def _within(threads: int, taken: bool) -> Step:
-    why = f"attention by PyTorch's kernel, not head by head; {waiting()}"
+    why = f"attention by PyTorch's kernel, not head by head; {waiting()}" if HEADS_APART else waiting()
     return Step(f"{threads} threads in each product", partial(within, threads=threads), taken, why)
 
 

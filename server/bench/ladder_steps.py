@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.bench.engine import packed_model
 from server.engine import pooling
-from server.engine.attend import Attend, by_products, fused
+from server.engine.attend import Attend, by_products, fastest, fused, head_by_head
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 
@@ -97,6 +97,7 @@ def compiled(bench: Bench) -> Answer:
     return answer
 
 
+HEADS_APART = fastest(True, torch.float32) is head_by_head
 STEPS = (
     Step("timm float32, one task", plain_timm, False, "what each row is measured by", truth=None),
     Step("timm packed float32, one task", packed_timm, False, "the plain forward with the weights that the engine has",
@@ -108,7 +109,8 @@ STEPS = (
     Step("sum and GELU on the product's way", partial(attending, attention=fused), True),
     Step("… queries, keys, values in one product", one_product, False, "no gain worth a second copy of the weights"),
     Step("… attention by two products", partial(attending, attention=by_products), False, "slower in float32"),
-    Step("attention head by head", lambda bench: bench.served(bench.packed), True),
+    Step("attention head by head", partial(attending, attention=head_by_head), HEADS_APART,
+         "" if HEADS_APART else "slower without AVX-512"),
     Step("… prompts and heads stacked from tensors of each task's own", own_tensors, False,
          "ragged lenses do not stack, and CUDA graphs need addresses that stay"),
     Step("… bfloat16, PyTorch's fused attention", partial(attending, attention=fused, dtype=torch.bfloat16), False,
@@ -123,7 +125,7 @@ FINAL = (
     "timm float32, one task",
     "timm packed float32, one task",
     "literal, task by task",
-    "attention head by head",
+    "attention head by head" if HEADS_APART else "sum and GELU on the product's way",
     "… bfloat16, attention by two products",
 )
 RAGGED = (

@@ -10,7 +10,7 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .attend import Attend, by_products, fused, head_by_head
+from .attend import Attend, fastest
 from .float8 import Float8Linear
 from .packed import Linear, PackedLinear, PlainLinear
 
@@ -38,7 +38,7 @@ class FrozenBlock:
         self.act, self._mlp_norm = block.mlp.act, block.mlp.norm
         self._gate_last: bool | None = block.mlp.gate_last if isinstance(block.mlp, GluMlp) else None
         self._gelu = self._gate_last is None and type(self.act) is nn.GELU and self.act.approximate == "none"
-        self._attend: Attend = _attend_by(packed, weight.dtype)
+        self._attend: Attend = fastest(packed, weight.dtype)
 
     def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [..., D]."""
@@ -102,9 +102,3 @@ class FrozenBlock:
 
 def _nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity)
-
-
-def _attend_by(packed: bool, dtype: torch.dtype) -> Attend:
-    if not packed:
-        return fused
-    return by_products if dtype == torch.bfloat16 else head_by_head

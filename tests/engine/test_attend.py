@@ -106,3 +106,13 @@ def test_head_by_head_is_for_many_queries_one_thread_and_no_gradient(monkeypatch
     assert true.grad is not None
     assert found.grad is not None
     torch.testing.assert_close(found.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", head_by_head), ("AVX2", fused), ("DEFAULT", fused)])
+def test_heads_go_apart_where_mkl_is_the_slower_one(
+    capability: str, expected: Attend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert attend.fastest(True, torch.float32) is expected
+    assert attend.fastest(True, torch.bfloat16) is by_products
+    assert attend.fastest(False, torch.float32) is fused

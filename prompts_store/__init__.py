@@ -1,4 +1,4 @@
-"""Bundles and where they are kept. numpy only: no torch; redis and watchfiles load with the stores that need them."""
+"""Bundles and where they are kept. numpy only: no torch; what a store alone needs loads with the store."""
 
 from prompts_store.alias import ANY, Alias, Expect, Target, Targets
 from prompts_store.bundle import MAX_BUNDLE_BYTES, Bundle

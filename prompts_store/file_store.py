@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from prompts_store import folder_events
 from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
 from prompts_store.bundle import Bundle, header_bytes, read_manifest
 from prompts_store.errors import (
@@ -40,11 +41,10 @@ log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 NEW: Final = ".new-"
-DEBOUNCE_MS: Final = 200  # the longest that a stream of changes is gathered before it is reported
-STEP_MS: Final = 10  # quiet for this long: report at once; also how often a watcher looks at its stop event
-RECONCILE_MS: Final = 2000  # the kernel's events may overflow, and a remote disk sends none
+RECONCILE_S: Final = 2.0  # the kernel's events may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]
+_NOTHING: Final[_Stamp] = (frozenset[str](),)  # of a task that is not there, or is only being made
 
 
 class FileStore:
@@ -137,29 +137,12 @@ class FileStore:
 
     def _changes(self, stop: threading.Event, seen: dict[str, _Stamp]) -> Iterator[Change]:
         """The kernel's events say where to look; comparing stamps says what changed, and finds what they missed."""
-        from watchfiles import watch
-
-        wake_ups = watch(
-            self._tasks,
-            watch_filter=None,
-            debounce=DEBOUNCE_MS,
-            step=STEP_MS,
-            stop_event=stop,
-            rust_timeout=RECONCILE_MS,
-            yield_on_timeout=True,
-            ignore_permission_denied=True,
-        )
         with _disk():
-            for events in wake_ups:
-                touched = {self._task_of(path) for _, path in events} or {*seen, *os.listdir(self._tasks)}
-                now = self._stamps(touched)
-                changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task))
+            for touched in folder_events.touched(self._tasks, stop, RECONCILE_S):
+                now = self._stamps({*seen, *os.listdir(self._tasks)} if touched is None else touched)
+                changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task, _NOTHING))
                 seen |= now
                 yield from map(Change, changed)
-
-    def _task_of(self, path: str) -> str:
-        parts = Path(path).parts[len(self._tasks.parts) :]
-        return parts[0] if parts else ""
 
     def _stamps(self, names: Iterable[str]) -> dict[str, _Stamp]:
         """A value for each task that is another one after any change: a rename gives a new inode."""

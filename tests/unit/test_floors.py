@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-SERVICE = {"fastapi", "starlette", "uvicorn", "pydantic", "redis", "httpx", "prometheus_client", "watchfiles"}
+SERVICE = {
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "pydantic",
+    "redis",
+    "httpx",
+    "prometheus_client",
+    "inotify_simple",
+    "watchfiles",
+}
 
 
 def loaded_by(*modules: str) -> set[str]:

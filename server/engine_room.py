@@ -28,6 +28,7 @@ from server.facts import UNTRAINED_NOTE, Facts, load_backbone
 from server.keys.ring import KeyRing
 from server.methods.registry import Registry
 from server.settings import Settings
+from server.succession import Succession
 from server.supervisor import Supervisor
 from server.watchdog import Watchdog
 
@@ -48,6 +49,7 @@ class EngineRoom:
     store: CachedStore
     rack: Rack
     residency: Residency
+    succession: Succession
     engine: Engine
     batcher: Batcher
     watchdog: Watchdog
@@ -65,12 +67,14 @@ class EngineRoom:
     def start(self) -> None:
         self.workers.start()
         self.watchdog.start()
+        self.succession.start()
 
     async def drain(self, timeout_s: float) -> None:
         await self.batcher.drain(timeout_s)
 
     async def stop(self) -> None:
         """After a drain. Its store stays open: whoever opened others closes all of them at once."""
+        await self.succession.stop()
         await self.workers.stop()
         await self.watchdog.stop()
         self.loading.shutdown(wait=False, cancel_futures=True)
@@ -145,6 +149,7 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         store,
         rack,
         residency,
+        Succession(store, residency),
         engine,
         batcher,
         watchdog,

@@ -181,6 +181,10 @@ class Residency:
         entry = self._entries.get((task, version))
         return entry is not None and entry.seat is not None
 
+    def resident_versions(self, task: str) -> set[str]:
+        """On the rack, or on their way to it."""
+        return {version for name, version in self._entries if name == task}
+
     def pinned(self, task: str, version: str) -> bool:
         entry = self._entries.get((task, version))
         return entry is not None and entry.held

@@ -207,6 +207,7 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         answered = place.told[200, ""]
         assert answered > CLIENTS * QUESTIONS // 3, "hardly anything was asked of what is there"
         assert place.server.room.residency.counts.evictions > 0, "the rack was never full"
+        await place.server.room.succession.stop()
         await until(lambda: not any(place.left.values()), f"something is left: {place.left}")
         place.server.room.residency.check_integrity()
         place.server.room.batcher.check_integrity()
@@ -215,6 +216,18 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         rack = place.server.room.engine.rack
         assert (rack.used_slots, rack.used_vectors) == (0, 0)
         rack.check_integrity()
+
+
+async def test_the_next_version_is_on_the_rack_before_anybody_asks_for_it(tmp_path: Path) -> None:
+    async with site(tmp_path) as place:
+        place.furnish()
+        await place.publish("task-0", 0)
+        await place.ask_about("task-0", 0)
+        await place.publish("task-0", 1)
+        old, new = (bundle.version for bundle in place.bundles["task-0"])
+        await until(lambda: place.server.room.residency.resident("task-0", new), "it was not loaded ahead")
+        assert await place.ask_about("task-0", 0) == new
+        assert place.server.room.residency.resident("task-0", old)
 
 
 async def test_a_damaged_version_leaves_the_old_one_serving_and_is_told_aloud(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class _Watches:
         self._seen = flags.CREATE | flags.MOVED_TO | flags.MOVED_FROM | flags.DELETE | flags.CLOSE_WRITE
         self._only_folders, self._lost, self._left = flags.ONLYDIR, flags.Q_OVERFLOW, flags.IGNORED
         self._is_folder = flags.ISDIR
+        self._root = root
         self._folders: dict[int, tuple[Path, str, int]] = {}  # by watch: the folder, its name under the root, its level
         self._lacking = False
         try:
@@ -77,6 +78,7 @@ class _Watches:
         found: set[str] = set()
         for event in self._inotify.read(timeout=round(timeout_s * 1000)):
             if event.mask & self._lost:
+                self._add(self._root, "", 0)  # among what is lost there may be folders that nobody watches yet
                 return None
             found |= self._names(event)
         return found

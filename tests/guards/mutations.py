@@ -226,4 +226,18 @@ MUTATIONS = (
         "        raise\n    try:",
         "tests/unit/test_predictor.py::test_seats_are_given_back_where_the_engine_is_away_when_rows_are_ready",
     ),
+    Mutation(
+        "After the kernel's queue has overflowed, new folders of the store are watched as well",
+        "prompts_store/folder_events.py",
+        'self._add(self._root, "", 0)  # among',
+        "pass  # among",
+        "tests/unit/test_folder_events.py::test_nobody_knows_what_was_in_a_queue_that_overflowed",
+    ),
+    Mutation(
+        "What somebody has unloaded does not come back with the task's next change",
+        "server/succession.py",
+        "                continue\n",
+        "                pass\n",
+        "tests/unit/test_succession.py::test_what_somebody_unloads_stays_away_whatever_else_changes",
+    ),
 )

@@ -1,8 +1,8 @@
 """In which of a folder's folders something has changed, as the kernel tells it.
 
-By inotify where there is one: told at once, and nobody is woken while nothing happens. Elsewhere by watchfiles, which
-looks again and again and gathers what it has seen for 10 to 20 ms. Neither tells everything: queues overflow, watches
-run out, and a remote disk is silent. So everybody is told to look at everything now and then.
+By inotify where there is one: told at once; between changes the thread wakes for its stop event alone. Elsewhere by
+watchfiles, which looks every 10 ms and gathers what it has seen until nothing more comes. Neither tells everything:
+queues overflow, watches run out, and a remote disk is silent. So whoever watches looks at everything now and then.
 """
 
 from __future__ import annotations

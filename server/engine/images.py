@@ -210,7 +210,7 @@ def _flatten(image: Image.Image, what: str) -> Image.Image:
     if image.mode == "I;16":
         return _flatten_16_bit(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
     rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
     low, high = alpha.getextrema()

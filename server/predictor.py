@@ -31,6 +31,8 @@ import numpy as np
 from server import metrics, tracing
 from server.batching.batcher import Room
 from server.batching.row import Row
+from server.batching.scheduler import FlowKey
+from server.batching.shares import NOBODYS, together
 from server.engine.images import Geometry
 from server.errors import Conflict, DeadlineExceeded, Internal, Unprocessable
 from server.pictures import Fitted, Image, Pictures
@@ -58,10 +60,10 @@ class Queue(Protocol):
     @property
     def places(self) -> int: ...
     def __len__(self) -> int: ...
-    def require_room(self, inside: int, tenant: str = "") -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
     @property
     def clock(self) -> Callable[[], float]: ...
-    def promise(self, rows: int, tenant: str = "") -> AbstractContextManager[Room]: ...
+    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> AbstractContextManager[Room]: ...
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T: ...
 
 
@@ -188,12 +190,12 @@ class Predictor:
         Raises ServiceError kinds and the store's errors.
         """
         refs = Ref.parse_all(task_ref)
-        with self._asking(images, len(refs), key, tenant, timeout_s) as asking:
+        with self._asking(images, len(refs), key, (tenant, refs[0].task), timeout_s) as asking:
             return await in_time(timeout_s, self._answer(refs, top_k, asking))
 
     async def outputs(self, ref: Ref, images: Sequence[Image], *, key: str, tenant: str, timeout_s: float) -> Outputs:
         """Ask one version about images, and be told all that it says of them. Raises like `predict`."""
-        with self._asking(images, 1, key, tenant, timeout_s) as asking:
+        with self._asking(images, 1, key, (tenant, ref.task), timeout_s) as asking:
             given = await in_time(timeout_s, self._ask([ref], asking))
         scores = np.stack([probabilities(row) for row in given.logits])
         logits = np.stack(given.logits).astype(np.float64)
@@ -204,14 +206,15 @@ class Predictor:
     ) -> dict[str, Answer | Exception]:
         """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
         refs = {text.replace(" ", TOGETHER): Ref.parse_all(text) for text in task_refs}
-        with self._asking(images, sum(map(len, refs.values())), key, tenant, timeout_s) as asking:
+        flow = together({(tenant, one.task) for of_task in refs.values() for one in of_task})
+        with self._asking(images, sum(map(len, refs.values())), key, flow, timeout_s) as asking:
             asked = [in_time(timeout_s, self._answer(together, top_k, asking)) for together in refs.values()]
             results = await asyncio.gather(*asked, return_exceptions=True)
         return {text: _result(result) for text, result in zip(refs, results, strict=True)}
 
     async def embed(self, images: Sequence[Image], *, tenant: str, timeout_s: float) -> Features:
         """The frozen backbone's features of images."""
-        with self._asking(images, 1, "", tenant, timeout_s) as asking:
+        with self._asking(images, 1, "", (tenant, ""), timeout_s) as asking:
             return await in_time(timeout_s, self._embed(asking))
 
     async def aside(
@@ -220,7 +223,7 @@ class Predictor:
         """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
         the seat. For what is no prediction, such as where the network looks."""
         ref = Ref.parse(task_ref)
-        with self._asking([image], 1, key, tenant, timeout_s) as asking:
+        with self._asking([image], 1, key, (tenant, ref.task), timeout_s) as asking:
             return await in_time(timeout_s, self._aside(ref, work, asking))
 
     def asked(self, task: str) -> Counter[str]:
@@ -321,14 +324,14 @@ class Predictor:
 
     @contextmanager
     def _asking(
-        self, images: Sequence[Image], tasks: int, key: str, tenant: str, timeout_s: float
+        self, images: Sequence[Image], tasks: int, key: str, flow: FlowKey, timeout_s: float
     ) -> Iterator[_Asking]:
         """A request's room in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)
-        with self._batcher.promise(len(images) * tasks, tenant) as room:
+        with self._batcher.promise(len(images) * tasks, flow) as room:
             shown = Pictures(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
             try:
-                yield _Asking(shown, room, key, tenant, self._batcher.clock() + timeout_s)
+                yield _Asking(shown, room, key, flow[0], self._batcher.clock() + timeout_s)
             finally:
                 shown.close()
                 if shown.decode_s:

@@ -14,6 +14,8 @@ from fastapi import Depends, Request
 
 from lensrack import wire
 from prompts_store import Bundle, Store
+from server.batching.scheduler import FlowKey
+from server.batching.shares import NOBODYS
 from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import Added, Page
@@ -46,7 +48,7 @@ class Queue(Protocol):
     @property
     def places(self) -> int: ...
     def __len__(self) -> int: ...
-    def require_room(self, inside: int, tenant: str = "") -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
 
 
 Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention.Attention`

@@ -5,7 +5,8 @@
 
 A refusal that costs as much as an answer is no refusal: asked for three times what the engine can do, a server would
 spend its time on saying no. A request is inside from the end of its body to its answer: a slow sender takes no place.
-Whose tenant has less than its share in the queue passes even then (`server.batching.shares`).
+Whose tenant, or whose task, has less than its share in the queue passes even then (`server.batching.shares`). The task
+is read off the path: what names tasks elsewhere is let in as its tenant is, and asked again where places are promised.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
 from server.api.door import TEMPLATE, Refused
+from server.batching.scheduler import FlowKey
+from server.batching.shares import NOBODYS
 from server.errors import QueueFull
 from server.keys.key import Key
 
@@ -30,12 +33,15 @@ ROWS_COME_BY: Final = frozenset(
         "/v2/models/{task}/versions/{version}/infer",
     }
 )
+_TASK_AT: Final = {
+    template: template.split("/").index("{task}") for template in ROWS_COME_BY if "{task}" in template
+}  # in which part of the path
 
 
 class Queue(Protocol):
     """What is asked for room: `server.batching.batcher.Batcher`."""
 
-    def require_room(self, inside: int, tenant: str = "") -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
 
 
 class Turnstile:
@@ -50,8 +56,7 @@ class Turnstile:
             await self.app(scope, receive, send)
             return
         try:
-            key: Key | None = scope["state"].get("key")
-            self._queue.require_room(self.inside, "" if key is None else key.tasks)
+            self._queue.require_room(self.inside, _flow(scope))
         except QueueFull as error:
             scope["route"] = Refused(scope["state"][TEMPLATE])
             await problems.answer(error, scope)(scope, receive, send)
@@ -62,6 +67,13 @@ class Turnstile:
             await self.app(scope, passage.receive, send)
         finally:
             passage.leave()
+
+
+def _flow(scope: Scope) -> FlowKey:
+    key: Key | None = scope["state"].get("key")
+    at = _TASK_AT.get(scope["state"][TEMPLATE])
+    task = "" if at is None else scope["path"].split("/")[at].partition("@")[0]
+    return "" if key is None else key.tasks, task
 
 
 class _Passage:

@@ -28,7 +28,7 @@ from server.batching.engine_thread import Begun, Engine, EngineThread, Outcome
 from server.batching.places import Places
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
-from server.batching.shares import Shares, room_for
+from server.batching.shares import NOBODYS, Shares, room_for, together
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -103,30 +103,30 @@ class Batcher:
         return len(self._scheduler)
 
     @contextmanager
-    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
         """Keep room for rows whose images are still to be decoded: a full queue is told before that work is done.
 
         Raises QueueFull (with Retry-After) or Unavailable (shutting_down). Rows promised before a drain are served.
         """
-        self._admit(rows, tenant)
-        room = Room(rows, partial(self._enqueue, tenant))
+        self._admit(rows, flow)
+        room = Room(rows, partial(self._enqueue, flow))
         self._promised.add(room)
         self._kept += rows
-        self._shares.take(tenant, rows)
+        self._shares.take(flow, rows)
         self._idle.clear()
         try:
             yield room
         finally:
             self._promised.remove(room)
             self._kept -= room.places
-            self._shares.give_back(tenant, room.places)
+            self._shares.give_back(flow, room.places)
             self._note_idle()
 
-    def require_room(self, inside: int, tenant: str = "") -> None:
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
         """Raises QueueFull where a row more would certainly be refused, or where `inside`, requests on their way to the
         queue or back, are as many as it could ever hold. Cheap: it is asked before anything is done for a request. A
         server that drains or is suspended says so where it promises."""
-        if self._closing or self._suspended or self._quiet(tenant):
+        if self._closing or self._suspended or self._quiet(flow):
             return
         if inside >= self.places + 2 * self._max_batch:
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -138,7 +138,7 @@ class Batcher:
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all of these rows or none. Raises what `promise` raises."""
-        with self.promise(len(rows), rows[0].tenant if rows else "") as room:
+        with self.promise(len(rows), together({row.flow for row in rows})) as room:
             room.submit(rows)
 
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T:
@@ -212,14 +212,14 @@ class Batcher:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _admit(self, rows: int, tenant: str) -> None:
+    def _admit(self, rows: int, flow: FlowKey) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:
             raise self._unavailable()
-        if not self._fits(rows, tenant):
+        if not self._fits(rows, flow):
             self._scheduler.sweep()
-        if not self._fits(rows, tenant):
+        if not self._fits(rows, flow):
             taken = f"{self._taken()} of {self.places} places are taken"
             raise self._full(f"the queue has no room for {rows} more rows: {taken}", rows)
 
@@ -230,30 +230,29 @@ class Batcher:
     def _unavailable(self) -> Unavailable:
         return Unavailable(self._suspended, code="engine_unavailable", retry_after_s=SUSPENDED_RETRY_S)
 
-    def _fits(self, rows: int, tenant: str) -> bool:
+    def _fits(self, rows: int, flow: FlowKey) -> bool:
         """A request of many rows is let in where one of a single row is, or it never would be beside such; what the
         bound in time leaves of the queue may be shorter than it. `max_queue` is what there is room for at all."""
         if self._taken() < self.places and self._taken() + rows <= self.max_queue:
             return True
-        return self._quiet(tenant, rows)
+        return self._quiet(flow, rows)
 
-    def _quiet(self, tenant: str, rows: int = 1) -> bool:
-        in_room = self._taken() + rows <= room_for(self.max_queue)
-        return in_room and self._shares.quiet(tenant, rows, self.places)
+    def _quiet(self, flow: FlowKey, rows: int = 1) -> bool:
+        return self._shares.let_in(flow, rows, taken=self._taken(), most=self.max_queue, places=self.places)
 
     def _taken(self) -> int:
         return len(self._scheduler) + self._kept
 
-    def _enqueue(self, tenant: str, rows: Sequence[Row]) -> None:
+    def _enqueue(self, flow: FlowKey, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)  # whatever becomes of them, they take the places that were kept for them
-        self._shares.give_back(tenant, len(rows))
+        self._shares.give_back(flow, len(rows))
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
         if self._suspended:
             raise self._unavailable()
         for row in rows:
             self._scheduler.offer(row)
-            self._shares.take(row.tenant, 1)
+            self._shares.take(row.flow, 1)
         metrics.QUEUE_ROWS.set(len(self._scheduler))
         self._busy = True
         self._arrived.set()
@@ -355,7 +354,7 @@ class Batcher:
 
     def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
         """Answer a row that still has a listener, let go of it, and count it."""
-        self._shares.give_back(row.tenant, 1)
+        self._shares.give_back(row.flow, 1)
         if not row.reply.done():
             if isinstance(outcome, ServiceError):
                 row.reply.set_exception(outcome)

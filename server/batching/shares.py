@@ -1,10 +1,13 @@
-"""A full queue lets in who has less than a share of it: one tenant's flood is no reason to send another one away.
+"""A full queue lets in who has less than a share of it: a flood is no reason to send somebody else away.
 
-    fewer rows taken than there are places                                          everybody
-    somebody else has rows, too, and who asks has less than an equal share          up to a quarter more: `room_for`
+    fewer rows taken than there are places                                     everybody
+    other tenants have rows, and this one less than an equal share             up to a quarter more: `room_for`
+    other tasks of the tenant have rows, and this one less than an equal       half as many: a loud tenant's quiet
+    share of what an equal share of the tenant is                              tasks leave room for quiet tenants
 
-Taking turns (`scheduler`) makes a quiet tenant's rows the next ones; without this they would not get to wait at all.
-Who holds what counts from the promise of a place to the answer.
+Taking turns (`scheduler`) makes a quiet row the next one; without this it would not get to wait at all. Who holds what
+counts from the promise of a place to the answer. A request for several tasks is none's, and rows for the backbone's
+features are no task's: they are let in as their tenant is.
 
 Pure policy: no asyncio.
 """
@@ -13,6 +16,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Final
+
+from server.batching.scheduler import FlowKey
+
+NOBODYS: Final[FlowKey] = ("", "")  # no tenant's and no task's
 
 
 def room_for(most: int) -> int:
@@ -21,24 +29,57 @@ def room_for(most: int) -> int:
 
 
 class Shares:
-    """Rows by tenant."""
+    """Rows by tenant, and in each by task; "" is no task."""
 
     def __init__(self) -> None:
-        self._held: Counter[str] = Counter()
+        self._held: dict[str, Counter[str]] = {}
 
-    def take(self, tenant: str, rows: int) -> None:
-        self._held[tenant] += rows
+    def take(self, flow: FlowKey, rows: int) -> None:
+        tenant, task = flow
+        if rows:
+            self._held.setdefault(tenant, Counter())[task] += rows
 
-    def give_back(self, tenant: str, rows: int) -> None:
-        self._held[tenant] -= rows
-        if not self._held[tenant]:
+    def give_back(self, flow: FlowKey, rows: int) -> None:
+        if not rows:
+            return
+        tenant, task = flow
+        tasks = self._held[tenant]
+        tasks[task] -= rows
+        if not tasks[task]:
+            del tasks[task]
+        if not tasks:
             del self._held[tenant]
 
-    def quiet(self, tenant: str, rows: int, places: int) -> bool:
-        """Whether the tenant, with so many rows more, has no more than its share beside others that have some."""
+    def let_in(self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int) -> bool:
+        """Whether a full queue takes so many rows more. taken: places that are; places: those that may be as things
+        are, `most` ever."""
+        if self.quiet_tenant(flow[0], rows, places):
+            return taken + rows <= room_for(most)
+        return taken + rows <= most + math.ceil(most / 8) and self.quiet_task(flow, rows, places)
+
+    def quiet_tenant(self, tenant: str, rows: int, places: int) -> bool:
+        """Whether it has, with so many rows more, no more than its share beside others that have some."""
         others = len(self._held) - (tenant in self._held)
-        return others > 0 and (self._held[tenant] + rows) * (others + 1) <= places
+        held = self._held.get(tenant, Counter[str]()).total()
+        return others > 0 and (held + rows) * (others + 1) <= places
+
+    def quiet_task(self, flow: FlowKey, rows: int, places: int) -> bool:
+        """The same of a task beside others of its tenant, in what would be the tenant's share."""
+        tenant, task = flow
+        tasks = self._held.get(tenant)
+        if not task or tasks is None:
+            return False
+        others = len(tasks) - (task in tasks)
+        return others > 0 and (tasks[task] + rows) * (others + 1) * len(self._held) <= places
 
     def check_integrity(self, total: int) -> None:
-        assert all(rows > 0 for rows in self._held.values()), "rows of tenants"
-        assert self._held.total() == total, "rows of all tenants"
+        assert all(tasks and min(tasks.values()) > 0 for tasks in self._held.values()), "rows of tenants and tasks"
+        assert sum(tasks.total() for tasks in self._held.values()) == total, "rows of all tenants"
+
+
+def together(flows: set[FlowKey]) -> FlowKey:
+    """Under which a request is let in: its task's, where it is for one."""
+    if len(flows) == 1:
+        return next(iter(flows))
+    tenants = {tenant for tenant, _ in flows}
+    return (next(iter(tenants)) if len(tenants) == 1 else "", "")

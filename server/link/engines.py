@@ -23,6 +23,8 @@ from lensrack import wire
 from server import metrics
 from server.batching.batcher import Room
 from server.batching.row import Row
+from server.batching.scheduler import FlowKey
+from server.batching.shares import NOBODYS
 from server.errors import QueueFull, ServiceError, Unavailable
 from server.link.line import AWAY, RETRY_S, Line
 from server.link.remote import RemoteBatcher, RemoteResidency
@@ -190,12 +192,12 @@ class SpreadBatcher:
         return sum(one.batcher.places for one in self._engines.up)
 
     @contextmanager
-    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._engines.require()
-        if self._free() < 1 and not self._quiet(tenant, rows):
+        if self._free() < 1 and not self._quiet(flow, rows):
             raise self._full(f"no queue has room for {rows} more rows", rows)
         room = Room(rows, self._enqueue)
         self._kept += rows
@@ -213,10 +215,10 @@ class SpreadBatcher:
         with self.promise(len(rows)) as room:
             room.submit(rows)
 
-    def require_room(self, inside: int, tenant: str = "") -> None:
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
         """Raises QueueFull."""
         up = self._engines.up
-        if self._closing or not up or self._quiet(tenant):
+        if self._closing or not up or self._quiet(flow):
             return
         if inside >= sum(one.batcher.most_inside for one in up):
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -244,8 +246,8 @@ class SpreadBatcher:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _quiet(self, tenant: str, rows: int = 1) -> bool:
-        return any(one.batcher.quiet(tenant, rows) for one in self._engines.up)
+    def _quiet(self, flow: FlowKey, rows: int = 1) -> bool:
+        return any(one.batcher.quiet(flow, rows) for one in self._engines.up)
 
     def _free(self) -> int:
         return sum(max(0, one.batcher.free) for one in self._engines.up) - self._kept

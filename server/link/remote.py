@@ -19,7 +19,8 @@ from typing import Any, Final
 from server import metrics
 from server.batching.batcher import Room
 from server.batching.row import Row
-from server.batching.shares import Shares, room_for
+from server.batching.scheduler import FlowKey
+from server.batching.shares import NOBODYS, Shares, together
 from server.engine.images import Geometry
 from server.errors import Internal, QueueFull, ServiceError, Unavailable
 from server.link import frames
@@ -153,27 +154,27 @@ class RemoteBatcher:
         return int(self._line.mirror.facts.get("places", self.max_queue))
 
     @contextmanager
-    def promise(self, rows: int, tenant: str = "") -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
-        self._admit(rows, tenant)
-        room = Room(rows, partial(self._enqueue, tenant))
+        self._admit(rows, flow)
+        room = Room(rows, partial(self._enqueue, flow))
         self._kept += rows
-        self._shares.take(tenant, rows)
+        self._shares.take(flow, rows)
         self._idle.clear()
         try:
             yield room
         finally:
             self._kept -= room.places
-            self._shares.give_back(tenant, room.places)
+            self._shares.give_back(flow, room.places)
             self._note_idle()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        with self.promise(len(rows), rows[0].tenant if rows else "") as room:
+        with self.promise(len(rows), together({row.flow for row in rows})) as room:
             room.submit(rows)
 
-    def require_room(self, inside: int, tenant: str = "") -> None:
+    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
         """Raises QueueFull."""
-        if self._closing or self._line.trouble or self.quiet(tenant):
+        if self._closing or self._line.trouble or self.quiet(flow):
             return
         if inside >= self.most_inside:
             raise self._full(f"{inside} requests are waiting or being answered")
@@ -210,16 +211,15 @@ class RemoteBatcher:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def quiet(self, tenant: str, rows: int = 1) -> bool:
-        """Whether a full queue lets in so many rows of this tenant, as far as this front end knows."""
-        in_room = self._taken() + rows <= room_for(self.max_queue)
-        return in_room and self._shares.quiet(tenant, rows, self.places)
+    def quiet(self, flow: FlowKey, rows: int = 1) -> bool:
+        """Whether a full queue lets in so many rows of this flow, as far as this front end knows."""
+        return self._shares.let_in(flow, rows, taken=self._taken(), most=self.max_queue, places=self.places)
 
-    def _admit(self, rows: int, tenant: str) -> None:
+    def _admit(self, rows: int, flow: FlowKey) -> None:
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._line.require()
-        if (self.free < 1 or self._taken() + rows > self.max_queue) and not self.quiet(tenant, rows):
+        if (self.free < 1 or self._taken() + rows > self.max_queue) and not self.quiet(flow, rows):
             raise self._full(f"the queue has no room for {rows} more rows: it has {self.places} places", rows)
 
     def _taken(self) -> int:
@@ -242,9 +242,9 @@ class RemoteBatcher:
             log.error("pixels that no engine takes: %s", error)
             raise Internal("the engine could not answer this image", code="engine_failed") from None
 
-    def _enqueue(self, tenant: str, rows: Sequence[Row]) -> None:
+    def _enqueue(self, flow: FlowKey, rows: Sequence[Row]) -> None:
         self._kept -= len(rows)
-        self._shares.give_back(tenant, len(rows))
+        self._shares.give_back(flow, len(rows))
         if self._stopped:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._line.require()
@@ -260,7 +260,7 @@ class RemoteBatcher:
             raise
         self._waiting += len(rows)
         for row in rows:
-            self._shares.take(row.tenant, 1)
+            self._shares.take(row.flow, 1)
         sent = [self._packed(*one) for one in taken]
         for at in range(0, len(sent), frames.MOST_ROWS):
             self._line.send(frames.submit(sent[at : at + frames.MOST_ROWS]))
@@ -306,7 +306,7 @@ class RemoteBatcher:
         if not sent.answered:
             sent.answered = True
             self._waiting -= 1
-            self._shares.give_back(sent.row.tenant, 1)
+            self._shares.give_back(sent.row.flow, 1)
             self._note_idle()
 
     def _leave(self, number: int) -> None:

@@ -214,13 +214,29 @@ async def test_a_full_queue_of_one_tenants_still_lets_another_in():
         await settled(lambda: len(floor.batcher) == 4)
         with pytest.raises(QueueFull):
             await ask(built)
-        built.batcher.require_room(100, "quiet")
+        built.batcher.require_room(100, ("quiet", "fish"))
         quiet = asyncio.create_task(built.predictor.predict("fish", [png(7)], 1, key="", tenant="quiet", timeout_s=60))
         await settled(lambda: len(floor.batcher) == 5)
         built.batcher.check_integrity()
         floor.batcher.check_integrity()
         floor.engine.gate.set()
         assert len({one.version for one in await asyncio.gather(quiet, *asked)}) == 1
+
+
+async def test_a_full_queue_of_one_tasks_still_lets_another_of_its_tenant_in():
+    async with house(max_batch=1, max_queue=4) as (floor, _, path), front(floor, path) as built:
+        publish(floor.store, "bird")
+        asked = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(4))]
+        await settled(lambda: len(floor.batcher) == 4)
+        with pytest.raises(QueueFull):
+            built.batcher.require_room(0, ("", "fish"))
+        built.batcher.require_room(100, ("", "bird"))
+        quiet = asyncio.create_task(built.predictor.predict("bird", [png(7)], 1, key="", tenant="", timeout_s=60))
+        await settled(lambda: len(floor.batcher) == 5)
+        built.batcher.check_integrity()
+        floor.batcher.check_integrity()
+        floor.engine.gate.set()
+        assert {one.task for one in await asyncio.gather(quiet, *asked)} == {"fish", "bird"}
 
 
 async def test_a_suspended_engine_answers_those_who_wait_and_keeps_their_pixels():

@@ -240,4 +240,18 @@ MUTATIONS = (
         "                pass\n",
         "tests/unit/test_succession.py::test_what_somebody_unloads_stays_away_whatever_else_changes",
     ),
+    Mutation(
+        "One task's flood does not send its tenant's others away before their body comes",
+        "server/api/turnstile.py",
+        'scope["path"].split("/")[at].partition("@")[0]',
+        '""',
+        "tests/unit/test_turnstile.py::test_another_tasks_flood_sends_no_quiet_task_away",
+    ),
+    Mutation(
+        "A loud tenant's quiet tasks leave room for quiet tenants",
+        "server/batching/shares.py",
+        "most + math.ceil(most / 8)",
+        "room_for(most)",
+        "tests/unit/test_batcher.py::test_a_full_queue_of_one_tasks_still_lets_the_tenants_others_in",
+    ),
 )

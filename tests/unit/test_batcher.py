@@ -181,13 +181,36 @@ async def test_a_full_queue_of_one_tenants_still_lets_another_in_up_to_its_share
         batcher.submit([row(batcher, 0, tenant="loud") for _ in range(8)])
         with pytest.raises(QueueFull):
             batcher.submit([row(batcher, 0, tenant="loud")])
-        batcher.require_room(1000, "quiet")
+        batcher.require_room(1000, ("quiet", ""))
         with pytest.raises(QueueFull):
-            batcher.require_room(1, "loud")
+            batcher.require_room(1, ("loud", ""))
         batcher.submit([first := row(batcher, 0, tenant="quiet")])
         batcher.submit([row(batcher, 0, tenant="quiet")])
         with pytest.raises(QueueFull):
             batcher.submit([row(batcher, 0, tenant="quiet")])  # memory is for a quarter more, whose ever it is
+        assert len(batcher) == 10
+        batcher.check_integrity()
+        engine.gate.set()
+        await first.reply
+        assert len(batcher) >= 6, "its turn came before those of who had been there before"
+
+
+async def test_a_full_queue_of_one_tasks_still_lets_the_tenants_others_in():
+    async with batching(max_batch=1, max_queue=8) as (batcher, engine):
+        engine.gate.clear()
+        batcher.submit([row(batcher, 0, "loud")])
+        await busy(engine)
+        batcher.submit([row(batcher, 0, "loud") for _ in range(8)])
+        for task in ("loud", ""):
+            with pytest.raises(QueueFull):
+                batcher.submit([row(batcher, 0, task)])
+            with pytest.raises(QueueFull):
+                batcher.require_room(1, ("", task))
+        batcher.require_room(1000, ("", "quiet"))
+        batcher.submit([first := row(batcher, 0, "quiet")])
+        with pytest.raises(QueueFull):
+            batcher.submit([row(batcher, 0, "third")])  # an eighth more, whose ever it is
+        batcher.submit([row(batcher, 0, "fish", tenant="quiet")])  # and the rest of the quarter is other tenants'
         assert len(batcher) == 10
         batcher.check_integrity()
         engine.gate.set()
@@ -224,7 +247,7 @@ async def test_retry_after_follows_the_measured_rate():
 
 async def test_promised_room_counts_and_comes_back():
     async with batching(max_queue=4) as (batcher, _):
-        with batcher.promise(3) as room:
+        with batcher.promise(3, ("", "fish")) as room:
             with pytest.raises(QueueFull):
                 batcher.submit([row(batcher, 0), row(batcher, 0)])
             room.submit([first := row(batcher, 5)])

@@ -121,6 +121,14 @@ def test_another_tenants_flood_sends_nobody_else_away(tmp_path: Path) -> None:
             assert_problem(api.http.post(f"/predict/{task}", content=png(), headers=headers), status, code)
 
 
+def test_another_tasks_flood_sends_no_quiet_task_away(full: Api) -> None:
+    for path in ("/predict/{}", "/predict/{}@live", "/tasks/{}/attention", "/v2/models/{}/infer"):
+        loud, quiet = (full.http.post(path.format(task), content=png(), headers=HEADERS) for task in ("fish", "bird"))
+        assert loud.status_code == 429, path
+        assert quiet.status_code != 429, path
+    assert_problem(full.http.post("/predict/bird", content=png(), headers=HEADERS), 404, "task_not_found")
+
+
 def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) -> None:
     """Their rows are not queued yet: their pictures are being decoded."""
 

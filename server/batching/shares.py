@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 from server.batching.scheduler import FlowKey
 
+Held = Mapping[str, Mapping[str, int]]  # rows by tenant and task
+
 NOBODYS: Final[FlowKey] = ("", "")  # no tenant's and no task's
+NOTHING: Final[Held] = {}
 
 
 def room_for(most: int) -> int:
@@ -29,7 +33,7 @@ def room_for(most: int) -> int:
 
 
 class Shares:
-    """Rows by tenant, and in each by task; "" is no task."""
+    """Rows by tenant, and in each by task; "" is no task. `beside`: rows that are counted elsewhere."""
 
     def __init__(self) -> None:
         self._held: dict[str, Counter[str]] = {}
@@ -50,27 +54,30 @@ class Shares:
         if not tasks:
             del self._held[tenant]
 
-    def let_in(self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int) -> bool:
+    def let_in(self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int, beside: Held = NOTHING) -> bool:
         """Whether a full queue takes so many rows more. taken: places that are; places: those that may be as things
         are, `most` ever."""
-        if self.quiet_tenant(flow[0], rows, places):
+        if self.quiet_tenant(flow[0], rows, places, beside):
             return taken + rows <= room_for(most)
-        return taken + rows <= most + math.ceil(most / 8) and self.quiet_task(flow, rows, places)
+        return taken + rows <= most + math.ceil(most / 8) and self.quiet_task(flow, rows, places, beside)
 
-    def quiet_tenant(self, tenant: str, rows: int, places: int) -> bool:
+    def quiet_tenant(self, tenant: str, rows: int, places: int, beside: Held = NOTHING) -> bool:
         """Whether it has, with so many rows more, no more than its share beside others that have some."""
-        others = len(self._held) - (tenant in self._held)
-        held = self._held.get(tenant, Counter[str]()).total()
+        tenants = self._held.keys() | beside.keys()
+        others = len(tenants) - (tenant in tenants)
+        held = sum(self._held.get(tenant, {}).values()) + sum(beside.get(tenant, {}).values())
         return others > 0 and (held + rows) * (others + 1) <= places
 
-    def quiet_task(self, flow: FlowKey, rows: int, places: int) -> bool:
+    def quiet_task(self, flow: FlowKey, rows: int, places: int, beside: Held = NOTHING) -> bool:
         """The same of a task beside others of its tenant, in what would be the tenant's share."""
         tenant, task = flow
-        tasks = self._held.get(tenant)
-        if not task or tasks is None:
-            return False
+        own: Mapping[str, int] = self._held.get(tenant, {})
+        elsewhere = beside.get(tenant, {})
+        tasks = own.keys() | elsewhere.keys()
         others = len(tasks) - (task in tasks)
-        return others > 0 and (tasks[task] + rows) * (others + 1) * len(self._held) <= places
+        held = own.get(task, 0) + elsewhere.get(task, 0)
+        tenants = len(self._held.keys() | beside.keys())
+        return bool(task) and others > 0 and (held + rows) * (others + 1) * tenants <= places
 
     def check_integrity(self, total: int) -> None:
         assert all(tasks and min(tasks.values()) > 0 for tasks in self._held.values()), "rows of tenants and tasks"

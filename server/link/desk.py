@@ -121,9 +121,13 @@ class Desk:
         for guest in list(self.guests):
             guest.leave()
 
-    @property
-    def rows(self) -> int:
-        return sum(len(guest.rows) for guest in self.guests)
+    def held_beside(self, guest: Guest) -> dict[str, dict[str, int]]:
+        """Rows of other front ends than this one, by tenant and task."""
+        held: dict[str, dict[str, int]] = {}
+        for tenant, task in (row.flow for other in self.guests - {guest} for row in other.rows.values()):
+            tasks = held.setdefault(tenant, {})
+            tasks[task] = tasks.get(task, 0) + 1
+        return held
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +325,7 @@ class Guest(asyncio.Protocol):
             gone = [key for key in self._residents if key not in now]
             new = {key: value for key, value in now.items() if self._residents.get(key) != value}
             self._residents, changed["gone"], changed["residents"] = now, gone, new
-        facts = {**self._room.facts(), "others": self._desk.rows - len(self.rows)}
+        facts = {**self._room.facts(), "beside": self._desk.held_beside(self)}
         changed |= {name: value for name, value in facts.items() if self._known.get(name) != value}
         self._known = facts
         if changed or always:

@@ -20,7 +20,7 @@ from server import metrics
 from server.batching.batcher import Room
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
-from server.batching.shares import NOBODYS, Shares, together
+from server.batching.shares import NOBODYS, NOTHING, Held, Shares, together
 from server.engine.images import Geometry
 from server.errors import Internal, QueueFull, ServiceError, Unavailable
 from server.link import frames
@@ -118,7 +118,7 @@ class RemoteBatcher:
         self._sent: dict[int, _Sent] = {}
         self._numbers = count(1)
         self._kept = 0  # places promised
-        self._shares = Shares()  # of what this front end has there; what others have is nobody's
+        self._shares = Shares()  # of what this front end has there
         self._waiting = 0  # rows sent and not answered
         self._closing = self._stopped = False
         self._idle = asyncio.Event()
@@ -134,9 +134,15 @@ class RemoteBatcher:
         return len(self._sent)
 
     @property
-    def others(self) -> int:
+    def beside(self) -> Held:
         """Rows of other front ends, as the engine told last."""
-        return int(self._line.mirror.facts.get("others", 0))
+        held: Held = self._line.mirror.facts.get("beside", NOTHING)
+        return held
+
+    @property
+    def others(self) -> int:
+        """How many these are."""
+        return sum(sum(tasks.values()) for tasks in self.beside.values())
 
     @property
     def free(self) -> int:
@@ -213,7 +219,8 @@ class RemoteBatcher:
 
     def quiet(self, flow: FlowKey, rows: int = 1) -> bool:
         """Whether a full queue lets in so many rows of this flow, as far as this front end knows."""
-        return self._shares.let_in(flow, rows, taken=self._taken(), most=self.max_queue, places=self.places)
+        queue = {"taken": self._taken(), "most": self.max_queue, "places": self.places}
+        return self._shares.let_in(flow, rows, **queue, beside=self.beside)
 
     def _admit(self, rows: int, flow: FlowKey) -> None:
         if self._closing:

@@ -41,7 +41,13 @@ async def house(**changes: Any) -> AsyncIterator[tuple[Floor, Desk, Path]]:
         async with desk(floor) as (opened, path):
             yield floor, opened, path
             floor.engine.gate.set()
-            await settled(lambda: not opened.rows and not len(floor.batcher) and floor.shelf.in_use == 0)
+            await settled(
+                lambda: (
+                    not any(guest.rows for guest in opened.guests)
+                    and not len(floor.batcher)
+                    and floor.shelf.in_use == 0
+                )
+            )
         floor.batcher.check_integrity()
     finally:
         await floor.close()
@@ -188,6 +194,28 @@ async def test_one_queue_for_all_front_ends():
             two.batcher.require_room(0)
         floor.engine.gate.set()
         assert len({(await answer).version for answer in asked}) == 1
+
+
+async def test_a_front_end_knows_who_is_quiet_beside_what_others_have():
+    async with (
+        house(max_batch=1, max_queue=4) as (floor, _, path),
+        front(floor, path) as one,
+        front(floor, path) as two,
+    ):
+        publish(floor.store, "bird")
+        asked = [await inside(floor, one), *(asyncio.create_task(ask(one)) for _ in range(4))]
+        await settled(lambda: two.batcher.others == 5)
+        assert one.batcher.beside == {}
+        for flow in (("", "fish"), ("", "")):
+            with pytest.raises(QueueFull):
+                two.batcher.require_room(0, flow)
+        for flow in (("", "bird"), ("quiet", "fish"), ("quiet", "")):
+            two.batcher.require_room(100, flow)
+        quiet = asyncio.create_task(two.predictor.predict("bird", [png(7)], 1, key="", tenant="", timeout_s=60))
+        await settled(lambda: one.batcher.beside == {"": {"bird": 1}})
+        floor.engine.gate.set()
+        assert {one.task for one in await asyncio.gather(quiet, *asked)} == {"fish", "bird"}
+        await settled(lambda: not two.batcher.others)
 
 
 async def test_the_bound_of_the_queue_in_time_is_known_to_front_ends():

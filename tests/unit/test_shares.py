@@ -90,6 +90,18 @@ def test_a_loud_tenants_quiet_tasks_leave_room_for_quiet_tenants():
     assert not shares.let_in(("loud", "x"), 1, taken=64, most=64, places=64)
 
 
+def test_what_is_counted_elsewhere_counts():
+    shares, beside = Shares(), {"a": {"loud": 100, "third": 1}, "b": {"x": 1}}
+    assert shares.quiet_tenant("c", 33, 100, beside)
+    assert not shares.quiet_tenant("c", 34, 100, beside)
+    assert shares.quiet_task(("a", "quiet"), 16, 100, beside)
+    assert not shares.quiet_task(("a", "quiet"), 17, 100, beside)
+    shares.take(("a", "quiet"), 10)
+    assert shares.quiet_task(("a", "quiet"), 6, 100, beside)
+    assert not shares.quiet_task(("a", "quiet"), 7, 100, beside)
+    assert not shares.quiet_tenant("a", 1, 100, beside)
+
+
 FLOWS = st.tuples(st.sampled_from("ab"), st.sampled_from(["w", "x", "y", "z"]))
 
 

@@ -173,7 +173,9 @@ class House:
         child.again_at = time.monotonic() + child.pause_s
 
     def _end(self, status: int) -> int:
-        """Front ends first: they still need the engines."""
+        """Front ends first: they still need the engines. While they drain nobody new is to wait at a door that stays
+        shut: as long as one process has the socket, the kernel lets them."""
+        self._listener.close()
         drain_s = self._settings.drain_timeout_s
         self._end_all(self._fronts, 2 * drain_s + MARGIN_S)
         self._end_all(self._engines, 2 * drain_s + MARGIN_S)

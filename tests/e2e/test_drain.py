@@ -18,6 +18,7 @@ from tests.e2e.forked_server import forked
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_engine_faults import ask
 from tests.e2e.test_store_faults import LONG_S, ZIP, Client, until
+from tests.unit.serving import png
 from tests.unit.test_dataset_store import noise, write_zip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -72,6 +73,38 @@ def test_all_who_wait_are_answered_where_the_deadline_allows_it(tmp_path: Path) 
         assert server.stop() == 0, "who listens to a job that goes on elsewhere does not keep the server"
         assert outcomes(asked) == [(200, "")] * 3
         assert [one.result(LONG_S) for one in listening] == [200, 200]
+
+
+def test_who_comes_while_others_are_still_being_answered_is_told_to_go_elsewhere(tmp_path: Path) -> None:
+    """His request was under way before the signal, its body came after it: there is time, and no place any more."""
+    with (
+        forked(tmp_path, fault="slow", max_batch="1", max_wait_s="0", drain_timeout_s="60") as server,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        asked = crowd(server, pool, 6)
+        place = httpx.URL(server.url)
+        address, picture = (place.host, place.port or 0), png(7)
+        with socket.create_connection(address, timeout=LONG_S) as late:
+            head = (
+                f"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(picture)}"
+            )
+            late.sendall(f"{head}\r\n\r\n".encode() + picture[:9])
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: refused(address), "nobody new is let in")
+            late.sendall(picture[9:])
+            told = late.makefile("rb").read()
+        assert told.startswith(b"HTTP/1.1 503 ")
+        assert b'"shutting_down"' in told
+        assert outcomes(asked) == [(200, "")] * 6
+        assert server.process.wait(LONG_S) == 0
+
+
+def refused(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=LONG_S).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_what_the_deadline_does_not_allow_is_told_and_nobody_is_left_without_an_answer(tmp_path: Path) -> None:

@@ -254,4 +254,18 @@ MUTATIONS = (
         "room_for(most)",
         "tests/unit/test_batcher.py::test_a_full_queue_of_one_tasks_still_lets_the_tenants_others_in",
     ),
+    Mutation(
+        "Nobody waits at the door of a server that drains",
+        "server/house.py",
+        "        self._listener.close()\n        drain_s",
+        "        drain_s",
+        "tests/e2e/test_drain.py::test_who_comes_while_others_are_still_being_answered_is_told_to_go_elsewhere",
+    ),
+    Mutation(
+        "A server that drains takes no new rows",
+        "server/link/remote.py",
+        "        self._closing = True\n        try:",
+        "        try:",
+        "tests/e2e/test_drain.py::test_who_comes_while_others_are_still_being_answered_is_told_to_go_elsewhere",
+    ),
 )

@@ -211,10 +211,12 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         await until(lambda: not any(place.left.values()), f"something is left: {place.left}")
         place.server.room.residency.check_integrity()
         place.server.room.batcher.check_integrity()
-        for occupant in place.server.room.residency.occupants():
-            await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
         rack = place.server.room.engine.rack
-        assert (rack.used_slots, rack.used_vectors) == (0, 0)
+        async with asyncio.timeout(60):  # a load ahead that was under way when its succession was stopped goes on
+            while (rack.used_slots, rack.used_vectors) != (0, 0):
+                for occupant in place.server.room.residency.occupants():
+                    await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
+                await asyncio.sleep(0.01)
         rack.check_integrity()
 
 

@@ -41,15 +41,18 @@ def head_by_head(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     scaled = torch.mul(query, query.shape[-1] ** -0.5, out=query.new_empty(query.shape))  # contiguous in one pass
     turned = values.contiguous().transpose(-1, -2)
     added = [None] * len(query) if mask is None else _hiding(mask, query.dtype).unbind()
-    rows = zip(scaled.unbind(), keys.contiguous().unbind(), turned.unbind(), added, strict=True)
-    return torch.stack([_row_by_head(*row) for row in rows])
+    batch, heads, queries, width = query.shape
+    mixed = query.new_empty(batch, queries, heads * width)
+    for row in zip(scaled.unbind(), keys.contiguous().unbind(), turned.unbind(), added, mixed.unbind(), strict=True):
+        _row_by_head(*row)
+    return mixed
 
 
-def _row_by_head(query: Tensor, keys: Tensor, values: Tensor, added: Tensor | None) -> Tensor:
+def _row_by_head(query: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, into: Tensor) -> None:
     """Of one row: queries, scaled [H, Q, d], keys [H, N, d], values [H, d, N], what is added to every query's scores
-    [N] → [Q, H·d]."""
+    [N]; `into` [Q, H·d] is written."""
     heads = zip(query.unbind(), keys.unbind(), values.unbind(), strict=True)
-    return torch.cat([multiply(multiply(q, k, added).softmax(dim=-1), v) for q, k, v in heads], dim=-1)
+    torch.cat([multiply(multiply(q, k, added).softmax(dim=-1), v) for q, k, v in heads], dim=-1, out=into)
 
 
 def _hiding(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -90,8 +90,7 @@ class Watched(FrozenBlock):
     def __init__(self, block: FrozenBlock) -> None:
         self.__dict__.update(block.__dict__)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        query, keys, values = self._heads(query), self._heads(keys), self._heads(values)
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)

@@ -14,6 +14,8 @@ from .attend import Attend, fastest
 from .float8 import Float8Linear
 from .packed import Linear, PackedLinear, PlainLinear
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 
 class FrozenBlock:
     """The parts of a pre-norm block of width D. What goes in is [..., D]; rows do not see each other but in `attend`.
@@ -57,9 +59,21 @@ class FrozenBlock:
         keys, values = (linear.exact(normed) if isinstance(linear, Float8Linear) else linear(normed)).chunk(2, dim=-1)
         return keys, values
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Queries [B, Q, D], keys and values [B, N, D], mask [B, 1, 1, N], True where a key may be seen → [B, Q, D]."""
-        return self._attend(self._heads(query), self._heads(keys), self._heads(values), mask)
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, before: Pair | None = None
+    ) -> Tensor:
+        """Queries [B, Q, D], keys and values [B, N, D] → [B, Q, D]. before: keys and values [B, P, D] that come before
+        these; mask: [B, 1, 1, P + N], True where a key may be seen."""
+        keys, values = self._heads(keys), self._heads(values)
+        if before is not None:  # joined head by head, as products want them: [B, N, D] joined would be copied once more
+            keys, values = (
+                torch.cat((self._heads(first), rest), dim=2) for first, rest in zip(before, (keys, values), strict=True)
+            )
+        return self.mix(self._heads(query), keys, values, mask)
+
+    def mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """See `attend.py`."""
+        return self._attend(query, keys, values, mask)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Of readers: scores [B, H, Q, N] → what each query gives to each key, 1 in all."""

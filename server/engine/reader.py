@@ -24,10 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .backbone import Spec
-from .block import FrozenBlock
+from .block import FrozenBlock, Pair
 from .crossing import Crossing
-
-Pair = tuple[Tensor, Tensor]
 
 
 class Trunk(Protocol):

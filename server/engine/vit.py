@@ -283,12 +283,12 @@ def _attention(
         lane.passing.put(keys, values)
     prefix = lane.condition.prefix(index)
     mask = _mask(lane, prefix, keys)
-    if prefix is not None:
-        keys = torch.cat((prefix.keys.to(keys.dtype), keys), dim=1)
-        values = torch.cat((prefix.values.to(values.dtype), values), dim=1)
-    if lane.reads is not None:
-        return lane.reads.attend(block, index, query, (keys, values), mask)
-    return block.attend(query, keys, values, mask)
+    before = None if prefix is None else (prefix.keys.to(keys.dtype), prefix.values.to(values.dtype))
+    if lane.reads is None:
+        return block.attend(query, keys, values, mask, before)
+    if before is not None:
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(before, (keys, values), strict=True))
+    return lane.reads.attend(block, index, query, (keys, values), mask)
 
 
 def _mask(lane: Lane, prefix: Prefix | None, keys: Tensor) -> Tensor | None:

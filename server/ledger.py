@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Metric
 
 from server import metrics
 
-WRITE_S: Final = 5.0  # the event loop stands still while all samples are collected
+WRITE_S: Final = 2.0
 SUFFIX: Final = ".metrics"
 PAST: Final = "past.json"
 LEAST: Final = frozenset({"lensrack_engine_up", "process_start_time_seconds", "process_max_fds"})

@@ -103,6 +103,11 @@ class Site:
 
     # --- who does something -------------------------------------------------------------------------------------------
 
+    def nothing_is_loading(self) -> bool:
+        residency = self.server.room.residency
+        known = sum(len(residency.resident_versions(task)) for task in self.bundles)  # those under way among them
+        return known == len(residency.occupants())
+
     async def publish(self, task: str, seed: int) -> None:
         bundle = self.bundles[task][seed % VERSIONS]
         headers = {"content-type": "application/octet-stream"}
@@ -209,14 +214,13 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         assert place.server.room.residency.counts.evictions > 0, "the rack was never full"
         await place.server.room.succession.stop()
         await until(lambda: not any(place.left.values()), f"something is left: {place.left}")
+        await until(place.nothing_is_loading, "a load ahead goes on when its succession has been stopped")
         place.server.room.residency.check_integrity()
         place.server.room.batcher.check_integrity()
+        for occupant in place.server.room.residency.occupants():
+            await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
         rack = place.server.room.engine.rack
-        async with asyncio.timeout(60):  # a load ahead that was under way when its succession was stopped goes on
-            while (rack.used_slots, rack.used_vectors) != (0, 0):
-                for occupant in place.server.room.residency.occupants():
-                    await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
-                await asyncio.sleep(0.01)
+        assert (rack.used_slots, rack.used_vectors) == (0, 0)
         rack.check_integrity()
 
 

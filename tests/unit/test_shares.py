@@ -102,25 +102,36 @@ def test_what_is_counted_elsewhere_counts():
     assert not shares.quiet_tenant("a", 1, 100, beside)
 
 
-FLOWS = st.tuples(st.sampled_from("ab"), st.sampled_from(["w", "x", "y", "z"]))
+TENANTS = "abcd"
+FLOWS = st.tuples(st.sampled_from(TENANTS), st.sampled_from(["w", "x", "y", "z"]))
 
 
 @given(st.integers(1, 64), st.integers(4, 200), st.lists(st.tuples(FLOWS, st.integers(1, 9)), max_size=60))
-def test_the_quiet_alone_never_hold_more_than_the_places_between_them(loud: int, places: int, asked):
+def test_quiet_tenants_never_hold_more_than_the_places_between_them(loud: int, places: int, asked):
     """Those that were let in because they were quiet, at the moment when they came."""
     shares = Shares()
-    shares.take(("a", "loud"), loud)
-    held = {"tenants": dict.fromkeys("ab", 0), "tasks": {}}
+    shares.take(("loud", "x"), loud)
+    held: dict[str, int] = {}
     for flow, rows in asked:
         if shares.quiet_tenant(flow[0], rows, places):
             shares.take(flow, rows)
-            held["tenants"][flow[0]] += rows
-            assert held["tenants"][flow[0]] <= places / 2
-        elif shares.quiet_task(flow, rows, places):
+            held[flow[0]] = held.get(flow[0], 0) + rows
+            assert held[flow[0]] <= places / 2
+    shares.check_integrity(loud + sum(held.values()))
+
+
+@given(st.integers(1, 64), st.integers(4, 200), st.lists(st.tuples(FLOWS, st.integers(1, 9)), max_size=60))
+def test_quiet_tasks_never_hold_more_than_their_tenants_places_between_them(loud: int, places: int, asked):
+    shares = Shares()
+    for tenant in TENANTS:
+        shares.take((tenant, "loud"), loud)
+    held: dict[tuple[str, str], int] = {}
+    for flow, rows in asked:
+        if shares.quiet_task(flow, rows, places):
             shares.take(flow, rows)
-            held["tasks"][flow] = held["tasks"].get(flow, 0) + rows
-            assert held["tasks"][flow] <= places / 2
-    shares.check_integrity(loud + sum(held["tenants"].values()) + sum(held["tasks"].values()))
+            held[flow] = held.get(flow, 0) + rows
+            assert held[flow] <= places / len(TENANTS) / 2
+    shares.check_integrity(loud * len(TENANTS) + sum(held.values()))
 
 
 def test_there_is_room_for_a_quarter_more():

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from prompts_store import Store
 from server.api.app import create_app
 from server.api.guard import require_safe_bind
-from server.engine.attention import look
+from server.engine.attention_maps import look
 from server.engine_room import EngineRoom, build_engine_room
 from server.front_services import EngineSide, build_grpc, build_services, readiness
 from server.jobs.store import JobStore

@@ -27,7 +27,7 @@ from prompts_store import CachedStore, open_store
 from server import ledger, metrics
 from server.batching.shares import room_for
 from server.bootstrap import Server, build_before
-from server.engine import attention
+from server.engine import attention_maps
 from server.engine_room import EngineRoom, build_engine_room
 from server.errors import ServiceError
 from server.facts import Facts
@@ -134,7 +134,7 @@ async def _rack(room: EngineRoom) -> Any:
 
 def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
     """In the engine's thread."""
-    seen = attention.look(room.engine, pixels, seat)
+    seen = attention_maps.look(room.engine, pixels, seat)
     return {
         name: {**asdict(one), "grid": one.grid.tolist()}
         for name, one in (("last", seen.last), ("rollout", seen.rollout))
@@ -142,7 +142,7 @@ def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
 
 
 def _looked(told: Mapping[str, Any]) -> Any:
-    """What the route asks of a `server.engine.attention.Attention`."""
+    """What the route asks of a `server.engine.attention_maps.Attention`."""
     return SimpleNamespace(
         **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
     )

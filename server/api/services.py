@@ -51,7 +51,7 @@ class Queue(Protocol):
     def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
 
 
-Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention.Attention`
+Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention_maps.Attention`
 
 
 class AskedJobs(Protocol):

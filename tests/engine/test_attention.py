@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers.attention import Attention
 
-from server.engine import attention, lens, reference, vit
+from server.engine import attention_maps, lens, reference, vit
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Bench, Task, backbone, recipe
@@ -28,7 +28,7 @@ def eye() -> Backbone:
 def test_its_features_are_the_fast_forwards(eye: Backbone, own: Task) -> None:
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
     x = vit.embed(eye, images)
-    seen = attention.trace(eye, x.clone(), lens.condition(own.lens(eye), 1))
+    seen = attention_maps.trace(eye, x.clone(), lens.condition(own.lens(eye), 1))
     fast = vit.forward(eye, x, lens.condition(own.lens(eye), 1))
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
 
@@ -43,7 +43,7 @@ def test_its_shares_are_the_literal_forwards(eye: Backbone, own: Task) -> None:
     image, prompts = rolled_out(blocks, lengths, carried=own.method == "vpt_shallow")
     last = blocks[-1][0]
     p = lengths[-1]
-    seen = attention.trace(eye, vit.embed(eye, images), lens.condition(own.lens(eye), 1))
+    seen = attention_maps.trace(eye, vit.embed(eye, images), lens.condition(own.lens(eye), 1))
     np.testing.assert_allclose(seen.last.grid.ravel(), last[1 + p :], atol=EXACT, rtol=0)
     np.testing.assert_allclose(
         [seen.last.rest, seen.last.prompts], [last[0], last[1 : 1 + p].sum()], atol=EXACT, rtol=0
@@ -97,7 +97,7 @@ def test_every_method_can_be_watched(eye: Backbone, method: str) -> None:
     params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
     condition = lens.condition(own.lower(eye, params, lengths), 1)
     x = vit.embed(eye, torch.from_numpy(recipe.images(1, 64, 5)).double())
-    seen = attention.trace(eye, x.clone(), condition)
+    seen = attention_maps.trace(eye, x.clone(), condition)
     np.testing.assert_allclose(seen.features, vit.forward(eye, x, condition)[0].numpy(), atol=EXACT, rtol=0)
     for looked in (seen.last, seen.rollout):
         assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
@@ -106,7 +106,7 @@ def test_every_method_can_be_watched(eye: Backbone, method: str) -> None:
 @pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
 def test_shares_add_up_and_prompts_have_theirs(eye: Backbone, own: Task) -> None:
     bench = Bench(eye)
-    seen = attention.look(bench.engine, picture(3), bench.seat(own.lens(eye)))
+    seen = attention_maps.look(bench.engine, picture(3), bench.seat(own.lens(eye)))
     for looked in (seen.last, seen.rollout):
         assert looked.grid.shape == (4, 4)
         assert (looked.grid >= 0).all()
@@ -119,16 +119,16 @@ def test_it_is_the_seat_that_looks(eye: Backbone) -> None:
     bench = Bench(eye)
     own = a_task("vpt_deep", (3, 0, 5, 2), 4, 1)
     seat = bench.seat(own.lens(eye), 0.3, 0.2)
-    seen = attention.look(bench.engine, picture(3), seat)
+    seen = attention_maps.look(bench.engine, picture(3), seat)
     logits = own.params["head.weight"].numpy() @ seen.features + own.params["head.bias"].numpy()
     np.testing.assert_allclose(logits, bench.engine.run([(picture(3), seat)])[0], atol=1e-9, rtol=0)
 
 
 def test_rollout_is_abnar_and_zuidemas_product() -> None:
     """Two blocks by hand: two tokens, a prompt in the second block."""
-    first = attention.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64), 2)
-    second = attention.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64), 2)
-    flow = attention.Flow.at_start(2).through(first).through(second)
+    first = attention_maps.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64), 2)
+    second = attention_maps.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64), 2)
+    flow = attention_maps.Flow.at_start(2).through(first).through(second)
     one = np.array([[0.75, 0.25], [0.0, 1.0]])
     two = np.array([[0.1 + 0.5, 0.2], [0.0, 0.5 + 0.5]])
     np.testing.assert_allclose(flow.tokens.numpy(), two @ one)
@@ -143,7 +143,7 @@ def test_a_backbone_that_averages_its_patches_shows_their_attention() -> None:
     torch.manual_seed(0)
     eye = Backbone.of("averaging", model, dtype=torch.float64)
     x = vit.embed(eye, torch.randn(1, 3, 32, 32, dtype=torch.float64))
-    seen = attention.trace(eye, x.clone(), lens.Plain())
+    seen = attention_maps.trace(eye, x.clone(), lens.Plain())
     fast = vit.forward(eye, x, lens.Plain())
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
     assert seen.last.grid.sum() + seen.last.rest == pytest.approx(1)

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
-from server.engine import attention, reference, vit
+from server.engine import attention_maps, reference, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens, Plain, condition
@@ -185,7 +185,7 @@ def test_seats_of_different_lanes_cannot_be_gathered_together() -> None:
 def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool: Pool) -> None:
     eye = an_eye("registers")
     own, x = condition(a_lens(eye, method, pool), 1), vit.embed(eye, images(1).double())
-    seen = attention.trace(eye, x.clone(), own)
+    seen = attention_maps.trace(eye, x.clone(), own)
     np.testing.assert_allclose(seen.features, vit.forward(eye, x, own)[0].numpy(), atol=1e-12, rtol=0)
     for looked in (seen.last, seen.rollout):
         assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)

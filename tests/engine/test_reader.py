@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.bench import readers as bench
-from server.engine import attention, reader, vit
+from server.engine import attention_maps, reader, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.crossing import Straight
@@ -285,7 +285,7 @@ def test_a_readers_attention_is_told(eye: Backbone, lengths: tuple[int, ...]) ->
     """The last block's shares are the literal softmax's; all add up to 1, and the features are the fast ones."""
     own = a_task("readonly", lengths, 3, 7)
     x = vit.embed(eye, torch.randn(1, 3, 64, 64).double())
-    seen = attention.trace(eye, x, condition(own.lens(eye), 1))
+    seen = attention_maps.trace(eye, x, condition(own.lens(eye), 1))
     expected = vit.forward(eye, x, condition(own.lens(eye), 1))[0]
     np.testing.assert_allclose(seen.features, expected.detach().numpy(), atol=EXACT, rtol=0)
     for looked in (seen.last, seen.rollout):

@@ -3,7 +3,7 @@
     build_before   an engine room, wherever it is ─► stores · keys · predictor · api · gRPC
     build_server   the engine room of this process, and what is before it
 
-Workers are `server.worker`'s; engine rooms in other processes are `server.split`'s.
+Workers are `server.worker`'s; engine rooms in other processes are `server.processes.front_process`'s.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 
 class AskedRoom(Protocol):
-    """What a server asks of the engine room behind it: `server.engine_room.EngineRoom` or `server.split.FarRoom`."""
+    """What a server asks of the engine room behind it: `server.engine_room.EngineRoom`, or
+    `server.processes.front_process.FarRoom`."""
 
     @property
     def lost(self) -> bool:

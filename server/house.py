@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from server import __version__, logs, serving, shared_folder, split, tracing
+from server import __version__, logs, serving, shared_folder, tracing
 from server.api.guard import require_safe_bind
 from server.facts import Facts
 from server.ledger import Ledger
 from server.opening import open_ring
+from server.processes import front_process
 from server.settings import Settings
 
 log = logging.getLogger("server")
@@ -251,7 +252,7 @@ class House:
         self._tell("lensrack-engine")
 
         async def work() -> int:
-            return await split.EngineProcess(self._settings, self._folder, ledger, number).run(ready)
+            return await front_process.EngineProcess(self._settings, self._folder, ledger, number).run(ready)
 
         return _left(serving.run(work))
 
@@ -260,7 +261,7 @@ class House:
 
         async def work() -> int:
             facts = Facts.from_json(self._facts).on(self._settings.engine_devices)
-            front = split.build_front(self._settings, facts, self._folder, ledger, first=first)
+            front = front_process.build_front(self._settings, facts, self._folder, ledger, first=first)
             await serving.serve_http(front, self._listener, lambda _: ready("ready"))
             return 0
 

@@ -17,8 +17,8 @@ from server.bootstrap import Server
 from server.ledger import Ledger
 from server.link.engines import Engines
 from server.opening import open_jobs, open_ring
+from server.processes.front_process import FarRoom
 from server.settings import Settings
-from server.split import FarRoom
 from server.watch import Watch
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.bench.engine import packed_model
 from server.engine import pooling
-from server.engine.attend import Attend, by_products, fastest, fused, head_by_head
+from server.engine.attention import Attend, by_products, fastest, fused, head_by_head
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 

@@ -10,7 +10,7 @@ from timm.layers import GluMlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .attend import Attend, fastest
+from .attention import Attend, fastest
 from .float8 import Float8Linear
 from .packed import Linear, PackedLinear, PlainLinear
 
@@ -72,7 +72,7 @@ class FrozenBlock:
         return self.mix(self._heads(query), keys, values, mask)
 
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """See `attend.py`."""
+        """See `attention.py`."""
         return self._attend(query, keys, values, mask)
 
     def softmax(self, scores: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine import attend
-from server.engine.attend import Attend, by_products, fused, head_by_head
+from server.engine import attention
+from server.engine.attention import Attend, by_products, fused, head_by_head
 from server.engine.packed import can_pack
 
 CPU = torch.device("cpu")
@@ -88,12 +88,12 @@ def test_head_by_head_is_for_many_queries_one_thread_and_no_gradient(monkeypatch
         calls.append(query.shape[2])
         return fused(query, keys, values, mask)
 
-    monkeypatch.setattr(attend, "fused", counted)
-    query, keys, values = drawn(2, attend.MANY, 20)
+    monkeypatch.setattr(attention, "fused", counted)
+    query, keys, values = drawn(2, attention.MANY, 20)
     head_by_head(query, keys, values, None)
     assert calls == []
     head_by_head(query[:, :, 1:], keys, values, None)
-    assert calls == [attend.MANY - 1]
+    assert calls == [attention.MANY - 1]
     torch.set_num_threads(2)
     head_by_head(query, keys, values, None)
     torch.set_num_threads(1)
@@ -113,6 +113,6 @@ def test_heads_go_apart_where_mkl_is_the_slower_one(
     capability: str, expected: Attend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert attend.fastest(True, torch.float32) is expected
-    assert attend.fastest(True, torch.bfloat16) is by_products
-    assert attend.fastest(False, torch.float32) is fused
+    assert attention.fastest(True, torch.float32) is expected
+    assert attention.fastest(True, torch.bfloat16) is by_products
+    assert attention.fastest(False, torch.float32) is fused

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from server.bench import engine as bench
-from server.engine import attend, reference, vit
+from server.engine import attention, reference, vit
 from server.engine import backbone as eyes
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
@@ -201,10 +201,10 @@ def test_the_same_rows_give_the_same_bits_also_when_packed_anew() -> None:
 
 
 @needs_float32
-@pytest.mark.parametrize("many", [1, attend.MANY], ids=["head by head", "fused"])
+@pytest.mark.parametrize("many", [1, attention.MANY], ids=["head by head", "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_packed_forward_is_the_literal_one(kind: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "MANY", many)  # these pictures have few tokens
+    monkeypatch.setattr(attention, "MANY", many)  # these pictures have few tokens
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     eye = an_eye(torch.float32, True, **KINDS[kind])
     lengths = (3, 0, 5)

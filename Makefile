@@ -84,7 +84,7 @@ check: $(STAMP)  ## the linters, exactly as CI runs them
 	$(BIN)/mypy
 
 proto: $(STAMP)  ## the gRPC description, compiled again after a change of open_inference.proto (needs grpcio-tools)
-	cd server/grpc_front && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --descriptor_set_out=open_inference.pb open_inference.proto
+	cd server/api/oip/grpc && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --descriptor_set_out=open_inference.pb open_inference.proto
 
 verify-deploy: $(STAMP)  ## the production shape in containers: up, broken in every part, down (needs a Docker engine)
 	deploy/verify.sh

@@ -37,7 +37,7 @@ from verify_containers import (
 from verify_promises import URL, ask_samples, lesser_key, look, look_at_lesser_key
 
 from lensrack import Client, JobHandle, wire
-from server.samples import draw
+from server.cli.sample_pictures import draw
 
 PROMETHEUS: Final = f"http://127.0.0.1:{os.environ['PROMETHEUS_PORT']}"
 RECIPE: Final = {"epochs": 10, "prompts": 4, "batch_size": 4, "seed": 5}

@@ -149,5 +149,5 @@ def look_at_inventory() -> None:
     assert {"lensrack", "torch", "pillow", "fastapi"} <= names, names
     assert not names & {"pip", "cyclonedx-bom", "cyclonedx-python-lib"}, names
     assert not docker("exec", server, "sh", "-c", "ls -d /opt/pip /opt/inventory 2>/dev/null || true")
-    docker("exec", server, "python", "-c", "import server.grpc_front.front")  # what LENSRACK_GRPC_PORT needs
+    docker("exec", server, "python", "-c", "import server.api.oip.grpc.server")  # what LENSRACK_GRPC_PORT needs
     say(f"{place} lists the {len(told)} Python packages of the image (CycloneDX {listed['specVersion']})")

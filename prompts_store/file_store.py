@@ -26,14 +26,7 @@ from typing import Final
 from prompts_store import folder_events
 from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
 from prompts_store.bundle import Bundle, header_bytes, read_manifest
-from prompts_store.errors import (
-    BundleError,
-    StoreFull,
-    StoreUnavailable,
-    TaskNotFound,
-    VersionInUse,
-    VersionNotFound,
-)
+from prompts_store.errors import BundleError, StoreFull, StoreUnavailable, TaskNotFound, VersionInUse, VersionNotFound
 from prompts_store.names import is_task, is_version
 from prompts_store.store import Change, VersionInfo, newest_first
 

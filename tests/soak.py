@@ -25,7 +25,7 @@ import psutil
 
 from server.bench.load_generator import Plan, generate
 from server.bench.plain_client import PlainClient
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.server_process import serving
 
 MIB = 2**20

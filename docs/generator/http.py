@@ -11,7 +11,7 @@ from docs.generator.markdown import table
 from server.api.app import create_app
 from server.api.scopes import need_of
 from server.api.services import Services
-from server.keys.ring import KeyRing
+from server.keys.authenticator import KeyRing
 from server.keys.url import open_keys
 from server.settings import Settings
 

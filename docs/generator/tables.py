@@ -12,8 +12,8 @@ from lensrack import errors as client_errors
 from lensrack._terminal import _NEXT
 from lensrack.wire import Problem
 from server import errors as server_errors
-from server import metrics as server_metrics
 from server import settings as server_settings
+from server.observability import metrics as server_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS_HEAD = """# Settings
@@ -101,7 +101,7 @@ def metrics() -> str:
 
 
 def known_metrics() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """Name, meaning, kind and labels of all that server/metrics.py defines, in its order."""
+    """Name, meaning, kind and labels of all that server/observability/metrics.py defines, in its order."""
     found = []
     for value in vars(server_metrics).values():
         if hasattr(value, "_labelnames") and hasattr(value, "_documentation"):

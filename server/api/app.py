@@ -16,20 +16,26 @@ from starlette.middleware import Middleware
 
 from lensrack import wire
 from server import __version__
-from server.api import (
+from server.keys.authenticator import KeyRing
+
+from . import problems, receiving, scopes
+from .middleware import body_limit
+from .middleware.admission import Turnstile
+from .middleware.auth import Door
+from .middleware.fast_path import Shortcut
+from .middleware.request_log import Trace
+from .oip import routes as oip
+from .openai import embeddings, files, jobs, models
+from .routes import (
     aliases,
     attention,
     compare,
     datasets,
     feedback,
-    guard,
     health,
     predict,
-    problems,
     rack,
     residency,
-    resumable,
-    scopes,
     session,
     tasks,
     thumbnails,
@@ -37,15 +43,8 @@ from server.api import (
     ui,
     uploads,
 )
-from server.api.door import Door
-from server.api.oip import routes as oip
-from server.api.openai import embeddings, files, jobs, models
-from server.api.services import Services
-from server.api.shortcut import Shortcut
-from server.api.tenancy import narrowing
-from server.api.trace import Trace
-from server.api.turnstile import Turnstile
-from server.keys.ring import KeyRing
+from .services import Services
+from .tenancy import narrowing
 
 __all__ = ["Services", "create_app"]
 
@@ -57,14 +56,14 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 _ROOMS: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
-    *(datasets, thumbnails, resumable, feedback, train, compare, health, session, ui),
+    *(datasets, thumbnails, uploads, feedback, train, compare, health, session, ui),
     *(oip, files, jobs, models, embeddings),
 )
 
 
 def create_app(services: Services, ring: KeyRing) -> FastAPI:
     """The application over these services and keys. It starts and closes none of them: who made them does."""
-    uploads.sweep(services.settings.datasets_dir)
+    receiving.sweep(services.settings.datasets_dir)
     app = FastAPI(
         title="lensrack",
         version=__version__,
@@ -73,7 +72,11 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
         middleware=[
             Middleware(Trace),
             Middleware(Door, ring=ring, settings=services.settings),
-            Middleware(guard.BodyLimit, cap=guard.caps(services.settings), patience=guard.patience(services.settings)),
+            Middleware(
+                body_limit.BodyLimit,
+                cap=body_limit.caps(services.settings),
+                patience=body_limit.patience(services.settings),
+            ),
             Middleware(Turnstile, queue=services.batcher),
             Middleware(Shortcut),
         ],

@@ -22,9 +22,10 @@ from starlette.types import Scope
 import prompts_store as stored
 from lensrack import wire
 from server import errors
-from server.api.oip import faults as oip
-from server.api.openai import faults as openai
 from server.errors import ServiceError
+
+from .oip import faults as oip
+from .openai import faults as openai
 
 MEDIA_TYPE: Final = "application/problem+json"
 CODE: Final = "Lensrack-Code"

@@ -15,9 +15,9 @@ import numpy as np
 from starlette.datastructures import Headers
 
 from lensrack import wire
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.errors import BadRequest, ServiceError, Unprocessable
-from server.pictures import Cut
+from server.serving.decoding import Cut
 
 NPY: Final = "application/x-npy"
 

@@ -1,4 +1,4 @@
-"""What the HTTP layer stands on: everything it calls, handed over once by `server.front_services`.
+"""What the HTTP layer stands on: everything it calls, handed over once by `server.app.services`.
 
 A route gets its `ServicesOf` narrowed to what the key of the request covers, and has no other way to them.
 """
@@ -14,8 +14,8 @@ from fastapi import Depends, Request
 
 from lensrack import wire
 from prompts_store import Bundle, Store
+from server.batching.fair_share import NOBODYS
 from server.batching.scheduler import FlowKey
-from server.batching.shares import NOBODYS
 from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import Added, Page
@@ -25,7 +25,7 @@ from server.jobs.job import Job, Publish, State
 from server.jobs.store import Events, Jobs
 from server.keys.key import NOBODY, Key
 from server.keys.meter import Meter
-from server.predictor import Predictor
+from server.serving.predictor import Predictor
 from server.settings import Settings
 
 

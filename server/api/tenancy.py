@@ -17,13 +17,14 @@ from typing import Any, Final
 import prompts_store as stored
 from lensrack import wire
 from prompts_store import ANY, Alias, Bundle, Change, Store, VersionInfo
-from server.api.services import AskedFeedback, AskedJobs, Residency, Services
 from server.datasets.dataset import Example
 from server.datasets.feedback_store import Added, Page, no_feedback
 from server.errors import Forbidden, NotFound
 from server.jobs.job import Job, Publish, State
 from server.jobs.store import Events, Jobs
 from server.keys.key import Key
+
+from .services import AskedFeedback, AskedJobs, Residency, Services
 
 NOTHING: Final = "\0"  # what somebody without a key sees: no name begins with it
 

@@ -8,7 +8,8 @@ from starlette.responses import Response
 
 import prompts_store as stored
 from lensrack import wire
-from server.api.services import Services
+
+from .services import Services
 
 
 def heaviest(state: stored.Alias) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from server.batching.forward_times import ForwardTimes
+from .latency_model import ForwardTimes
 
 EVERY: Final = 8  # forwards between two looks at them; so a limit stays for a while
 PERCENTILE: Final = 0.99

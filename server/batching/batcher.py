@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from server import metrics, tracing
-from server.batching.batch_limit import BatchLimit
-from server.batching.engine_thread import Begun, Engine, EngineThread, Outcome
-from server.batching.places import Places
-from server.batching.row import Row
-from server.batching.scheduler import FlowKey, Scheduler, equal_shares, equal_weights
-from server.batching.shares import NOBODYS, Shares, room_for, together
 from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
+from server.observability import metrics, tracing
+
+from .batch_limit import BatchLimit
+from .engine_thread import Begun, Engine, EngineThread, Outcome
+from .fair_share import NOBODYS, Shares, room_for, together
+from .queue_limit import Places
+from .row import Row
+from .scheduler import FlowKey, Scheduler, equal_shares, equal_weights
 
 log = logging.getLogger(__name__)
 

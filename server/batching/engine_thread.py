@@ -21,8 +21,9 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
-from server.batching.row import Row
 from server.errors import Internal, ServiceError
+
+from .row import Row
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Who goes next: tenants take turns, and inside a tenant its tasks do; first in first out inside a task.
 
-    whose turn? ─► tenant ─► task ─► its oldest row          both by start-time fair queueing, see `turns.py`
+    whose turn? ─► tenant ─► task ─► its oldest row          both by start-time fair queueing, see `fair_queue.py`
 
 So a tenant with a hundred tasks gets what a tenant with one gets, and beside a task with a thousand rows waiting, a
 lone row of another task is in the next batch. Weights divide the service otherwise than evenly.
@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
 
-from server.batching.row import Row
-from server.batching.turns import Turns
+from .fair_queue import Turns
+from .row import Row
 
 FlowKey = tuple[str, str]
 Flow = deque[tuple[int, Row]]  # (order of arrival, row)

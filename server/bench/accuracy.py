@@ -22,11 +22,11 @@ import torch
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import SEARCHED, Registry
+from server.training.co_batching import alone
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
 from server.training.fit import Fitted, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
-from server.training.together import alone
 
 METHODS = SEARCHED
 AUTO = "auto"

@@ -29,11 +29,11 @@ from PIL import Image
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
+from server.training.co_batching import alone
 from server.training.data import Pictures, Source, Splits, hold_out, read_pictures, sample
 from server.training.fit import Fitted, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
-from server.training.together import alone
 
 from .accuracy import MAX_PIXELS, read
 

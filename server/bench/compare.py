@@ -24,19 +24,20 @@ from lensrack.wire import Comparison
 from prompts_store import Backbone as Fingerprint
 from prompts_store import Bundle, Manifest
 from server import __version__
-from server.bench.accuracy import read
-from server.checkpoints import Checkpoints
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
+from server.training.caches.feature_cache import FeatureCache
+from server.training.co_batching import alone
 from server.training.compare import SEEDS, Material, Wish, comparing
 from server.training.data import Pictures, Splits, hold_out, sample
-from server.training.feature_cache import FeatureCache
 from server.training.fit import Fitted
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import Recipe
-from server.training.together import alone
+from server.worker.checkpoints import Checkpoints
+
+from .accuracy import read
 
 FEATURE_BYTES = 2**30
 

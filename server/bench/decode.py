@@ -21,17 +21,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from server.bench import made_tasks
-from server.bench.engine import in_turns
-from server.bench.figures import machine
 from server.engine import backbone as engine_backbone
-from server.engine import images, reference
+from server.engine import reference
 from server.engine.backbone import Backbone
+from server.engine.images import decode
 from server.settings import Settings
+
+from . import made_tasks
+from .engine import in_turns
+from .figures import machine
 
 MAX_PIXELS = 200_000_000
 WHOLE = math.inf
-Decoding = Callable[[bytes], images.Pixels]
+Decoding = Callable[[bytes], decode.Pixels]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +95,7 @@ def _of_size(files: Sequence[bytes], eye: Backbone, options: argparse.Namespace)
 
 
 def _decoding(eye: Backbone, margin: float) -> Decoding:
-    return lambda data: images.pixels(data, eye.spec.geometry, max_pixels=MAX_PIXELS, margin=margin)
+    return lambda data: decode.pixels(data, eye.spec.geometry, max_pixels=MAX_PIXELS, margin=margin)
 
 
 def _all_of(way: Decoding, files: Sequence[bytes]) -> Callable[[], object]:

@@ -33,9 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from server.engine import graphs, reference, vit
 from server.engine.backbone import Backbone
-from server.engine.engine import Engine, Pixels, Work
-from server.engine.graphs import Graphs, buckets, recorded
-from server.engine.images import Geometry
+from server.engine.batch import Pixels, Work
+from server.engine.engine import Engine
+from server.engine.graph_recording import recorded
+from server.engine.graphs import Graphs, buckets
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens, Plain, condition
 from server.engine.rack import Rack, demand
 from server.engine.recorder import CudaRecorder, Recorder, Rerun

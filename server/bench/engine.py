@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from server.bench import telling
-from server.bench.svg import Panel, bars
 from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens, Plain, condition
 from server.engine.packed import PackedLinear, can_pack
 from server.engine.rack import Rack, demand
@@ -34,6 +32,9 @@ from server.engine.residency import Seat
 from server.methods.method import Method, Params
 from server.methods.registry import METHODS
 from server.methods.vpt_deep import VptDeep
+
+from . import telling
+from .svg import Panel, bars
 
 ARCHS = ("deit_tiny_patch16_224", "vit_base_patch16_224")
 METHOD = VptDeep()

@@ -21,41 +21,23 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prompts_store import open_store
-from server.bench import http_report, http_targets, made_tasks, telling
-from server.bench.http_targets import Target
-from server.bench.load_generator import Seen, generate
-from server.bench.process_tree import Memory, cpu_s, memory, paused
 from server.engine.packed import can_pack
 from server.settings import Settings
 
+from . import http_report, http_targets, made_tasks, telling
+from .http_figures import Found, Turns
+from .http_targets import Target
+from .load_generator import generate
+from .process_tree import Memory, cpu_s, memory, paused
+
 POPULARITIES = ("identical", "uniform", "zipf")
-
-
-@dataclass
-class Turns:
-    """What was seen of one server under one kind of load, a round an entry. Latencies in ms, of all rounds."""
-
-    cpu_ms: list[float] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-    asked: int = 0
-    answered: int = 0
-
-    def add(self, seen: Seen, cpu: float) -> None:
-        good = [one for one in seen.answers if one.status == 200]
-        self.asked, self.answered = self.asked + len(seen.answers), self.answered + len(good)
-        self.latencies += [(one.done_s - one.due_s) * 1e3 for one in good]
-        if good:
-            self.cpu_ms.append(cpu / len(good) * 1e3)
-
-
-Found = dict[str, dict[str, Turns]]  # by load, by server
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from .process_tree import Memory
 from .svg import LINES, as_svg, style
 
 if TYPE_CHECKING:
-    from .http import Found, Turns
+    from .http_figures import Found, Turns
 
 PEER, OWN_MODELS = "LitServe, by task", "LitServe, a copy a task"
 ONE_COPY, COPIES = "one copy of the model, no server", "{} copies of the model, no server"

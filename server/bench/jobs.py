@@ -21,11 +21,11 @@ import torch
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training import together
+from server.training import co_batching
+from server.training.co_batching import Fitting
 from server.training.data import InMemory, Pictures, Splits
 from server.training.fit import Fitted, fitting
 from server.training.recipe import resolve
-from server.training.together import Fitting
 
 CLASSES = 4
 
@@ -61,8 +61,8 @@ def measure(eye: Backbone, load: Load, rounds: int) -> dict[str, Any]:
         return [_job(eye, own, number, load) for number, own in enumerate(splits)]
 
     ways: dict[str, Callable[[], list[Fitted]]] = {
-        "one after the other": lambda: [together.alone(eye, job) for job in begun()],
-        "in one batch": lambda: _all(together.run(eye, begun())),
+        "one after the other": lambda: [co_batching.alone(eye, job) for job in begun()],
+        "in one batch": lambda: _all(co_batching.run(eye, begun())),
     }
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}

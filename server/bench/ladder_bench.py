@@ -17,15 +17,17 @@ from torch import Tensor
 
 from server.engine import reference, vit
 from server.engine.backbone import Backbone, load_weights
-from server.engine.crossing import Crossing, Crossings, Straight
-from server.engine.engine import Engine, Work, normalise
-from server.engine.graphs import Graphs, recorded
-from server.engine.images import Geometry
+from server.engine.batch import Work, normalise
+from server.engine.engine import Engine
+from server.engine.graph_recording import recorded
+from server.engine.graphs import Graphs
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
 from server.engine.packed import can_pack
 from server.engine.rack import Rack
 from server.engine.recorder import CudaRecorder
 from server.engine.residency import Seat
+from server.engine.transfer import Crossing, Crossings, Straight
 from server.methods.method import Params
 from server.methods.vpt_deep import VptDeep
 

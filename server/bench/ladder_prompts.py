@@ -19,12 +19,12 @@ from torch import Tensor
 from server.engine import vit
 from server.engine.additions import Additions
 from server.engine.block import FrozenBlock
-from server.engine.crossing import Crossing, Straight
 from server.engine.engine import Engine
 from server.engine.gathered import Indices, Slot
 from server.engine.lens import Condition, Lens, Prefix
-from server.engine.pooling import Pool
 from server.engine.rack import Place, Rack
+from server.engine.spec import Pool
+from server.engine.transfer import Crossing, Straight
 
 from .ladder_bench import Answer, Bench, under
 

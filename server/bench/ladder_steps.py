@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.bench.engine import packed_model
 from server.engine import pooling
 from server.engine.attention import Attend, by_products, fastest, fused, head_by_head
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 
+from .engine import packed_model
 from .ladder_bench import Answer, Bench, NotHere, Step, inferred, true_ragged, under
 from .ladder_prompts import in_lanes, own_tensors, unpadded
 from .ladder_ways import Int8Linear, OneProduct, Separate

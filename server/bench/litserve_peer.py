@@ -13,7 +13,7 @@ from typing import Any
 
 import litserve
 
-from server.bench.peers import by_task, loaded, options
+from .peers import by_task, loaded, options
 
 
 class Grouped(litserve.LitAPI):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from prompts_store import Backbone as Fingerprint
 from prompts_store import Bundle, Manifest, Store
 from server import __version__
 from server.engine import backbone as engine_backbone
-from server.engine.backbone import Spec
+from server.engine.spec import Spec
 from server.methods.registry import Registry
 from server.settings import Settings
 
@@ -66,7 +66,7 @@ def pictures(source: Path | None, folder: Path, count: int, side: int = 256) -> 
     """
     from PIL import Image, ImageOps
 
-    from server.samples import draw
+    from server.cli.sample_pictures import draw
 
     if source is None:
         source = folder / "drawn"

@@ -22,12 +22,13 @@ from typing import Any
 import httpx
 
 from prompts_store import open_store
-from server.bench import http_targets, made_tasks, telling
-from server.bench.figures import latencies
-from server.bench.http_targets import Target
-from server.bench.load_generator import Seen, generate
-from server.bench.svg import Panel, bars
 from server.settings import Settings
+
+from . import http_targets, made_tasks, telling
+from .figures import latencies
+from .http_targets import Target
+from .load_generator import Seen, generate
+from .svg import Panel, bars
 
 CALM, NOISY, FLOODED = "calm", "noisy", "flooded"
 

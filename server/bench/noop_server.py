@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from server.engine.engine import Engine, Logits, Work
+from server.engine.batch import Logits, Work
+from server.engine.engine import Engine
 
 
 def _at_once(self: Engine, work: Sequence[Work]) -> list[Logits]:

@@ -31,9 +31,9 @@ import numpy as np
 from PIL import Image
 
 from prompts_store import open_store
-from server.bench import made_tasks, telling
 from server.settings import Settings
 
+from . import made_tasks, telling
 from .load_generator import Plan, generate
 from .own_server import ROOT, own_server
 from .peer_process import stop, wait_until_well

@@ -25,11 +25,12 @@ from urllib.parse import urlsplit
 
 from lensrack import wire
 from server import __version__
-from server.bench.load_generator import NO_ANSWER, Answer, Plan, Seen, generate
-from server.bench.own_server import own_server
-from server.bench.plain_client import PlainClient
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from server.settings import Settings
+
+from .load_generator import NO_ANSWER, Answer, Plan, Seen, generate
+from .own_server import own_server
+from .plain_client import PlainClient
 
 TASK = "fruit"
 MIB = 2**20

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from prompts_store import Bundle, Manifest, open_store
 from server.engine import backbone as engine_backbone
-from server.engine import images, reference
-from server.engine.images import Geometry
+from server.engine import reference
+from server.engine.images import decode
+from server.engine.images.decode import Geometry
 
 MAX_PIXELS = 100_000_000
 TOP = 5
@@ -62,7 +63,7 @@ class Model:
 
     def decode(self, data: bytes) -> Tensor:
         """[3, S, S], normalised."""
-        cut = torch.from_numpy(images.pixels(data, self._geometry, max_pixels=MAX_PIXELS))
+        cut = torch.from_numpy(decode.pixels(data, self._geometry, max_pixels=MAX_PIXELS))
         return ((cut.permute(2, 0, 1).float() / 255 - self._mean) / self._std).to(self._eye.dtype)
 
     @torch.inference_mode()
@@ -158,7 +159,7 @@ def fastapi(options: argparse.Namespace) -> None:
 
 def copies(options: argparse.Namespace) -> None:
     """What a model for each task takes without a server around it, once all have answered."""
-    from server.bench.process_tree import memory
+    from .process_tree import memory
 
     model = OwnModels(options)
     picture = torch.zeros(3, model.image_size, model.image_size, dtype=model.dtype)

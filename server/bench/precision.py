@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prompts_store import Bundle
-from server.engine import bundled, images
+from server.engine import bundled
 from server.engine.backbone import Backbone, load_weights
 from server.engine.engine import Engine
+from server.engine.images import decode
 from server.engine.rack import Rack, demand
 from server.engine.residency import Loaded, Seat
 from server.methods.registry import Registry
@@ -103,7 +104,7 @@ def _logits(precision: str, bundle: Bundle, shown: Sequence[Image.Image]) -> NDA
     loaded = Registry().load(bundle, eye)
     rack = Rack(dim=eye.spec.dim, slots=1, vectors=demand(loaded.lens), device=eye.device, dtype=eye.dtype)
     engine, seat = Engine(eye, rack), _seat(rack, loaded)
-    cut = [images.fit(picture, loaded.geometry) for picture in shown]
+    cut = [decode.fit(picture, loaded.geometry) for picture in shown]
     parts = [cut[start : start + BATCH] for start in range(0, len(cut), BATCH)]
     return np.stack([row for part in parts for row in engine.run([(pixels, seat) for pixels in part])])
 

@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.bench.accuracy import read
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
+from server.training.co_batching import Fitting, alone
 from server.training.condense import counts, cut, refit_recipe, scores
 from server.training.data import Splits, hold_out
 from server.training.fit import Fit, Fitted, fit, fitting
 from server.training.frozen import FrozenFeatures
 from server.training.recipe import Condense, Recipe, resolve
-from server.training.together import Fitting, alone
+
+from .accuracy import read
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

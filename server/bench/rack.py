@@ -27,18 +27,19 @@ from typing import Any, cast
 import torch
 
 from prompts_store import Bundle, CachedStore, Store, open_store
-from server.bench import made_tasks, telling
-from server.bench.figures import latencies
-from server.bench.own_redis import own_redis
-from server.bench.process_tree import rss_mib
-from server.bench.svg import LINES, OURS, as_svg, style
+from server.app.engine_runtime import build_residency
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.engine.rack import Rack
 from server.engine.residency import Residency
-from server.engine_room import build_residency
 from server.methods.registry import Registry
 from server.settings import Settings
+
+from . import made_tasks, telling
+from .figures import latencies
+from .own_redis import own_redis
+from .process_tree import rss_mib
+from .svg import LINES, OURS, as_svg, style
 
 DEVICE, HOST = "device", "host memory"
 READINGS = 100  # of memory, over all swaps

@@ -23,15 +23,15 @@ from torch import Tensor
 from server.engine import vit
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.engine.lens import condition
 from server.engine.rack import Rack
 from server.engine.residency import Seat
 from server.methods.method import Method
 from server.methods.registry import Registry
+from server.training.co_batching import Ask, Fitting, Kept, alone
 from server.training.optimizer import make_optimizer
 from server.training.recipe import resolve
-from server.training.together import Ask, Fitting, Kept, alone
 
 from .engine import in_turns
 

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from prompts_store import Bundle, Store, open_store
-from server.samples import draw
+from server.cli.sample_pictures import draw
 
 from . import telling
 from .own_redis import own_redis

@@ -23,15 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.bench import telling
-from server.bench.engine import in_turns
-from server.bench.process_tree import peak_rss_mib, rss_mib
-from server.bench.svg import LINES, as_svg, style
 from server.engine import reference, vit
 from server.engine.backbone import Backbone, load_weights
 from server.engine.lens import condition
 from server.engine.packed import can_pack
 from server.methods.vpt_deep import VptDeep
+
+from . import telling
+from .engine import in_turns
+from .process_tree import peak_rss_mib, rss_mib
+from .svg import LINES, as_svg, style
 
 METHOD = VptDeep()
 CLASSES = 10

@@ -27,9 +27,10 @@ from rich.table import Table
 
 from lensrack import wire
 from server import __version__
-from server.bench.own_server import own_server
-from server.bench.plain_client import WAIT_S, PlainClient
-from server.samples import SETS, draw
+from server.cli.sample_pictures import SETS, draw
+
+from .own_server import own_server
+from .plain_client import WAIT_S, PlainClient
 
 KINDS = ("without a job", "with a job")
 

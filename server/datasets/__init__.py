@@ -1,0 +1,1 @@
+"""Data sets, uploads and feedback: immutable pictures with labels, known by their content."""

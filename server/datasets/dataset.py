@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Final, Self
 
-from server.datasets.example import SPLITS, Example, Skipped, Split, natural
-from server.datasets.report import Report
 from server.errors import BadRequest
+
+from .example import SPLITS, Example, Skipped, Split, natural
+from .report import Report
 
 __all__ = ["MIN_TRAIN", "SPLITS", "Dataset", "Example", "Skipped", "Split", "bad", "check", "digest", "natural"]
 

@@ -26,18 +26,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from server.datasets import manifests
-from server.datasets.archive import Limits
-from server.datasets.contents import contents
-from server.datasets.dataset import Dataset, Example
-from server.datasets.disk import disk, flock, flocked, is_abandoned, sync, write
-from server.datasets.gathering import Decode, Gathered
-from server.datasets.image_kind import kind
-from server.datasets.lineage import joined, without_lone
-from server.datasets.manifests import Manifests, id_of, no_dataset
-from server.datasets.member_names import shown
-from server.engine import images
+from server.engine.images import decode
 from server.errors import NotFound, Unavailable
+
+from .dataset import Dataset, Example
+from .disk import disk, flock, flocked, is_abandoned, sync, write
+from .formats import manifests
+from .formats.archive import Limits
+from .formats.contents import contents
+from .formats.image_kind import kind
+from .formats.manifests import Manifests, id_of, no_dataset
+from .formats.member_names import shown
+from .gathering import Decode, Gathered
+from .lineage import joined, without_lone
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class DatasetStore:
         max_unpacked_bytes: int,
         max_image_pixels: int,
         max_file_bytes: int = MAX_FILE_BYTES,
-        decode: Decode = images.decode,
+        decode: Decode = decode.decode,
     ) -> None:
         self._manifests = Manifests(root / "datasets")
         self._blobs, self._staging = root / "blobs", root / "staging"

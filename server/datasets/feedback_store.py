@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from server.datasets.dataset import Example
-from server.datasets.disk import disk, flocked, sync, write
-from server.datasets.member_names import shown
-from server.datasets.words import Word, WordFile, Words
-from server.engine import images
+from server.engine.images import decode
 from server.errors import Conflict, NotFound, ServiceError, Unavailable
+
+from .dataset import Example
+from .disk import disk, flocked, sync, write
+from .formats.member_names import shown
+from .formats.words import Word, WordFile, Words
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class FeedbackStore:
     """The feedback below `root`, which is made when absent. Safe for threads and processes."""
 
     def __init__(
-        self, root: Path, *, max_images: int, max_image_pixels: int, decode: Callable[..., Any] = images.decode
+        self, root: Path, *, max_images: int, max_image_pixels: int, decode: Callable[..., Any] = decode.decode
     ) -> None:
         self._root, self._lock = root, root / "lock"
         self._max_images, self._max_pixels, self._decode = max_images, max_image_pixels, decode

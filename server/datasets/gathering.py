@@ -15,16 +15,17 @@ from typing import Final
 
 from PIL import Image
 
-from server.datasets import layout, manifest
-from server.datasets.archive import Member, looks_like_archive
-from server.datasets.dataset import Dataset, Example, Skipped, bad
-from server.datasets.disk import flush
-from server.datasets.example import Place, Split
-from server.datasets.image_kind import Kind, kind
-from server.datasets.lineage import joined
-from server.datasets.member_names import shown
-from server.datasets.metering import refused
 from server.errors import ServiceError
+
+from .dataset import Dataset, Example, Skipped, bad
+from .disk import flush
+from .example import Place, Split
+from .formats import layout, manifest
+from .formats.archive import Member, looks_like_archive
+from .formats.image_kind import Kind, kind
+from .formats.member_names import shown
+from .formats.metering import refused
+from .lineage import joined
 
 MAX_SKIPPED: Final = 1000  # of the files that were skipped, as many are listed by name
 MAX_TABLES: Final = 8  # files that may be a manifest: one for each split and its aliases

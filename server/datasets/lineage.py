@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-from server.datasets.dataset import MIN_TRAIN, Example, Skipped, bad
+from .dataset import MIN_TRAIN, Example, Skipped, bad
 
 
 def joined(parent: Sequence[Example], added: Iterable[Example], max_images: int) -> list[Example]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Final, Self
 
-from server.datasets.example import SPLITS, Example, natural
+from .example import SPLITS, Example, natural
 
 MAX_LISTED: Final = 50  # of repeated pictures, as many are listed by name
 MAX_NAMES: Final = 10  # of one picture

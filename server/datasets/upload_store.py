@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from server.datasets.disk import disk, flock, sync, write
-from server.datasets.member_names import shown
+from server.clock import WallClock
 from server.errors import BadRequest, Conflict, DiskFull, NotFound, QueueFull, TooLarge
-from server.wall_clock import WallClock
+
+from .disk import disk, flock, sync, write
+from .formats.member_names import shown
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Final
 import timm
 import torch
 
-from .plain import refusal
+from .compatibility import refusal
 
 PREFIXES: Final = ("vit_*", "deit*")
 # What a name says of size and resolution; what is left is the family.

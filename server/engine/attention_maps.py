@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import vit
-from .backbone import Backbone, Spec
+from .backbone import Backbone
+from .batch import Pixels, normalise
 from .block import FrozenBlock
-from .engine import Engine, Pixels, normalise
+from .engine import Engine
 from .lens import Condition
-from .pooling import Pool
 from .pooling import reads as tokens_read
 from .reader import hidden_tokens
 from .residency import Seat
+from .spec import Pool, Spec
 
 
 @dataclass(frozen=True)

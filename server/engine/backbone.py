@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from prompts_store import Preprocess
 from . import bundled
 from .block import FrozenBlock
 from .bundled import BUNDLED
+from .compatibility import GLOBAL_POOLS, refusal
 from .float8 import refusal as float8_refusal
 from .float8 import unfit
-from .images import Geometry
 from .packed import can_pack
-from .plain import GLOBAL_POOLS, refusal
-from .pooling import Pool
+from .spec import Spec
 
 UNTRAINED = "untrained"
 FLOAT8 = "float8"  # the dtype setting's word: the blocks' products in 8 bits, all else in bfloat16
@@ -47,37 +45,6 @@ UNTRAINED_CONFIG: dict[str, Any] = {
 
 class BackboneError(ValueError):
     """The backbone cannot be loaded or cannot be served; the message says why."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What the floors above need to know of a backbone without touching a tensor.
-
-    `tokens` counts every token of an image's sequence; `prefix_tokens` of them (class, registers) are no patches, and
-    the first `class_tokens` of these are what `cls` pooling reads: 2 with a distillation token, 0 without any.
-    `pool` is the pooling that the backbone was made with.
-    """
-
-    arch: str
-    fingerprint: str
-    trained: bool
-    depth: int
-    dim: int
-    heads: int
-    hidden: int  # width of the MLP's hidden layer
-    image_size: int
-    patch_size: int  # pixels of a patch's side; behind a convolutional stem those that a token stands for
-    tokens: int
-    prefix_tokens: int
-    class_tokens: int
-    pool: Pool
-    preprocess: Preprocess
-
-    @property
-    def geometry(self) -> Geometry:
-        """How pictures are cut for this backbone, where no bundle says otherwise."""
-        own = self.preprocess
-        return Geometry.of(own.size, own.interpolation, own.crop_pct, own.crop_mode, own.mean)
 
 
 class Backbone:

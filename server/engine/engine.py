@@ -21,20 +21,16 @@ from torch import Tensor
 
 from . import vit
 from .backbone import Backbone
-from .crossing import Crossing, Crossings, Straight
+from .batch import Logits, Pixels, Row, Shown, Work, normalise
 from .lens import Plain
 from .rack import Rack
 from .reader import Passing, Pieces, Reads, hidden_tokens
 from .residency import Seat
+from .transfer import Crossing, Crossings, Straight
 
 if TYPE_CHECKING:
     from .graphs import Graphs
 
-Pixels = NDArray[np.uint8] | NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that is normalised already
-Logits = NDArray[np.float64]  # [C]
-Work = tuple[Pixels, Seat]
-Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean and std
-Row = tuple[int, Seat]  # a picture's number, and whose answer is wanted
 Trunk = Callable[[Sequence[Row], Crossing], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
 Item = TypeVar("Item")
 CACHED_BYTES = 2.5 * 2**20  # found by trying 1 to 32 rows of ViT-Ti and ViT-B, in float32 and bfloat16, on one thread
@@ -224,14 +220,6 @@ def _whole(pixels: Pixels, size: int) -> bool:
     if pixels.dtype == np.float32:
         return pixels.shape == (3, size, size)
     return pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
-
-
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, S, S, 3], mean and std [B, 3] in units of full scale → [B, 3, S, S]. Computed in float32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    # in place and in the order of channels from the first step on: the same numbers in a tenth of the time
-    x = pixels.permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format)
-    return x.div_(255).sub_(mean.to(wide)[:, :, None, None]).div_(std.to(wide)[:, :, None, None]).to(dtype)
 
 
 class _Trunk:

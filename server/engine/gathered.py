@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .additions import Additions
-from .crossing import Crossing
 from .lens import ENTRY, Prefix
-from .pooling import Pool
+from .spec import Pool
+from .transfer import Crossing
 
 Indices = NDArray[np.int64]
 NOTHING: Indices = np.zeros(0, np.int64)

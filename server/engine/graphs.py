@@ -20,8 +20,7 @@ own in every batch; they go the ordinary way beside the graph's, launched before
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Final
@@ -31,14 +30,12 @@ import torch
 from torch import Tensor
 
 from . import vit
-from .backbone import Backbone, Spec
-from .crossing import Crossing
-from .engine import Engine, Row, Shown, Work, normalise
-from .images import Geometry
-from .lens import Lens, Plain, Prefix
+from .backbone import Backbone
+from .batch import Row, Shown, normalise
+from .lens import Plain, Prefix
 from .rack import Place, Rack
 from .recorder import Recorder
-from .residency import Seat
+from .transfer import Crossing
 
 log = logging.getLogger(__name__)
 
@@ -204,100 +201,3 @@ def buckets(most: int, lengths: Iterable[int] = LENGTHS) -> list[Bucket]:
     """Powers of two up to `most` rows and `most` itself, for each length; the largest first."""
     rows = {2**power for power in range(most.bit_length()) if 2**power <= most} | {most}
     return sorted(product(rows, lengths), reverse=True)
-
-
-@torch.inference_mode()
-def recorded(backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], wanted: Sequence[Bucket]) -> Graphs:
-    """A graph for each bucket that can be recorded and answers as the ordinary forward does.
-
-    What cannot be recorded, or answers otherwise, is logged and counted, and its rows go the ordinary way. The rack is
-    to have room for two lenses of the longest prompts; buckets of longer ones than it can hold are left out.
-    """
-    graphs = Graphs(rack, rack.slab)
-    try:
-        using = recorder()
-    except RuntimeError as error:
-        graphs.counts.refused = len(wanted)
-        log.warning("no CUDA graphs are recorded: %s", error)
-        return graphs
-    for bucket in wanted:
-        _add(graphs, backbone, bucket, using)
-    log.info("%d CUDA graphs serve, %d were refused", len(graphs.graphs), graphs.counts.refused)
-    return graphs
-
-
-def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder) -> None:
-    rows, prompts = bucket
-    try:
-        with _Made(backbone, graphs.rack, bucket) as made:
-            if not made.seats:
-                log.info("no CUDA graph for %d prompts: the rack holds no lens of so many", prompts)
-                return
-            graph = Graph(backbone, graphs.slab, bucket, recorder)
-            drift = made.drift(graph)
-    except RuntimeError as error:
-        graphs.counts.refused += 1
-        log.warning("no CUDA graph of %d rows and %d prompts: %s", rows, prompts, str(error).splitlines()[0])
-        return
-    graphs.drift = max(graphs.drift, drift)
-    if drift <= BOUNDS[backbone.precision]:
-        graphs.graphs[bucket] = graph
-    else:
-        graphs.counts.refused += 1
-        log.error("the CUDA graph of %d rows and %d prompts answers otherwise: %.1e off", rows, prompts, drift)
-
-
-class _Made:
-    """Made lenses on the rack and made pictures: rows that fill a bucket, with prompts of three lengths."""
-
-    def __init__(self, backbone: Backbone, rack: Rack, bucket: Bucket) -> None:
-        self._backbone, self._rack, self._bucket = backbone, rack, bucket
-        self.seats: list[Seat] = []
-
-    def __enter__(self) -> _Made:
-        longest = self._bucket[1]
-        for length in sorted({longest, longest // 3, 0}, reverse=True):
-            lens = _lens(self._backbone, length)
-            if self._rack.can_allocate(lens):
-                self.seats.append(_seated(self._backbone.spec, self._rack, lens))
-            elif length == longest:
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for seat in self.seats:
-            self._rack.free(seat.place)
-
-    def drift(self, graph: Graph) -> float:
-        """From the ordinary forward, in a full batch and in one with padding: of the row that is furthest off, the
-        difference's length as a share of the features'. Infinite where a feature is not a number."""
-        alone = Graphs(self._rack, self._rack.slab, {graph.bucket: graph})
-        plain, by_graph = Engine(self._backbone, self._rack), Engine(self._backbone, self._rack, alone)
-        pairs = [(plain.run(work), by_graph.run(work)) for work in self._batches()]
-        return max(_apart(one, other) for pair in pairs for one, other in zip(*pair, strict=True))
-
-    def _batches(self) -> Iterator[list[Work]]:
-        most, size = self._bucket[0], self._backbone.spec.image_size
-        drawn = np.random.default_rng(0)
-        pictures = [drawn.integers(0, 256, (size, size, 3), np.uint8) for _ in range(most)]
-        for rows in sorted({most, most // 2 + 1}, reverse=True):
-            yield [(pictures[row], self.seats[(row + rows) % len(self.seats)]) for row in range(rows)]
-
-
-def _apart(wanted: np.ndarray, got: np.ndarray) -> float:
-    apart = float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-12)
-    return apart if math.isfinite(apart) else float("inf")
-
-
-def _lens(backbone: Backbone, length: int) -> Lens:
-    """Prompts that no row can overlook, and the features themselves as logits."""
-    dim, generator = backbone.spec.dim, torch.Generator().manual_seed(length)
-    keys, values = ([torch.randn(length, dim, generator=generator) for _ in range(backbone.spec.depth)] for _ in "kv")
-    return Lens(tuple(keys), tuple(values), torch.zeros(0, dim), torch.eye(dim), torch.zeros(dim))
-
-
-def _seated(spec: Spec, rack: Rack, lens: Lens) -> Seat:
-    place = rack.allocate(lens)
-    rack.write(place, lens)
-    geometry = Geometry(spec.image_size, "bicubic", 1.0, "center")
-    return Seat("made", "0" * 64, place, ("",) * lens.classes, geometry, (0.5,) * 3, (0.5,) * 3)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .additions import Additions, Part
-from .pooling import Pool
+from .spec import Pool
 
 ENTRY = -1  # the layer that parts before the first block go under
 

@@ -13,19 +13,16 @@ The norms stand where the backbone has them: `norm` before the pool, `fc_norm` b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from prompts_store import manifest
+from .spec import Pool
 
 if TYPE_CHECKING:
-    from .backbone import Backbone, Spec
-
-Chosen = manifest.Pool
-Pool = Chosen | Literal["attention", "reader"]
-CHOSEN: Final[tuple[Chosen, ...]] = get_args(Chosen)  # what a task can ask for
+    from .backbone import Backbone
+    from .spec import Spec
 
 
 def reads(pool: Pool, spec: Spec, tokens: int) -> int:

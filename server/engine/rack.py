@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .crossing import Crossing, Straight
 from .gathered import Gathered, Indices, Prompts, Slot, Vectors, padded
 from .lens import Lens
+from .transfer import Crossing, Straight
 
 
 class RackFullError(RuntimeError):

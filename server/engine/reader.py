@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .backbone import Spec
 from .block import FrozenBlock, Pair
-from .crossing import Crossing
+from .spec import Spec
+from .transfer import Crossing
 
 
 class Trunk(Protocol):

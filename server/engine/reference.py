@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .pooling import Pool
+from .spec import Pool
 
 Params = Mapping[str, Tensor]
 _POOL: Final = "pool_of_the_task"  # an attribute of a model's copy

@@ -20,7 +20,7 @@ from functools import partial
 
 from server.errors import Unavailable
 
-from .images import Geometry
+from .images.decode import Geometry
 from .lens import Lens
 from .rack import Place, Rack
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from . import pooling
 from .additions import Additions
-from .backbone import Backbone, Spec
+from .backbone import Backbone
 from .block import FrozenBlock
 from .lens import Condition, Lens, Plain, Prefix
-from .pooling import Pool
 from .reader import Passing, Reads, Recorded, hidden_tokens, stand_in
+from .spec import Pool, Spec
 
 Shape = tuple[int, int]  # rows and tokens of a lane
 Brought = Sequence[Additions | None]  # by each lane

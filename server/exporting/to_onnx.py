@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prompts_store import Bundle
 from server.engine import vit
 from server.engine.backbone import Backbone
-from server.engine.engine import normalise
+from server.engine.batch import normalise
 from server.engine.lens import condition
 from server.engine.reader import Reads
 from server.errors import NotInstalled

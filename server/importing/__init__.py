@@ -1,0 +1,1 @@
+"""Checkpoints of other tools as bundles, read without running anything of theirs."""

@@ -1,0 +1,1 @@
+"""Training jobs: their states, leases and events, kept in SQLite or Redis."""

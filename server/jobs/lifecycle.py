@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from server.errors import Conflict
-from server.jobs.job import FINISHED, TRANSITIONS, Job, State, to_json
-from server.jobs.store import LeaseLost
+
+from .job import FINISHED, TRANSITIONS, Job, State, to_json
+from .store import LeaseLost
 
 SILENT: Final = "lease_expired"
 Happening = tuple[str, dict[str, Any]]  # an event's type and data, before the store gives it a number and a time

@@ -18,12 +18,13 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
 from server.errors import BadRequest, NotFound, Unavailable
-from server.jobs import lifecycle, redis_scripts
-from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
-from server.jobs.lifecycle import Step
-from server.jobs.stepwise import StepwiseJobStore
-from server.jobs.store import Events, Jobs
-from server.redis_server import answering, connect
+from server.storage.redis import answering, connect
+
+from . import lifecycle, redis_scripts
+from .job import STATES, Event, Job, State, is_id, new_id, to_json
+from .lifecycle import Step
+from .stepwise import StepwiseJobStore
+from .store import Events, Jobs
 
 MAX_TRIES: Final = 1000  # changes lost to faster writers before giving up; one of them always wins
 BATCH: Final = 100  # jobs that one listing script reads: Redis does nothing else meanwhile

@@ -13,17 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from server.errors import BadRequest, NotFound, Unavailable
-from server.jobs import lifecycle
-from server.jobs.job import STATES, Event, Job, State, is_id, new_id, to_json
-from server.jobs.lifecycle import Step
-from server.jobs.sqlite_file import alone, backend, connect, migrate
-from server.jobs.stepwise import StepwiseJobStore
-from server.jobs.store import Events, Jobs
+from server.storage.sqlite import alone, answering, connect
 
+from . import lifecycle
+from .job import STATES, Event, Job, State, is_id, new_id, to_json
+from .lifecycle import Step
+from .sqlite_schema import migrate
+from .stepwise import StepwiseJobStore
+from .store import Events, Jobs
+
+_answering = partial(answering, "job store")
 _COLUMNS: Final = tuple(field.name for field in fields(Job))
 _JSON: Final = frozenset({"recipe", "progress", "metrics", "error"})
 _SELECT: Final = f"SELECT {', '.join(_COLUMNS)} FROM jobs"
@@ -48,7 +52,7 @@ class SqliteJobStore(StepwiseJobStore):
         self._connections: dict[threading.Thread, sqlite3.Connection] = {}
         self._lock = threading.Lock()
         self._closed = False
-        with backend():
+        with _answering():
             path.parent.mkdir(parents=True, exist_ok=True)
             with alone(path.parent):
                 migrate(self._connection())
@@ -65,7 +69,7 @@ class SqliteJobStore(StepwiseJobStore):
             return _save(db, lifecycle.submitted(job), now)
 
     def get(self, job_id: str) -> Job:
-        with backend():
+        with _answering():
             return _load(self._connection(), job_id)
 
     def list(
@@ -85,7 +89,7 @@ class SqliteJobStore(StepwiseJobStore):
             wanted |= {"task >=": task_prefix, "task <": f"{task_prefix}\x7f"}  # beyond every letter of a name
         given = {condition: value for condition, value in wanted.items() if value is not None}
         where = " AND ".join(f"{condition} ?" for condition in given) or "TRUE"
-        with backend():
+        with _answering():
             rows = self._connection().execute(
                 f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*given.values(), limit + 1)
             )
@@ -94,7 +98,7 @@ class SqliteJobStore(StepwiseJobStore):
         return page, page[-1].id if page and len(jobs) > limit else None
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
-        with backend():
+        with _answering():
             rows = self._connection().execute(
                 "SELECT seq, type, at, data FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (job_id, after, limit),
@@ -105,14 +109,14 @@ class SqliteJobStore(StepwiseJobStore):
         return events
 
     def counts(self) -> dict[State, int]:
-        with backend():
+        with _answering():
             found = dict(self._connection().execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
         return {state: found.get(state, 0) for state in STATES}
 
     # --- working ------------------------------------------------------------------------------------------------------
 
     def claim(self, worker: str, lease_s: float) -> Job | None:
-        with backend():  # idle workers ask often: they should not take the writers' turn for nothing
+        with _answering():  # idle workers ask often: they should not take the writers' turn for nothing
             if self._connection().execute(_WAITING, (self._now(),)).fetchone() is None:
                 return None
         with self._transaction() as db:
@@ -156,7 +160,7 @@ class SqliteJobStore(StepwiseJobStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with backend():
+        with _answering():
             db = self._connection()
             db.execute("BEGIN IMMEDIATE")
             try:

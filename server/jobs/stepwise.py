@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from server.jobs import lifecycle
-from server.jobs.job import Job, Publish, State, to_json
-from server.jobs.lifecycle import Step
+from . import lifecycle
+from .job import Job, Publish, State, to_json
+from .lifecycle import Step
 
 
 class StepwiseJobStore(ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from server.jobs.job import Event, Job, Publish, State
+from .job import Event, Job, Publish, State
 
 Jobs = list[Job]  # inside the store `list` is a verb
 Events = list[Event]

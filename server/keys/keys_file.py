@@ -16,7 +16,7 @@ from typing import Annotated, Final
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from server.keys.key import Allowance, Key, KeyId, Scope, TaskPrefix, is_hash
+from .key import Allowance, Key, KeyId, Scope, TaskPrefix, is_hash
 
 MAX_BYTES: Final = 2**20
 MIN_TOKEN: Final = 20

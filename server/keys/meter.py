@@ -18,7 +18,8 @@ from limits.storage import MemoryStorage, RedisStorage, Storage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from server.errors import QueueFull
-from server.keys.key import Key
+
+from .key import Key
 
 log = logging.getLogger(__name__)
 

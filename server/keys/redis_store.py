@@ -8,10 +8,11 @@ from typing import Final, cast
 from pydantic import ValidationError
 
 from server.errors import Unavailable
-from server.keys import store
-from server.keys.key import Key
-from server.keys.store import Keys
-from server.redis_server import answering, connect
+from server.storage.redis import answering, connect
+
+from . import store
+from .key import Key
+from .store import Keys
 
 MAX_TRIES: Final = 100
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
-from server.errors import DiskFull, Unavailable
-from server.keys import store
-from server.keys.key import Key
-from server.keys.store import Keys
+from server.errors import Unavailable
+from server.storage import sqlite
 
-BUSY_S: Final = 20.0
+from . import store
+from .key import Key
+from .store import Keys
+
 MODE: Final = 0o600
 SCHEMA: Final = "CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
 
@@ -44,7 +45,7 @@ class SqliteKeyStore:
         return changed
 
     def list(self) -> Keys:
-        with _backend():
+        with _answering():
             if not self._path.exists():
                 return []
             with closing(self._connected()) as db:
@@ -56,7 +57,7 @@ class SqliteKeyStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with _backend():
+        with _answering():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT, MODE))
             with closing(self._connected()) as db:
@@ -70,9 +71,8 @@ class SqliteKeyStore:
                     raise
 
     def _connected(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
+        db = sqlite.connect(self._path)
         try:
-            db.execute("PRAGMA synchronous = FULL")
             with suppress(sqlite3.OperationalError):  # a read-only file has its table, or nothing is in it
                 db.execute(SCHEMA)
         except BaseException:
@@ -81,24 +81,11 @@ class SqliteKeyStore:
         return db
 
 
+_answering = partial(sqlite.answering, "key store")
+
+
 def _key(text: str) -> Key:
     try:
         return Key.model_validate_json(text)
     except ValidationError:
         raise Unavailable("the key store holds a key that cannot be read", code="store_unavailable") from None
-
-
-@contextmanager
-def _backend() -> Iterator[None]:
-    """A failing file as a ServiceError that names no path."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", type(error).__name__)
-        if name == "SQLITE_FULL":
-            raise DiskFull("the disk with the key store is full") from error
-        raise Unavailable(f"the key store failed: {name}", code="store_unavailable") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the disk with the key store is full") from error
-        raise Unavailable(f"the key store failed: {error.strerror}", code="store_unavailable") from error

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from server.errors import Conflict, NotFound
-from server.keys.key import Key
+
+from .key import Key
 
 Keys = list[Key]  # inside the store `list` is a verb
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from server.keys.store import KeyStore
+from .store import KeyStore
 
 
 def open_keys(url: str) -> KeyStore:
     """`sqlite://FILE`, `redis://…` or `rediss://…`. Raises ValueError. Nothing is made or connected yet."""
     scheme, separator, rest = url.partition("://")
     if scheme == "sqlite" and rest:
-        from server.keys.sqlite_store import SqliteKeyStore
+        from .sqlite_store import SqliteKeyStore
 
         return SqliteKeyStore(Path(rest))
     if scheme in ("redis", "rediss") and separator:
-        from server.keys.redis_store import RedisKeyStore
+        from .redis_store import RedisKeyStore
 
         return RedisKeyStore(url)
     got = f"{scheme}://…" if separator else "another form"  # a URL may hold a password

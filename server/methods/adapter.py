@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 
 from server.engine.additions import Additions, LowRank
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens, no_prefix
+from server.engine.spec import Spec
 
 from .method import Params, Shapes, head_init, head_shapes, rows_init
 

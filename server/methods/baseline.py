@@ -15,7 +15,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
+from server.engine.spec import Spec
 
 from .method import head_init
 

@@ -19,9 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from server.engine.additions import Additions, Shift
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens, no_prefix
+from server.engine.spec import Spec
 
 from .method import Params, Shapes, head_init, head_shapes
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from server.engine.additions import Additions, Cross
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens, no_prefix
+from server.engine.spec import Spec
 
 from .method import Params, Shapes, head_init, head_shapes
 

@@ -12,8 +12,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens
+from server.engine.spec import Spec
 
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Dense, Lens, no_prefix
+from server.engine.spec import Spec
 
 from .method import Params, Shapes, rows_init
 

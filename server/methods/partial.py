@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
+from server.engine.spec import Spec
 
 from .baseline import BaselineModel, fresh_head, own_copy, pooled
 

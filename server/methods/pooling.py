@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens
-from server.engine.pooling import Pool
+from server.engine.spec import Pool, Spec
 from server.errors import Unprocessable
 
 from .method import Method, Params

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens
+from server.engine.spec import Spec
 
 from .bias import Bias, bias_init, bias_shapes, shifts
 from .method import Params, Shapes, head_init, head_shapes, prompt_init

@@ -10,10 +10,11 @@ from typing import Final
 import torch
 
 from prompts_store import Bundle
-from server.engine.backbone import Backbone, Spec
-from server.engine.images import Geometry
+from server.engine.backbone import Backbone
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
 from server.engine.residency import Loaded
+from server.engine.spec import Spec
 from server.errors import BadRequest, Conflict, Unprocessable
 
 from . import pooling

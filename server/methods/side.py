@@ -14,7 +14,8 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
+from server.engine.spec import Spec
 
 from .baseline import BaselineModel, fresh_head, wide
 

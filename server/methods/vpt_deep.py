@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from server.engine import vit
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens
+from server.engine.spec import Spec
 
 from .method import Params, Shapes, head_init, head_shapes, prompt_init
 

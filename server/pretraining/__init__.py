@@ -1,0 +1,1 @@
+"""How the bundled backbone was taught: `python -m server pretrain`."""

@@ -1,19 +1,17 @@
-"""A server in several processes: engines that compute, and front ends before them. Their concrete parts, wired.
+"""A front end's process: HTTP before engines in other processes.
 
-    EngineProcess   store · backbone · rack · residency · engine · batcher · watchdog · workers · desk
-    FarRoom         lines to engines ─► remote residency and batcher          what a front end has before it instead
+    FarRoom         lines to engines ─► remote residency and batcher
 
-Whoever forks them is `server.house`. A front end is a `server.bootstrap.Server` before such a room.
+Whoever forks it is `server.processes.manager`. A front end is a `server.app.server.Server` before such a room.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,121 +22,27 @@ import torch
 
 from lensrack import wire
 from prompts_store import CachedStore, open_store
-from server import ledger, metrics
-from server.batching.shares import room_for
-from server.bootstrap import Server, build_before
-from server.engine import attention_maps
-from server.engine_room import EngineRoom, build_engine_room
+from server.app.backbone import Facts
+from server.app.server import Server, build_before
+from server.app.services import EngineSide, readiness
+from server.app.stores import open_ring
+from server.batching.fair_share import room_for
 from server.errors import ServiceError
-from server.facts import Facts
-from server.front_services import EngineSide, readiness
-from server.ledger import Ledger
-from server.link.desk import Desk, Room
-from server.link.engines import Engines, FarEngine, SpreadBatcher, SpreadResidency
-from server.link.line import Line
-from server.link.pixels import Slots
-from server.link.remote import Named, RemoteBatcher, RemoteResidency, take_over_tasks
 from server.methods.registry import Registry
-from server.opening import close_all, open_ring
+from server.observability import metrics
+from server.observability.multiprocess import Ledger, shown
+from server.rpc.connection import Line
+from server.rpc.engine_client import Named, RemoteBatcher, RemoteResidency, take_over_tasks
+from server.rpc.engine_pool import Engines, FarEngine, SpreadBatcher, SpreadResidency
+from server.rpc.shared_memory import Slots
 from server.settings import Settings
-from server.watchdog import EXIT_CODE
+
+from .engine_socket import COUNTS, LOOK, socket_path
 
 log = logging.getLogger(__name__)
 
-SOCKET: Final = "engine"  # in the folder that the processes share
 CONNECT_S: Final = 5.0  # before the first request is accepted
-KEYS_S: Final = 2.0  # between two looks at the tenants' weights
-LOOK: Final = "look"
-COUNTS: Final = "counts"  # a view that shows nothing: the engine's counts are in the ledger when it is answered
 COUNTS_S: Final = 1.0  # an engine that is busy with something else is told as it stood
-
-
-# --- the engine's process ---------------------------------------------------------------------------------------------
-
-
-class EngineProcess:
-    """Everything but HTTP, on the device of a `number`. `folder` is where the desk listens and the ledger lies."""
-
-    def __init__(self, settings: Settings, folder: Path, ledger: Ledger, number: int = 0) -> None:
-        self.settings, self._ledger = settings, ledger
-        self._ring = open_ring(settings)
-        self.room = build_engine_room(settings, self._ring, number)
-        self._desk = Desk(_socket(folder, number), _desk_room(self.room, ledger))
-        self._leaving = asyncio.Event()
-
-    async def run(self, ready: Any) -> int:
-        """Until a signal comes or the engine is lost; `ready` is called with the facts in JSON. The exit status."""
-        room, grace_s = self.room, self.settings.drain_timeout_s
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._leaving.set)
-        room.watchdog.on_lost = self._leaving.set
-        await room.warm_up()
-        await self._desk.start()
-        room.start()
-        others = [asyncio.create_task(work) for work in (self._ledger.keep_writing(), self._keep_weights())]
-        ready(room.facts.as_json())
-        await self._leaving.wait()
-        await room.drain(0.0 if room.lost else grace_s)
-        await self._desk.stop()
-        for task in others:
-            task.cancel()
-        await room.stop()
-        await close_all(room.store, self._ring)
-        self._ledger.write()
-        return EXIT_CODE if room.lost else 0
-
-    async def _keep_weights(self) -> None:
-        """Tenants' shares are their keys', which nobody here asks for otherwise."""
-        while True:
-            await self._ring.refresh()
-            await asyncio.sleep(KEYS_S)
-
-
-def _socket(folder: Path, number: int) -> Path:
-    return folder / f"{SOCKET}-{number}"
-
-
-def _desk_room(room: EngineRoom, ledger: Ledger) -> Room:
-    def facts() -> dict[str, Any]:
-        return {
-            "waiting": len(room.batcher),
-            "places": room.batcher.places,
-            "retry_after_s": room.batcher.retry_after_s(),
-            "trouble": room.batcher.suspended or room.watchdog.trouble,
-            "workers": len(room.workers.pids),
-            "tasks": metrics.TASKS.placed(),
-        }
-
-    def residents() -> dict[str, Any]:
-        return {f"{one.seat.task}@{one.seat.version}": [one.bytes, one.pinned] for one in room.residency.occupants()}
-
-    return Room(
-        batcher=room.batcher,
-        residency=room.residency,
-        size=room.facts.spec.image_size,
-        asides={LOOK: partial(_look, room)},
-        facts=facts,
-        residents=residents,
-        revision=lambda: room.residency.revision,
-        views={"rack": partial(_rack, room), COUNTS: partial(_written, ledger)},
-    )
-
-
-async def _written(ledger: Ledger) -> None:
-    ledger.write()
-
-
-async def _rack(room: EngineRoom) -> Any:
-    return (await room.occupied()).model_dump(mode="json")
-
-
-def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
-    """In the engine's thread."""
-    seen = attention_maps.look(room.engine, pixels, seat)
-    return {
-        name: {**asdict(one), "grid": one.grid.tolist()}
-        for name, one in (("last", seen.last), ("rollout", seen.rollout))
-    }
 
 
 def _looked(told: Mapping[str, Any]) -> Any:
@@ -146,9 +50,6 @@ def _looked(told: Mapping[str, Any]) -> Any:
     return SimpleNamespace(
         **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
     )
-
-
-# --- a front end ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -188,12 +89,12 @@ class FarRoom:
 
 
 def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> Server[FarRoom]:
-    """`first`: see `server.bootstrap.build_before`."""
+    """`first`: see `server.app.server.build_before`."""
     torch.set_num_threads(1)
     ring, bundles = open_ring(settings), open_store(settings.store_url)
     engines = _far_engines(settings, facts, folder)
     residency, batcher = _pair(engines)
-    metrics.shown, metrics.brought_up_to_date = ledger.shown(own), partial(_counted, engines)
+    metrics.shown, metrics.brought_up_to_date = shown(own), partial(_counted, engines)
     metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
     return build_before(
         FarRoom(engines, batcher, own),
@@ -230,7 +131,7 @@ async def _counted(engines: Engines) -> None:
 def _far_engines(settings: Settings, facts: Facts, folder: Path) -> Engines:
     def far(number: int, device: str) -> FarEngine:
         slots = Slots(room_for(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
-        line = Line(_socket(folder, number), slots, silence_s=settings.engine_timeout_s)
+        line = Line(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
         batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
         return FarEngine(number, device, line, RemoteResidency(line, number), batcher)
 

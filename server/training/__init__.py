@@ -1,0 +1,1 @@
+"""Fitting: recipes, data, caches, search, evaluation."""

@@ -23,23 +23,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.backbone import Backbone
-from server.engine.engine import normalise
+from server.engine.batch import normalise
 from server.engine.lens import Plain
-from server.engine.pooling import Pool
+from server.engine.spec import Pool
 from server.errors import Unprocessable
 from server.methods.baseline import Baseline, BaselineModel, wide
 from server.methods.method import Method
 
 from . import augment
-from .ahead import ahead
 from .checkpoint import Checkpoint
+from .co_batching import Ask, Fitting, Own
 from .data import Index, Pixels, Splits
 from .fit import DivergedError, Fit, Keeper, class_weights, nowhere, seeded
 from .frozen import FrozenFeatures, parts
 from .inputs import Inputs
+from .prefetch import ahead
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe
-from .together import Ask, Fitting, Own
 
 MICRO: Final = 16  # pictures
 

@@ -29,13 +29,13 @@ from server.methods.registry import Registry
 from . import forward_cost
 from .baseline_fit import reporting
 from .checkpoint import Checkpoint
+from .co_batching import Fitting, Own
 from .data import Splits
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere, prompt_lengths, seeded
 from .frozen import FrozenFeatures
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe, resolve
 from .search import head_only
-from .together import Fitting, Own
 
 Figures = dict[str, Any]
 SEEDS: Final = (0, 1, 2)

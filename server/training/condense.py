@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import condition
+from server.engine.spec import Spec
 from server.errors import Unprocessable
 from server.methods.method import Method
 
 from .checkpoint import Checkpoint
+from .co_batching import Fitting
 from .data import Splits
 from .fit import DivergedError, Fit, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
@@ -35,7 +37,6 @@ from .inputs import Inputs
 from .metrics import accuracy, nll
 from .progress import Progress, Watcher, nobody
 from .recipe import Condense, Recipe, resolve
-from .together import Fitting
 from .token_init import has_prompts
 
 Told = dict[str, Any]

@@ -12,7 +12,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.engine.images import Geometry, fit, whole
+from server.engine.images.decode import Geometry, fit, whole
 
 Pixels = NDArray[np.uint8]
 

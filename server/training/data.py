@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engine.images import Geometry, decode, fit
+from server.engine.images.decode import Geometry, decode, fit
 
 from .augment import Views
 

@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine import vit
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Condition, Lens, condition
-from server.engine.pooling import Pool
+from server.engine.spec import Pool, Spec
 from server.errors import Unprocessable
 from server.methods import pooling
 from server.methods.method import Method, Params
 
 from . import augment, metrics, token_init
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from .co_batching import Ask, Fitting, alone
 from .data import Pictures, Pixels, Splits
 from .frozen import FrozenFeatures, parts
 from .inputs import Inputs
 from .optimizer import lr_scale, make_optimizer, set_lr
 from .progress import Clock, Progress, Watcher, nobody
 from .recipe import Recipe
-from .together import Ask, Fitting, alone
 
 Keeper = Callable[[Checkpoint], None]
 

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from prompts_store import Preprocess
 from server.engine import vit
-from server.engine.backbone import Backbone, Spec
-from server.engine.engine import normalise
+from server.engine.backbone import Backbone
+from server.engine.batch import normalise
 from server.engine.lens import Plain
-from server.engine.pooling import Pool
 from server.engine.reader import Recorded, hidden_tokens
+from server.engine.spec import Pool, Spec
 
-from .ahead import ahead
+from .caches.feature_cache import FeatureKey, Features, NoCache, to_array, to_tensor
+from .co_batching import Ask, Fitting
 from .data import Images, Index, Pixels
-from .feature_cache import FeatureKey, Features, NoCache, to_array, to_tensor
-from .together import Ask, Fitting
+from .prefetch import ahead
 
 EVAL_BATCH = 64
 MOST_BYTES = 2**30  # of the tokens of one set of pictures: beyond it the first layers run every time

@@ -12,9 +12,9 @@ from torch import Tensor
 from server.engine.reader import Recorded
 
 from . import augment
-from .ahead import ahead
+from .co_batching import Kept
 from .data import Index, Pictures, Pixels
-from .together import Kept
+from .prefetch import ahead
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-from server.engine.pooling import CHOSEN, Chosen
+from server.engine.spec import CHOSEN, Chosen
 from server.errors import Unprocessable
 
 from .augment import Augment

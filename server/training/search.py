@@ -28,6 +28,7 @@ from server.engine.backbone import Backbone
 from server.methods.method import Method
 
 from .checkpoint import Checkpoint
+from .co_batching import Fitting
 from .condense import condensable
 from .data import Pictures, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
@@ -35,7 +36,6 @@ from .frozen import FrozenFeatures
 from .presets import beneath, published
 from .progress import Progress, Watcher, nobody
 from .recipe import Recipe, resolve
-from .together import Fitting
 from .token_init import has_prompts
 
 BUDGET: Final = 30_000  # pictures through the backbone

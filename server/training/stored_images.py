@@ -19,12 +19,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from server.engine.images import Geometry, decode
+from server.engine.images.decode import Geometry, decode
 
 from .augment import Views
+from .caches.pixel_cache import PixelCache
 from .cut import Cut, crop_at
 from .data import Index, Pixels
-from .pixel_cache import PixelCache
 
 _FILLED: Final = 0.9  # of the cache by one dataset: shards fill unevenly
 

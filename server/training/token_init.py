@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.backbone import Spec
 from server.engine.lens import Plain
+from server.engine.spec import Spec
 from server.errors import Unprocessable
 from server.methods.method import Method
 
+from .co_batching import Ask, Fitting
 from .data import Pictures, sample
 from .frozen import FrozenFeatures, in_order
-from .together import Ask, Fitting
 
 MOST_PICTURES: Final = 256
 MOST_TOKENS: Final = 8192  # of a layer

@@ -14,7 +14,7 @@ from threading import Thread
 
 import pytest
 
-from server.bench import http, http_report, made_tasks
+from server.bench import http, http_figures, http_report, made_tasks
 from server.bench.http_targets import Copies
 from server.bench.load_generator import Answer, Plan, Seen, generate
 from server.bench.process_tree import Memory
@@ -105,8 +105,8 @@ def test_made_up_tasks_are_served_by_the_backbone_they_are_made_for(tmp_path: Pa
         assert bundle.version != made_tasks.bundle(spec, TASKS[0], method, 3, 1).version
 
 
-def turns(*cpu: float, latency: float) -> http.Turns:
-    found = http.Turns()
+def turns(*cpu: float, latency: float) -> http_figures.Turns:
+    found = http_figures.Turns()
     for ms in cpu:
         answers = [Answer(0.0, 0.0, latency / 1e3, 200, None)] * 4 + [Answer(0.0, 0.0, 9.0, 429, "1")]
         found.add(Seen(answers, 0.0, 1), 4 * ms / 1e3)

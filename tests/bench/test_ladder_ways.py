@@ -14,7 +14,8 @@ from torch import Tensor
 from server.bench import ladder_cuda, ladder_layouts, ladder_prompts
 from server.bench.ladder_bench import Answer, Bench, Drift, NotHere, true_ragged, true_shown, true_shown_ragged, under
 from server.engine.backbone import Backbone
-from server.engine.engine import Engine, Row
+from server.engine.batch import Row
+from server.engine.engine import Engine
 from server.engine.gathered import Gathered
 from server.engine.packed import can_pack
 from tests.engine.fake_cuda import WaitsError, Watch, fake_cuda, on_fake_cuda

@@ -20,7 +20,7 @@ import pytest
 from prompts_store import VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import QueueFull, Unavailable
-from server.link.desk import Desk
+from server.rpc.engine_server import Desk
 from server.settings import Settings
 from tests.unit.far_floor import LOOK, SeveralFront, desk, settled, several
 from tests.unit.serving import SIZE, Floor, png, publish

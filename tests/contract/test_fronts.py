@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from prompts_store import VersionNotFound, open_store
 from server.errors import QueueFull, ServiceError, Unavailable
-from server.link import frames
-from server.link.desk import FROM_FRONTS, Desk
-from server.link.frames import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
-from server.link.line import FROM_ENGINE
-from server.link.pixels import Slots, Window, slot_bytes
+from server.rpc import protocol
+from server.rpc.connection import FROM_ENGINE
+from server.rpc.engine_server import FROM_FRONTS, Desk
+from server.rpc.protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
+from server.rpc.shared_memory import Slots, Window, slot_bytes
 from tests.unit.far_floor import LOOK, Front, desk, front, settled
 from tests.unit.serving import SIZE, Floor, png, publish
 
@@ -72,7 +72,7 @@ async def inside(floor: Floor, built: Front) -> asyncio.Task[Any]:
 @pytest.fixture
 def shared_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine is, seats are shared."""
-    monkeypatch.setattr("server.link.seats.SHARED_S", 600.0)
+    monkeypatch.setattr("server.rpc.seat_cache.SHARED_S", 600.0)
 
 
 async def test_requests_for_a_task_share_a_seat_and_the_engine_counts_each(shared_long: None):
@@ -314,21 +314,23 @@ async def cut_off(path: Path, said: bytes, descriptors: list[int]) -> None:
 
 
 def hello(slots: Any, **changes: Any) -> bytes:
-    return frames.message(Kind.HELLO, 0, {"version": frames.VERSION, "pid": 1, "slots": slots, "size": SIZE, **changes})
+    return protocol.message(
+        Kind.HELLO, 0, {"version": protocol.VERSION, "pid": 1, "slots": slots, "size": SIZE, **changes}
+    )
 
 
 @pytest.mark.parametrize(
     "said",
     [
         b"GET / HTTP/1.1\r\n\r\n" * 4,
-        hello(4, version=frames.VERSION + 1),
+        hello(4, version=protocol.VERSION + 1),
         hello(4, size=SIZE + 1),
         hello(5),
         hello("4"),
         hello(10**15),
-        hello(4) + frames.message(Kind.CALL, 1, {"do": "load"}),
-        frames.message(Kind.CALL, 1, {"do": "load"}),
-        frames.frame(Kind.HELLO, 0, b"[1]"),
+        hello(4) + protocol.message(Kind.CALL, 1, {"do": "load"}),
+        protocol.message(Kind.CALL, 1, {"do": "load"}),
+        protocol.frame(Kind.HELLO, 0, b"[1]"),
     ],
 )
 async def test_who_does_not_say_hello_is_not_let_in(said: bytes):
@@ -341,7 +343,7 @@ async def test_who_does_not_say_hello_is_not_let_in(said: bytes):
 
 STRANGER = """
 import os, socket, sys
-from server.link.pixels import Slots
+from server.rpc.shared_memory import Slots
 folder, name, user, said = sys.argv[1:]
 shared = Slots(4, SIZE)
 os.chdir(folder)  # the folders above are nobody's business
@@ -390,21 +392,21 @@ ROW = SentRow(1, 0, 0, Form.BYTES, 1e9, 0.0, "", "")
 @pytest.mark.parametrize(
     "said",
     [
-        frames.message(Kind.CALL, 1, {"do": "format the disk"}),
-        frames.message(Kind.CALL, 1, {"do": "acquire", "task": "fish", "version": 1}),
-        frames.message(Kind.CALL, 1, {"do": "aside", "work": "os.system", "seat": 1, "slot": 0, "form": 0}),
-        frames.message(Kind.CALL, 1, {"do": "view", "name": ["rack"]}),
-        frames.frame(Kind.CALL, 1, b"{"),
-        frames.frame(Kind.CALL, 1, b"[" * 100_000),
-        frames.frame(Kind.RETURN, 1, b"{}"),
-        frames.released({1: 0}),
-        frames.frame(Kind.RELEASE, 0, b"\0" * 15),
-        frames.submit([SentRow(1, 99, 0, Form.BYTES, 1e9, 0.0, "", "")]),
-        frames.submit([SentRow(1, 0, 4, Form.BYTES, 1e9, 0.0, "", "")]),
-        frames.submit([ROW, ROW]),
-        frames.frame(Kind.SUBMIT, 2, frames.submit([ROW])[frames.HEADER.size :]),
-        frames.frame(Kind.SUBMIT, 1, frames.submit([ROW])[frames.HEADER.size :] + b"\0"),
-        frames.HEADER.pack(2**32 - 1, Kind.CALL, 1),
+        protocol.message(Kind.CALL, 1, {"do": "format the disk"}),
+        protocol.message(Kind.CALL, 1, {"do": "acquire", "task": "fish", "version": 1}),
+        protocol.message(Kind.CALL, 1, {"do": "aside", "work": "os.system", "seat": 1, "slot": 0, "form": 0}),
+        protocol.message(Kind.CALL, 1, {"do": "view", "name": ["rack"]}),
+        protocol.frame(Kind.CALL, 1, b"{"),
+        protocol.frame(Kind.CALL, 1, b"[" * 100_000),
+        protocol.frame(Kind.RETURN, 1, b"{}"),
+        protocol.released({1: 0}),
+        protocol.frame(Kind.RELEASE, 0, b"\0" * 15),
+        protocol.submit([SentRow(1, 99, 0, Form.BYTES, 1e9, 0.0, "", "")]),
+        protocol.submit([SentRow(1, 0, 4, Form.BYTES, 1e9, 0.0, "", "")]),
+        protocol.submit([ROW, ROW]),
+        protocol.frame(Kind.SUBMIT, 2, protocol.submit([ROW])[protocol.HEADER.size :]),
+        protocol.frame(Kind.SUBMIT, 1, protocol.submit([ROW])[protocol.HEADER.size :] + b"\0"),
+        protocol.HEADER.pack(2**32 - 1, Kind.CALL, 1),
     ],
 )
 async def test_who_breaks_the_protocol_is_cut_off_alone(said: bytes):
@@ -437,12 +439,12 @@ async def test_an_engine_that_talks_nonsense_is_hung_up_on(tmp_path: Path):
         listener.settimeout(60)
 
         def talk() -> None:
-            for said in (frames.frame(Kind.STATE, 0, b"7"), frames.frame(Kind.SUBMIT, 0, b"")):
+            for said in (protocol.frame(Kind.STATE, 0, b"7"), protocol.frame(Kind.SUBMIT, 0, b"")):
                 sock, _ = listener.accept()
                 with sock:
                     sock.settimeout(60)
                     assert sock.recv(65536)
-                    sock.sendall(frames.message(Kind.STATE, 0, {"waiting": 0}) + said)
+                    sock.sendall(protocol.message(Kind.STATE, 0, {"waiting": 0}) + said)
                     assert sock.recv(65536) == b""
 
         talking = asyncio.create_task(asyncio.to_thread(talk))
@@ -464,12 +466,12 @@ ROWS = st.builds(
 @given(st.lists(ROWS, min_size=1, max_size=5), st.data())
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_rows_come_as_they_were_sent_however_they_are_cut(rows: list[SentRow], data: st.DataObject):
-    whole = frames.submit(rows) * 2
+    whole = protocol.submit(rows) * 2
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
-    reader, got = FrameReader(FROM_FRONTS, frames.MOST_TO_ENGINE), []
+    reader, got = FrameReader(FROM_FRONTS, protocol.MOST_TO_ENGINE), []
     for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         got += list(reader.feed(whole[start:end]))
-    assert [frames.read_rows(one) for one in got] == [rows, rows]
+    assert [protocol.read_rows(one) for one in got] == [rows, rows]
 
 
 @given(st.binary(max_size=300), st.data())
@@ -477,7 +479,7 @@ def test_rows_come_as_they_were_sent_however_they_are_cut(rows: list[SentRow], d
 def test_bytes_that_are_no_frames_are_an_error_of_the_protocol_or_wait_for_more(said: bytes, data: st.DataObject):
     """Also frames with a byte changed, and those with a length that lies."""
     if data.draw(st.booleans()):
-        real = bytearray(frames.submit([ROW]) + frames.message(Kind.CALL, 1, {"do": "load"}))
+        real = bytearray(protocol.submit([ROW]) + protocol.message(Kind.CALL, 1, {"do": "load"}))
         real[data.draw(st.integers(0, len(real) - 1))] ^= data.draw(st.integers(1, 255))
         said = bytes(real)
     for kinds in (FROM_FRONTS, FROM_ENGINE):
@@ -490,17 +492,17 @@ def test_bytes_that_are_no_frames_are_an_error_of_the_protocol_or_wait_for_more(
 
 def read(one: Frame) -> None:
     if one.kind == Kind.SUBMIT:
-        frames.read_rows(one)
+        protocol.read_rows(one)
     elif one.kind == Kind.ANSWER:
-        frames.read_answer(one.payload)
+        protocol.read_answer(one.payload)
     elif one.kind == Kind.CANCEL:
-        frames.read_numbers(one.payload)
+        protocol.read_numbers(one.payload)
     elif one.kind == Kind.RELEASE:
-        frames.read_released(one.payload)
+        protocol.read_released(one.payload)
     elif one.kind != Kind.LEFT:
-        told = frames.read_message(one.payload)
+        told = protocol.read_message(one.payload)
         if isinstance(told.get("fault"), dict):
-            frames.failure(told["fault"])
+            protocol.failure(told["fault"])
 
 
 @given(st.lists(st.floats(width=64), max_size=20), st.booleans(), st.sampled_from([np.float32, np.float64]))
@@ -508,22 +510,22 @@ def read(one: Frame) -> None:
 def test_answers_keep_every_bit(values: list[float], left: bool, dtype: type):
     with np.errstate(over="ignore"):
         outcome = np.array(values, dtype)
-    sent = frames.answer(7, Reply(outcome, left, 0.1, 0.2))
-    [one] = FrameReader(FROM_ENGINE, frames.MOST_TO_FRONT).feed(sent)
-    got = frames.read_answer(one.payload)
+    sent = protocol.answer(7, Reply(outcome, left, 0.1, 0.2))
+    [one] = FrameReader(FROM_ENGINE, protocol.MOST_TO_FRONT).feed(sent)
+    got = protocol.read_answer(one.payload)
     assert isinstance(got.outcome, np.ndarray)
     assert (one.number, got.left, got.queue_s, got.compute_s) == (7, left, 0.1, 0.2)
     assert (got.outcome.dtype, got.outcome.tobytes()) == (outcome.dtype, outcome.tobytes())
 
 
 def test_failures_are_of_the_same_class_on_the_other_side():
-    full = frames.failure(frames.told(QueueFull("no room", retry_after_s=7.0, places=3)))
+    full = protocol.failure(protocol.told(QueueFull("no room", retry_after_s=7.0, places=3)))
     assert isinstance(full, QueueFull)
     assert (full.detail, full.retry_after_s, full.extra, full.status) == ("no room", 7.0, {"places": 3}, 429)
-    gone = frames.failure(frames.told(VersionNotFound("fish", "0" * 64)))
+    gone = protocol.failure(protocol.told(VersionNotFound("fish", "0" * 64)))
     assert isinstance(gone, VersionNotFound)
     assert gone.code == "version_not_found"
-    unforeseen = frames.failure(frames.told(RuntimeError("secret path /etc/passwd")))
+    unforeseen = protocol.failure(protocol.told(RuntimeError("secret path /etc/passwd")))
     assert isinstance(unforeseen, ServiceError)
     assert (unforeseen.status, "secret" in unforeseen.detail) == (500, False)
 
@@ -551,5 +553,5 @@ def test_slots_are_filled_once_for_an_image_and_freed_with_its_last_row():
     with pytest.raises(ValueError, match="expected uint8"):
         slots.put(np.zeros((1, 1, 3), np.uint8))
     with pytest.raises(struct.error):
-        frames.submit([SentRow(-1, 0, 0, Form.BYTES, 0.0, 0.0, "", "")])
+        protocol.submit([SentRow(-1, 0, 0, Form.BYTES, 0.0, 0.0, "", "")])
     slots.close()

@@ -22,8 +22,8 @@ triton = pytest.importorskip("tritonclient.grpc", reason="pip install tritonclie
 triton_aio = pytest.importorskip("tritonclient.grpc.aio", reason="pip install tritonclient[grpc]")
 
 from server.api import scopes  # noqa: E402
-from server.grpc_front import messages  # noqa: E402
-from server.grpc_front.calls import CALLS  # noqa: E402
+from server.api.oip.grpc import messages  # noqa: E402
+from server.api.oip.grpc.calls import CALLS  # noqa: E402
 
 Failed = triton.InferenceServerException
 FOLDER = Path(messages.__file__).parent
@@ -286,20 +286,20 @@ def test_the_unforeseen_says_nothing_of_itself(api: Api, client: Any) -> None:
 
 
 def test_without_its_packages_the_setting_is_told_why(monkeypatch: pytest.MonkeyPatch, api: Api) -> None:
+    from server.app.services import build_grpc
     from server.errors import NotInstalled
-    from server.front_services import build_grpc
 
     services = api.services
     assert build_grpc(services, None) is None  # type: ignore[arg-type]  # no port, no front
     wanted = replace(services, settings=services.settings.model_copy(update={"grpc_port": 1}))
-    monkeypatch.delitem(sys.modules, "server.grpc_front.front")
+    monkeypatch.delitem(sys.modules, "server.api.oip.grpc.server")
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(NotInstalled, match="LENSRACK_GRPC_PORT needs the extra `grpc`"):
         build_grpc(wanted, None)  # type: ignore[arg-type]
 
 
 def test_a_taken_port_is_told(api: Api) -> None:
-    from server.grpc_front.front import GrpcFront
+    from server.api.oip.grpc.server import GrpcFront
 
     async def start() -> None:
         await GrpcFront(lambda key: api.services, None, api.services.settings, api.grpc_port).start()  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.doomed_worker import forge
 
 

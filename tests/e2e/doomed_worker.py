@@ -21,7 +21,7 @@ from typing import Any
 def forge() -> ForkServerContext:
     """Where workers come from; its first one takes the time that torch takes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["server.worker", "tests.e2e.doomed_worker"])
+    context.set_forkserver_preload(["server.app.worker", "tests.e2e.doomed_worker"])
     return context
 
 
@@ -39,8 +39,8 @@ def _work(home: str, settings: dict[str, str], point: str | None) -> None:
     for name in [name for name in os.environ if name.startswith("LENSRACK_")]:
         del os.environ[name]
     os.environ.update({"LENSRACK_HOME": home, **{f"LENSRACK_{key.upper()}": value for key, value in settings.items()}})
-    from server import checkpoints
     from server.__main__ import cli
+    from server.worker import checkpoints
 
     checkpoints.EVERY_S, checkpoints.REST = 0.0, 0  # type: ignore[misc]  # these fits last a second: each epoch is kept
     if point is not None:
@@ -72,7 +72,7 @@ def _claimed() -> None:
 
 
 def _mid_epoch() -> None:
-    from server.pulse import Pulse
+    from server.worker.heartbeat import Pulse
 
     watch = Pulse.watch
 
@@ -86,7 +86,7 @@ def _mid_epoch() -> None:
 
 def _mid_comparison() -> None:
     """In the third fit of four, when its first epoch has been written down."""
-    from server.pulse import Pulse
+    from server.worker.heartbeat import Pulse
 
     watch = Pulse.watch
 
@@ -138,7 +138,7 @@ def _job_stores() -> list[type]:
 
 def _slow() -> None:
     """Nothing dies: each step takes a moment more, so that somebody may come in between."""
-    from server.pulse import Pulse
+    from server.worker.heartbeat import Pulse
 
     watch = Pulse.watch
 

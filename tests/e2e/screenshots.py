@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.browser import Browser, browser
 from tests.e2e.server_process import serving
 

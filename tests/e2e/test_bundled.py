@@ -10,7 +10,7 @@ import pytest
 
 from lensrack import Client
 from prompts_store import Bundle
-from server import sample_making
+from server.cli import sample_tasks
 from server.engine import backbone, bundled
 from server.settings import Settings
 from tests.e2e.server_process import ROOT, serving
@@ -62,7 +62,7 @@ def test_it_is_small_and_its_card_names_it(eye: backbone.Backbone) -> None:
 
 def test_the_samples_were_fitted_on_it(eye: backbone.Backbone) -> None:
     bundles = [Bundle.parse(file.read_bytes()) for file in (bundled.FOLDER / "tasks").iterdir()]
-    assert {bundle.manifest.task for bundle in bundles} == set(sample_making.TASKS)
+    assert {bundle.manifest.task for bundle in bundles} == set(sample_tasks.TASKS)
     for bundle in bundles:
         assert bundle.manifest.backbone.fingerprint == eye.spec.fingerprint
         assert bundle.manifest.metrics["test_accuracy"] > 0.9
@@ -70,8 +70,8 @@ def test_the_samples_were_fitted_on_it(eye: backbone.Backbone) -> None:
 
 @pytest.mark.long
 def test_whoever_makes_them_anew_gets_as_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_making, "TASKS", {"faces": sample_making.TASKS["faces"]})
-    found = sample_making.make(tmp_path)
+    monkeypatch.setattr(sample_tasks, "TASKS", {"faces": sample_tasks.TASKS["faces"]})
+    found = sample_tasks.make(tmp_path)
     shipped = Bundle.parse((bundled.FOLDER / "tasks" / "faces.safetensors").read_bytes())
     assert found["faces"] == pytest.approx(shipped.manifest.metrics["test_accuracy"], abs=0.05)
     assert (tmp_path / "pictures" / "face.png").read_bytes() == (PICTURES / "face.png").read_bytes()

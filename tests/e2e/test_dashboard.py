@@ -14,7 +14,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.browser import Browser, browser
 from tests.e2e.server_process import ServerProcess, serving
 

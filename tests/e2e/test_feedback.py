@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.server_process import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from server.key_commands import cli
+from server.cli.keys import cli
 from server.keys import key as keys
 from server.keys.sqlite_store import SqliteKeyStore
 from tests.e2e.test_kills import WAIT_S, Site, site

@@ -17,7 +17,7 @@ from PIL import Image
 
 from server.engine import reference
 from server.engine.backbone import UNTRAINED, Backbone, load
-from server.engine.engine import normalise
+from server.engine.batch import normalise
 from tests.e2e.server_process import ROOT, ServerProcess, environment, serving
 
 LABELS = ("auk", "bunting", "coot")

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from prompts_store import Store, open_store
-from server.checkpoints import Checkpoints
+from server.app.stores import open_datasets, open_jobs
 from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
-from server.opening import open_datasets, open_jobs
 from server.settings import Settings
+from server.worker.checkpoints import Checkpoints
 from tests.e2e.doomed_worker import POINTS, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

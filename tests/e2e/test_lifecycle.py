@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.server_process import ROOT, environment, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

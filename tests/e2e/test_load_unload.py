@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 
 from prompts_store import Backbone, Bundle, Manifest, Preprocess
-from server.bootstrap import Server, build_server
-from server.engine import images, reference
+from server.app.server import Server, build_server
+from server.engine import reference
 from server.engine.backbone import load
-from server.engine.engine import normalise
-from server.engine.images import Geometry
+from server.engine.batch import normalise
+from server.engine.images import decode
+from server.engine.images.decode import Geometry
 from server.methods.registry import Registry
 from server.settings import Settings
 
@@ -92,7 +93,7 @@ class Site:
         """Labels and scores, best first, by the slow forward of this version alone."""
         how = bundle.manifest.preprocess
         geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
-        stack = torch.from_numpy(images.pixels(data, geometry, max_pixels=10**6)[None])
+        stack = torch.from_numpy(decode.pixels(data, geometry, max_pixels=10**6)[None])
         pixels = normalise(stack, torch.tensor([how.mean]), torch.tensor([how.std]), torch.float32)
         with torch.inference_mode():
             logits = reference.logits(

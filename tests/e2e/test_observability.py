@@ -18,7 +18,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.conftest import free_port
 from tests.e2e.server_process import ServerProcess, serving
 from tests.unit.dashboards import ALERTS, PROMETHEUS_OWN, Asked, alerts, panels
@@ -107,7 +107,7 @@ def test_what_was_done_is_counted(watched: Watched):
 
 def test_server_and_worker_log_an_object_a_line(watched: Watched):
     lines = [json.loads(line) for line in watched.server.log.splitlines()]
-    assert any(line.get("job_id") == watched.job and line["logger"] == "server.trainer" for line in lines)
+    assert any(line.get("job_id") == watched.job and line["logger"] == "server.worker.trainer" for line in lines)
     assert any(line.get("route") == "/predict/{task}" and line["status"] == 200 for line in lines)
     assert all(line["request_id"] for line in lines if line["logger"] == "server.access")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from prompts_store import open_store
+from server.app.stores import open_datasets, open_jobs
+from server.cli.sample_pictures import draw
 from server.jobs.job import Job
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.store import JobStore
-from server.opening import open_datasets, open_jobs
-from server.samples import draw
 from server.settings import Settings
 from tests.e2e.server_process import environment
 

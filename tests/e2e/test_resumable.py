@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from lensrack import Client
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.conftest import free_port
 from tests.e2e.server_process import serving
 

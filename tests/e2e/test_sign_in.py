@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lensrack import AuthenticationError, Client, NotFoundError
-from server.samples import draw
+from server.cli.sample_pictures import draw
 from tests.e2e.browser import Browser, browser
 from tests.e2e.server_process import ServerProcess, serving
 

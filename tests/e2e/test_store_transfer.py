@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from prompts_store import Backbone, Bundle, CorruptBundle, Manifest, Preprocess, Store, open_store
+from prompts_store.archive import BadArchive
 from prompts_store.memory_store import MemoryStore
-from server.store_archive import BadArchive
-from server.store_transfer import AliasesDiffer, Transferred, export_store, import_store
+from prompts_store.transfer import AliasesDiffer, Transferred, export_store, import_store
 from tests.e2e.server_process import ROOT, environment
 
 MANIFEST = Manifest(
@@ -172,7 +172,7 @@ def test_a_share_that_changed_on_the_way_is_noticed(archive: Path) -> None:
 )
 def test_an_index_that_a_stranger_wrote_is_refused(change: object, archive: Path) -> None:
     """With a digest that fits."""
-    from server.store_archive import _digest
+    from prompts_store.archive import _digest
 
     index = json.loads((archive / "store.json").read_text())
     change(index)  # type: ignore[operator]

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from server.engine import vit
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens, no_prefix
+from server.engine.spec import Spec
 from server.methods.method import Params, Shapes, head_init, head_shapes, prompt_init
 
 

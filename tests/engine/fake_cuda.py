@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from server.engine import crossing
+from server.engine import transfer
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
 from server.engine.rack import Rack
@@ -86,16 +86,16 @@ def _storage(tensor: Tensor) -> int:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of pinned memory have no common memory here, and marks no device to wait for: both are stood in for."""
 
-    def block(size: int) -> crossing.Block:
-        return crossing.Block(np.empty(size, np.uint8), torch.empty(size, dtype=torch.uint8, pin_memory=True))
+    def block(size: int) -> transfer.Block:
+        return transfer.Block(np.empty(size, np.uint8), torch.empty(size, dtype=torch.uint8, pin_memory=True))
 
     monkeypatch.setattr(Rack, "write", lambda *given: None)  # of what has no numbers nothing is to be written
     # in inference mode the fakes are shown composite operators whole, and cannot take them apart
     for name in ("begin", "embed"):
         monkeypatch.setattr(Engine, name, torch.no_grad()(getattr(Engine, name).__wrapped__))
     monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape), raising=False)
-    monkeypatch.setattr(crossing, "Mark", Mark)
-    monkeypatch.setattr(crossing.Block, "of", block)
+    monkeypatch.setattr(transfer, "Mark", Mark)
+    monkeypatch.setattr(transfer.Block, "of", block)
     with FakeTensorMode():
         yield
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from server.engine import reference
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.engine.lens import Dense, Lens, no_prefix
 from server.engine.rack import Rack
 from server.engine.residency import Seat

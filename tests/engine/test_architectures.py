@@ -16,8 +16,8 @@ from server.__main__ import cli
 from server.engine import reference, vit
 from server.engine.architectures import Architecture, architectures, family, table
 from server.engine.backbone import Backbone
+from server.engine.compatibility import refusal
 from server.engine.lens import Plain
-from server.engine.plain import refusal
 from server.methods.method import Params
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Bench

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.training import array_cache, array_file
-from server.training.array_cache import ArrayCache
-from server.training.array_file import DamagedError
-from server.training.feature_cache import FeatureCache, FeatureKey, NoCache, to_array, to_tensor
+from server.training.caches import array_cache, array_file
+from server.training.caches.array_cache import ArrayCache
+from server.training.caches.array_file import DamagedError
+from server.training.caches.feature_cache import FeatureCache, FeatureKey, NoCache, to_array, to_tensor
 from tests.engine.kept_arrays import KEYS, files, held, made, noted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ import os, random, signal, sys
 from pathlib import Path
 import numpy as np
 from server.training import array_cache
-from server.training.array_cache import ArrayCache
+from server.training.caches.array_cache import ArrayCache
 from tests.engine.kept_arrays import KEYS, files, held, made, noted
 """
 

@@ -18,13 +18,13 @@ from server.errors import ServiceError
 from server.methods.baseline import Baseline
 from server.methods.partial import Partial
 from server.methods.registry import BASELINES, Registry
-from server.training import baseline_fit, checkpoint, frozen, together
+from server.training import baseline_fit, checkpoint, co_batching, frozen
 from server.training.baseline_fit import Reported, reporting
+from server.training.co_batching import alone
 from server.training.data import Splits
 from server.training.fit import DivergedError, Fitted, fitting, seeded
 from server.training.progress import Progress
 from server.training.recipe import resolve
-from server.training.together import alone
 from tests.engine.golden_cases import backbone
 from tests.engine.test_fit import QUICK, stripes
 
@@ -179,7 +179,7 @@ def test_it_takes_turns_with_the_others_of_its_group(eye: Backbone) -> None:
     quick, wild = resolve(full.defaults, {**QUICKER, "epochs": 2}), {"optimizer": "sgd", "lr": 1e30, "epochs": 2}
     asked = resolve(deep.defaults, {**QUICK, "epochs": 2})
     seen: list[str] = []
-    found = together.run(
+    found = co_batching.run(
         eye,
         [
             reporting(eye, full, SPLITS, 3, quick, watch=lambda _: seen.append("full")),

@@ -10,19 +10,19 @@ import torch
 
 from prompts_store import Backbone as Fingerprint
 from prompts_store import Bundle, Manifest
-from server.checkpoints import Checkpoints
 from server.engine.backbone import Backbone
 from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.training import forward_cost
 from server.training.baseline_fit import reporting
+from server.training.co_batching import alone
 from server.training.compare import Material, Wish, comparing
 from server.training.data import Splits
 from server.training.fit import Fitted, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import resolve
-from server.training.together import alone
+from server.worker.checkpoints import Checkpoints
 from tests.engine.golden_cases import backbone
 from tests.engine.test_fit import stripes
 
@@ -107,8 +107,8 @@ def test_a_row_is_the_mean_over_the_seeds_and_what_the_method_costs(eye: Backbon
 def test_what_was_cut_goes_on_with_the_fit_that_it_was_in(
     eye: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.checkpoints.EVERY_S", 0.0)
-    monkeypatch.setattr("server.checkpoints.REST", 0.0)
+    monkeypatch.setattr("server.worker.checkpoints.EVERY_S", 0.0)
+    monkeypatch.setattr("server.worker.checkpoints.REST", 0.0)
 
     class PowerCutError(Exception):
         pass

@@ -22,13 +22,13 @@ from server.methods.method import Method
 from server.methods.registry import METHODS, Registry
 from server.training import checkpoint
 from server.training.checkpoint import Checkpoint
+from server.training.co_batching import Fitting, alone
 from server.training.condense import condensable, condensing, counts, cut, refit_recipe, scores, under_way
 from server.training.data import Pictures, Splits
 from server.training.fit import Fit, Fitted, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import Condense, Recipe, resolve
-from server.training.together import Fitting, alone
 from tests.engine.golden_cases import Bench, backbone
 from tests.engine.test_fit import QUICK, SPLITS
 

@@ -19,7 +19,8 @@ from server.engine.engine import Engine
 from server.engine.rack import Rack
 from server.engine.residency import Residency
 from server.methods.registry import Registry
-from server.predictor import Limits, Predictor
+from server.serving.answers import Limits
+from server.serving.predictor import Predictor
 from tests.engine.golden_cases import backbone
 
 pytestmark = pytest.mark.anyio

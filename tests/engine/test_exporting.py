@@ -15,7 +15,7 @@ from prompts_store import Backbone as Named
 from prompts_store import Bundle, Manifest, Preprocess
 from server.engine import reference
 from server.engine.backbone import Backbone
-from server.engine.engine import normalise
+from server.engine.batch import normalise
 from server.errors import Unprocessable
 from server.exporting.to_onnx import Input, to_onnx
 from server.exporting.to_timm import LEARNED, to_timm

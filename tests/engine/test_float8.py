@@ -13,12 +13,12 @@ from hypothesis.extra.numpy import arrays
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from server.app.backbone import load_backbone
 from server.bench import precision
 from server.engine import float8
 from server.engine.backbone import Backbone, BackboneError, load
 from server.engine.float8 import Float8Linear, rounded
 from server.engine.vit import project
-from server.facts import load_backbone
 from server.settings import Settings
 from tests.engine.fake_cuda import Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import NANO, Bench, Task, _weights, backbone

@@ -15,14 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import measured, metrics
+from server.app import instrumentation
+from server.app.engine_runtime import record_graphs
 from server.engine import graphs as module
 from server.engine.backbone import Backbone
-from server.engine.engine import Engine, Work
-from server.engine.graphs import Graphs, buckets, recorded
+from server.engine.batch import Work
+from server.engine.engine import Engine
+from server.engine.graph_recording import recorded
+from server.engine.graphs import Graphs, buckets
 from server.engine.recorder import CudaRecorder, Recorder, Rerun
 from server.engine.residency import Seat
-from server.engine_room import record_graphs
+from server.observability import metrics
 from server.settings import Settings
 from tests.engine.fake_cuda import Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import Bench, Task, backbone
@@ -273,7 +276,7 @@ def test_on_a_cpu_the_setting_costs_nothing_but_a_line_in_the_log(
 
 
 def test_rows_are_counted_by_the_way_they_went(both: Both) -> None:
-    measured.cuda_graphs(both.graphs)
+    instrumentation.cuda_graphs(both.graphs)
     told = [metrics.GRAPH_ROWS.labels(way) for way in ("graph", "beside")]
     before = [counter._value.get() for counter in told]
     both.by_graph.run([(picture(n), seat) for n, seat in enumerate(both.seats)])

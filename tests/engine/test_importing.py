@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prompts_store import Bundle, open_store
+from server.app.backbone import Facts, importer_for
 from server.engine import lens, vit
 from server.errors import Conflict, ServiceError, Unprocessable
-from server.facts import Facts, importer_for
 from server.importing.importer import Importer, Wanted
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Task, backbone, cases, drawing, numbers, pixels, recipe, task, tolerance

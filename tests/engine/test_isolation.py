@@ -12,7 +12,7 @@ import torch
 
 from server.engine import reference, vit
 from server.engine.backbone import Backbone
-from server.engine.engine import normalise
+from server.engine.batch import normalise
 from server.engine.residency import Seat
 from server.methods.registry import Registry
 from tests.engine.golden_cases import Bench, Task, backbone

@@ -12,8 +12,9 @@ import torch
 
 from prompts_store import Backbone as BundleBackbone
 from prompts_store import Bundle, Manifest
-from server.engine.backbone import Backbone, Spec
+from server.engine.backbone import Backbone
 from server.engine.lens import Lens, no_prefix
+from server.engine.spec import Spec
 from server.errors import ServiceError
 from server.methods.method import Params, Shapes, head_init, head_shapes
 from server.methods.registry import Registry

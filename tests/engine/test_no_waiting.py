@@ -13,11 +13,11 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from server.engine import crossing
+from server.engine import transfer
+from server.engine.batch import Pixels, Work
 from server.engine.block import FrozenBlock
-from server.engine.crossing import Block, Pinned
-from server.engine.engine import Pixels, Work
 from server.engine.lens import Lens
+from server.engine.transfer import Block, Pinned
 from server.methods.registry import METHODS
 from tests.engine.fake_cuda import Mark, WaitsError, Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import Bench, backbone
@@ -130,9 +130,9 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pinned]:
         tensor = torch.empty(size, dtype=torch.uint8)
         return Block(tensor.numpy(), tensor)
 
-    monkeypatch.setattr(crossing, "Mark", Mark)
+    monkeypatch.setattr(transfer, "Mark", Mark)
     monkeypatch.setattr(Block, "of", block)
-    monkeypatch.setattr(crossing, "SMALLEST", 1000)
+    monkeypatch.setattr(transfer, "SMALLEST", 1000)
     return lambda: free.pop() if free else Pinned(torch.device("cpu"), free.append)
 
 

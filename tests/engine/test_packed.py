@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from server.app.backbone import load_backbone
 from server.bench import engine as bench
 from server.engine import attention, reference, vit
 from server.engine import backbone as eyes
@@ -25,7 +26,6 @@ from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Plain, condition
 from server.engine.packed import PackedLinear, PlainLinear, can_pack
-from server.facts import load_backbone
 from server.methods.method import Params
 from server.methods.registry import Registry
 from server.settings import Settings

@@ -22,15 +22,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from server.datasets.dataset_store import DatasetStore
-from server.engine import images
-from server.engine.images import Geometry, decode, whole
+from server.engine.images.decode import _MAX_WHOLE, Geometry, decode, fit, whole
 from server.errors import NotFound, ServiceError
 from server.training import augment
-from server.training.ahead import ahead
 from server.training.augment import Views
+from server.training.caches.pixel_cache import PixelCache, no_cache
 from server.training.cut import Cut, crop_at
 from server.training.data import InMemory, Source, read_pictures
-from server.training.pixel_cache import PixelCache, no_cache
+from server.training.prefetch import ahead
 from server.training.stored_images import Decoder, StoredImages
 
 GEOMETRY = Geometry(56, "bicubic", 0.875, "center")
@@ -171,7 +170,7 @@ def test_of_a_strip_too_long_to_resize_whole_the_middle_is_kept(monkeypatch: pyt
     for image, axis in ((strip, 1), (strip.transpose(Image.Transpose.TRANSPOSE), 0)):
         found = whole(image, 256, "bicubic")
         assert found.shape[1 - axis] == 256
-        assert 2**23 < found.shape[0] * found.shape[1] <= images._MAX_WHOLE
+        assert 2**23 < found.shape[0] * found.shape[1] <= _MAX_WHOLE
         assert tuple(found[0, 0]) == (255, 0, 0)
         assert tuple(found[-1, -1]) == (0, 0, 255)
 
@@ -181,7 +180,7 @@ def test_other_geometries_crop_from_their_own_square(mode: str) -> None:
     geometry = Geometry(56, "bicubic", 0.9, mode)
     image = decode(picture(1, 100, 50), max_pixels=10**6)
     found = Cut(geometry, uncropped=True)(image)
-    np.testing.assert_array_equal(found, images.fit(image, Geometry(64, "bicubic", 1.0, mode)))
+    np.testing.assert_array_equal(found, fit(image, Geometry(64, "bicubic", 1.0, mode)))
 
 
 @pytest.mark.parametrize(("size", "side"), [(224, 256), (448, 512), (384, 438)])

@@ -15,7 +15,7 @@ from server.engine import attention_maps, reference, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens, Plain, condition
-from server.engine.pooling import CHOSEN, Pool
+from server.engine.spec import CHOSEN, Pool
 from server.errors import ServiceError
 from server.methods.method import Params
 from server.methods.partial import Partial

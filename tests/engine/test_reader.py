@@ -19,11 +19,11 @@ from server.bench import readers as bench
 from server.engine import attention_maps, reader, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
-from server.engine.crossing import Straight
 from server.engine.lens import Lens, condition
 from server.engine.reader import Pieces, Reads, Recorded
+from server.engine.transfer import Straight
 from server.methods.registry import Registry
-from server.training import frozen, together
+from server.training import co_batching, frozen
 from server.training.data import InMemory, Pictures, Splits
 from server.training.fit import Fitted, fit
 from server.training.recipe import resolve
@@ -237,11 +237,11 @@ def test_no_gradient_runs_through_the_trunk(eye: Backbone, monkeypatch: pytest.M
         return real(self, x, mixed)
 
     monkeypatch.setattr(FrozenBlock, "after_attention", counted)
-    for kept in (None, together.Kept(vit.record(eye, x, 0), None)):
+    for kept in (None, co_batching.Kept(vit.record(eye, x, 0), None)):
         params = {name: value.clone().requires_grad_() for name, value in own.params.items()}
         lens = Registry().get("readonly").lower(eye, params, own.lengths)
-        ask = together.Ask(x if kept is None else x[:0], condition(lens, 5), kept=kept)
-        [features] = together._features(eye, [ask])
+        ask = co_batching.Ask(x if kept is None else x[:0], condition(lens, 5), kept=kept)
+        [features] = co_batching._features(eye, [ask])
         (vit.classify(features, lens) ** 2).sum().backward()
         gradients.append({name: value.grad for name, value in params.items()})
     assert tokens == [5] * (2 * eye.spec.depth)
@@ -257,12 +257,12 @@ def test_a_reader_and_other_methods_fit_in_one_group(eye: Backbone) -> None:
     """Rows of three fits share a forward; each is sent its own features."""
     x = vit.embed(eye, torch.randn(2, 3, 64, 64).double())
     lenses = [a_task(name, (2, 0, 1, 2), 3, 1).lens(eye) for name in ("readonly", "vpt_deep", "readonly")]
-    kept = together.Kept(vit.record(eye, x, 0).take(torch.tensor([1, 0])), None)
-    asks = [together.Ask(x, condition(lens, 2)) for lens in lenses[:2]]
-    asks.append(together.Ask(x[:0], condition(lenses[2], 2), kept=kept))
+    kept = co_batching.Kept(vit.record(eye, x, 0).take(torch.tensor([1, 0])), None)
+    asks = [co_batching.Ask(x, condition(lens, 2)) for lens in lenses[:2]]
+    asks.append(co_batching.Ask(x[:0], condition(lenses[2], 2), kept=kept))
     for learning in (False, True):
         with torch.set_grad_enabled(learning):
-            found = together._features(eye, asks)
+            found = co_batching._features(eye, asks)
         for lens, features, pictures in zip(lenses, found, ([0, 1], [0, 1], [1, 0]), strict=True):
             alone = vit.forward(eye, x[pictures], condition(lens, 2))
             torch.testing.assert_close(features, alone, atol=EXACT, rtol=0)

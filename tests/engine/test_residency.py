@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency

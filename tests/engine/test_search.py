@@ -15,12 +15,12 @@ from server.methods.registry import Registry
 from server.methods.vpt_deep import VptDeep
 from server.training import checkpoint, search
 from server.training.checkpoint import Checkpoint
+from server.training.co_batching import alone
 from server.training.data import Splits, sample
 from server.training.fit import Fitted
 from server.training.progress import Progress
 from server.training.recipe import Recipe
 from server.training.search import searching
-from server.training.together import alone
 from tests.engine.golden_cases import backbone
 from tests.engine.test_fit import SPLITS, stripes
 

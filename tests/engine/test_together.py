@@ -13,11 +13,11 @@ import torch
 from server.engine import vit
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training import together
+from server.training import co_batching
+from server.training.co_batching import Ask, Fitting
 from server.training.fit import DivergedError, Fitted, fit, fitting
 from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
-from server.training.together import Ask, Fitting
 from tests.engine.golden_cases import backbone
 from tests.engine.test_fit import QUICK, SPLITS
 
@@ -53,7 +53,7 @@ def close(one: Fitted, other: Fitted) -> None:
 def test_jobs_in_one_batch_end_as_each_by_itself(eye: Backbone) -> None:
     """Different methods, lengths, batch sizes, optimisers, schedules and ends; float64, so that only rounding is left
     of the order in which a product adds up."""
-    found = together.run(eye, [job(eye, *one) for one in JOBS])
+    found = co_batching.run(eye, [job(eye, *one) for one in JOBS])
     for (method, changes), outcome in zip(JOBS, found, strict=True):
         assert isinstance(outcome, Fitted)
         close(outcome, fit(eye, Registry().get(method), SPLITS, 3, recipe_of(method, changes)))
@@ -68,7 +68,7 @@ def test_they_share_the_forward(eye: Backbone, monkeypatch: pytest.MonkeyPatch) 
         return forward(eye, given)
 
     monkeypatch.setattr(vit, "forward_lanes", counted)
-    together.run(eye, [job(eye, "vpt_deep", {"seed": seed}) for seed in range(3)])
+    co_batching.run(eye, [job(eye, "vpt_deep", {"seed": seed}) for seed in range(3)])
     assert set(lanes) == {3}
 
 
@@ -83,7 +83,7 @@ def test_one_that_breaks_leaves_its_neighbours_alone(eye: Backbone) -> None:
     cancelled = job(eye, "vpt_deep", {}, watch=cancel)
     diverging = job(eye, "vpt_deep", {"optimizer": "sgd", "lr": 1e30})
     well = job(eye, *JOBS[0])
-    found = together.run(eye, [cancelled, diverging, well])
+    found = co_batching.run(eye, [cancelled, diverging, well])
     assert isinstance(found[0], CancelledError)
     assert isinstance(found[1], DivergedError)
     assert isinstance(found[2], Fitted)
@@ -97,7 +97,7 @@ def test_a_job_may_join_later(eye: Backbone) -> None:
         return [waiting.pop()] if rounds() > 10 and waiting else []
 
     rounds = _counter()
-    found = together.run(eye, [job(eye, *JOBS[0])], more)
+    found = co_batching.run(eye, [job(eye, *JOBS[0])], more)
     assert len(found) == 2
     assert isinstance(found[1], Fitted)
     close(found[1], fit(eye, Registry().get("vpt_deep"), SPLITS, 3, recipe_of(*JOBS[1])))
@@ -112,7 +112,7 @@ def test_what_one_batch_cannot_hold_runs_one_by_one(eye: Backbone, monkeypatch: 
         return forward(eye, lanes)
 
     monkeypatch.setattr(vit, "forward_lanes", small)
-    found = together.run(eye, [job(eye, *JOBS[0]), job(eye, *JOBS[1])])
+    found = co_batching.run(eye, [job(eye, *JOBS[0]), job(eye, *JOBS[1])])
     assert all(isinstance(outcome, Fitted) for outcome in found)
 
 
@@ -121,7 +121,7 @@ def test_a_fit_too_big_even_by_itself_is_told_so(eye: Backbone, monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(vit, "forward_lanes", full)
-    [outcome] = together.run(eye, [job(eye, *JOBS[0])])
+    [outcome] = co_batching.run(eye, [job(eye, *JOBS[0])])
     assert isinstance(outcome, torch.OutOfMemoryError)
 
 
@@ -130,7 +130,7 @@ def test_a_fit_that_never_asks_just_ends(eye: Backbone) -> None:
         yield from ()
         return "done"
 
-    assert together.run(eye, [silent()]) == ["done"]
+    assert co_batching.run(eye, [silent()]) == ["done"]
 
 
 def _counter() -> Callable[[], int]:

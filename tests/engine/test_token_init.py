@@ -16,13 +16,13 @@ from server.errors import ServiceError
 from server.methods.method import Method
 from server.methods.registry import METHODS, Registry
 from server.training import checkpoint, token_init
+from server.training.co_batching import alone
 from server.training.data import InMemory, Pictures
 from server.training.fit import Fitted, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from server.training.search import searching
-from server.training.together import alone
 from tests.engine.golden_cases import backbone
 from tests.engine.test_fit import QUICK, SPLITS, stripes
 

@@ -22,10 +22,10 @@ from prompts_store.alias import AliasBook
 from prompts_store.errors import CorruptAliases
 from server.api import raw_pixels
 from server.datasets.dataset_store import DatasetStore
-from server.engine.images import Geometry, pixels
+from server.engine.images.decode import Geometry, pixels
 from server.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedMedia
 from server.importing.checkpoint import Checkpoint
-from server.seating import Ref
+from server.serving.resolver import Ref
 from tests.security import test_archive_attacks as archives
 from tests.security import test_bad_images as images
 from tests.security import test_bundle_attacks as bundles

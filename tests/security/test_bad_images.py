@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.engine.images import Geometry, decode, pixels
+from server.engine.images.decode import Geometry, decode, pixels
 from server.errors import BadRequest, ServiceError, TooLarge, UnsupportedMedia
 
 MAX = 1_000_000
@@ -382,7 +382,7 @@ def test_our_limit_stands_and_pillows_does_not_warn(name: str, monkeypatch: pyte
 CONFINED = """
     import resource, sys
     from pathlib import Path
-    from server.engine.images import Geometry, pixels
+    from server.engine.images.decode import Geometry, pixels
     from server.errors import ServiceError
 
     def answer(name):

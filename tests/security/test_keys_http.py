@@ -16,8 +16,9 @@ import httpx
 import pytest
 from fastapi import APIRouter
 
-from server.api import app, door, scopes
-from server.api.guard import UnsafeBind, require_safe_bind
+from server.api import app, scopes
+from server.api.binding import UnsafeBind, require_safe_bind
+from server.api.middleware import auth
 from server.keys.key import SCOPES
 from server.settings import Settings
 from tests.unit.api_server import Api, assert_problem, assert_refused, serving
@@ -329,9 +330,9 @@ def test_a_session_cannot_be_used_from_other_sites(signed_in: httpx.Client) -> N
     assert signed_in.get("/tasks", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, door.packed("ü"), door.packed("\0")])
+@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, auth.packed("ü"), auth.packed("\0")])
 def test_a_cookie_that_is_none_of_ours_is_nobody(api: Api, value: str) -> None:
-    answer = api.http.get("/tasks", headers={"Cookie": f"{door.COOKIE}={value}"})
+    answer = api.http.get("/tasks", headers={"Cookie": f"{auth.COOKIE}={value}"})
     assert_problem(answer, 401, "unauthenticated")
 
 

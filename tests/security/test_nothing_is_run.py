@@ -15,11 +15,11 @@ SHELLS = {"os.system", "os.popen", "pty.spawn", "asyncio.create_subprocess_shell
           "subprocess.getstatusoutput", "runpy.run_path", "runpy.run_module", "code.interact"}  # fmt: skip
 FETCHERS = {"httpx", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "ftplib", "fsspec"}
 STARTERS = {  # who may start a process: this program again, or the reader of parquet, with arguments of ours
-    "server/supervisor.py",
-    "server/datasets/parquet_members.py",
+    "server/app/worker_pool.py",
+    "server/datasets/formats/parquet_members.py",
 }  # and benchmarks, which serve nobody: their own servers and peers
 IMPORTERS = {  # names of a closed list
-    "server/__main__.py",  # `bench NAME`
+    "server/cli/tools.py",  # `bench NAME`
     "client/lensrack/__init__.py",  # the SDK's own modules, when a public name of theirs is asked for
 }
 

@@ -15,7 +15,7 @@ import pytest
 from backports import zstd
 
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.parquet_members import _environment
+from server.datasets.formats.parquet_members import _environment
 from server.errors import BadRequest
 from tests.unit.test_dataset_parquet import TABLE, images, parquet
 from tests.unit.test_dataset_store import EMPTY, LIMITS, REPOSITORY, noise, picture, tree, write_zip
@@ -209,7 +209,7 @@ def test_attacks_are_refused_and_leave_nothing(
 
 
 def test_the_readers_memory_is_bounded_by_the_kernel() -> None:
-    script = "from server.datasets.parquet_reader import _limit; _limit(0); bytearray(2**20); bytearray(2**32)"
+    script = "from server.datasets.formats.parquet_reader import _limit; _limit(0); bytearray(2**20); bytearray(2**32)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 1
     assert "MemoryError" in done.stderr

@@ -26,11 +26,11 @@ import pytest
 from prompts_store.memory_store import MemoryStore
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
-from server.datasets.manifests import Manifests
+from server.datasets.formats.manifests import Manifests
 from server.datasets.upload_store import UploadStore
 from server.jobs.job import new_id
 from server.jobs.sqlite_store import SqliteJobStore
-from server.keys.ring import KeyRing
+from server.keys.authenticator import KeyRing
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.serving import Shelf, bundle, png, publish
 

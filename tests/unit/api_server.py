@@ -18,7 +18,7 @@ import uvicorn
 from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
-from server.api.connections import limited
+from server.api.middleware.connections import limited
 from server.api.tenancy import narrowing
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
@@ -27,8 +27,8 @@ from server.errors import Conflict
 from server.importing.format import Width
 from server.importing.importer import Eye, Importer
 from server.jobs.sqlite_store import SqliteJobStore
+from server.keys.authenticator import KeyRing
 from server.keys.keys_file import KeysFile
-from server.keys.ring import KeyRing
 from server.keys.url import open_keys
 from server.settings import Settings
 from tests.unit.serving import FINGERPRINT, MANIFEST, Floor
@@ -167,7 +167,7 @@ def serving(
 
 @asynccontextmanager
 async def _front(services: Services, ring: KeyRing) -> AsyncIterator[int]:
-    from server.grpc_front.front import GrpcFront
+    from server.api.oip.grpc.server import GrpcFront
 
     front = GrpcFront(narrowing(services), ring, services.settings, 0)
     yield await front.start()

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.link.desk import Desk, Room
-from server.link.engines import Engines, FarEngine, SpreadBatcher, SpreadResidency
-from server.link.line import Line
-from server.link.pixels import Slots
-from server.link.remote import Named, RemoteBatcher, RemoteResidency
-from server.predictor import Limits, Predictor
+from server.rpc.connection import Line
+from server.rpc.engine_client import Named, RemoteBatcher, RemoteResidency
+from server.rpc.engine_pool import Engines, FarEngine, SpreadBatcher, SpreadResidency
+from server.rpc.engine_server import Desk, Room
+from server.rpc.shared_memory import Slots
+from server.serving.answers import Limits
+from server.serving.predictor import Predictor
 from tests.unit.serving import FINGERPRINT, GEOMETRY, SIZE, Floor
 
 LOOK = Named("look", lambda told: told)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from prompts_store import Backbone, Bundle, Manifest, Preprocess, Store
 from server.batching.batcher import Batcher
-from server.engine.images import Geometry
-from server.predictor import Limits, Predictor
+from server.engine.images.decode import Geometry
+from server.serving.answers import Limits
+from server.serving.predictor import Predictor
 
 SIZE = 8
 FINGERPRINT = "f" * 64

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = """
 import ctypes, sys, threading
-from server import allocator
+from server.app import allocator
 
 print(allocator.keep_one_heap() if sys.argv[1] == "keep" else None, flush=True)
 all_there = threading.Barrier(4)
@@ -62,7 +62,7 @@ def test_what_the_environment_says_stays() -> None:
 
 FAULTS = """
 import resource, sys
-from server import allocator
+from server.app import allocator
 
 if sys.argv[1] == "keep":
     assert allocator.keep_one_heap()

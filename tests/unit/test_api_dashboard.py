@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from prompts_store import open_store
-from server.api import ui
+from server.api.routes import ui
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.serving import Floor, png, publish
 from tests.unit.test_api_datasets import zipped

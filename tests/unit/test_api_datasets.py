@@ -17,7 +17,7 @@ import pytest
 from backports import zstd
 
 from lensrack import wire
-from server.api import uploads
+from server.api import receiving
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.serving import png
 
@@ -32,7 +32,7 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 def leftovers(api: Api) -> list[Path]:
-    return list((api.services.settings.datasets_dir / uploads.FOLDER).glob("*"))
+    return list((api.services.settings.datasets_dir / receiving.FOLDER).glob("*"))
 
 
 FILES = {f"train/{label}/{i}.png": png(grey + i) for label, grey in (("cat", 10), ("dog", 90)) for i in range(3)}

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from lensrack import wire
-from server.api import guard, uploads
-from server.api.guard import UnsafeBind, is_loopback, require_safe_bind
+from server.api import params, receiving
+from server.api.binding import UnsafeBind, is_loopback, require_safe_bind
 from server.settings import Settings
 from tests.unit.api_server import Api, assert_problem, read_response, serving
 from tests.unit.serving import png, publish
@@ -198,8 +198,8 @@ def test_the_schema_documents_bodies_and_problems(api: Api):
     assert schema["openapi"].startswith("3.")
     paths = schema["paths"]
     bodies = paths["/predict/{task}"]["post"]["requestBody"]["content"]
-    assert {*guard.IMAGE_TYPES, "application/x-npy", "multipart/form-data", "application/json"} == set(bodies)
-    assert set(guard.ARCHIVE_TYPES) == set(paths["/datasets"]["post"]["requestBody"]["content"])
+    assert {*params.IMAGE_TYPES, "application/x-npy", "multipart/form-data", "application/json"} == set(bodies)
+    assert set(params.ARCHIVE_TYPES) == set(paths["/datasets"]["post"]["requestBody"]["content"])
     for path, operations in paths.items():
         for method, operation in operations.items():
             problem = operation["responses"]["default"]["content"]
@@ -273,12 +273,12 @@ def test_anything_else_needs_the_setting(host: str):
 def test_uploads_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path: Path):
     import fcntl
 
-    (tmp_path / uploads.FOLDER).mkdir()
-    dead, living = (tmp_path / uploads.FOLDER / name for name in ("dead", "living"))
+    (tmp_path / receiving.FOLDER).mkdir()
+    dead, living = (tmp_path / receiving.FOLDER / name for name in ("dead", "living"))
     dead.write_bytes(b"x")
     with living.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert uploads.sweep(tmp_path) == 1
+        assert receiving.sweep(tmp_path) == 1
     assert not dead.exists()
     assert living.exists()
 

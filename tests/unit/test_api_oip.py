@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from server.api.oip import body
-from server.engine.images import Geometry, of_picture, pixels
+from server.engine.images.decode import Geometry, of_picture, pixels
 from server.errors import ServiceError, TooLarge
-from server.pictures import Decoded, fitted
+from server.serving.decoding import Decoded, fitted
 from tests.unit.api_server import Api, assert_refused, serving
 from tests.unit.serving import SIZE, png, publish
 

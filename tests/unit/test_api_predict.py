@@ -17,7 +17,7 @@ import pytest
 
 import lensrack
 from lensrack import wire
-from server import metrics
+from server.observability import metrics
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.garbage import collected
 from tests.unit.serving import FINGERPRINT, bundle, png, publish

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api import stream
+from server.api import sse
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.test_api_datasets import ZIP, zipped
 
@@ -86,8 +86,8 @@ def test_after_the_end_nobody_needs_to_come_back(api: Api, job: str):
 
 
 def test_a_quiet_stream_has_a_heart(api: Api, job: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stream, "HEARTBEAT_S", 0.2)
-    monkeypatch.setattr(stream, "WAIT_S", 0.1)
+    monkeypatch.setattr(sse, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(sse, "WAIT_S", 0.1)
     with api.http.stream("GET", f"/train/{job}/events", headers=SSE, timeout=10) as answer:
         told = frames(answer.iter_lines())
         assert next(told)["event"] == "queued"

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from lensrack import wire
+from server.clock import WallClock
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict, DiskFull, NotFound, Unavailable
-from server.wall_clock import WallClock
 from tests.unit.api_server import Api, assert_problem, read_response, serving
 from tests.unit.test_api_datasets import FILES, zipped
 

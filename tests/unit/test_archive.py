@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 from backports import zstd
 
-from server.datasets.archive import Limits, members, sniff
+from server.datasets.formats.archive import Limits, members, sniff
 from server.errors import BadRequest
 
 FILES = {

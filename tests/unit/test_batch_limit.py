@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.batching.batch_limit import EVERY, LEAST_SHARE, BatchLimit
-from server.batching.forward_times import WINDOW
+from server.batching.latency_model import WINDOW
 
 Forward = Callable[[int], float]  # rows → seconds
 

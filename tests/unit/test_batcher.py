@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from server import metrics
 from server.batching.batcher import Batcher
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable
+from server.observability import metrics
 from tests.unit.serving import GEOMETRY, PlainEngine, Seat, logits
 
 pytestmark = pytest.mark.anyio

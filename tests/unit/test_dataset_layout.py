@@ -7,7 +7,7 @@ import random
 import pytest
 
 from server.datasets.dataset import Dataset, Example, Skipped, digest, natural
-from server.datasets.layout import label_of, places
+from server.datasets.formats.layout import label_of, places
 from server.errors import BadRequest
 
 

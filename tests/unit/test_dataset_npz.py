@@ -16,7 +16,7 @@ from PIL import Image
 
 from server.datasets.dataset import Dataset
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.png import png
+from server.datasets.formats.png import png
 from server.errors import BadRequest
 from tests.unit.test_dataset_store import EMPTY, LIMITS, tree, write_zip
 
@@ -214,7 +214,7 @@ def test_one_picture_too_large_is_refused_before_it_is_read(
 ) -> None:
     long = npz({**ARRAYS, "train_images": np.zeros((6, 1, 40_000), np.uint8)}, np.savez)
     assert "sides of 1 to 32,768" in refusal(store, root, tmp_path, long)
-    monkeypatch.setattr("server.datasets.npz_members.MAX_PICTURE_BYTES", 62)
+    monkeypatch.setattr("server.datasets.formats.npz_members.MAX_PICTURE_BYTES", 62)
     assert "at most 62 bytes a picture: train_images uint8 [6, 9, 7]" in refusal(store, root, tmp_path, npz(ARRAYS))
 
 

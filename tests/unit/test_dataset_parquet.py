@@ -13,7 +13,7 @@ import pytest
 
 from server.datasets.dataset import Dataset
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.parquet_members import split_of_file
+from server.datasets.formats.parquet_members import split_of_file
 from server.errors import BadRequest
 from tests.unit.test_dataset_manifest import FOLDERS, LABELS, WRITERS
 from tests.unit.test_dataset_store import EMPTY, LIMITS, picture, tree, write_zip

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from lensrack import wire
-from server.api.datasets import told
+from server.api.routes.datasets import told
 from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.image_kind import kind
+from server.datasets.formats.image_kind import kind
 from server.datasets.report import MAX_LISTED, MAX_NAMES, Copies, Report, Spread
 from tests.unit.test_dataset_store import LIMITS, picture, write_zip
 

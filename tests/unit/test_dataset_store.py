@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from server.datasets.dataset import Dataset
 from server.datasets.dataset_store import DatasetStore
-from server.engine import images
+from server.engine.images import decode as decoder
 from server.errors import BadRequest, DiskFull, NotFound, Unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -289,6 +289,7 @@ def test_ingests_and_deletions_at_once_leave_whole_datasets(store: DatasetStore,
 SETTING = f"""
 import os, sys, time
 from pathlib import Path
+from server.engine.images import decode as decoder
 from server.datasets.dataset_store import DatasetStore
 store = DatasetStore(Path(sys.argv[1]), **{LIMITS!r})
 """
@@ -459,9 +460,9 @@ def test_a_disk_that_fills_up_while_blobs_move_in_is_left_as_it_was(
 def test_a_decoder_may_be_given(root: Path, archive: Path) -> None:
     seen: list[int] = []
 
-    def decode(data: bytes, *, max_pixels: int) -> Image.Image:
+    def counted(data: bytes, *, max_pixels: int) -> Image.Image:
         seen.append(max_pixels)
-        return images.decode(data, max_pixels=max_pixels)
+        return decoder.decode(data, max_pixels=max_pixels)
 
-    DatasetStore(root, **LIMITS, decode=decode).ingest(archive)
+    DatasetStore(root, **LIMITS, decode=counted).ingest(archive)
     assert seen == [10**6] * 6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from server.app.backbone import Facts
 from server.engine import backbone
-from server.facts import Facts
 
 
 @pytest.fixture(scope="module")

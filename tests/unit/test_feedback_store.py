@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from server.datasets import words as words_module
 from server.datasets.feedback_store import FeedbackStore
-from server.datasets.words import Word, WordFile
+from server.datasets.formats import words as words_module
+from server.datasets.formats.words import Word, WordFile
 from server.errors import BadRequest, Conflict, DiskFull, NotFound, ServiceError, Unavailable
 from tests.unit.test_dataset_store import REPOSITORY, picture
 

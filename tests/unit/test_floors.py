@@ -36,7 +36,7 @@ def test_what_is_tried_on_a_gpu_machine_needs_none_either() -> None:
 
 
 def test_a_worker_needs_nothing_that_speaks_http() -> None:
-    assert not {"fastapi", "starlette", "uvicorn"} & loaded_by("server.worker")
+    assert not {"fastapi", "starlette", "uvicorn"} & loaded_by("server.app.worker")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_worker_needs_nothing_that_speaks_http() -> None:
         "server.batching.scheduler",
         "server.jobs.sqlite_store",
         "server.importing.importer",
-        "server.opening",
+        "server.app.stores",
     ],
 )
 def test_what_needs_no_torch_loads_none(module: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server import metrics
+from server.observability import metrics
 from server.settings import Settings
 
 helm = pytest.importorskip("helm_python", reason="Helm's library is not installed: pip install '.[deploy]'")
@@ -214,7 +214,7 @@ def test_the_image_runs_as_the_user_that_the_chart_names(chart: Any):
 
 def test_probes_ask_what_the_server_answers(chart: Any):
     (server,) = pod(rendered(chart, PLAIN), "server")["spec"]["containers"]
-    routes = (DEPLOY.parent / "server" / "api" / "health.py").read_text()
+    routes = (DEPLOY.parent / "server" / "api" / "routes" / "health.py").read_text()
     ports = {port["name"] for port in server["ports"]}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert f'@router.get("{server[probe]["httpGet"]["path"]}"' in routes

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from timm.data import create_transform
 
-from server.engine import images
-from server.engine.images import Geometry, decode, fit, pixels
+from server.engine.images import decode as decoder
+from server.engine.images.decode import Geometry, decode, fit, pixels
 from server.errors import ServiceError
 
 MAX = 4_000_000
@@ -190,9 +190,9 @@ def test_the_middle_alone_is_the_middle_of_the_whole(
 ) -> None:
     image, geometry = picture(width, height), Geometry(size, interpolation, crop_pct, crop_mode)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_MAX_WHOLE", 2**40)
+        patch.setattr(decoder, "_MAX_WHOLE", 2**40)
         whole = fit(image, geometry).astype(int)
-        patch.setattr(images, "_MAX_WHOLE", 0)
+        patch.setattr(decoder, "_MAX_WHOLE", 0)
         middle = fit(image, geometry).astype(int)
     off = np.abs(whole - middle)
     if interpolation == "nearest":  # a tie may fall to the neighbour: a row of sixteen, or two

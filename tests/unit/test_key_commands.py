@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from server.key_commands import cli
+from server.cli.keys import cli
 from server.keys import key as keys
 from server.keys.keys_file import KeysFile
 from server.keys.sqlite_store import SqliteKeyStore

@@ -17,17 +17,17 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from server.clock import WallClock
 from server.errors import QueueFull
+from server.keys import authenticator as ring_module
 from server.keys import key as keys
 from server.keys import meter as meter_module
-from server.keys import ring as ring_module
+from server.keys.authenticator import KeyRing
 from server.keys.key import Allowance, Key
 from server.keys.keys_file import BadKeysFile, KeysFile
 from server.keys.meter import Meter
 from server.keys.redis_store import RedisKeyStore
-from server.keys.ring import KeyRing
 from server.keys.sqlite_store import SqliteKeyStore
-from server.wall_clock import WallClock
 from tests.conftest import free_port
 
 pytestmark = pytest.mark.anyio

@@ -34,7 +34,7 @@ there = lambda: [name for name in ("torch._dynamo", "torch._inductor", "triton",
 LEAN = (
     LOADED
     + """
-from server.lean_timm import import_timm
+from server.engine.import_timm import import_timm
 import_timm()
 """
 )
@@ -46,7 +46,7 @@ def test_a_plain_import_loads_it_or_there_is_nothing_to_put_off() -> None:
 
 def test_the_servers_import_does_not_and_neither_does_what_serves() -> None:
     served = """
-import server.bootstrap, server.house, server.engine_room
+import server.app.server, server.processes.manager, server.app.engine_runtime
 import torch
 from server.engine import backbone, vit
 from server.engine.lens import Plain
@@ -72,7 +72,7 @@ print(json.dumps([before, shape, doubled, "torch._dynamo" in there(), hasattr(to
 def test_what_was_marked_on_the_way_runs_and_is_marked() -> None:
     marked = """
 import torch
-from server.lean_timm import _put_off
+from server.engine.import_timm import _put_off
 with _put_off():
     later = torch.compiler.disable(lambda x, *, by: x * by, recursive=False)
     early = there()
@@ -90,7 +90,7 @@ def test_where_it_is_loaded_already_nothing_is_put_off() -> None:
 
 
 HUBS = """
-from server.lean_timm import import_timm
+from server.engine.import_timm import import_timm
 import_timm(hub={hub})
 own = "huggingface_hub" in sys.modules
 import timm

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from server import metrics
-from server.ledger import SUMMED, Ledger, shown
-from server.task_labels import OTHER, TaskLabels
+from server.observability import metrics
+from server.observability.multiprocess import SUMMED, Ledger, shown
+from server.observability.task_labels import OTHER, TaskLabels
 
 
 class Process:

@@ -13,13 +13,13 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 
 from prompts_store import open_store
-from server.bootstrap import Server
-from server.ledger import Ledger
-from server.link.engines import Engines
-from server.opening import open_jobs, open_ring
+from server.app.server import Server
+from server.app.store_probe import Watch
+from server.app.stores import open_jobs, open_ring
+from server.observability.multiprocess import Ledger
 from server.processes.front_process import FarRoom
+from server.rpc.engine_pool import Engines
 from server.settings import Settings
-from server.watch import Watch
 
 pytestmark = pytest.mark.anyio
 

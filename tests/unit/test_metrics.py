@@ -9,8 +9,8 @@ from collections import Counter as Count
 import pytest
 from prometheus_client import generate_latest
 
-from server import metrics
-from server.task_labels import OTHER, REVIEW_S, WATCHED, TaskLabels
+from server.observability import metrics
+from server.observability.task_labels import OTHER, REVIEW_S, WATCHED, TaskLabels
 
 
 class Clock:

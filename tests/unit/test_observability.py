@@ -16,13 +16,14 @@ import pytest
 
 from lensrack import wire
 from prompts_store import open_store
-from server import logs, measured, metrics
+from server.app import instrumentation
+from server.app.store_probe import Watch
 from server.jobs.sqlite_store import SqliteJobStore
-from server.own_context import in_own_context
-from server.training import together
-from server.training.array_cache import ArrayCache
-from server.training.feature_cache import FeatureKey
-from server.watch import Watch
+from server.observability import logs, metrics
+from server.training import co_batching
+from server.training.caches.array_cache import ArrayCache
+from server.training.caches.feature_cache import FeatureKey
+from server.worker.context import in_own_context
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 from tests.unit.test_trainer import QUICK, House
@@ -127,7 +128,7 @@ def test_every_line_of_a_job_has_its_id(tmp_path: Path, out: io.StringIO):
     logs.start("info", "json", out)
     one, two = house.submit(recipe=QUICK), house.submit(recipe=QUICK)
     assert house.trainer.work_once()
-    told = lines(out, "server.trainer")
+    told = lines(out, "server.worker.trainer")
     assert {line["job_id"] for line in told} == {one.id, two.id}
     assert all(str(line["job_id"]) in str(line["message"]) for line in told), "two jobs in one thread stay apart"
 
@@ -236,16 +237,16 @@ def test_an_attempt_whose_lease_ran_out_is_seen_by_its_successor_and_by_itself(t
     house.worked(job)
     after = [value("job_leases_lost_total", seen_by=who) for who in ("successor", "holder")]
     assert after[0] - before[0] == 1
-    together.run(house.trainer._backbone, [house.trainer._worked(stale)])  # it wakes up late
+    co_batching.run(house.trainer._backbone, [house.trainer._worked(stale)])  # it wakes up late
     assert value("job_leases_lost_total", seen_by="holder") - before[1] == 1
     assert value("job_attempts_total", outcome="superseded") >= 1
 
 
 def test_a_cache_counts_who_asks_in_vain(tmp_path: Path):
-    features = measured.CountedFeatures(tmp_path, 10**6)
+    features = instrumentation.CountedFeatures(tmp_path, 10**6)
     assert isinstance(features._arrays, ArrayCache)
     key = FeatureKey("a" * 64, "b" * 64, "cpu", "float32", (0.5,) * 3, (0.5,) * 3)
-    pixels = measured.CountedPixels(None, disk_bytes=0, memory_bytes=0)
+    pixels = instrumentation.CountedPixels(None, disk_bytes=0, memory_bytes=0)
 
     def now(cache: str) -> list[float]:
         return [value("cache_requests_total", cache=cache, result=result) for result in ("hit", "miss")]

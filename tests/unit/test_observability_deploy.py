@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client import Metric
 
-from server import metrics
+from server.observability import metrics
 from tests.unit.dashboards import ALERTS, DASHBOARDS, DEPLOY, PROMETHEUS_OWN, Asked, alerts, dashboards, panels
 
 EVERYTHING = [*alerts(), *panels()]

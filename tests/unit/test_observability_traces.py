@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from lensrack import Client
-from server import logs, tracing
+from server.observability import logs, tracing
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 from tests.unit.test_trainer import QUICK, House
@@ -188,7 +188,8 @@ def test_a_log_line_names_its_trace(spans: Spans):
 def test_without_traces_nothing_of_opentelemetry_is_imported():
     """Of our own accord: FastAPI brings its interfaces along, which do nothing by themselves."""
     code = (
-        "import sys, lensrack, server.predictor, server.pulse, server.logs, server.tracing as t\n"
+        "import sys, lensrack, server.serving.predictor, server.worker.heartbeat, server.observability.logs\n"
+        "import server.observability.tracing as t\n"
         "with t.span('x'), t.request('GET', [], {}): t.since('y', 1.0)\n"
         "lensrack.Client('http://127.0.0.1:1').close()\n"
         "assert t.ids() is None and not t.on()\n"
@@ -199,7 +200,7 @@ def test_without_traces_nothing_of_opentelemetry_is_imported():
 
 
 def test_the_server_needs_no_sdk_of_opentelemetry():
-    code = "import sys; sys.modules['opentelemetry.sdk'] = None; import lensrack, server.__main__, server.bootstrap"
+    code = "import sys; sys.modules['opentelemetry.sdk'] = None; import lensrack, server.__main__, server.app.server"
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server import metrics, pictures
+from server.observability import metrics
+from server.serving import decoding
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 
@@ -126,8 +127,8 @@ def held_up(api: Api, stage: str, monkeypatch: pytest.MonkeyPatch) -> tuple[thre
         step = Held(api.floor.store.get)
         monkeypatch.setattr(api.floor.store, "get", step)
     else:
-        step = Held(pictures.fitted)
-        monkeypatch.setattr(pictures, "fitted", step if stage == "decoding" else step._work)
+        step = Held(decoding.fitted)
+        monkeypatch.setattr(decoding, "fitted", step if stage == "decoding" else step._work)
     if stage == "the body":
         step.entered.set()
     return step.entered, step.gate

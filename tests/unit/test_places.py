@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.places import Places
+from server.batching.queue_limit import Places
 
 Forward = Callable[[int], float]  # rows → seconds
 

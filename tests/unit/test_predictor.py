@@ -16,9 +16,9 @@ import pytest
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable, Unprocessable
-from server.pictures import Pictures
-from server.predictor import Answer, best, probabilities
-from server.seating import Ref
+from server.serving.answers import Answer, best, probabilities
+from server.serving.decoding import Pictures
+from server.serving.resolver import Ref
 from tests.unit.far_floor import far, settled, spread
 from tests.unit.garbage import collected
 from tests.unit.serving import FINGERPRINT, Floor, bundle, png, publish

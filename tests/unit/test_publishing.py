@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from prompts_store import Bundle
-from server.engine import images
-from server.engine.images import Geometry
+from server.engine.images import decode
+from server.engine.images.decode import Geometry
 from server.jobs.job import Job
-from server.reading import Reader
 from server.training.recipe import resolve
+from server.worker.dataset_reader import Reader
 from tests.unit.test_trainer import House
 
 GOOD = {"epochs": 30, "lr": 1e-2}
@@ -193,7 +193,7 @@ def test_each_version_sees_the_pictures_as_it_asks(house: House) -> None:
             for cut, label in zip(cuts, labels, strict=True)
         ]
         cut = {
-            (np.ascontiguousarray(images.pixels(files[e.sha256], geometry, max_pixels=10**7)).tobytes(), e.label)
+            (np.ascontiguousarray(decode.pixels(files[e.sha256], geometry, max_pixels=10**7)).tobytes(), e.label)
             for e in dataset.examples
         }
         assert len(shown) == len(splits.val) == len(set(shown))

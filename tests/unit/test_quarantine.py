@@ -11,9 +11,9 @@ import pytest
 import redis
 
 from prompts_store import CachedStore, CorruptBundle, StoreUnavailable, VersionNotFound, open_store
-from server import quarantine
 from server.errors import Conflict
-from server.predictor import Answer
+from server.serving import quarantine
+from server.serving.answers import Answer
 from tests.unit.serving import Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -75,7 +75,7 @@ async def test_the_version_before_a_damaged_one_answers_and_says_so(
             for _ in range(3):
                 assert (await ask(built)).version == good
         assert built.predictor.quarantine.count() == 1
-        told = [record.message for record in caplog.records if record.name == "server.quarantine"]
+        told = [record.message for record in caplog.records if record.name == "server.serving.quarantine"]
         assert len(told) == 1
         assert bad in told[0]
         assert "expected a bundle with digest" in told[0]

@@ -175,7 +175,7 @@ def test_a_geometry_survives_its_header(size: int, how: str, pct: float, mode: s
 
 
 def test_the_server_and_the_wire_fill_borders_alike(tmp_path: Path):
-    from server.engine.images import Geometry
+    from server.engine.images.decode import Geometry
 
     for mean in RNG.uniform(0, 1, (50, 3)).tolist():
         preprocess = {"size": 8, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "border", "mean": mean}

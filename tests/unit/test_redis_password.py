@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from prompts_store import StoreUnavailable, open_store
+from server.app.stores import open_jobs
 from server.errors import Unavailable
-from server.opening import open_jobs
 from server.settings import Settings
 from tests.conftest import free_port
 from tests.e2e.server_process import ROOT, environment

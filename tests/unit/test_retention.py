@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from server import retention
-from server.checkpoints import Checkpoints
+from server.clock import WallClock
 from server.errors import NotFound
 from server.jobs.job import Job, new_id
 from server.jobs.sqlite_store import SqliteJobStore
-from server.retention import Retention
-from server.wall_clock import WallClock
+from server.worker import retention
+from server.worker.checkpoints import Checkpoints
+from server.worker.retention import Retention
 from tests.unit.test_trainer import House
 
 DAY_S = 86_400.0

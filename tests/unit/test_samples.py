@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from server.samples import SETS, draw
+from server.cli.sample_pictures import SETS, draw
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.engine import images
-from server.engine.images import Geometry
+from server.engine.images import decode
+from server.engine.images.decode import Geometry
 from server.errors import ServiceError
-from server.pictures import Pictures
+from server.serving.decoding import Pictures
 from server.settings import Settings
 from tests.unit.test_images import encoded, picture
 
@@ -25,7 +25,7 @@ MAX = 20_000_000
 
 
 def cut(data: bytes, margin: float = math.inf, geometry: Geometry = GEOMETRY, most: int = MAX) -> np.ndarray[Any, Any]:
-    return images.pixels(data, geometry, max_pixels=most, margin=margin)
+    return decode.pixels(data, geometry, max_pixels=most, margin=margin)
 
 
 def outcome(data: bytes, margin: float, most: int) -> tuple[int, str] | None:
@@ -106,9 +106,9 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
 
 def test_readiness_tells_of_it() -> None:
+    from server.app.backbone import Facts
+    from server.app.services import readiness
     from server.engine import backbone
-    from server.facts import Facts
-    from server.front_services import readiness
 
     facts = Facts.of(backbone.load("untrained", device="cpu", packed=False))
     for margin, told in ((0.0, False), (2.0, True)):

@@ -17,8 +17,8 @@ from PIL import Image
 
 from lensrack import AsyncClient, Client, InvalidInput, LensrackError, _core, wire
 from lensrack._resizing import NPY, encode
-from server.engine import images as server_images
-from server.engine.images import Geometry
+from server.engine.images import decode as server_images
+from server.engine.images.decode import Geometry
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import MANIFEST, png, publish
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from server.engine.images import Geometry
-from server.link.seats import KEPT_S, SHARED_S, RemoteSeat, Seats
+from server.engine.images.decode import Geometry
+from server.rpc.seat_cache import KEPT_S, SHARED_S, RemoteSeat, Seats
 from tests.unit.far_floor import settled
 
 pytestmark = pytest.mark.anyio

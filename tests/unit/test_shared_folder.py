@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.shared_folder import LOCK, sweep, taken
+from server.processes.runtime_dir import LOCK, sweep, taken
 
 
 @pytest.fixture

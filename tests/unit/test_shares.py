@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.shares import NOBODYS, Shares, room_for, together
+from server.batching.fair_share import NOBODYS, Shares, room_for, together
 
 
 def test_who_is_alone_has_no_neighbours_to_be_protected_from():

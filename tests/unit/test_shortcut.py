@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from server import metrics
-from server.api import predict, shortcut
-from server.api.door import TEMPLATE
-from server.api.shortcut import Shortcut
+from server.api.middleware import fast_path
+from server.api.middleware.auth import TEMPLATE
+from server.api.middleware.fast_path import Shortcut
+from server.api.routes import predict
 from server.keys.key import NOBODY
+from server.observability import metrics
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 
@@ -112,10 +113,10 @@ def test_what_is_plain_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     async def required(request: Any) -> None:
         asked.append(request.scope["route"].path)
 
-    monkeypatch.setattr(shortcut.predict, "predict", told)
-    monkeypatch.setattr(shortcut.scopes, "require", required)
+    monkeypatch.setattr(fast_path.predict, "predict", told)
+    monkeypatch.setattr(fast_path.scopes, "require", required)
     assert not asyncio.run(passed_on(scope(query_string=b"top_k=7")))
-    assert asked == [shortcut.TAKEN, "fish 7"]
+    assert asked == [fast_path.TAKEN, "fish 7"]
 
 
 def shown(answer: httpx.Response) -> tuple[int, dict[str, str], str]:
@@ -135,7 +136,7 @@ def scope(**changes: Any) -> dict[str, Any]:
             services = staticmethod(lambda key: None)
 
     plain = {"type": "http", "method": "POST", "path": "/predict/fish", "query_string": b"", "headers": [], "app": App}
-    return {**plain, "state": {TEMPLATE: shortcut.TAKEN, "key": NOBODY}, **changes}
+    return {**plain, "state": {TEMPLATE: fast_path.TAKEN, "key": NOBODY}, **changes}
 
 
 async def passed_on(asked: dict[str, Any]) -> bool:

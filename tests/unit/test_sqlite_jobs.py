@@ -14,7 +14,7 @@ import pytest
 from server.errors import DiskFull, Unavailable
 from server.jobs import lifecycle
 from server.jobs.job import FINISHED, STATES, TRANSITIONS, Job, is_id, new_id
-from server.jobs.sqlite_file import MIGRATIONS
+from server.jobs.sqlite_schema import MIGRATIONS
 from server.jobs.sqlite_store import SqliteJobStore
 
 

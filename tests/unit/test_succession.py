@@ -12,11 +12,11 @@ import torch
 
 from prompts_store import CachedStore, Store
 from prompts_store.memory_store import MemoryStore
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
-from server.succession import Succession
+from server.serving.preloader import Succession
 from tests.unit.serving import bundle as drawn
 
 pytestmark = pytest.mark.anyio
@@ -128,7 +128,7 @@ async def test_one_that_cannot_be_loaded_stops_nothing(
 ) -> None:
     await residency.load("fish", published(store, 1))
     shelf.broken.add(drawn("fish", 2).version)
-    with caplog.at_level(logging.INFO, "server.succession"):
+    with caplog.at_level(logging.INFO, "server.serving.preloader"):
         published(store, 2)
         await quiet(residency, store)
     assert ["broken" in record.getMessage() for record in caplog.records] == [True]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.batching.fair_queue import Turns
 from server.batching.row import Row
 from server.batching.scheduler import Scheduler
-from server.batching.turns import Turns
 from tests.unit.test_scheduler import fill, row
 
 Loads = dict[tuple[str, str], int]

@@ -16,25 +16,25 @@ import pytest
 
 from prompts_store import Bundle, open_store
 from prompts_store.memory_store import MemoryStore
-from server import checkpoints, trainer
+from server.cli.sample_pictures import draw
 from server.datasets.dataset_store import DatasetStore
 from server.engine import backbone as eye
 from server.engine import vit
-from server.engine.images import Geometry
+from server.engine.images.decode import Geometry
 from server.errors import DiskFull, Unavailable
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
-from server.pulse import Pulse
-from server.reading import Reader
-from server.samples import draw
-from server.trainer import Means, Trainer
-from server.training.feature_cache import NoCache
-from server.training.judge import judge
-from server.training.pixel_cache import PixelCache
+from server.training.caches.feature_cache import NoCache
+from server.training.caches.pixel_cache import PixelCache
+from server.training.evaluate import judge
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from server.training.stored_images import Decoder
+from server.worker import checkpoints, trainer
+from server.worker.dataset_reader import Reader
+from server.worker.heartbeat import Pulse
+from server.worker.trainer import Means, Trainer
 
 QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
 

@@ -15,8 +15,8 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.connections import RESERVED
-from server.api.turnstile import Turnstile
+from server.api.middleware.admission import Turnstile
+from server.api.middleware.connections import RESERVED
 from server.batching.batcher import Batcher
 from tests.unit.api_server import Api, assert_problem, read_response, serving
 from tests.unit.serving import PlainEngine, png, publish

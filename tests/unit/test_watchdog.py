@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from server import metrics
 from server.batching.batcher import Batcher
+from server.batching.watchdog import Watchdog
 from server.errors import Internal, Unavailable
-from server.watchdog import Watchdog
+from server.observability import metrics
 from tests.unit.serving import PlainEngine, logits
 from tests.unit.test_batcher import busy, row
 

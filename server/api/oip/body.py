@@ -19,9 +19,10 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from server.api import problems
-from server.api.oip.tensors import OUTPUTS, Given, Told, Wanted, check_wanted, images
 from server.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
-from server.pictures import Image
+from server.serving.decoding import Image
+
+from .tensors import OUTPUTS, Given, Told, Wanted, check_wanted, images
 
 LENGTH: Final = "Inference-Header-Content-Length"
 _INFLATED: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from server.api.guard import task_name
-from server.api.oip import tensors
+from server.api.params import task_name
 from server.api.services import Services
-from server.pictures import Image
-from server.predictor import Outputs
-from server.seating import Ref
+from server.serving.answers import Outputs
+from server.serving.decoding import Image
+from server.serving.resolver import Ref
+
+from . import tensors
 
 LIVE: Final = "live"  # the version that answers where none is named
 MICROSECONDS: Final = 1e6  # in a second: the unit of the parameter `timeout`

@@ -12,12 +12,13 @@ from typing import Any, Final
 
 import prompts_store as stored
 from server import __version__
-from server.api import residency
-from server.api.oip import tensors
-from server.api.oip.infer import ref
+from server.api.routes import residency
 from server.api.services import Services
 from server.errors import Unprocessable
-from server.predictor import in_time
+from server.serving.predictor import in_time
+
+from . import tensors
+from .infer import ref
 
 PLATFORM: Final = "lensrack"
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "parameters")

@@ -1,7 +1,7 @@
 """The Open Inference Protocol over HTTP, at /v2: see https://github.com/kserve/open-inference-protocol.
 
 Triton's extensions for binary tensors, classification and the model repository are spoken as well. `docs/howto-oip.md`
-is the page for who asks, `server.grpc_front` the same over gRPC.
+is the page for who asks, `server.api.oip.grpc` the same over gRPC.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api import predict
-from server.api.oip import body, infer, models, tensors
+from server.api.routes import predict
 from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest
+
+from . import body, infer, models, tensors
 
 INLINE_BYTES: Final = 64 * 1024  # a shorter JSON is read where it comes; a longer one in a thread
 PARSING: Final = 2  # of the long ones at once: a list of numbers takes ten times the memory of its text

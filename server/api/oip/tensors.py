@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from server.errors import BadRequest, Unprocessable
-from server.pictures import Decoded, Image, Normalised
-from server.predictor import Outputs
+from server.serving.answers import Outputs
+from server.serving.decoding import Decoded, Image, Normalised
 
 Shape = tuple[int, ...]
 Values = npt.NDArray[np.float32] | list[bytes]

@@ -12,12 +12,14 @@ import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from server.api import predict, problems
-from server.api.openai.faults import RESPONSES
-from server.api.openai.models import require_backbone
+from server.api import problems
+from server.api.routes import predict
 from server.api.services import ServicesOf
 from server.errors import Unprocessable
-from server.predictor import Features
+from server.serving.answers import Features
+
+from .faults import RESPONSES
+from .models import require_backbone
 
 _DATA_URI: Final = re.compile(r"data:[a-z0-9.+/;=-]{0,100};base64,", re.IGNORECASE)  # RFC 2397
 _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)

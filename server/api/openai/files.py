@@ -9,13 +9,14 @@ from typing import Annotated, Any, Final, Literal
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
-from server.api import uploads
-from server.api.openai import paging
-from server.api.openai.faults import RESPONSES
-from server.api.openai.form import FileForm
+from server.api import receiving
 from server.api.services import ServicesOf
 from server.datasets.dataset import Dataset
 from server.errors import BadRequest, Unprocessable
+
+from . import paging
+from .faults import RESPONSES
+from .form import FileForm
 
 PURPOSE: Final = "fine-tune"
 _FORM: Final[dict[str, Any]] = {
@@ -44,9 +45,9 @@ async def upload(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Store an archive in any form that /datasets takes."""
     settings = services.settings
     await asyncio.to_thread(services.datasets.require_room, 0)
-    async with uploads.spooled(settings.datasets_dir) as (archive, append):
+    async with receiving.spooled(settings.datasets_dir) as (archive, append):
         form = FileForm(request.headers.get("content-type", ""), append)
-        await uploads.fill(request, form.feed, silence_s=settings.upload_silence_s)
+        await receiving.fill(request, form.feed, silence_s=settings.upload_silence_s)
         form.finish()
         _check(form.fields)
         if not archive.stat().st_size:

@@ -20,13 +20,15 @@ from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lensrack import wire
-from server.api import problems, train
-from server.api.openai import paging
-from server.api.openai.faults import RESPONSES
-from server.api.openai.models import require_backbone
+from server.api import problems
+from server.api.routes import train
 from server.api.services import Services, ServicesOf
 from server.errors import NotFound, Unprocessable
 from server.jobs.job import Event, Job
+
+from . import paging
+from .faults import RESPONSES
+from .models import require_backbone
 
 SUPERVISED: Final = "supervised"
 AUTO: Final = "auto"

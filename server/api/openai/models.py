@@ -8,11 +8,12 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 import prompts_store as stored
-from server.api import residency
-from server.api.openai.faults import RESPONSES
+from server.api.routes import residency
 from server.api.services import Services, ServicesOf
 from server.errors import NotFound
-from server.seating import Ref
+from server.serving.resolver import Ref
+
+from .faults import RESPONSES
 
 OWNER: Final = "lensrack"
 

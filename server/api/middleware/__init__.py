@@ -1,0 +1,1 @@
+"""What every request passes before a route: admission, authentication, body limits, the request log."""

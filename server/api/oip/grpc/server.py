@@ -1,0 +1,200 @@
+"""The gRPC server: who calls, what they may, what went wrong, how long it took.
+
+    metadata ─► whose key? ─► the scope of the call ─► message ─► services, narrowed to the key ─► call
+                    UNAUTHENTICATED, PERMISSION_DENIED: before the message is read
+
+It lives on the event loop of the HTTP server. Connections are not encrypted, as HTTP's are not: a proxy does that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from server.api import problems, scopes
+from server.api.middleware import request_log
+from server.api.services import Services
+from server.errors import BadRequest, ServiceError
+from server.keys.authenticator import KeyRing
+from server.keys.key import NOBODY, Key
+from server.observability import logs, metrics
+from server.settings import Settings
+
+from .calls import CALLS, Answer, Call
+from .messages import SERVICE, methods
+
+log = logging.getLogger("server.access")
+
+Code = grpc.StatusCode
+METHOD: Final = "GRPC"  # in metrics, where HTTP has GET and POST
+OVERHEAD_BYTES: Final = 64 * 1024  # of a message, beside its tensors
+_CODES: Final = {
+    401: Code.UNAUTHENTICATED,
+    403: Code.PERMISSION_DENIED,
+    404: Code.NOT_FOUND,
+    409: Code.FAILED_PRECONDITION,
+    413: Code.RESOURCE_EXHAUSTED,
+    429: Code.RESOURCE_EXHAUSTED,
+    501: Code.UNIMPLEMENTED,
+    503: Code.UNAVAILABLE,
+    504: Code.DEADLINE_EXCEEDED,
+    507: Code.RESOURCE_EXHAUSTED,
+}
+
+
+def status_of(error: ServiceError) -> grpc.StatusCode:
+    return _CODES.get(error.status, Code.INTERNAL if error.status >= 500 else Code.INVALID_ARGUMENT)
+
+
+@dataclass
+class _Told:
+    """One call, for the log and the metrics."""
+
+    route: str
+    id: str
+    key: str
+    began: float = field(default_factory=time.perf_counter)
+    status: int = 499  # nobody was there to be answered
+
+    @classmethod
+    def of(cls, details: Any) -> _Told:
+        given = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
+        id_ = given.get("x-request-id", "")
+        id_ = id_ if request_log.SANE.fullmatch(id_) else uuid.uuid4().hex
+        return cls(details.method, id_, given.get("lensrack-key") or id_)
+
+    def record(self) -> None:
+        took_s = time.perf_counter() - self.began
+        metrics.REQUESTS.labels(self.route, METHOD, str(self.status)).inc()
+        metrics.REQUEST_S.labels(self.route).observe(took_s)
+        facts = logs.facts(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
+        log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=facts)
+
+
+class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types
+    """Finds each call's key before its message is read. Calls that are not in CALLS stay unimplemented."""
+
+    def __init__(self, narrowed: Callable[[Key | None], Services], ring: KeyRing) -> None:
+        self._narrowed, self._ring, self._messages = narrowed, ring, methods()
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        service, _, name = details.method.removeprefix("/").partition("/")
+        if service != SERVICE or name not in CALLS:
+            return await continuation(details)
+        told, (answer, method, route) = _Told.of(details), CALLS[name]
+        try:
+            services = self._narrowed(await self._admitted(details, scopes.need_of(method, route)))
+        except Exception as error:
+            failure = error
+
+            async def refuse(_: Any, context: Any) -> None:
+                async with _answered(told, context):
+                    raise failure
+
+            return grpc.stream_unary_rpc_method_handler(refuse)  # which reads nothing of what is sent
+
+        request, response = self._messages[name]
+        call = _call(answer, request, services, told)
+        return grpc.unary_unary_rpc_method_handler(call, None, response.SerializeToString)
+
+    async def _admitted(self, details: Any, need: scopes.Need) -> Key | None:
+        """Raises Unauthenticated, Forbidden."""
+        token = _bearer(details)
+        await self._ring.refresh()
+        key: Key | None = NOBODY
+        if self._ring.locked:
+            key = await self._ring.owner(token) if token else None
+        scopes.admit(key, need, details.method, given=token is not None)
+        return key
+
+
+def _call(answer: Answer, kind: Any, services: Services, told: _Told) -> Callable[[Any, Any], Any]:
+    async def call(sent: bytes, context: Any) -> Any:
+        async with _answered(told, context):
+            return await answer(_read(kind, sent), Call(services, context.time_remaining(), told.key))
+
+    return call
+
+
+def _read(kind: Any, sent: bytes) -> Any:
+    """Here rather than by grpc, which tells clients of an exception's class. Raises BadRequest."""
+    try:
+        return kind.FromString(sent)
+    except DecodeError as error:
+        raise BadRequest(f"expected a message {kind.DESCRIPTOR.name}, got {len(sent)} bytes that are none") from error
+
+
+@asynccontextmanager
+async def _answered(told: _Told, context: Any) -> AsyncIterator[None]:
+    """The call's id on all that is said of it, and its failure as a status."""
+    try:
+        with logs.about(logs.REQUEST_ID, told.id):
+            try:
+                yield
+                told.status = 200
+                context.set_trailing_metadata((("x-request-id", told.id),))
+            except Exception as error:
+                known = problems.service_error(error)
+                if known is not error and known.status == 500:
+                    logging.getLogger(__name__).exception("call %s failed", told.id)
+                told.status = known.status
+                await context.abort(status_of(known), known.detail, _trailing(known, told))
+    finally:
+        told.record()
+
+
+def _trailing(error: ServiceError, told: _Told) -> tuple[tuple[str, str], ...]:
+    known = [("x-request-id", told.id), (problems.CODE.lower(), error.code)]
+    if error.retry_after_s is not None:
+        known.append(("retry-after", str(math.ceil(error.retry_after_s))))
+    return tuple(known)
+
+
+def _bearer(details: Any) -> str | None:
+    for name, value in details.invocation_metadata or ():
+        scheme, _, token = value.partition(" ") if name == "authorization" and isinstance(value, str) else ("", "", "")
+        if scheme.lower() == "bearer" and token.strip():
+            return str(token.strip())
+    return None
+
+
+class GrpcFront:
+    """Made and run on one event loop. `port` 0 takes a free one; `start` tells which."""
+
+    def __init__(
+        self, narrowed: Callable[[Key | None], Services], ring: KeyRing, settings: Settings, port: int
+    ) -> None:
+        self._narrowed, self._ring, self._settings, self._port = narrowed, ring, settings, port
+        self._server: Any = None
+
+    async def start(self) -> int:
+        """The port that it listens on. Raises OSError."""
+        self._server = grpc.aio.server(
+            interceptors=[_Door(self._narrowed, self._ring)],
+            maximum_concurrent_rpcs=self._settings.max_queue,
+            options=[
+                ("grpc.so_reuseport", 0),  # a taken port is to be known, not shared
+                ("grpc.max_receive_message_length", self._settings.max_body_bytes + OVERHEAD_BYTES),
+            ],
+        )
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._port}")
+        except RuntimeError as error:
+            raise OSError(f"LENSRACK_GRPC_PORT: cannot listen on {host}:{self._port}") from error
+        await self._server.start()
+        return int(port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and answer those that came for at most `grace_s`."""
+        if self._server is not None:
+            await self._server.stop(grace_s)

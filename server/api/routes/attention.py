@@ -1,0 +1,48 @@
+"""Where the network looked when it answered about a picture."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+
+from lensrack import wire
+from server.api.services import ServicesOf, request_id
+from server.errors import Unprocessable
+
+from . import predict
+
+router = APIRouter(tags=["predictions"])
+
+DIGITS: Final = 6
+
+
+@router.post("/tasks/{task}/attention", openapi_extra={"requestBody": predict.IMAGES})
+async def attention(request: Request, services: ServicesOf, task: str) -> wire.Attention:
+    """The attention of `task`, `task@alias` or `task@version` over one image: of the class token in the last block, and
+    rolled out through all blocks. Slower than a prediction, and one at a time."""
+    images = await predict.read_images(request, services)
+    if len(images) != 1:
+        raise Unprocessable(f"images: expected 1, got {len(images)}")
+    work = services.predictor.aside(
+        task,
+        images[0],
+        services.look,
+        key=request.headers.get("Lensrack-Key") or request_id(request),
+        tenant=services.tenant,
+        timeout_s=services.settings.request_timeout_s,
+    )
+    version, seat, seen = await predict.unless_gone(request, work)
+    return wire.Attention(
+        task=seat.task,
+        version=version,
+        last=_told(seen.last),
+        rollout=_told(seen.rollout),
+        crop_mode=seat.geometry.crop_mode,
+        crop_pct=seat.geometry.crop_pct,
+    )
+
+
+def _told(looked: Any) -> wire.Looked:
+    grid = looked.grid.round(DIGITS).tolist()
+    return wire.Looked(grid=grid, prompts=round(looked.prompts, DIGITS), rest=round(looked.rest, DIGITS))

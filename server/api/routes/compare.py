@@ -1,0 +1,70 @@
+"""Comparisons over HTTP: asked for here, done by workers as jobs, watched and cancelled as any job under /train."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header
+from starlette.responses import Response
+
+from lensrack import wire
+from server.api.services import Services, ServicesOf
+from server.errors import NotFound
+from server.jobs.job import Job
+
+from . import train
+
+router = APIRouter(tags=["jobs"])
+
+COMPARE: Final = "compare"  # the method of such a job
+_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
+    202: {"headers": {"Location": {"description": "Where to watch the job.", "schema": {"type": "string"}}}}
+}
+
+
+@router.post("/compare", status_code=202, responses=_ACCEPTED)
+async def compare(
+    response: Response,
+    services: ServicesOf,
+    asked: wire.CompareRequest,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> wire.Job:
+    """Queue a comparison of methods. Its job is watched, followed and cancelled like any other."""
+    known = {*services.methods, *services.baselines}
+    for name in asked.methods or ():
+        train.require_method(name, known)
+    await services.meter.job(services.key)
+    job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
+    response.headers["Location"] = f"/train/{job.id}"
+    return train.told(job)
+
+
+@router.get("/compare/{job_id}")
+async def get_comparison(services: ServicesOf, job_id: str) -> wire.Comparison:
+    """What a comparison has found: its table once it has succeeded."""
+    job = await asyncio.to_thread(services.jobs.get, job_id)
+    if job.method != COMPARE:
+        raise NotFound(f"job {job.id} compares nothing: its method is {job.method!r}", code="job_not_found")
+    found = {"task": job.task, "title": job.task, **job.metrics.get(COMPARE, {})}
+    return wire.Comparison.model_validate({**found, "id": job.id, "dataset": job.dataset, "state": job.state})
+
+
+def _submit(services: Services, asked: wire.CompareRequest, key: str | None) -> Job:
+    dataset = services.datasets.get(asked.dataset)
+    wish = {
+        "methods": asked.methods or list(services.methods),
+        "seeds": asked.seeds,
+        "recipe": asked.recipe.model_dump(exclude_none=True),
+    }
+    return services.jobs.submit(
+        asked.task,
+        dataset.id,
+        COMPARE,
+        {COMPARE: wish},
+        idempotency_key=key,
+        tenant=services.tenant,
+        priority=asked.priority,
+        publish="never",
+        max_attempts=services.settings.max_attempts,
+    )

@@ -1,0 +1,111 @@
+"""Datasets over HTTP: an archive goes from the socket to a file, never into memory, and from there into the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from lensrack import wire
+from server.api import params, receiving
+from server.api.services import Services, ServicesOf
+from server.datasets.dataset import Dataset
+from server.datasets.upload_store import UploadBusy
+from server.errors import BadRequest, Unprocessable
+
+router = APIRouter(tags=["datasets"])
+
+Ingest = Callable[[Path], Dataset]
+
+LOOK_AGAIN_S: Final = 0.25
+INGESTS: Final = 2  # at once: each decodes every picture, and predictions need the cores and the threads as well
+_ARCHIVE: Final[dict[str, Any]] = {
+    "requestBody": {
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in params.ARCHIVE_TYPES},
+    }
+}
+
+
+@router.post(
+    "/datasets",
+    status_code=201,
+    openapi_extra=_ARCHIVE,
+    responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
+)
+async def upload(
+    *,
+    request: Request,
+    response: Response,
+    services: ServicesOf,
+    name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
+    parent: Annotated[str | None, Query(description="A dataset: the new one holds its pictures as well.")] = None,
+    upload_id: Annotated[
+        str | None, Query(alias="upload", description="A whole upload (see /uploads), in place of a body.")
+    ] = None,
+) -> wire.Dataset:
+    """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/, or of pictures and
+    a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; a MedMNIST npz.
+
+    The report in the answer counts what there is and warns of what misleads.
+    """
+    ingest = partial(services.datasets.ingest, name=name, parent=parent)
+    if parent is not None:
+        await asyncio.to_thread(services.datasets.get, parent)  # an unknown one is told before 10 GB are read
+    if upload_id is not None:
+        dataset = await _from_upload(request, services, upload_id, ingest)
+    else:
+        dataset = await _from_body(request, services, ingest)
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return told(dataset)
+
+
+async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
+    params.require_type(request.headers, params.ARCHIVE_TYPES)
+    await asyncio.to_thread(services.datasets.require_room, 0)
+    settings = services.settings
+    async with receiving.received(request, settings.datasets_dir, silence_s=settings.upload_silence_s) as archive:
+        if not archive.stat().st_size:
+            raise BadRequest("expected an archive, got 0 bytes", code="bad_archive")
+        return await anyio.to_thread.run_sync(ingest, archive, limiter=request.app.state.ingests)
+
+
+async def _from_upload(request: Request, services: Services, upload_id: str, ingest: Ingest) -> Dataset:
+    """Who asks again because an answer was lost waits until the first request is done and gets the same dataset."""
+    if await request.body():
+        raise Unprocessable("expected an empty body, as the archive is the upload's, got one")
+    finish = partial(services.uploads.finish, upload_id, lambda archive: ingest(archive).id)
+    while True:
+        try:
+            dataset_id = await anyio.to_thread.run_sync(finish, limiter=request.app.state.ingests)
+        except UploadBusy:
+            upload = await asyncio.to_thread(services.uploads.get, upload_id)
+            if upload.offset < upload.length or await request.is_disconnected():
+                raise
+            await asyncio.sleep(LOOK_AGAIN_S)
+        else:
+            return await asyncio.to_thread(services.datasets.get, dataset_id)
+
+
+@router.get("/datasets")
+async def list_datasets(services: ServicesOf) -> wire.DatasetList:
+    return wire.DatasetList(datasets=[told(each) for each in await asyncio.to_thread(services.datasets.list)])
+
+
+@router.get("/datasets/{dataset_id}")
+async def get_dataset(services: ServicesOf, dataset_id: str) -> wire.Dataset:
+    return told(await asyncio.to_thread(services.datasets.get, dataset_id))
+
+
+@router.delete("/datasets/{dataset_id}", status_code=204)
+async def delete_dataset(services: ServicesOf, dataset_id: str) -> None:
+    await asyncio.to_thread(services.datasets.delete, dataset_id)
+
+
+def told(dataset: Dataset) -> wire.Dataset:
+    return wire.Dataset.model_validate(dataset, from_attributes=True)

@@ -1,0 +1,157 @@
+"""Feedback over HTTP: what a task should have answered, gathered until it is frozen into a dataset to train on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+import prompts_store as stored
+from lensrack import wire
+from server.api import params, views
+from server.api.services import Services, ServicesOf
+from server.datasets.dataset import Dataset
+from server.datasets.feedback_store import Added
+from server.datasets.formats.layout import label_of
+from server.datasets.formats.words import Word
+from server.errors import BadRequest, Conflict, NotFound, Unprocessable
+
+from . import datasets, predict
+
+router = APIRouter(tags=["feedback"])
+
+LABELS_SHOWN: Final = 20
+
+Label = Annotated[str, Query(description="What the pictures show.")]
+NewLabel = Annotated[bool, Query(description="The label may be one that the live version does not know.")]
+Cursor = Annotated[str | None, Query(pattern="^[0-9]{1,18}$")]
+
+
+@router.post("/tasks/{task}/feedback", status_code=201, openapi_extra={"requestBody": predict.IMAGES})
+async def give(
+    *,
+    request: Request,
+    response: Response,
+    services: ServicesOf,
+    task: params.TaskOf,
+    label: Label,
+    new_label: NewLabel = False,
+) -> wire.Feedback:
+    """Say what pictures show. The last word about a picture counts; 200 where all had been said before."""
+    images = await predict.read_images(request, services)
+    if len(images) > services.settings.max_images:
+        raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
+    added = await asyncio.to_thread(_give, services, task, images, label, new_label)
+    if all(one.previous == one.word.label for one in added):
+        response.status_code = 200
+    return wire.Feedback(task=task, items=[_told(one.word, one.previous) for one in added])
+
+
+@router.get("/tasks/{task}/feedback")
+async def read(
+    *,
+    services: ServicesOf,
+    task: params.TaskOf,
+    label: Annotated[str | None, Query(description="Only pictures of this label.")] = None,
+    cursor: Cursor = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+) -> wire.FeedbackPage:
+    """How much feedback each label has, and a page of it, newest first. `next` is the cursor of the following page."""
+    await asyncio.to_thread(services.store.aliases, task)  # a task that is not there is told
+    before = None if cursor is None else int(cursor)
+    page = await asyncio.to_thread(services.feedback.page, task, label=label, before=before, limit=limit)
+    return wire.FeedbackPage(
+        task=task,
+        images=sum(page.counts.values()),
+        labels=dict(page.counts),
+        items=[_told(word) for word in page.words],
+        next=None if page.next is None else str(page.next),
+    )
+
+
+@router.delete("/tasks/{task}/feedback/{sha256}", status_code=204)
+async def withdraw(services: ServicesOf, task: params.TaskOf, sha256: str) -> None:
+    """Forget a picture and what was said about it. Datasets that hold it keep it."""
+    await asyncio.to_thread(services.feedback.delete, task, sha256)
+
+
+@router.post(
+    "/tasks/{task}/feedback/dataset",
+    status_code=201,
+    responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
+)
+async def freeze(
+    *,
+    response: Response,
+    services: ServicesOf,
+    task: params.TaskOf,
+    name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
+    parent: Annotated[str | None, Query(description="A dataset; without it, the live version's.")] = None,
+) -> wire.Dataset:
+    """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next."""
+    dataset = await asyncio.to_thread(_freeze, services, task, name, parent)
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return datasets.told(dataset)
+
+
+# --- in threads -------------------------------------------------------------------------------------------------------
+
+
+def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
+    known, named = _live(services, task).labels, _printable(label)
+    if named not in known and not new_label:
+        shown = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
+        detail = f"label: expected one of {shown}; or new_label=true, got {named!r}"
+        raise Unprocessable(detail, code="unknown_label")
+    return services.feedback.add(task, images, named)
+
+
+def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dataset:
+    origin = parent or _live(services, task).dataset
+    if origin is None:
+        detail = f"nothing says on which dataset the live version of {task!r} was fitted; name one with ?parent="
+        raise Conflict(detail, code="no_parent_dataset")
+    more = services.feedback.examples(task)
+    if not more:
+        raise Conflict(f"task {task!r} has no feedback yet", code="no_feedback")
+    try:
+        return services.datasets.extended(origin, more, name=name)
+    except NotFound as error:
+        if parent is not None:
+            raise
+        detail = f"the dataset {origin[:12]} of the live version is not here any more; name another with ?parent="
+        raise Conflict(detail, code="no_parent_dataset") from error
+
+
+def _live(services: Services, task: str) -> stored.Manifest:
+    """The manifest of the version that answers, or answers most."""
+    aliases = services.store.aliases(task)
+    if "live" not in aliases:
+        raise stored.AliasNotFound(task, "live")
+    version = views.heaviest(aliases["live"])
+    for info in services.store.versions(task):
+        if info.version == version:
+            return info.manifest
+    raise stored.VersionNotFound(task, version)
+
+
+def _printable(label: str) -> str:
+    try:
+        return label_of(label)
+    except BadRequest as error:
+        raise Unprocessable(f"label: expected 1 to 200 printable characters, got {label[:40]!r}") from error
+
+
+def _told(word: Word, previous: str | None = None) -> wire.FeedbackItem:
+    return wire.FeedbackItem(
+        sha256=word.sha256,
+        label=word.label,
+        previous=previous,
+        bytes=word.bytes,
+        width=word.width,
+        height=word.height,
+        at=word.at,
+    )

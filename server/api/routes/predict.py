@@ -1,0 +1,330 @@
+"""Predictions over HTTP: images in whatever envelope, labels out, and how long each step took."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import math
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Final, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from lensrack import wire
+from prompts_store import StoreError
+from server.api import params, problems, raw_pixels
+from server.api.services import Services, ServicesOf, request_id
+from server.errors import BadRequest, ServiceError, Unprocessable
+from server.serving.answers import Answer, Scored, Timings
+from server.serving.decoding import Image
+from server.serving.predictor import versions_in
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+router = APIRouter(tags=["predictions"])
+
+TopK = Annotated[int, Query(ge=1, le=1000, description="How many labels to give for each image, best first.")]
+Tasks = Annotated[
+    list[str],
+    Query(
+        alias="task",
+        min_length=1,
+        description="`task`, `task@alias`, `task@version`; `@one+other` for both; repeatable.",
+    ),
+]
+
+_ENVELOPES: Final = (*params.IMAGE_TYPES, "multipart/form-data", "application/json")
+IMAGES: Final[dict[str, Any]] = {
+    "required": True,
+    "content": {
+        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in params.IMAGE_TYPES},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            }
+        },
+        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+    },
+}
+_PIXELS: Final[dict[str, Any]] = {
+    **IMAGES,
+    "content": {**IMAGES["content"], raw_pixels.NPY: {"schema": {"type": "string", "format": "binary"}}},
+}
+_BODY: Final[dict[str, Any]] = {
+    "parameters": [
+        {
+            "name": "Lensrack-Timeout",
+            "in": "header",
+            "description": "Seconds after which the answer is worth nothing; at most the server's own limit.",
+            "schema": {"type": "number", "exclusiveMinimum": 0},
+        },
+        {
+            "name": "Lensrack-Key",
+            "in": "header",
+            "description": "Requests with the same key see the same side of a canary.",
+            "schema": {"type": "string"},
+        },
+        {
+            "name": wire.GEOMETRY_HEADER,
+            "in": "header",
+            "description": "How the client has cut the pixels of a NumPy body; a version that is cut otherwise answers "
+            f"409 geometry_differs. `{wire.Geometry.EXAMPLE}`",
+            "schema": {"type": "string"},
+        },
+    ],
+    "requestBody": _PIXELS,
+}
+_HEADERS: Final[dict[str, Any]] = {
+    "Server-Timing": {"description": "decode, queue and compute in milliseconds.", "schema": {"type": "string"}}
+}
+_VERSION: Final[dict[str, Any]] = {
+    "Lensrack-Version": {
+        "description": "The version that answered; an ensemble's joined by `+`.",
+        "schema": {"type": "string"},
+    }
+}
+
+
+@router.post(
+    "/predict/{task}",
+    response_model=wire.PredictResponse,
+    responses={200: {"headers": {**_HEADERS, **_VERSION}}},
+    openapi_extra=_BODY,
+)
+async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK = 5) -> Response:
+    """Ask one task, `task`, `task@alias` or `task@version`, about one or more images.
+
+    `task@live+candidate` is an ensemble: several versions answer in one batch, a row each, and their probabilities are
+    averaged. A NumPy body (uint8 [n, S, S, 3], RGB) holds images that the client has cut to the version's size itself.
+    """
+    timeout_s = _timeout_s(request, services)
+    images = await read_pixels(request, services, versions_in(task))
+    work = services.predictor.predict(
+        task, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+    )
+    answer = await unless_gone(request, work)
+    body = wire.PredictResponse(
+        task=answer.task,
+        version=answer.version,
+        versions=_several(answer),
+        predictions=_listed(answer.predictions),
+    )
+    return _response(body, answer.timings, {"Lensrack-Version": answer.version})
+
+
+@router.post(
+    "/predict", response_model=wire.ManyPredictResponse, responses={200: {"headers": _HEADERS}}, openapi_extra=_BODY
+)
+async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top_k: TopK = 5) -> Response:
+    """Ask many tasks about the same images. A task that fails has its problem in its place; only when none could answer
+    is the whole request a problem, the first task's."""
+    timeout_s = _timeout_s(request, services)
+    images = await read_pixels(request, services, sum(map(versions_in, set(tasks))))
+    work = services.predictor.predict_many(
+        tasks, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+    )
+    results = await unless_gone(request, work)
+    answered = [result for result in results.values() if isinstance(result, Answer)]
+    for result in results.values():
+        if isinstance(result, Exception) and not answered:
+            raise result
+    body = wire.ManyPredictResponse(
+        results={task: _task_result(result, request_id(request)) for task, result in results.items()}
+    )
+    return _response(body, _longest([answer.timings for answer in answered]))
+
+
+@router.post("/embed", response_model=wire.EmbedResponse, responses={200: {"headers": _HEADERS}}, openapi_extra=_BODY)
+async def embed(request: Request, services: ServicesOf) -> Response:
+    """The frozen backbone's features of images."""
+    timeout_s = _timeout_s(request, services)
+    images = await read_pixels(request, services)
+    features = await unless_gone(request, services.predictor.embed(images, tenant=services.tenant, timeout_s=timeout_s))
+    body = wire.EmbedResponse(fingerprint=features.fingerprint, embeddings=features.vectors.tolist())
+    return _response(body, features.timings)
+
+
+# --- images in ------------------------------------------------------------------------------------------------------
+
+
+async def read_images(request: Request, services: Services, tasks: int = 1) -> list[bytes]:
+    """The images of a body, in order, still encoded, counted for the key as often as there are tasks to ask.
+
+    Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge, QueueFull rate_limited.
+    """
+    params.require_type(request.headers, _ENVELOPES)
+    images = [data for data, _ in await _read(request, services)]
+    await services.meter.images(services.key, len(images) * tasks)
+    return images
+
+
+async def read_pixels(request: Request, services: Services, tasks: int = 1) -> list[Image]:
+    """As `read_images`, and also images that are pixels already, as the body or as parts of a form."""
+    params.require_type(request.headers, (*_ENVELOPES, raw_pixels.NPY))
+    images: list[Image] = []
+    for data, kind in await _read(request, services):
+        left = services.settings.max_images - len(images)
+        images += raw_pixels.read(data, request.headers, most=left) if kind == raw_pixels.NPY else [data]
+    await services.meter.images(services.key, len(images) * tasks)
+    return images
+
+
+async def _read(request: Request, services: Services) -> list[tuple[bytes, str]]:
+    """What a body holds, and of which type each says it is."""
+    kind = params.media_type(request.headers)
+    if kind == "multipart/form-data":
+        return await _from_form(request, services.settings.max_images)
+    body = await request.body()
+    if kind == "application/json":
+        return [(data, "") for data in await asyncio.to_thread(_from_json, body)]
+    if not body:
+        raise BadRequest("expected an image, got 0 bytes", code="bad_image")
+    return [(body, kind)]
+
+
+async def _from_form(request: Request, most: int) -> list[tuple[bytes, str]]:
+    require_whole(await request.body(), request.headers.get("content-type", ""))
+    try:
+        async with request.form(max_files=most, max_fields=most) as form:
+            given = form.multi_items()
+            strangers = [name for name, value in given if name != "images" or not isinstance(value, UploadFile)]
+            if strangers or not given:
+                got = f"{strangers[0][:100]!r}" if strangers else "none"
+                raise Unprocessable(f"multipart body: expected files in the field 'images', got {got}")
+            files = [value for _, value in given if isinstance(value, UploadFile)]
+            return [(await file.read(), params.media_type(file.headers)) for file in files]
+    except HTTPException as error:
+        raise BadRequest(f"multipart body: {error.detail}") from error
+
+
+def require_whole(body: bytes, content_type: str) -> None:
+    """Starlette's parser forgets to close the files of a body that breaks off, so such a body does not get that far."""
+    _, options = parse_options_header(content_type)
+    closing = b"--" + options.get(b"boundary", b"") + b"--"
+    if closing not in body:
+        raise BadRequest(f"multipart body: expected it to end with its closing boundary, got {len(body)} bytes without")
+
+
+def _from_json(body: bytes) -> list[bytes]:
+    asked = problems.parsed(wire.PredictRequest, body)
+    return [_decoded(image.b64, index) for index, image in enumerate(asked.images)]
+
+
+def _decoded(text: str, index: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Unprocessable(f"images.{index}.b64: expected base64 (RFC 4648, padded), got {text[:40]!r}") from error
+
+
+def _timeout_s(request: Request, services: Services) -> float:
+    most = services.settings.request_timeout_s
+    given = request.headers.get("Lensrack-Timeout")
+    if given is None:
+        return most
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s <= most:
+        raise Unprocessable(f"Lensrack-Timeout: expected seconds above 0 and up to {most:g}, got {given[:40]!r}")
+    return timeout_s
+
+
+def _key(request: Request) -> str:
+    return request.headers.get("Lensrack-Key") or request_id(request)
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of the work, which is cancelled as soon as its client has left. Raises ClientDisconnect then.
+
+    The body must have been read: what the client says next can only be that it goes.
+    """
+    own, left = asyncio.current_task(), False
+    assert own is not None, "requests are answered in tasks"
+    before = own.cancelling()
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal left
+        if not gone.cancelled():
+            left = True
+            own.cancel()
+
+    gone = asyncio.ensure_future(_gone(request))
+    gone.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left and own.uncancel() <= before:  # nobody but the client has ended it
+            raise ClientDisconnect from None
+        raise
+    finally:
+        gone.remove_done_callback(leave)
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has left, or the connection fails."""
+    with suppress(Exception):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+
+# --- answers out ----------------------------------------------------------------------------------------------------
+
+
+def _task_result(result: Answer | Exception, id_: str) -> wire.TaskResult:
+    if isinstance(result, Answer):
+        return wire.TaskResult(
+            version=result.version, versions=_several(result), predictions=_listed(result.predictions)
+        )
+    if not isinstance(result, ServiceError | StoreError):
+        log.error("request %s: a task failed unexpectedly", id_, exc_info=result)
+    return wire.TaskResult(error=problems.problem(problems.service_error(result), id_))
+
+
+def _several(answer: Answer) -> list[str] | None:
+    return list(answer.versions) if len(answer.versions) > 1 else None
+
+
+def _listed(predictions: Sequence[Sequence[Scored]]) -> list[list[wire.Prediction]]:
+    return [
+        [wire.Prediction(label=best.label, index=best.index, score=best.score) for best in of_image]
+        for of_image in predictions
+    ]
+
+
+def _longest(timings: Sequence[Timings]) -> Timings:
+    """Tasks wait side by side: the longest of each step is what the request waited."""
+    return Timings(
+        decode_s=max(each.decode_s for each in timings),
+        queue_s=max(each.queue_s for each in timings),
+        compute_s=max(each.compute_s for each in timings),
+    )
+
+
+def _response(
+    body: wire.PredictResponse | wire.ManyPredictResponse | wire.EmbedResponse,
+    timings: Timings,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    text = body.model_dump_json(exclude_none=True)
+    return Response(text, media_type="application/json", headers={**server_timing(timings), **(headers or {})})
+
+
+def server_timing(timings: Timings) -> dict[str, str]:
+    steps = {"decode": timings.decode_s, "queue": timings.queue_s, "compute": timings.compute_s}
+    return {"Server-Timing": ", ".join(f"{name};dur={1000 * seconds:.3f}" for name, seconds in steps.items())}

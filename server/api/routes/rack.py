@@ -1,0 +1,65 @@
+"""The device at this moment, and what can be done with it: for whoever looks at the server rather than asks it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import Counter, Histogram
+
+from lensrack import wire
+from server.api.services import ServicesOf
+from server.observability import metrics
+
+router = APIRouter(tags=["rack"])
+
+
+@router.get("/rack")
+async def rack(services: ServicesOf) -> wire.Rack:
+    """Who sits on the device, what waits for it, and how full its forwards have been. A key for some tasks sees only
+    these, and nothing that is counted over all."""
+    asked, now = services.predictor.asked, await services.rack()
+    seats = [seat.model_copy(update={"requests": asked(seat.task)[seat.version]}) for seat in now.seats]
+    if services.tenant:
+        sizes = {"max_queue": services.settings.max_queue, "max_batch": services.settings.max_batch}
+        return now.model_copy(update={"seats": seats, **sizes})
+    await metrics.brought_up_to_date()
+    batch_rows = counts(metrics.BATCH_ROWS)
+    return now.model_copy(
+        update={
+            "seats": seats,
+            "queued": len(services.batcher),
+            "places": services.batcher.places,
+            "max_queue": services.settings.max_queue,
+            "max_batch": services.settings.max_batch,
+            "rows": outcomes(metrics.ROWS),
+            "forwards": sum(batch_rows.values()),
+            "batch_rows": batch_rows,
+            "batch_tasks": counts(metrics.BATCH_TASKS),
+        }
+    )
+
+
+@router.get("/methods")
+async def methods(services: ServicesOf) -> wire.MethodList:
+    """How a task can be fitted."""
+    known = sorted(services.methods.items())
+    return wire.MethodList(
+        methods=[wire.Method(name=name, meaning=meaning) for name, meaning in known],
+        baselines=[wire.Method(name=name, meaning=meaning) for name, (meaning, _) in services.baselines.items()],
+    )
+
+
+def counts(histogram: Histogram) -> dict[str, int]:
+    """A histogram's observations by bucket, named by its upper end; empty buckets are left out."""
+    found, below = {}, 0.0
+    for sample in metrics.samples(histogram):
+        if sample.name.endswith("_bucket"):
+            if sample.value > below:
+                found[sample.labels["le"].removesuffix(".0")] = int(sample.value - below)
+            below = sample.value
+    return found
+
+
+def outcomes(counter: Counter) -> dict[str, int]:
+    """A counter's values by its `outcome`."""
+    found = metrics.samples(counter)
+    return {sample.labels["outcome"]: int(sample.value) for sample in found if sample.name.endswith("_total")}

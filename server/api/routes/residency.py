@@ -1,0 +1,56 @@
+"""Which versions sit on the device: told truthfully, and moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+
+from lensrack import wire
+from server.api import views
+from server.api.services import Services, ServicesOf
+from server.serving.predictor import in_time
+from server.serving.resolver import Ref
+
+router = APIRouter(tags=["residency"])
+
+
+@router.post("/tasks/{task}/load")
+async def load(services: ServicesOf, task: str) -> wire.Residency:
+    """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
+    await in_time(services.settings.request_timeout_s, services.residency.load(ref.task, version))
+    return views.residency(services, ref.task, version)
+
+
+@router.post("/tasks/{task}/unload")
+async def unload(services: ServicesOf, task: str) -> wire.Residency:
+    """Free the version's memory on the device; answers when the last request that needs it has been served."""
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
+    await services.residency.unload(ref.task, version)
+    return views.residency(services, ref.task, version)
+
+
+@router.post("/tasks/{task}/pin")
+async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = None) -> wire.Residency:
+    """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
+    ref = Ref.parse(task)
+    version = await one_version(services, ref)
+    if (body or wire.PinRequest()).pinned:
+        acquiring = services.residency.acquire(ref.task, version)
+        seat = await in_time(services.settings.request_timeout_s, acquiring)  # while it is held, nothing can evict it
+        await services.residency.pin(ref.task, version, True)
+        services.residency.release(seat)
+    else:
+        await services.residency.pin(ref.task, version, False)
+    return views.residency(services, ref.task, version)
+
+
+async def one_version(services: Services, ref: Ref) -> str:
+    """The version that a reference means; of a split alias the one with most of the requests."""
+    aliases = await asyncio.to_thread(services.store.aliases, ref.task)
+    if ref.name in aliases:
+        return views.heaviest(aliases[ref.name])
+    return await services.predictor.resolve(ref, key="")

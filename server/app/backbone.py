@@ -1,0 +1,80 @@
+"""The backbone that the settings name: loaded, and as facts, which are all that HTTP and imports need of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prompts_store import Preprocess
+from server.engine import backbone as eye
+from server.engine.spec import Spec
+from server.importing.format import Width
+from server.importing.importer import Eye, Importer
+from server.methods.registry import Registry
+from server.settings import Settings
+
+UNTRAINED_NOTE = (
+    "the backbone is `untrained`: a small stand-in with random weights, fit for trying things out; "
+    "set LENSRACK_BACKBONE to a trained one for answers worth having"
+)
+
+
+def load_backbone(
+    settings: Settings, threads: int, device: str | None = None, *, training: bool = False
+) -> eye.Backbone:
+    """On LENSRACK_DEVICE unless another is given. `training`: never in 8 bits."""
+    torch.set_num_threads(threads)
+    return eye.load(
+        settings.backbone,
+        settings.backbone_weights,
+        device=device or settings.device,
+        dtype="auto" if training and settings.dtype == eye.FLOAT8 else settings.dtype,
+        packed=settings.packed,
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the HTTP side needs to know of the backbone, and no more: `names` are its parameters' shapes."""
+
+    spec: Spec
+    device: str
+    dtype: str
+    names: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, backbone: eye.Backbone) -> Facts:
+        state = backbone.model.state_dict()
+        names = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return cls(backbone.spec, str(backbone.device), backbone.precision, names)
+
+    @classmethod
+    def from_json(cls, text: str) -> Facts:
+        known = json.loads(text)
+        own = known["spec"]["preprocess"]
+        preprocess = Preprocess(**{**own, "mean": tuple(own["mean"]), "std": tuple(own["std"])})
+        names = {name: tuple(shape) for name, shape in known["names"].items()}
+        return cls(Spec(**{**known["spec"], "preprocess": preprocess}), known["device"], known["dtype"], names)
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def on(self, devices: Sequence[str]) -> Facts:
+        """Of several engines, which differ in their devices alone."""
+        return replace(self, device=",".join(devices)) if len(devices) > 1 else self
+
+
+def importer_for(facts: Facts, registry: Registry) -> Importer:
+    spec = facts.spec
+
+    def fingerprint_of(arrays: Mapping[str, NDArray[np.float32]]) -> str:
+        return eye.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
+
+    width = Width(spec.dim, spec.depth, facts.names)
+    own = Eye(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
+    return Importer(own, lambda bundle: registry.check(bundle, spec))

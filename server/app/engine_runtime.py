@@ -1,0 +1,215 @@
+"""The engine room: the backbone, the rack, the engine and the one queue before it, built and wired."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lensrack import wire
+from prompts_store import CachedStore, Store, open_store
+from server.batching.batcher import Batcher
+from server.batching.watchdog import Watchdog
+from server.engine.backbone import Backbone
+from server.engine.engine import Engine
+from server.engine.graph_recording import recorded as graphs_of
+from server.engine.graphs import Graphs, buckets
+from server.engine.rack import Rack
+from server.engine.recorder import CudaRecorder
+from server.engine.residency import Loaded, Residency
+from server.keys.authenticator import KeyRing
+from server.methods.registry import Registry
+from server.observability import metrics
+from server.serving.preloader import Succession
+from server.settings import Settings
+
+from . import allocator, instrumentation, sample_tasks
+from .backbone import UNTRAINED_NOTE, Facts, load_backbone
+from .worker_pool import Supervisor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineRoom:
+    """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP.
+
+    `warm_up`, `start`, whatever is asked of it, `drain`, `stop`.
+    """
+
+    settings: Settings
+    facts: Facts
+    registry: Registry
+    bundles: Store
+    store: CachedStore
+    rack: Rack
+    residency: Residency
+    succession: Succession
+    engine: Engine
+    batcher: Batcher
+    watchdog: Watchdog
+    workers: Supervisor
+    loading: ThreadPoolExecutor
+
+    @property
+    def lost(self) -> bool:
+        return self.watchdog.lost
+
+    async def warm_up(self) -> None:
+        """One forward before the first request pays for lazy set-up."""
+        await asyncio.to_thread(see_nothing, self.engine)
+
+    def start(self) -> None:
+        self.workers.start()
+        self.watchdog.start()
+        self.succession.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        await self.batcher.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """After a drain. Its store stays open: whoever opened others closes all of them at once."""
+        await self.succession.stop()
+        await self.workers.stop()
+        await self.watchdog.stop()
+        self.loading.shutdown(wait=False, cancel_futures=True)
+
+    async def occupied(self) -> wire.Rack:
+        """What `GET /rack` says of the device."""
+        rack, counts = self.rack, self.residency.counts
+        seats = [
+            wire.RackSeat(
+                slot=one.seat.slot,
+                task=one.seat.task,
+                version=one.seat.version,
+                bytes=one.bytes,
+                in_use=one.in_use,
+                pinned=one.pinned,
+            )
+            for one in self.residency.occupants()
+        ]
+        return wire.Rack(
+            slots=rack.slots,
+            used_slots=rack.used_slots,
+            bytes=rack.capacity * rack.vector_bytes,
+            used_bytes=rack.used_vectors * rack.vector_bytes,
+            seats=seats,
+            hits=counts.hits,
+            loads=counts.loads,
+            evictions=counts.evictions,
+        )
+
+
+def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> EngineRoom:
+    """The engine of a `number`, from 0; the first of several does what one alone must do. Raises ValueError."""
+    first = number == 0
+    backbone = _own_backbone(settings, number)
+    registry = Registry.installed()
+    bundles = open_store(settings.store_url)
+    if first and settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
+        log.info("ready tasks: %s", ", ".join(names))
+    store = CachedStore(bundles, max_bytes=settings.cache_bytes)
+    rack = Rack.sized(
+        dim=backbone.spec.dim,
+        slots=settings.rack_slots,
+        size_bytes=settings.rack_bytes,
+        device=backbone.device,
+        dtype=backbone.dtype,
+    )
+    loading = ThreadPoolExecutor(2, thread_name_prefix="load")
+    residency = build_residency(rack, registry, store, backbone, loading)
+    engine = Engine(backbone, rack, record_graphs(settings, backbone, rack))
+    batcher = Batcher(
+        engine,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        share=ring.weight,
+        target_s=settings.target_latency_s,
+        wait_s=settings.max_wait_s,
+    )
+    watchdog = Watchdog(
+        batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
+    )
+    workers = supervise(settings, settings.workers if first else 0)
+    instrumentation.process(settings, backbone)
+    instrumentation.engine_room(settings, batcher, rack, workers)
+    facts = Facts.of(backbone)
+    backbone.let_weights_go()
+    allocator.hand_back()
+    return EngineRoom(
+        settings,
+        facts,
+        registry,
+        bundles,
+        store,
+        rack,
+        residency,
+        Succession(store, residency),
+        engine,
+        batcher,
+        watchdog,
+        workers,
+        loading,
+    )
+
+
+def _own_backbone(settings: Settings, number: int) -> Backbone:
+    """One core is left to the event loop."""
+    devices = settings.engine_devices
+    threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
+    backbone = load_backbone(settings, threads, devices[number])
+    if not backbone.spec.trained:
+        log.warning(UNTRAINED_NOTE)
+    log.info("backbone %s, fingerprint %s…", backbone.spec.arch, backbone.spec.fingerprint[:12])
+    return backbone
+
+
+def record_graphs(settings: Settings, backbone: Backbone, rack: Rack) -> Graphs | None:
+    """None where they are not asked for. What cannot be recorded is logged and counted, and goes the ordinary way."""
+    if not settings.cuda_graphs:
+        return None
+    graphs = graphs_of(backbone, rack, partial(CudaRecorder, backbone.device), buckets(settings.max_batch))
+    instrumentation.cuda_graphs(graphs)
+    return graphs
+
+
+def build_residency(
+    rack: Rack, registry: Registry, store: Store, backbone: Backbone, pool: ThreadPoolExecutor
+) -> Residency:
+    def load(task: str, version: str) -> Loaded:
+        return registry.load(store.get(task, version), backbone)
+
+    return Residency(
+        rack, load, pool, on_load=instrumentation.loaded, on_hit=instrumentation.hit, on_evict=instrumentation.evicted
+    )
+
+
+def supervise(settings: Settings, count: int) -> Supervisor:
+    """Workers are this program again. They find the same packages and the same home, wherever they start."""
+    root, port = str(Path(__file__).resolve().parents[2]), settings.worker_metrics_port
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, str(Path(root) / "client"), os.environ.get("PYTHONPATH")))),
+        "LENSRACK_HOME": str(settings.home.resolve()),
+    }
+    return Supervisor(
+        [sys.executable, "-m", "server", "work", "--until-stdin-closes"],
+        count,
+        env=env,
+        grace_s=settings.drain_timeout_s,
+        on_restart=metrics.WORKER_RESTARTS.inc,
+        own_env=lambda number: {"LENSRACK_WORKER_METRICS_PORT": str(port + number if port else 0)},
+    )
+
+
+def see_nothing(engine: Engine) -> None:
+    """A forward of one picture of zeros."""
+    size = engine.backbone.spec.image_size
+    engine.embed([np.zeros((size, size, 3), np.uint8)])

@@ -1,0 +1,102 @@
+"""What feeds the metrics from floors that know of none: gauges read at a scrape, hooks, caches that count.
+
+The engine and training run on machines without the service's packages, so they offer hooks and protocols, and here is
+who uses them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TypeVar
+
+from server import __version__
+from server.batching.batcher import Batcher
+from server.engine.backbone import Backbone
+from server.engine.device_memory import device_memory
+from server.engine.graphs import Graphs
+from server.engine.rack import Rack
+from server.observability import metrics
+from server.serving.quarantine import Quarantine
+from server.settings import Settings
+from server.training.caches.array_file import Array
+from server.training.caches.feature_cache import FeatureCache, FeatureKey
+from server.training.caches.pixel_cache import PixelCache, Pixels
+
+from .worker_pool import Supervisor
+
+Found = TypeVar("Found")
+
+
+def process(settings: Settings, backbone: Backbone) -> None:
+    """What is true of a server and of a worker alike."""
+    metrics.TASKS.limit(settings.metrics_tasks)
+    device, dtype = backbone.device.type, backbone.precision
+    metrics.build(version=__version__, backbone=backbone.spec.arch, device=device, dtype=dtype)
+    if backbone.device.type == "cuda":
+        metrics.gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
+
+
+def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:
+    """What a server's gauges say when they are read. A process has one engine at most."""
+    metrics.read_when_asked(metrics.QUEUE_PLACES, lambda: batcher.places)
+    metrics.read_when_asked(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
+    metrics.RACK_SLOTS.set(rack.slots)
+    metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)
+    metrics.read_when_asked(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
+    metrics.read_when_asked(metrics.RACK_LENSES, lambda: rack.used_slots)
+    metrics.WORKERS.labels("wanted").set(settings.workers)
+    metrics.read_when_asked(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
+
+
+def cuda_graphs(graphs: Graphs) -> None:
+    metrics.read_when_asked(metrics.GRAPHS.labels("serving"), lambda: len(graphs.graphs))
+    metrics.read_when_asked(metrics.GRAPHS.labels("refused"), lambda: graphs.counts.refused)
+    graphs.on_rows = _went
+
+
+def _went(by_graph: int, beside: int) -> None:
+    metrics.GRAPH_ROWS.labels("graph").inc(by_graph)
+    metrics.GRAPH_ROWS.labels("beside").inc(beside)
+
+
+def front(quarantine: Quarantine) -> None:
+    metrics.read_when_asked(metrics.QUARANTINED, quarantine.count)
+
+
+# --- the rack's hooks -------------------------------------------------------------------------------------------------
+
+
+def loaded(task: str, seconds: float) -> None:
+    label = metrics.TASKS.label(task)
+    metrics.RACK_LOADS.labels(label).inc()
+    metrics.LOAD_S.labels(label).observe(seconds)
+
+
+def hit(task: str, times: int) -> None:
+    metrics.RACK_HITS.labels(metrics.TASKS.label(task)).inc(times)
+
+
+def evicted(task: str) -> None:
+    metrics.RACK_EVICTIONS.labels(metrics.TASKS.label(task)).inc()
+
+
+# --- a worker's caches ------------------------------------------------------------------------------------------------
+
+
+class CountedPixels(PixelCache):
+    """A cache of decoded pictures that counts who asks in vain."""
+
+    def get(self, sha256: str, cut: str) -> Pixels | None:
+        return _counted("pixels", super().get(sha256, cut))
+
+
+class CountedFeatures(FeatureCache):
+    """A cache of frozen features that counts who asks in vain."""
+
+    def get(self, key: FeatureKey) -> Array | None:
+        return _counted("features", super().get(key))
+
+
+def _counted(cache: str, found: Found) -> Found:
+    metrics.CACHE.labels(cache, "miss" if found is None else "hit").inc()
+    return found

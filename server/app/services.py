@@ -1,0 +1,122 @@
+"""All that routes call, and gRPC beside them, over an engine room in this process or in another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lensrack import wire
+from prompts_store import Store
+from server.api import services as api
+from server.api.services import Services
+from server.api.tenancy import narrowing
+from server.errors import NotInstalled
+from server.jobs.store import JobStore
+from server.keys.authenticator import KeyRing
+from server.methods.registry import Registry
+from server.serving.answers import Limits
+from server.serving.predictor import Predictor, Queue
+from server.settings import Settings
+
+from . import instrumentation
+from .backbone import UNTRAINED_NOTE, Facts, importer_for
+from .stores import open_datasets, open_feedback, open_meter, open_uploads
+
+if TYPE_CHECKING:  # its packages are an extra's
+    from server.api.oip.grpc.server import GrpcFront
+
+
+@dataclass(frozen=True)
+class EngineSide:
+    """The engine's side as HTTP sees it, in this process or in another; `look`, `rack` and `ready` go with it."""
+
+    facts: Facts
+    residency: api.Residency
+    batcher: Queue
+    look: api.Look
+    rack: Callable[[], Awaitable[wire.Rack]]
+    ready: Callable[[], wire.Ready]
+
+
+def build_services(
+    settings: Settings, side: EngineSide, *, registry: Registry, store: Store, jobs: JobStore
+) -> tuple[Services, ThreadPoolExecutor]:
+    """All that routes call, and the threads that decode."""
+    facts = side.facts
+    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    predictor = Predictor(
+        store,
+        side.residency,
+        side.batcher,
+        decoding,
+        limits=Limits(
+            settings.max_images,
+            settings.max_image_pixels,
+            settings.max_tasks_per_request,
+            settings.scaled_decode or math.inf,
+        ),
+        geometry=facts.spec.geometry,
+        fingerprint=facts.spec.fingerprint,
+    )
+    instrumentation.front(predictor.quarantine)
+    services = Services(
+        settings=settings,
+        predictor=predictor,
+        batcher=side.batcher,
+        residency=side.residency,
+        store=store,
+        jobs=jobs,
+        datasets=open_datasets(settings),
+        uploads=open_uploads(settings),
+        feedback=open_feedback(settings),
+        ready=side.ready,
+        rack=side.rack,
+        look=side.look,
+        methods=registry.meanings,
+        baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
+        check_bundle=lambda bundle: registry.check(bundle, facts.spec),
+        importer=importer_for(facts, registry),
+        meter=open_meter(settings),
+    )
+    return services, decoding
+
+
+def readiness(facts: Facts, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()) -> wire.Ready:
+    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's.
+    `away`: what is wrong with some of several engines, while others answer."""
+    spec = facts.spec
+    notes = [note for note in (trouble, *away, "" if spec.trained else UNTRAINED_NOTE) if note]
+    if settings.scaled_decode:
+        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
+    if workers < settings.workers:
+        notes.append(f"{workers} of {settings.workers} workers are running: training may wait")
+    return wire.Ready(
+        ready=not trouble,
+        backbone=wire.Backbone(
+            arch=spec.arch,
+            fingerprint=spec.fingerprint,
+            trained=spec.trained,
+            device=facts.device,
+            dtype=facts.dtype,
+            image_size=spec.image_size,
+            depth=spec.depth,
+            dim=spec.dim,
+        ),
+        notes=notes,
+        checks={"engine": trouble or "; ".join(away) or "ok", "workers": f"{workers} of {settings.workers}"},
+    )
+
+
+def build_grpc(services: Services, ring: KeyRing) -> GrpcFront | None:
+    """None where no port is set. Raises NotInstalled."""
+    settings = services.settings
+    if not settings.grpc_port:
+        return None
+    try:
+        from server.api.oip.grpc.server import GrpcFront
+    except ImportError as error:
+        raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
+    return GrpcFront(narrowing(services), ring, settings, settings.grpc_port)

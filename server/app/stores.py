@@ -1,0 +1,78 @@
+"""Opens what the settings name: stores of jobs, datasets, uploads and feedback, keys and what is counted of them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final, Protocol
+
+from server.datasets.dataset_store import DatasetStore
+from server.datasets.feedback_store import FeedbackStore
+from server.datasets.upload_store import UploadStore
+from server.jobs.redis_store import RedisJobStore
+from server.jobs.sqlite_store import SqliteJobStore
+from server.jobs.store import JobStore
+from server.keys.authenticator import KeyRing
+from server.keys.keys_file import KeysFile
+from server.keys.meter import Meter
+from server.keys.url import open_keys
+from server.settings import Settings
+
+CLOSE_S: Final = 2.0
+
+
+def open_jobs(settings: Settings) -> JobStore:
+    scheme, separator, path = settings.jobs_url.partition("://")
+    if scheme in {"redis", "rediss"}:
+        return RedisJobStore(settings.jobs_url)
+    if scheme == "sqlite":
+        return SqliteJobStore(Path(path))
+    got = f"{scheme}://…" if separator else "another form"  # a URL may hold a password
+    raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE or redis://…, got {got}")
+
+
+def open_ring(settings: Settings) -> KeyRing:
+    """The keys that this server asks for, read once. Raises ValueError and ServiceError."""
+    file = KeysFile(settings.keys_file) if settings.keys_file is not None else None
+    ring = KeyRing(open_keys(settings.keys_url), file)
+    ring.load()
+    return ring
+
+
+def open_meter(settings: Settings) -> Meter:
+    """Limits are counted where the keys are."""
+    url = settings.keys_url
+    return Meter(url if url.startswith(("redis://", "rediss://")) else None)
+
+
+def open_datasets(settings: Settings) -> DatasetStore:
+    return DatasetStore(
+        settings.datasets_dir,
+        max_images=settings.max_dataset_images,
+        max_unpacked_bytes=settings.max_unpacked_bytes,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+def open_uploads(settings: Settings) -> UploadStore:
+    return UploadStore(
+        settings.datasets_dir / "resumable", max_bytes=settings.max_dataset_bytes, expiry_s=settings.upload_expiry_s
+    )
+
+
+def open_feedback(settings: Settings) -> FeedbackStore:
+    return FeedbackStore(
+        settings.datasets_dir / "feedback",
+        max_images=settings.max_feedback_images,
+        max_image_pixels=settings.max_image_pixels,
+    )
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+async def close_all(*stores: Closable) -> None:
+    """A store that hangs is not waited for: whoever asked this process to end has a deadline."""
+    closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in stores]
+    await asyncio.wait(closing, timeout=CLOSE_S)

@@ -1,0 +1,1 @@
+"""`python -m server …`: a file for each group of commands."""

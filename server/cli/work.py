@@ -1,0 +1,62 @@
+"""`python -m server work`: a worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+from typing import Annotated
+
+import typer
+from prometheus_client import start_http_server
+
+from prompts_store import StoreError
+from server.app import allocator
+from server.observability import metrics
+
+from .root import load_settings, start_telling
+
+log = logging.getLogger("server")
+
+
+def work(
+    until_stdin_closes: Annotated[
+        bool, typer.Option(help="Leave when the process that started this one ends.")
+    ] = False,
+) -> None:
+    """Fit queued training jobs, one after the other."""
+    allocator.keep_one_heap()
+    settings = load_settings()
+    start_telling(settings, "lensrack-worker")
+    from server.app.worker import build_worker
+    from server.engine.backbone import BackboneError
+    from server.errors import ServiceError
+
+    os.nice(settings.worker_nice)
+    try:
+        trainer = build_worker(settings, name=f"{socket.gethostname()}-{os.getpid()}")
+        if settings.worker_metrics_port:
+            start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
+    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
+        typer.echo(f"the worker cannot start: {error}", err=True)
+        raise typer.Exit(1) from None
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        trainer.stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    if until_stdin_closes:
+        threading.Thread(target=_wait_for_parent, args=(trainer.stop,), daemon=True).start()
+    log.info("worker ready, pid %d", os.getpid())
+    trainer.run()
+
+
+def _wait_for_parent(stop: threading.Event) -> None:
+    """The pipe on stdin closes when the server ends, however it ends."""
+    while os.read(0, 1024):
+        pass
+    stop.set()

@@ -1,0 +1,61 @@
+"""Hostile-input reading of zip, tar, tar.gz and tar.zst: an iterator of members, and nothing is ever unpacked by name.
+
+The kind is sniffed from the content. Whatever an archive claims about itself is checked before it is believed, and what
+it really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what was found.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, Final, Literal
+
+from .member_names import Names
+from .metering import Limits, Member, refused
+from .tar_members import BLOCK, tar_members
+from .zip_members import zip_members
+
+__all__ = ["BLOCK", "Kind", "Limits", "Member", "looks_like_archive", "members", "sniff"]
+
+Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
+
+_SKIPPABLE_FRAMES: Final = tuple(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))  # RFC 8878, 3.1.2
+_OTHER_ARCHIVES: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0")
+_DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")  # zips, but nobody means them as such
+
+
+def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
+    """The files of an archive in their order; folders and what operating systems strew about are passed over."""
+    file.seek(0)
+    kind = sniff(file.read(BLOCK))
+    file.seek(0)
+    if kind is None:
+        start = file.read(4).hex(" ") or "nothing"
+        expected = "a zip, tar, tar.gz or tar.zst archive, a parquet file or an npz"
+        raise refused(f"expected {expected}, got a file that begins with {start}")
+    names = Names(limits.max_members)
+    if kind == "zip":
+        yield from zip_members(file, limits, names)
+    else:
+        yield from tar_members(file, limits, names, kind)
+
+
+def sniff(head: bytes) -> Kind | None:
+    """What the first 512 bytes say the content is."""
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    if head.startswith(b"\x1f\x8b"):
+        return "tar.gz"
+    if head.startswith((b"\x28\xb5\x2f\xfd", *_SKIPPABLE_FRAMES)):
+        return "tar.zst"
+    try:
+        tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "replace")
+    except (tarfile.HeaderError, ValueError):
+        return None
+    return "tar"
+
+
+def looks_like_archive(name: str, data: bytes) -> bool:
+    """Whether a member is an archive in its turn, of any kind that is common."""
+    head = data[:BLOCK]
+    return (sniff(head) is not None or head.startswith(_OTHER_ARCHIVES)) and not name.lower().endswith(_DOCUMENTS)

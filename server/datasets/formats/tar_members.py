@@ -1,0 +1,106 @@
+"""The members of a tar archive, plain or compressed by gzip or Zstandard, in one pass forward."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tarfile
+from collections.abc import Iterator
+from typing import IO, BinaryIO, Final, Self, cast
+
+from backports import zstd
+
+from .member_names import Names, is_litter, parts_of, shown
+from .metering import MAX_READ_BYTES, Limits, Member, Meter, Metered, Readable, refused, refusing, too_much
+
+BLOCK: Final = 512
+MAX_HEADER_BYTES: Final = 64 * 1024  # of one extended header, which tarfile reads into memory as a whole
+MAX_WINDOW_LOG: Final = 27  # 128 MiB, what the zstd tool itself takes without being asked: a frame may want 2 GiB
+PLAIN: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
+EXTENDED: Final = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _TarHeader(tarfile.TarInfo):
+    """A header that is checked before tarfile acts on it: tarfile takes damage in the middle for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) < BLOCK:
+            raise refused("the tar archive is truncated: it has no end mark")
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not any(buf):
+                raise  # the end mark
+            raise refused("the tar archive is damaged: it has a header with a wrong checksum") from error
+        header.check()
+        return header
+
+    def check(self) -> None:
+        name = shown(self.name)
+        if self.type in EXTENDED and self.size > MAX_HEADER_BYTES:
+            raise refused(f"a tar header of {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+        if self.islnk() or self.issym():
+            raise refused(f"the archive's member {name!r} is a link; only files and folders are accepted")
+        if self.type not in PLAIN and self.type not in EXTENDED:
+            kinds = "a device, a pipe or a sparse file"
+            raise refused(f"the archive's member {name!r} is {kinds}; only files and folders are accepted")
+        if self.size < 0:
+            raise refused(f"the archive's member {name!r} claims {self.size} bytes")
+
+
+def tar_members(file: BinaryIO, limits: Limits, names: Names, kind: str) -> Iterator[Member]:
+    packed_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    stream = Metered(_unpacked(file, kind), Meter("the archive", packed_bytes, limits))
+    with refusing():
+        archive = tarfile.open(  # noqa: SIM115  # closed by the `with` outside of `refusing`
+            fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_TarHeader, encoding="utf-8", errors="replace"
+        )
+    with archive:
+        for info in _tar_headers(archive):
+            names.count()
+            path = parts_of(info.name)
+            if info.issparse():
+                raise refused(f"the archive's member {shown(info.name)!r} is a sparse file")
+            if info.size > limits.max_unpacked_bytes:
+                raise too_much(limits)
+            if info.isdir() or is_litter(path):
+                continue
+            names.add(path)
+            content = archive.extractfile(info)
+            if content is not None:
+                yield Member(path, info.size, content)
+    _drain(stream)
+
+
+def _unpacked(file: BinaryIO, kind: str) -> Readable:
+    if kind == "tar.gz":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if kind == "tar.zst":
+        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG})
+    return file
+
+
+def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """`next` instead of iteration, which would keep every header it has met."""
+    while True:
+        with refusing():
+            info = archive.next()
+        if info is None:
+            return
+        yield info
+        archive.members = []  # type: ignore[attr-defined]  # typeshed does not know the list of what was met
+
+
+def _drain(stream: Metered) -> None:
+    """To the end, where gzip and Zstandard keep their checksums."""
+    with refusing():
+        while stream.read(MAX_READ_BYTES):
+            pass

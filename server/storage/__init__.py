@@ -1,0 +1,1 @@
+"""SQLite and Redis, opened alike and failing alike."""

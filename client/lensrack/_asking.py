@@ -20,11 +20,11 @@ OF_THE_IMAGE = frozenset({400, 413, 415, 422})  # statuses that say something of
 PATIENT_RETRIES = 6  # a long run bears a server that restarts
 SAY_AT_MOST = 10
 
-Told = list[tuple[Path, Answer | LensrackError]]
+Failures = list[tuple[Path, Answer | LensrackError]]
 
 
 @dataclass(frozen=True)
-class Question:
+class PredictionCall:
     """What is asked about each image."""
 
     client: Client
@@ -37,7 +37,7 @@ class Question:
         return client.map(self.task, images, top_k=self.top_k, in_flight=self.in_flight, errors="return")
 
 
-def to_terminal(question: Question, paths: list[Path]) -> None:
+def to_terminal(question: PredictionCall, paths: list[Path]) -> None:
     images = list(images_in(paths))
     if not images:
         raise InvalidInput(f"{', '.join(map(str, paths))}: expected images, found none")
@@ -58,7 +58,7 @@ def to_terminal(question: Question, paths: list[Path]) -> None:
         raise typer.Exit(max(map(term.exit_code, failed)) if len(failed) == len(told) else 1)
 
 
-def to_csv(question: Question, paths: list[Path], csv: Path, *, resume: bool, force: bool) -> None:
+def to_csv(question: PredictionCall, paths: list[Path], csv: Path, *, resume: bool, force: bool) -> None:
     """Every image a row, in order, as the answers come. What ends the run leaves the rows there are."""
     images = list(dict.fromkeys(images_in(paths)))
     with AnswersFile(csv, question.task, question.top_k, resume=resume, force=force) as file:
@@ -78,9 +78,9 @@ def to_csv(question: Question, paths: list[Path], csv: Path, *, resume: bool, fo
         raise typer.Exit(1)
 
 
-def _fill(question: Question, file: AnswersFile, left: list[Path], total: int) -> Told:
+def _fill(question: PredictionCall, file: AnswersFile, left: list[Path], total: int) -> Failures:
     """The images that got no answer. Raises what concerns all of them, such as a server that is away."""
-    failures: Told = []
+    failures: Failures = []
     client = question.client.with_options(max_retries=PATIENT_RETRIES)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=term.console(stderr=True)) as bar:
@@ -100,7 +100,7 @@ def _of_the_image(error: LensrackError) -> bool:
     return isinstance(error, InvalidInput) or (isinstance(error, ApiError) and error.status in OF_THE_IMAGE)
 
 
-def _say_failures(told: Told) -> None:
+def _say_failures(told: Failures) -> None:
     """Each image's own; a failure that all share, such as a server that is away, once."""
     seen: set[str] = set()
     for image, error in told:

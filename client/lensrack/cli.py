@@ -69,8 +69,8 @@ def health(context: Context, as_json: Json = False) -> None:
     if wants_json(context, as_json):
         term.print_json(ready)
     else:
-        eye = ready.backbone
-        backbone = eye and f"{eye.arch} ({'trained' if eye.trained else 'untrained'}) on {eye.device}, {eye.dtype}"
+        info = ready.backbone
+        backbone = info and f"{info.arch} ({'trained' if info.trained else 'untrained'}) on {info.device}, {info.dtype}"
         head: dict[str, object] = {"server": alive.version, "ready": ready.ready, "backbone": backbone}
         term.print_fields({**head, **ready.checks, **{f"note {i}": note for i, note in enumerate(ready.notes, 1)}})
     raise typer.Exit(0 if ready.ready else 1)

@@ -11,7 +11,7 @@ from docs.generator.markdown import table
 from server.api.app import create_app
 from server.api.scopes import need_of
 from server.api.services import Services
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.url import open_keys
 from server.settings import Settings
 
@@ -36,7 +36,7 @@ def schema() -> dict[str, Any]:
         nothing = dict.fromkeys(Services.__dataclass_fields__, _Nothing())
         given = {name: value for name, value in nothing.items() if name not in ("tenant", "key", "meter")}
         services = Services(**cast(dict[str, Any], {**given, "settings": settings}))
-        app = create_app(services, KeyRing(open_keys(settings.keys_url), None))
+        app = create_app(services, Authenticator(open_keys(settings.keys_url), None))
         return app.openapi()
 
 

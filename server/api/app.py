@@ -16,14 +16,14 @@ from starlette.middleware import Middleware
 
 from lensrack import wire
 from server import __version__
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 
 from . import problems, receiving, scopes
 from .middleware import body_limit
-from .middleware.admission import Turnstile
-from .middleware.auth import Door
-from .middleware.fast_path import Shortcut
-from .middleware.request_log import Trace
+from .middleware.admission import AdmissionMiddleware
+from .middleware.auth import AuthMiddleware
+from .middleware.fast_path import FastPath
+from .middleware.request_log import RequestLog
 from .oip import routes as oip
 from .openai import embeddings, files, jobs, models
 from .routes import (
@@ -44,7 +44,7 @@ from .routes import (
     uploads,
 )
 from .services import Services
-from .tenancy import narrowing
+from .tenancy import scoping
 
 __all__ = ["Services", "create_app"]
 
@@ -61,7 +61,7 @@ _ROOMS: Final = (
 )
 
 
-def create_app(services: Services, ring: KeyRing) -> FastAPI:
+def create_app(services: Services, ring: Authenticator) -> FastAPI:
     """The application over these services and keys. It starts and closes none of them: who made them does."""
     receiving.sweep(services.settings.datasets_dir)
     app = FastAPI(
@@ -70,20 +70,20 @@ def create_app(services: Services, ring: KeyRing) -> FastAPI:
         description="Many vision tasks from one frozen backbone, answered in one forward.",
         redirect_slashes=False,
         middleware=[
-            Middleware(Trace),
-            Middleware(Door, ring=ring, settings=services.settings),
+            Middleware(RequestLog),
+            Middleware(AuthMiddleware, ring=ring, settings=services.settings),
             Middleware(
                 body_limit.BodyLimit,
                 cap=body_limit.caps(services.settings),
                 patience=body_limit.patience(services.settings),
             ),
-            Middleware(Turnstile, queue=services.batcher),
-            Middleware(Shortcut),
+            Middleware(AdmissionMiddleware, queue=services.batcher),
+            Middleware(FastPath),
         ],
         dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},
     )
-    app.state.services, app.state.ring = narrowing(services), ring
+    app.state.services, app.state.ring = scoping(services), ring
     app.state.leaving = False  # set when the process is asked to end
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     app.state.parsing = anyio.CapacityLimiter(oip.PARSING)

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from lensrack import wire
 from server.engine.images.decode import Geometry
 from server.errors import BadRequest, ServiceError, Unprocessable
-from server.serving.decoding import Cut
+from server.serving.decoding import PrecutImage
 
 NPY: Final = "application/x-npy"
 
@@ -28,7 +28,7 @@ _FIELD: Final = re.compile(
 )
 
 
-def read(body: bytes, headers: Headers, *, most: int) -> list[Cut]:
+def read(body: bytes, headers: Headers, *, most: int) -> list[PrecutImage]:
     """The images of an array, at most `most`. Raises BadRequest (bad_image), Unprocessable (bad_pixels)."""
     geometry = claimed(headers)
     fields, start = _header(body)
@@ -43,7 +43,7 @@ def read(body: bytes, headers: Headers, *, most: int) -> list[Cut]:
     if len(body) - start != math.prod(images):
         raise BadRequest(f"expected {math.prod(images)} bytes of pixels, got {len(body) - start}", code="bad_image")
     pixels = np.frombuffer(body, np.uint8, offset=start).reshape(images)
-    return [Cut(one, geometry) for one in pixels]
+    return [PrecutImage(one, geometry) for one in pixels]
 
 
 def claimed(headers: Headers) -> Geometry | None:

@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 
 from lensrack import wire
 from prompts_store import Bundle, Store
-from server.batching.fair_share import NOBODYS
+from server.batching.fair_share import NO_FLOW
 from server.batching.scheduler import FlowKey
 from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
@@ -48,13 +48,13 @@ class Queue(Protocol):
     @property
     def places(self) -> int: ...
     def __len__(self) -> int: ...
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
 
 
-Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention_maps.Attention`
+Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention_maps.AttentionMaps`
 
 
-class AskedJobs(Protocol):
+class JobRequests(Protocol):
     """What clients may ask of the job store; the rest of it is the workers'."""
 
     def submit(
@@ -84,7 +84,7 @@ class AskedJobs(Protocol):
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events: ...
 
 
-class AskedFeedback(Protocol):
+class FeedbackRequests(Protocol):
     """What clients may ask of feedback; see `server.datasets.feedback_store`."""
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]: ...
@@ -109,10 +109,10 @@ class Services:
     batcher: Queue
     residency: Residency
     store: Store
-    jobs: AskedJobs
+    jobs: JobRequests
     datasets: DatasetStore
     uploads: UploadStore
-    feedback: AskedFeedback
+    feedback: FeedbackRequests
     ready: Callable[[], wire.Ready]
     rack: Callable[[], Awaitable[wire.Rack]]
     look: Look

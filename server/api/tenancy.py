@@ -24,12 +24,12 @@ from server.jobs.job import Job, Publish, State
 from server.jobs.store import Events, Jobs
 from server.keys.key import Key
 
-from .services import AskedFeedback, AskedJobs, Residency, Services
+from .services import FeedbackRequests, JobRequests, Residency, Services
 
 NOTHING: Final = "\0"  # what somebody without a key sees: no name begins with it
 
 
-def narrowing(services: Services) -> Callable[[Key | None], Services]:
+def scoping(services: Services) -> Callable[[Key | None], Services]:
     """From a request's key to its services. Those of one prefix are made once, a key's as long as it is unchanged."""
     made: dict[tuple[str, int | None], Services] = {}
     kept: dict[str, Services] = {}
@@ -54,18 +54,18 @@ def within(services: Services, tenant: str, quota: int | None) -> Services:
     datasets = services.datasets.of(tenant, quota)
     if not tenant:
         return replace(services, datasets=datasets)
-    store = OwnStore(services.store, tenant)
-    residency = OwnResidency(services.residency, store)
+    store = ScopedStore(services.store, tenant)
+    residency = ScopedResidency(services.residency, store)
     return replace(
         services,
         tenant=tenant,
         store=store,
         residency=residency,
         predictor=services.predictor.within(store, residency),
-        jobs=OwnJobs(services.jobs, tenant),
+        jobs=ScopedJobs(services.jobs, tenant),
         datasets=datasets,
         uploads=services.uploads.of(tenant),
-        feedback=OwnFeedback(services.feedback, tenant),
+        feedback=ScopedFeedback(services.feedback, tenant),
         rack=partial(own_rack, services.rack, tenant),
     )
 
@@ -84,7 +84,7 @@ def require_own(tenant: str, task: str) -> None:
         raise Forbidden(f"the names of this key's tasks begin with {tenant!r}, got {task[:100]!r}")
 
 
-class OwnStore:
+class ScopedStore:
     """The tasks of a store whose names begin with `tenant`."""
 
     def __init__(self, inner: Store, tenant: str) -> None:
@@ -148,10 +148,10 @@ class OwnStore:
         return self._inner
 
 
-class OwnResidency:
+class ScopedResidency:
     """The seats of a store's own tasks."""
 
-    def __init__(self, inner: Residency, store: OwnStore) -> None:
+    def __init__(self, inner: Residency, store: ScopedStore) -> None:
         self._inner, self._store = inner, store
 
     async def acquire(self, task: str, version: str) -> Any:
@@ -185,10 +185,10 @@ class OwnResidency:
             raise stored.TaskNotFound(task)
 
 
-class OwnJobs:
+class ScopedJobs:
     """The jobs of own tasks."""
 
-    def __init__(self, inner: AskedJobs, tenant: str) -> None:
+    def __init__(self, inner: JobRequests, tenant: str) -> None:
         self._inner, self._tenant = inner, tenant
 
     def submit(
@@ -239,10 +239,10 @@ class OwnJobs:
         return self._inner.events(job_id, after, limit)
 
 
-class OwnFeedback:
+class ScopedFeedback:
     """Feedback on own tasks; on others nothing has been said."""
 
-    def __init__(self, inner: AskedFeedback, tenant: str) -> None:
+    def __init__(self, inner: FeedbackRequests, tenant: str) -> None:
         self._inner, self._tenant = inner, tenant
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]:

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from prompts_store import Preprocess
-from server.engine import backbone as eye
+from server.engine import backbone as backbones
 from server.engine.spec import Spec
 from server.importing.format import Width
-from server.importing.importer import Eye, Importer
+from server.importing.importer import Importer, RunningBackbone
 from server.methods.registry import Registry
 from server.settings import Settings
 
@@ -26,20 +26,20 @@ UNTRAINED_NOTE = (
 
 def load_backbone(
     settings: Settings, threads: int, device: str | None = None, *, training: bool = False
-) -> eye.Backbone:
+) -> backbones.Backbone:
     """On LENSRACK_DEVICE unless another is given. `training`: never in 8 bits."""
     torch.set_num_threads(threads)
-    return eye.load(
+    return backbones.load(
         settings.backbone,
         settings.backbone_weights,
         device=device or settings.device,
-        dtype="auto" if training and settings.dtype == eye.FLOAT8 else settings.dtype,
+        dtype="auto" if training and settings.dtype == backbones.FLOAT8 else settings.dtype,
         packed=settings.packed,
     )
 
 
 @dataclass(frozen=True)
-class Facts:
+class BackboneInfo:
     """What the HTTP side needs to know of the backbone, and no more: `names` are its parameters' shapes."""
 
     spec: Spec
@@ -48,13 +48,13 @@ class Facts:
     names: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, backbone: eye.Backbone) -> Facts:
+    def of(cls, backbone: backbones.Backbone) -> BackboneInfo:
         state = backbone.model.state_dict()
         names = {name: tuple(tensor.shape) for name, tensor in state.items()}
         return cls(backbone.spec, str(backbone.device), backbone.precision, names)
 
     @classmethod
-    def from_json(cls, text: str) -> Facts:
+    def from_json(cls, text: str) -> BackboneInfo:
         known = json.loads(text)
         own = known["spec"]["preprocess"]
         preprocess = Preprocess(**{**own, "mean": tuple(own["mean"]), "std": tuple(own["std"])})
@@ -64,17 +64,17 @@ class Facts:
     def as_json(self) -> str:
         return json.dumps(asdict(self))
 
-    def on(self, devices: Sequence[str]) -> Facts:
+    def on(self, devices: Sequence[str]) -> BackboneInfo:
         """Of several engines, which differ in their devices alone."""
         return replace(self, device=",".join(devices)) if len(devices) > 1 else self
 
 
-def importer_for(facts: Facts, registry: Registry) -> Importer:
+def importer_for(facts: BackboneInfo, registry: Registry) -> Importer:
     spec = facts.spec
 
     def fingerprint_of(arrays: Mapping[str, NDArray[np.float32]]) -> str:
-        return eye.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
+        return backbones.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
 
     width = Width(spec.dim, spec.depth, facts.names)
-    own = Eye(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
+    own = RunningBackbone(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
     return Importer(own, lambda bundle: registry.check(bundle, spec))

@@ -19,43 +19,43 @@ from server.batching.batcher import Batcher
 from server.batching.watchdog import Watchdog
 from server.engine.backbone import Backbone
 from server.engine.engine import Engine
-from server.engine.graph_recording import recorded as graphs_of
+from server.engine.graph_recording import record_buckets
 from server.engine.graphs import Graphs, buckets
 from server.engine.rack import Rack
 from server.engine.recorder import CudaRecorder
 from server.engine.residency import Loaded, Residency
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
 from server.observability import metrics
-from server.serving.preloader import Succession
+from server.serving.preloader import Preloader
 from server.settings import Settings
 
 from . import allocator, instrumentation, sample_tasks
-from .backbone import UNTRAINED_NOTE, Facts, load_backbone
-from .worker_pool import Supervisor
+from .backbone import UNTRAINED_NOTE, BackboneInfo, load_backbone
+from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class EngineRoom:
+class EngineRuntime:
     """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP.
 
     `warm_up`, `start`, whatever is asked of it, `drain`, `stop`.
     """
 
     settings: Settings
-    facts: Facts
+    facts: BackboneInfo
     registry: Registry
     bundles: Store
     store: CachedStore
     rack: Rack
     residency: Residency
-    succession: Succession
+    succession: Preloader
     engine: Engine
     batcher: Batcher
     watchdog: Watchdog
-    workers: Supervisor
+    workers: WorkerPool
     loading: ThreadPoolExecutor
 
     @property
@@ -64,7 +64,7 @@ class EngineRoom:
 
     async def warm_up(self) -> None:
         """One forward before the first request pays for lazy set-up."""
-        await asyncio.to_thread(see_nothing, self.engine)
+        await asyncio.to_thread(run_blank_image, self.engine)
 
     def start(self) -> None:
         self.workers.start()
@@ -107,10 +107,10 @@ class EngineRoom:
         )
 
 
-def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> EngineRoom:
+def build_engine_runtime(settings: Settings, ring: Authenticator, number: int = 0) -> EngineRuntime:
     """The engine of a `number`, from 0; the first of several does what one alone must do. Raises ValueError."""
     first = number == 0
-    backbone = _own_backbone(settings, number)
+    backbone = _load_for_device(settings, number)
     registry = Registry.installed()
     bundles = open_store(settings.store_url)
     if first and settings.sample_tasks and (names := sample_tasks.put(bundles, backbone.spec.fingerprint)):
@@ -135,15 +135,15 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         wait_s=settings.max_wait_s,
     )
     watchdog = Watchdog(
-        batcher, partial(see_nothing, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
+        batcher, partial(run_blank_image, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )
-    workers = supervise(settings, settings.workers if first else 0)
+    workers = build_worker_pool(settings, settings.workers if first else 0)
     instrumentation.process(settings, backbone)
-    instrumentation.engine_room(settings, batcher, rack, workers)
-    facts = Facts.of(backbone)
-    backbone.let_weights_go()
+    instrumentation.engine_runtime(settings, batcher, rack, workers)
+    facts = BackboneInfo.of(backbone)
+    backbone.free_unpacked_weights()
     allocator.hand_back()
-    return EngineRoom(
+    return EngineRuntime(
         settings,
         facts,
         registry,
@@ -151,7 +151,7 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
         store,
         rack,
         residency,
-        Succession(store, residency),
+        Preloader(store, residency),
         engine,
         batcher,
         watchdog,
@@ -160,7 +160,7 @@ def build_engine_room(settings: Settings, ring: KeyRing, number: int = 0) -> Eng
     )
 
 
-def _own_backbone(settings: Settings, number: int) -> Backbone:
+def _load_for_device(settings: Settings, number: int) -> Backbone:
     """One core is left to the event loop."""
     devices = settings.engine_devices
     threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
@@ -175,7 +175,7 @@ def record_graphs(settings: Settings, backbone: Backbone, rack: Rack) -> Graphs 
     """None where they are not asked for. What cannot be recorded is logged and counted, and goes the ordinary way."""
     if not settings.cuda_graphs:
         return None
-    graphs = graphs_of(backbone, rack, partial(CudaRecorder, backbone.device), buckets(settings.max_batch))
+    graphs = record_buckets(backbone, rack, partial(CudaRecorder, backbone.device), buckets(settings.max_batch))
     instrumentation.cuda_graphs(graphs)
     return graphs
 
@@ -191,7 +191,7 @@ def build_residency(
     )
 
 
-def supervise(settings: Settings, count: int) -> Supervisor:
+def build_worker_pool(settings: Settings, count: int) -> WorkerPool:
     """Workers are this program again. They find the same packages and the same home, wherever they start."""
     root, port = str(Path(__file__).resolve().parents[2]), settings.worker_metrics_port
     env = {
@@ -199,7 +199,7 @@ def supervise(settings: Settings, count: int) -> Supervisor:
         "PYTHONPATH": os.pathsep.join(filter(None, (root, str(Path(root) / "client"), os.environ.get("PYTHONPATH")))),
         "LENSRACK_HOME": str(settings.home.resolve()),
     }
-    return Supervisor(
+    return WorkerPool(
         [sys.executable, "-m", "server", "work", "--until-stdin-closes"],
         count,
         env=env,
@@ -209,7 +209,7 @@ def supervise(settings: Settings, count: int) -> Supervisor:
     )
 
 
-def see_nothing(engine: Engine) -> None:
+def run_blank_image(engine: Engine) -> None:
     """A forward of one picture of zeros."""
     size = engine.backbone.spec.image_size
     engine.embed([np.zeros((size, size, 3), np.uint8)])

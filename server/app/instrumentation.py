@@ -22,7 +22,7 @@ from server.training.caches.array_file import Array
 from server.training.caches.feature_cache import FeatureCache, FeatureKey
 from server.training.caches.pixel_cache import PixelCache, Pixels
 
-from .worker_pool import Supervisor
+from .worker_pool import WorkerPool
 
 Found = TypeVar("Found")
 
@@ -36,21 +36,21 @@ def process(settings: Settings, backbone: Backbone) -> None:
         metrics.gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
 
 
-def engine_room(settings: Settings, batcher: Batcher, rack: Rack, workers: Supervisor) -> None:
+def engine_runtime(settings: Settings, batcher: Batcher, rack: Rack, workers: WorkerPool) -> None:
     """What a server's gauges say when they are read. A process has one engine at most."""
-    metrics.read_when_asked(metrics.QUEUE_PLACES, lambda: batcher.places)
-    metrics.read_when_asked(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
+    metrics.bind_gauge(metrics.QUEUE_PLACES, lambda: batcher.places)
+    metrics.bind_gauge(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
     metrics.RACK_SLOTS.set(rack.slots)
     metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)
-    metrics.read_when_asked(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
-    metrics.read_when_asked(metrics.RACK_LENSES, lambda: rack.used_slots)
+    metrics.bind_gauge(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
+    metrics.bind_gauge(metrics.RACK_LENSES, lambda: rack.used_slots)
     metrics.WORKERS.labels("wanted").set(settings.workers)
-    metrics.read_when_asked(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
+    metrics.bind_gauge(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
 
 
 def cuda_graphs(graphs: Graphs) -> None:
-    metrics.read_when_asked(metrics.GRAPHS.labels("serving"), lambda: len(graphs.graphs))
-    metrics.read_when_asked(metrics.GRAPHS.labels("refused"), lambda: graphs.counts.refused)
+    metrics.bind_gauge(metrics.GRAPHS.labels("serving"), lambda: len(graphs.graphs))
+    metrics.bind_gauge(metrics.GRAPHS.labels("refused"), lambda: graphs.counts.refused)
     graphs.on_rows = _went
 
 
@@ -60,7 +60,7 @@ def _went(by_graph: int, beside: int) -> None:
 
 
 def front(quarantine: Quarantine) -> None:
-    metrics.read_when_asked(metrics.QUARANTINED, quarantine.count)
+    metrics.bind_gauge(metrics.QUARANTINED, quarantine.count)
 
 
 # --- the rack's hooks -------------------------------------------------------------------------------------------------

@@ -24,24 +24,24 @@ from server.api.app import create_app
 from server.api.binding import require_safe_bind
 from server.engine.attention_maps import look
 from server.jobs.store import JobStore
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
 from server.settings import Settings
 
-from .engine_runtime import EngineRoom, build_engine_room
-from .services import EngineSide, build_grpc, build_services, readiness
-from .store_probe import Watch
-from .stores import close_all, open_jobs, open_ring
+from .engine_runtime import EngineRuntime, build_engine_runtime
+from .services import EngineBindings, build_grpc, build_services, readiness
+from .store_probe import StoreProbe
+from .stores import close_all, open_authenticator, open_jobs
 
 if TYPE_CHECKING:  # its packages are an extra's
-    from server.api.oip.grpc.server import GrpcFront
+    from server.api.oip.grpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
 
-class AskedRoom(Protocol):
-    """What a server asks of the engine room behind it: `server.app.engine_runtime.EngineRoom`, or
-    `server.processes.front_process.FarRoom`."""
+class EngineHandle(Protocol):
+    """What a server asks of the engine room behind it: `server.app.engine_runtime.EngineRuntime`, or
+    `server.processes.front_process.RemoteEngines`."""
 
     @property
     def lost(self) -> bool:
@@ -55,21 +55,21 @@ class AskedRoom(Protocol):
     async def stop(self) -> None: ...
 
 
-AnyRoom = TypeVar("AnyRoom", bound=AskedRoom)
+AnyEngine = TypeVar("AnyEngine", bound=EngineHandle)
 
 
 @dataclass
-class Server(Generic[AnyRoom]):
+class Server(Generic[AnyEngine]):
     """Everything that a process which speaks HTTP holds. `running` brings it up and takes it down."""
 
     settings: Settings
-    room: AnyRoom
+    room: AnyEngine
     app: FastAPI
     store: Store
     jobs: JobStore
-    ring: KeyRing
-    watch: Watch | None
-    grpc: GrpcFront | None
+    ring: Authenticator
+    watch: StoreProbe | None
+    grpc: GrpcServer | None
     decoding: ThreadPoolExecutor
     _drain: asyncio.Future[None] | None = None
 
@@ -103,34 +103,34 @@ class Server(Generic[AnyRoom]):
         return 0.0 if self.room.lost else self.settings.drain_timeout_s
 
 
-def build_before(
-    room: AnyRoom,
-    side: EngineSide,
+def build_server_over(
+    room: AnyEngine,
+    side: EngineBindings,
     settings: Settings,
     *,
-    ring: KeyRing,
+    ring: Authenticator,
     registry: Registry,
     bundles: Store,
     store: Store,
     first: bool = True,
-) -> Server[AnyRoom]:
+) -> Server[AnyEngine]:
     """`store` is a cache over `bundles`. `first`: of several, the one that does what one alone must do (gRPC's port,
     looking at the stores)."""
     jobs = open_jobs(settings)
     services, decoding = build_services(settings, side, registry=registry, store=store, jobs=jobs)
-    app, watch = create_app(services, ring), Watch(bundles, jobs, settings.watch_s) if first else None
+    app, watch = create_app(services, ring), StoreProbe(bundles, jobs, settings.watch_s) if first else None
     grpc = build_grpc(services, ring) if first else None
     return Server(settings, room, app, store, jobs, ring, watch, grpc, decoding)
 
 
-def build_server(settings: Settings) -> Server[EngineRoom]:
+def build_server(settings: Settings) -> Server[EngineRuntime]:
     """Raises UnsafeBind before anything that takes time."""
     if len(settings.engine_devices) > 1:
         raise ValueError("LENSRACK_DEVICES: several devices need front ends before them: LENSRACK_FRONTS, got 0")
-    ring = open_ring(settings)
+    ring = open_authenticator(settings)
     require_safe_bind(settings, locked=ring.locked)
-    room = build_engine_room(settings, ring)
-    side = EngineSide(
+    room = build_engine_runtime(settings, ring)
+    side = EngineBindings(
         room.facts,
         room.residency,
         room.batcher,
@@ -138,4 +138,6 @@ def build_server(settings: Settings) -> Server[EngineRoom]:
         rack=room.occupied,
         ready=lambda: readiness(room.facts, settings, room.watchdog.trouble, len(room.workers.pids)),
     )
-    return build_before(room, side, settings, ring=ring, registry=room.registry, bundles=room.bundles, store=room.store)
+    return build_server_over(
+        room, side, settings, ring=ring, registry=room.registry, bundles=room.bundles, store=room.store
+    )

@@ -12,28 +12,28 @@ from lensrack import wire
 from prompts_store import Store
 from server.api import services as api
 from server.api.services import Services
-from server.api.tenancy import narrowing
+from server.api.tenancy import scoping
 from server.errors import NotInstalled
 from server.jobs.store import JobStore
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
 from server.serving.answers import Limits
 from server.serving.predictor import Predictor, Queue
 from server.settings import Settings
 
 from . import instrumentation
-from .backbone import UNTRAINED_NOTE, Facts, importer_for
+from .backbone import UNTRAINED_NOTE, BackboneInfo, importer_for
 from .stores import open_datasets, open_feedback, open_meter, open_uploads
 
 if TYPE_CHECKING:  # its packages are an extra's
-    from server.api.oip.grpc.server import GrpcFront
+    from server.api.oip.grpc.server import GrpcServer
 
 
 @dataclass(frozen=True)
-class EngineSide:
+class EngineBindings:
     """The engine's side as HTTP sees it, in this process or in another; `look`, `rack` and `ready` go with it."""
 
-    facts: Facts
+    facts: BackboneInfo
     residency: api.Residency
     batcher: Queue
     look: api.Look
@@ -42,7 +42,7 @@ class EngineSide:
 
 
 def build_services(
-    settings: Settings, side: EngineSide, *, registry: Registry, store: Store, jobs: JobStore
+    settings: Settings, side: EngineBindings, *, registry: Registry, store: Store, jobs: JobStore
 ) -> tuple[Services, ThreadPoolExecutor]:
     """All that routes call, and the threads that decode."""
     facts = side.facts
@@ -84,7 +84,9 @@ def build_services(
     return services, decoding
 
 
-def readiness(facts: Facts, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()) -> wire.Ready:
+def readiness(
+    facts: BackboneInfo, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()
+) -> wire.Ready:
     """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's.
     `away`: what is wrong with some of several engines, while others answer."""
     spec = facts.spec
@@ -110,13 +112,13 @@ def readiness(facts: Facts, settings: Settings, trouble: str, workers: int, away
     )
 
 
-def build_grpc(services: Services, ring: KeyRing) -> GrpcFront | None:
+def build_grpc(services: Services, ring: Authenticator) -> GrpcServer | None:
     """None where no port is set. Raises NotInstalled."""
     settings = services.settings
     if not settings.grpc_port:
         return None
     try:
-        from server.api.oip.grpc.server import GrpcFront
+        from server.api.oip.grpc.server import GrpcServer
     except ImportError as error:
         raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
-    return GrpcFront(narrowing(services), ring, settings, settings.grpc_port)
+    return GrpcServer(scoping(services), ring, settings, settings.grpc_port)

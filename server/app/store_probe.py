@@ -18,10 +18,10 @@ from server.observability import metrics
 
 log = logging.getLogger(__name__)
 
-NOBODYS = "0"  # a task's name: that it is not there is an answer, too
+ABSENT_TASK = "0"  # a task's name: that it is not there is an answer, too
 
 
-class Watch:
+class StoreProbe:
     """Looks every `period_s`. `bundles` must be the store itself, not a cache in front of it."""
 
     def __init__(self, bundles: Store, jobs: JobStore, period_s: float) -> None:
@@ -62,7 +62,7 @@ class Watch:
 
     def _look_at_bundles(self) -> None:
         with suppress(TaskNotFound):
-            self._bundles.versions(NOBODYS)
+            self._bundles.versions(ABSENT_TASK)
 
     def _look_at_jobs(self) -> None:
         counts = self._jobs.counts()

@@ -12,7 +12,7 @@ from server.datasets.upload_store import UploadStore
 from server.jobs.redis_store import RedisJobStore
 from server.jobs.sqlite_store import SqliteJobStore
 from server.jobs.store import JobStore
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.keys_file import KeysFile
 from server.keys.meter import Meter
 from server.keys.url import open_keys
@@ -31,10 +31,10 @@ def open_jobs(settings: Settings) -> JobStore:
     raise ValueError(f"LENSRACK_JOBS: expected sqlite://FILE or redis://…, got {got}")
 
 
-def open_ring(settings: Settings) -> KeyRing:
+def open_authenticator(settings: Settings) -> Authenticator:
     """The keys that this server asks for, read once. Raises ValueError and ServiceError."""
     file = KeysFile(settings.keys_file) if settings.keys_file is not None else None
-    ring = KeyRing(open_keys(settings.keys_url), file)
+    ring = Authenticator(open_keys(settings.keys_url), file)
     ring.load()
     return ring
 

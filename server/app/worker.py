@@ -13,7 +13,7 @@ from server.methods.registry import Registry
 from server.settings import Settings
 from server.training.low_priority import cap_memory
 from server.training.stored_images import Decoder
-from server.worker.trainer import Means, Trainer
+from server.worker.trainer import Resources, Trainer
 
 from . import instrumentation
 from .backbone import UNTRAINED_NOTE, load_backbone
@@ -33,7 +33,7 @@ def build_worker(settings: Settings, name: str) -> Trainer:
         log.warning(UNTRAINED_NOTE)
     datasets = open_datasets(settings)
     return Trainer(
-        open_means(settings, datasets, backbone),
+        open_resources(settings, datasets, backbone),
         open_store(settings.store_url),
         open_jobs(settings),
         datasets,
@@ -44,12 +44,12 @@ def build_worker(settings: Settings, name: str) -> Trainer:
     )
 
 
-def open_means(settings: Settings, datasets: DatasetStore, backbone: Backbone) -> Means:
+def open_resources(settings: Settings, datasets: DatasetStore, backbone: Backbone) -> Resources:
     pixels = CountedPixels(
         settings.pixel_cache_dir, disk_bytes=settings.pixel_cache_bytes, memory_bytes=settings.pixel_memory_bytes
     )
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-    return Means(
+    return Resources(
         backbone,
         Registry.installed(),
         Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool),

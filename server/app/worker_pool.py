@@ -17,7 +17,7 @@ LONG_LIFE_S = 60.0
 LONGEST_PAUSE_S = 30.0
 
 
-class Supervisor:
+class WorkerPool:
     """`count` processes of `command`. `on_restart` is called for each one that has to be started again; `own_env` is
     what the n-th one, from 0, has in its environment and the others have not."""
 

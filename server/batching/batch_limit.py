@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from .latency_model import ForwardTimes
+from .latency_model import LatencyModel
 
 EVERY: Final = 8  # forwards between two looks at them; so a limit stays for a while
 PERCENTILE: Final = 0.99
@@ -32,7 +32,7 @@ class BatchLimit:
             raise ValueError(f"expected at least one row and a target of 0 s or more, got {most} and {target_s}")
         self.rows = most
         self._most, self._target_s = most, target_s
-        self._times = ForwardTimes()
+        self._times = LatencyModel()
         self._since = 0
 
     def learn(self, rows: int, seconds: float) -> None:

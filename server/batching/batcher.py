@@ -26,9 +26,9 @@ from server.errors import DeadlineExceeded, Internal, QueueFull, ServiceError, U
 from server.observability import metrics, tracing
 
 from .batch_limit import BatchLimit
-from .engine_thread import Begun, Engine, EngineThread, Outcome
-from .fair_share import NOBODYS, Shares, room_for, together
-from .queue_limit import Places
+from .engine_thread import BatchUnderWay, Engine, EngineThread, Outcome
+from .fair_share import NO_FLOW, FairShares, common_flow, with_reserve
+from .queue_limit import QueueLimit
 from .row import Row
 from .scheduler import FlowKey, Scheduler, equal_shares, equal_weights
 
@@ -43,10 +43,10 @@ SWEEP_S = 0.05  # between two looks for rows that nobody waits for, where the qu
 class _Batch:
     rows: list[Row]
     taken_at: float
-    begun: Begun
+    begun: BatchUnderWay
 
 
-class Room:
+class Reservation:
     """Places in the queue that are kept for a request until its rows are ready."""
 
     def __init__(self, places: int, enqueue: Callable[[Sequence[Row]], None]) -> None:
@@ -80,10 +80,10 @@ class Batcher:
         self.thread = EngineThread(engine, clock)
         self._max_batch = max_batch
         self._limit = BatchLimit(max_batch, target_s)
-        self._places = Places(max_queue, max_batch, wait_s)
+        self._places = QueueLimit(max_queue, max_batch, wait_s)
         metrics.BATCH_LIMIT.set(max_batch)
-        self._shares = Shares()
-        self._scheduler = Scheduler(room_for(max_queue), weight=weight, share=share)
+        self._shares = FairShares()
+        self._scheduler = Scheduler(with_reserve(max_queue), weight=weight, share=share)
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -93,7 +93,7 @@ class Batcher:
         self._draining: asyncio.Future[None] | None = None
         self._stopped = False
         self._suspended = ""  # why no rows are taken for the time being
-        self._promised: set[Room] = set()
+        self._promised: set[Reservation] = set()
         self._kept = 0  # places of these
         self._swept_at = -math.inf
         self._inside: list[Row] = []  # the rows of batches under way that have not been let go of
@@ -104,13 +104,13 @@ class Batcher:
         return len(self._scheduler)
 
     @contextmanager
-    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> Iterator[Reservation]:
         """Keep room for rows whose images are still to be decoded: a full queue is told before that work is done.
 
         Raises QueueFull (with Retry-After) or Unavailable (shutting_down). Rows promised before a drain are served.
         """
         self._admit(rows, flow)
-        room = Room(rows, partial(self._enqueue, flow))
+        room = Reservation(rows, partial(self._enqueue, flow))
         self._promised.add(room)
         self._kept += rows
         self._shares.take(flow, rows)
@@ -123,7 +123,7 @@ class Batcher:
             self._shares.give_back(flow, room.places)
             self._note_idle()
 
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None:
         """Raises QueueFull where a row more would certainly be refused, or where `inside`, requests on their way to the
         queue or back, are as many as it could ever hold. Cheap: it is asked before anything is done for a request. A
         server that drains or is suspended says so where it promises."""
@@ -139,7 +139,7 @@ class Batcher:
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue all of these rows or none. Raises what `promise` raises."""
-        with self.promise(len(rows), together({row.flow for row in rows})) as room:
+        with self.promise(len(rows), common_flow({row.flow for row in rows})) as room:
             room.submit(rows)
 
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T:
@@ -148,7 +148,7 @@ class Batcher:
 
     @property
     def places(self) -> int:
-        """Rows that may wait as things are: see `Places`."""
+        """Rows that may wait as things are: see `QueueLimit`."""
         return self._places.rows
 
     @property
@@ -239,7 +239,7 @@ class Batcher:
         return self._quiet(flow, rows)
 
     def _quiet(self, flow: FlowKey, rows: int = 1) -> bool:
-        return self._shares.let_in(flow, rows, taken=self._taken(), most=self.max_queue, places=self.places)
+        return self._shares.admits(flow, rows, taken=self._taken(), most=self.max_queue, places=self.places)
 
     def _taken(self) -> int:
         return len(self._scheduler) + self._kept

@@ -45,7 +45,7 @@ class Engine(Protocol):
         ...
 
 
-class Ahead(Engine, Protocol):
+class PipelinedEngine(Engine, Protocol):
     """An engine on a device of its own: `ahead` is whether a batch can be begun while the one before is computed."""
 
     ahead: bool
@@ -56,7 +56,7 @@ class Ahead(Engine, Protocol):
 
 
 @dataclass(eq=False)
-class Begun:
+class BatchUnderWay:
     """Rows that the engine may be at: `logits` waits for those of the rows with a seat, None where it has not begun."""
 
     rows: Sequence[Row]
@@ -75,13 +75,13 @@ class EngineThread:
         self._entered_at: float | None = None
         self.failures = 0  # rows that it could not answer since it last answered one
 
-    async def begin(self, rows: Sequence[Row]) -> Begun:
+    async def begin(self, rows: Sequence[Row]) -> BatchUnderWay:
         """Put a batch under way, where the engine can be ahead of its answers; elsewhere nothing happens yet."""
         if not self.ahead:
-            return Begun(rows)
+            return BatchUnderWay(rows)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._begin, rows)
 
-    async def finish(self, begun: Begun) -> tuple[list[Outcome], Span]:
+    async def finish(self, begun: BatchUnderWay) -> tuple[list[Outcome], Span]:
         """Every row's outcome, and when the forward began and ended."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._finish, begun)
 
@@ -110,16 +110,16 @@ class EngineThread:
 
     # --- in the thread ----------------------------------------------------------------------------------------------
 
-    def _begin(self, rows: Sequence[Row]) -> Begun:
-        begun = Begun(rows, self._clock())
+    def _begin(self, rows: Sequence[Row]) -> BatchUnderWay:
+        begun = BatchUnderWay(rows, self._clock())
         asked = [(row.image, row.seat) for row in rows if row.seat is not None]
         try:
-            begun.logits = self._entered(lambda: cast(Ahead, self._engine).begin(asked)) if asked else None
+            begun.logits = self._entered(lambda: cast(PipelinedEngine, self._engine).begin(asked)) if asked else None
         except Exception as error:  # it is tried again as a whole when its turn to be answered comes, and told then
             log.warning("a batch of %d rows could not be begun: %s", len(rows), type(error).__name__)
         return begun
 
-    def _finish(self, begun: Begun) -> tuple[list[Outcome], Span]:
+    def _finish(self, begun: BatchUnderWay) -> tuple[list[Outcome], Span]:
         since = self._clock() if begun.since is None else begun.since
         return self._answer(begun.rows, begun.logits), (since, self._clock())
 
@@ -153,10 +153,10 @@ class EngineThread:
         plain = [i for i, row in enumerate(rows) if row.seat is None]
         if asked:
             found = logits() if logits else self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
-            answers = _place(answers, asked, found)
+            answers = _scatter(answers, asked, found)
         if plain:
             features = self._engine.embed([rows[i].image for i in plain])
-            answers = _place(answers, plain, list(features))
+            answers = _scatter(answers, plain, list(features))
         return answers
 
     def _entered(self, work: Callable[[], T]) -> T:
@@ -167,7 +167,7 @@ class EngineThread:
             self._entered_at = None
 
 
-def _place(answers: list[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def _scatter(answers: list[Any], where: Sequence[int], values: Sequence[Any]) -> list[Any]:
     if len(values) != len(where):
         raise Internal(f"the engine gave {len(values)} answers for {len(where)} rows", code="engine_failed")
     for i, value in zip(where, values, strict=True):

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class _Turn:
+class _Tag:
     step: float  # virtual time that one service costs: 1 / weight
     start: float  # tag of the next service
     head: int | None = None  # order of arrival of what waits first; None while it sleeps
 
 
-class Turns:
+class FairQueue:
     """Knows keys and their tags, not what waits: its owner says when a key wakes and sleeps."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
-        self._keys: dict[str, _Turn] = {}
+        self._keys: dict[str, _Tag] = {}
         self._heap: list[tuple[float, int, str]] = []  # an entry counts while it is what its key says of itself
         self._awake = 0
         self._now = 0.0  # virtual time
@@ -89,6 +89,6 @@ class Turns:
             turn = self._keys[key]
             assert (turn.start, turn.head, key) in entries, "a key that waits has no entry"
 
-    def _open(self, key: str) -> _Turn:
-        turn = self._keys[key] = _Turn(step=1.0 / self._weight(key), start=self._now)
+    def _open(self, key: str) -> _Tag:
+        turn = self._keys[key] = _Tag(step=1.0 / self._weight(key), start=self._now)
         return turn

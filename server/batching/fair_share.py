@@ -1,7 +1,7 @@
 """A full queue lets in who has less than a share of it: a flood is no reason to send somebody else away.
 
     fewer rows taken than there are places                                     everybody
-    other tenants have rows, and this one less than an equal share             up to a quarter more: `room_for`
+    other tenants have rows, and this one less than an equal share             up to a quarter more: `with_reserve`
     other tasks of the tenant have rows, and this one less than an equal       half as many: a loud tenant's quiet
     share of what an equal share of the tenant is                              tasks leave room for quiet tenants
 
@@ -21,18 +21,18 @@ from typing import Final
 
 from .scheduler import FlowKey
 
-Held = Mapping[str, Mapping[str, int]]  # rows by tenant and task
+RowsByFlow = Mapping[str, Mapping[str, int]]  # rows by tenant and task
 
-NOBODYS: Final[FlowKey] = ("", "")  # no tenant's and no task's
-NOTHING: Final[Held] = {}
+NO_FLOW: Final[FlowKey] = ("", "")  # no tenant's and no task's
+NO_ROWS: Final[RowsByFlow] = {}
 
 
-def room_for(most: int) -> int:
+def with_reserve(most: int) -> int:
     """Rows that there must be room for where `most` may wait: those of the quiet come on top."""
     return most + math.ceil(most / 4)
 
 
-class Shares:
+class FairShares:
     """Rows by tenant, and in each by task; "" is no task. `beside`: rows that are counted elsewhere."""
 
     def __init__(self) -> None:
@@ -54,21 +54,23 @@ class Shares:
         if not tasks:
             del self._held[tenant]
 
-    def let_in(self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int, beside: Held = NOTHING) -> bool:
+    def admits(
+        self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int, beside: RowsByFlow = NO_ROWS
+    ) -> bool:
         """Whether a full queue takes so many rows more. taken: places that are; places: those that may be as things
         are, `most` ever."""
-        if self.quiet_tenant(flow[0], rows, places, beside):
-            return taken + rows <= room_for(most)
-        return taken + rows <= most + math.ceil(most / 8) and self.quiet_task(flow, rows, places, beside)
+        if self.tenant_under_share(flow[0], rows, places, beside):
+            return taken + rows <= with_reserve(most)
+        return taken + rows <= most + math.ceil(most / 8) and self.task_under_share(flow, rows, places, beside)
 
-    def quiet_tenant(self, tenant: str, rows: int, places: int, beside: Held = NOTHING) -> bool:
+    def tenant_under_share(self, tenant: str, rows: int, places: int, beside: RowsByFlow = NO_ROWS) -> bool:
         """Whether it has, with so many rows more, no more than its share beside others that have some."""
         tenants = self._held.keys() | beside.keys()
         others = len(tenants) - (tenant in tenants)
         held = sum(self._held.get(tenant, {}).values()) + sum(beside.get(tenant, {}).values())
         return others > 0 and (held + rows) * (others + 1) <= places
 
-    def quiet_task(self, flow: FlowKey, rows: int, places: int, beside: Held = NOTHING) -> bool:
+    def task_under_share(self, flow: FlowKey, rows: int, places: int, beside: RowsByFlow = NO_ROWS) -> bool:
         """The same of a task beside others of its tenant, in what would be the tenant's share."""
         tenant, task = flow
         own: Mapping[str, int] = self._held.get(tenant, {})
@@ -84,7 +86,7 @@ class Shares:
         assert sum(tasks.total() for tasks in self._held.values()) == total, "rows of all tenants"
 
 
-def together(flows: set[FlowKey]) -> FlowKey:
+def common_flow(flows: set[FlowKey]) -> FlowKey:
     """Under which a request is let in: its task's, where it is for one."""
     if len(flows) == 1:
         return next(iter(flows))

@@ -11,7 +11,7 @@ from typing import Final
 WINDOW: Final = 256  # forwards that are remembered
 
 
-class ForwardTimes:
+class LatencyModel:
     """`learn` is told each forward."""
 
     def __init__(self) -> None:

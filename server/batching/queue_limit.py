@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from .latency_model import ForwardTimes
+from .latency_model import LatencyModel
 
 EVERY: Final = 8  # forwards between two looks at them
 LEAST_BATCHES: Final = 2
 
 
-class Places:
+class QueueLimit:
     """`rows` is how many may wait now. most: the most ever; batch: a full one; wait_s: 0 leaves it at `most`."""
 
     def __init__(self, most: int, batch: int, wait_s: float) -> None:
@@ -28,7 +28,7 @@ class Places:
             raise ValueError(f"expected one row at least and no time below 0 s, got {most}, {batch} and {wait_s}")
         self.rows = self.most = most
         self._batch, self._wait_s = batch, wait_s
-        self._times = ForwardTimes()
+        self._times = LatencyModel()
         self._since = 0
 
     def learn(self, rows: int, seconds: float) -> None:

@@ -19,7 +19,7 @@ class Stopwatch:
     compute_s: float = 0.0
 
 
-def stay() -> None:
+def no_op() -> None:
     """Nothing to do when the row leaves."""
 
 
@@ -43,7 +43,7 @@ class Row:
     arrived: float
     reply: asyncio.Future[Any]
     companions: Sequence[Row] = ()
-    leave: Callable[[], None] = stay
+    leave: Callable[[], None] = no_op
     watch: Stopwatch = field(default_factory=Stopwatch)
     context: Context = field(default_factory=copy_context)
 

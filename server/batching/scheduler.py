@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import count
 
-from .fair_queue import Turns
+from .fair_queue import FairQueue
 from .row import Row
 
 FlowKey = tuple[str, str]
@@ -38,7 +38,7 @@ class Tenant:
     """A tenant's tasks, as far as they have rows or have had their turn early."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:
-        self.turns = Turns(weight)
+        self.turns = FairQueue(weight)
         self.flows: dict[str, Flow] = {}
 
     @property
@@ -67,7 +67,7 @@ class Scheduler:
 
     def _reset(self) -> None:
         self._tenants: dict[str, Tenant] = {}
-        self._turns = Turns(self._share)
+        self._turns = FairQueue(self._share)
         self._rows = 0
 
     def __len__(self) -> int:

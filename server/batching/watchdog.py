@@ -6,7 +6,7 @@
                                         not ready, rows are refused (503 engine_unavailable)
 
 A thread that hangs cannot be ended, only its process can; whoever supervises that starts it again. Should the whole
-interpreter hang, so that nothing here runs either, a thread of C ends it: see `Deadman`.
+interpreter hang, so that nothing here runs either, a thread of C ends it: see `HardKill`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST_PAUSE_S = 1.0
 FAILS = "the engine fails at everything that it is asked"
 
 
-class Deadman:
+class HardKill:
     """Ends the process, with the stacks of all threads on stderr, unless it is armed again in time; needs no Python."""
 
     def arm(self, seconds: float) -> None:
@@ -51,10 +51,10 @@ class Watchdog:
         *,
         timeout_s: float,
         grace_s: float,
-        deadman: Deadman | None = None,
+        deadman: HardKill | None = None,
     ) -> None:
         self._batcher, self._probe, self._timeout_s, self._grace_s = batcher, probe, timeout_s, grace_s
-        self._deadman = deadman or Deadman()
+        self._deadman = deadman or HardKill()
         self._task: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[bool] | None = None
         self._since = 0.0

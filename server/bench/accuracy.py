@@ -23,7 +23,7 @@ from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import SEARCHED, Registry
 from server.training.co_batching import alone
-from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
+from server.training.data import LabelledImages, Source, Splits, hold_out, read_pictures
 from server.training.fit import Fitted, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
@@ -38,24 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if not options.render_only:
         torch.set_num_threads(options.threads)
-        eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
+        backbone = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
         for folder in options.data:
-            _Bench(eye, folder, options.seeds, options.budget, options.out).run()
+            _Bench(backbone, folder, options.seeds, options.budget, options.out).run()
     print(table(json.loads(file.read_text()) for file in sorted(options.out.glob("*.json"))))
 
 
 class _Bench:
     """One data folder: its cells, kept in <out>/<name>.json."""
 
-    def __init__(self, eye: Backbone, folder: Path, seeds: Sequence[int], budget: int | None, out: Path) -> None:
-        self._eye, self._folder, self._seeds, self._budget = eye, folder, seeds, budget
+    def __init__(self, backbone: Backbone, folder: Path, seeds: Sequence[int], budget: int | None, out: Path) -> None:
+        self._backbone, self._folder, self._seeds, self._budget = backbone, folder, seeds, budget
         self._file = out / f"{folder.name}.json"
         self._registry = Registry()
         self._cells: dict[str, Cell] = json.loads(self._file.read_text())["cells"] if self._file.exists() else {}
 
     def run(self) -> None:
-        self._train, self._labels = read(self._folder / "train", self._eye)
-        self._test, _ = read(self._folder / "test", self._eye)
+        self._train, self._labels = read(self._folder / "train", self._backbone)
+        self._test, _ = read(self._folder / "test", self._backbone)
         for seed in self._seeds:
             for name in METHODS:
                 method = self._registry.get(name)
@@ -88,12 +88,14 @@ class _Bench:
         self._write()
 
     def _fit(self, name: str, recipe: Recipe, splits: Splits) -> Fitted:
-        return alone(self._eye, fitting(self._eye, self._registry.get(name), splits, len(self._labels), recipe))
+        return alone(
+            self._backbone, fitting(self._backbone, self._registry.get(name), splits, len(self._labels), recipe)
+        )
 
     def _search(self, splits: Splits) -> Fitted:
         methods, seed = [self._registry.get(name) for name in METHODS], {"seed": self._seeds[0]}
-        search = searching(self._eye, methods, splits, len(self._labels), seed, budget=self._budget)
-        return alone(self._eye, search)
+        search = searching(self._backbone, methods, splits, len(self._labels), seed, budget=self._budget)
+        return alone(self._backbone, search)
 
     def _again(self, first: Cell, seed: int) -> Callable[[Splits], Fitted]:
         """What the search found, fitted with another seed."""
@@ -106,9 +108,9 @@ class _Bench:
             "classes": len(self._labels),
             "train": len(self._train),
             "test": len(self._test),
-            "backbone": self._eye.spec.arch,
-            "fingerprint": self._eye.spec.fingerprint,
-            "dtype": str(self._eye.dtype).removeprefix("torch."),
+            "backbone": self._backbone.spec.arch,
+            "fingerprint": self._backbone.spec.fingerprint,
+            "dtype": str(self._backbone.dtype).removeprefix("torch."),
             "seeds": list(self._seeds),
             "budget": self._budget,
             "cells": self._cells,
@@ -119,7 +121,7 @@ class _Bench:
         temporary.replace(self._file)
 
 
-def read(folder: Path, eye: Backbone) -> tuple[Pictures, list[str]]:
+def read(folder: Path, backbone: Backbone) -> tuple[LabelledImages, list[str]]:
     """The pictures of a folder of class folders, and the classes' names."""
     labels = sorted(path.name for path in folder.iterdir() if path.is_dir())
     sources = [
@@ -127,7 +129,7 @@ def read(folder: Path, eye: Backbone) -> tuple[Pictures, list[str]]:
         for number, label in enumerate(labels)
         for file in sorted((folder / label).iterdir())
     ]
-    return read_pictures(sources, eye.spec.geometry, max_pixels=MAX_PIXELS), labels
+    return read_pictures(sources, backbone.spec.geometry, max_pixels=MAX_PIXELS), labels
 
 
 def table(found: Iterable[dict[str, Any]]) -> str:

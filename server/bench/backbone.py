@@ -2,8 +2,9 @@
 
 Each answers every data set twice: with a head on its frozen feature (`linear`, its recipe searched) and with prompts at
 every layer (`vpt_deep`, one default recipe for all). Test accuracy, mean over the seeds; a seed draws the validation
-pictures and the initial parameters. The first `--eye` is the floor and the last the ceiling: for those between them the
-share of the way from floor to ceiling is told. Finished cells are kept in --out, so that a run goes on where it ended.
+pictures and the initial parameters. The first `--backbone` is the floor and the last the ceiling: for those between
+them the table says what share of the way from floor to ceiling they reach. Finished cells are kept in --out, so that a
+run goes on where it ended.
 
 A data set is a folder with train/ and test/ of class folders, or an npz file like MedMNIST's.
 """
@@ -30,7 +31,7 @@ from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.co_batching import alone
-from server.training.data import Pictures, Source, Splits, hold_out, read_pictures, sample
+from server.training.data import LabelledImages, Source, Splits, hold_out, read_pictures, sample
 from server.training.fit import Fitted, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
@@ -44,12 +45,12 @@ METHODS = ("linear", "vpt_deep")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    names = [eye.split("=")[0] for eye in options.eye]
+    names = [backbone.split("=")[0] for backbone in options.backbone]
     if not options.render_only:
         torch.set_num_threads(options.threads)
         options.out.mkdir(parents=True, exist_ok=True)
-        for eye in options.eye:
-            name, _, weights = eye.partition("=")
+        for backbone in options.backbone:
+            name, _, weights = backbone.partition("=")
             _measure(name, _load(name, weights, options.dtype), options)
     print(table(options.out, names, [path.stem for path in options.data], options.seeds))
 
@@ -62,7 +63,7 @@ def _load(name: str, weights: str, dtype: str) -> Backbone:
     return Backbone.of(RANDOM, model, trained=False, dtype=getattr(torch, dtype.replace("auto", "float32")))
 
 
-def _measure(name: str, eye: Backbone, options: argparse.Namespace) -> None:
+def _measure(name: str, backbone: Backbone, options: argparse.Namespace) -> None:
     for path in options.data:
         splits = None
         for seed in options.seeds:
@@ -70,14 +71,14 @@ def _measure(name: str, eye: Backbone, options: argparse.Namespace) -> None:
                 file = options.out / f"{name}-{path.stem}-{method}-{seed}.json"
                 if file.exists():
                     continue
-                splits = splits or _splits(path, eye, options.most)
+                splits = splits or _splits(path, backbone, options.most)
                 started = time.process_time()
                 train, val = hold_out(splits[0], Recipe().validation, seed)
                 asked = {"seed": seed} if method == "linear" else {"seed": seed, "epochs": options.epochs}
-                found = _fit(eye, method, Splits(train, val, splits[1]), splits[2], asked)
+                found = _fit(backbone, method, Splits(train, val, splits[1]), splits[2], asked)
                 cell = {
-                    "fingerprint": eye.spec.fingerprint,
-                    "dtype": str(eye.dtype).removeprefix("torch."),
+                    "fingerprint": backbone.spec.fingerprint,
+                    "dtype": str(backbone.dtype).removeprefix("torch."),
                     "train": len(splits[0]),
                     "test": len(splits[1]),
                     "classes": splits[2],
@@ -89,31 +90,31 @@ def _measure(name: str, eye: Backbone, options: argparse.Namespace) -> None:
                 print(f"{file.stem}: {cell['test_accuracy']:.3f}, {cell['cpu_seconds']} s", flush=True)
 
 
-def _fit(eye: Backbone, name: str, splits: Splits, classes: int, asked: dict[str, Any]) -> Fitted:
+def _fit(backbone: Backbone, name: str, splits: Splits, classes: int, asked: dict[str, Any]) -> Fitted:
     """A head's recipe is searched, which costs nothing but the features; prompts get their default one."""
     method = Registry().get(name)
     if name == "linear":
-        return alone(eye, searching(eye, [method], splits, classes, asked))
+        return alone(backbone, searching(backbone, [method], splits, classes, asked))
     recipe = resolve(method.defaults, asked)
-    return alone(eye, fitting(eye, method, splits, classes, recipe))
+    return alone(backbone, fitting(backbone, method, splits, classes, recipe))
 
 
-def _splits(path: Path, eye: Backbone, most: int) -> tuple[Pictures, Pictures, int]:
+def _splits(path: Path, backbone: Backbone, most: int) -> tuple[LabelledImages, LabelledImages, int]:
     """Train, test and the number of classes; of train at most about `most`, of each class its share."""
     if path.is_dir():
-        (train, labels), (test, _) = (read(path / part, eye) for part in ("train", "test"))
+        (train, labels), (test, _) = (read(path / part, backbone) for part in ("train", "test"))
         classes = len(labels)
     else:
         with np.load(path, allow_pickle=False) as arrays:
-            train, test = (_of_arrays(arrays, part, eye) for part in ("train", "test"))
+            train, test = (_of_arrays(arrays, part, backbone) for part in ("train", "test"))
         classes = int(max(train.targets.max(), test.targets.max())) + 1
     return sample(train, most, seed=0), test, classes
 
 
-def _of_arrays(arrays: np.lib.npyio.NpzFile, part: str, eye: Backbone) -> Pictures:
+def _of_arrays(arrays: np.lib.npyio.NpzFile, part: str, backbone: Backbone) -> LabelledImages:
     images, targets = arrays[f"{part}_images"], arrays[f"{part}_labels"].reshape(-1)
     sources = [Source(partial(_png, image), int(target)) for image, target in zip(images, targets, strict=True)]
-    return read_pictures(sources, eye.spec.geometry, max_pixels=MAX_PIXELS)
+    return read_pictures(sources, backbone.spec.geometry, max_pixels=MAX_PIXELS)
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
@@ -122,31 +123,31 @@ def _png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def table(out: Path, eyes: Sequence[str], data: Sequence[str], seeds: Iterable[int]) -> str:
+def table(out: Path, backbones: Sequence[str], data: Sequence[str], seeds: Iterable[int]) -> str:
     """Markdown: a row for each data set and method, a column for each backbone, and the means."""
-    rows = ["| data | method | " + " | ".join(eyes) + " |", "|---|---|" + "---|" * len(eyes)]
-    means: dict[str, list[float]] = {eye: [] for eye in eyes}
+    rows = ["| data | method | " + " | ".join(backbones) + " |", "|---|---|" + "---|" * len(backbones)]
+    means: dict[str, list[float]] = {backbone: [] for backbone in backbones}
     for name in data:
         for method in METHODS:
-            found = {eye: _accuracies(out, eye, name, method, seeds) for eye in eyes}
+            found = {backbone: _accuracies(out, backbone, name, method, seeds) for backbone in backbones}
             rows.append(f"| {name} | `{method}` | " + " | ".join(map(_told, found.values())) + " |")
-            for eye, own in found.items():
+            for backbone, own in found.items():
                 if own:
-                    means[eye].append(statistics.mean(own))
+                    means[backbone].append(statistics.mean(own))
     whole = len(data) * len(METHODS)
-    mean = {eye: statistics.mean(own) if len(own) == whole else None for eye, own in means.items()}
+    mean = {backbone: statistics.mean(own) if len(own) == whole else None for backbone, own in means.items()}
     rows.append(
         "| **mean** | | " + " | ".join("–" if own is None else f"**{own:.1f}**" for own in mean.values()) + " |"
     )
-    floor, ceiling = mean[eyes[0]], mean[eyes[-1]]
+    floor, ceiling = mean[backbones[0]], mean[backbones[-1]]
     if floor is not None and ceiling is not None and floor != ceiling:
         shares = ["–" if own is None else f"{(own - floor) / (ceiling - floor):.0%}" for own in mean.values()]
-        rows.append(f"| share of the way from {eyes[0]} to {eyes[-1]} | | " + " | ".join(shares) + " |")
+        rows.append(f"| share of the way from {backbones[0]} to {backbones[-1]} | | " + " | ".join(shares) + " |")
     return "\n".join(rows)
 
 
-def _accuracies(out: Path, eye: str, data: str, method: str, seeds: Iterable[int]) -> list[float]:
-    files = (out / f"{eye}-{data}-{method}-{seed}.json" for seed in seeds)
+def _accuracies(out: Path, backbone: str, data: str, method: str, seeds: Iterable[int]) -> list[float]:
+    files = (out / f"{backbone}-{data}-{method}-{seed}.json" for seed in seeds)
     return [100 * json.loads(file.read_text())["test_accuracy"] for file in files if file.exists()]
 
 
@@ -161,7 +162,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m server bench backbone", description=__doc__)
     parser.add_argument("data", type=Path, nargs="+", help="folders with train/ and test/, or npz files")
     parser.add_argument(
-        "--eye", action="append", required=True, help="`random`, `bundled`, or a timm architecture=FILE; repeatable"
+        "--backbone",
+        action="append",
+        required=True,
+        help="`random`, `bundled`, or a timm architecture=FILE; repeatable",
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
     parser.add_argument("--epochs", type=int, default=10, help="of vpt_deep")

@@ -29,8 +29,8 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.caches.feature_cache import FeatureCache
 from server.training.co_batching import alone
-from server.training.compare import SEEDS, Material, Wish, comparing
-from server.training.data import Pictures, Splits, hold_out, sample
+from server.training.compare import SEEDS, ComparisonInputs, ComparisonRequest, comparing
+from server.training.data import LabelledImages, Splits, hold_out, sample
 from server.training.fit import Fitted
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
@@ -46,38 +46,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.data:
         torch.set_num_threads(options.threads)
-        eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
+        backbone = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
         for folder in options.data:
-            compare(eye, folder, options)
+            compare(backbone, folder, options)
     found = [Comparison.model_validate_json(file.read_text()) for file in sorted(options.out.glob("*.json"))]
     print("\n\n".join(f"{one.title}\n\n{markdown(one)}" for one in found))
     if options.picture is not None:
         options.picture.write_text(draw(found))
 
 
-def compare(eye: Backbone, folder: Path, options: argparse.Namespace) -> None:
+def compare(backbone: Backbone, folder: Path, options: argparse.Namespace) -> None:
     """One data folder's comparison, kept in <out>/<name>.json."""
     file, registry = options.out / f"{folder.name}.json", Registry.installed()
     if file.exists():
         return
-    train, labels = read(folder / "train", eye)
-    test, _ = read(folder / "test", eye)
+    train, labels = read(folder / "train", backbone)
+    test, _ = read(folder / "test", backbone)
     train = sample(train, options.pictures, 0) if options.pictures else train
     fields = {"epochs": options.epochs, "batch_size": options.batch_size}
     methods = tuple(options.methods or registry.meanings)
-    wish = Wish(methods, tuple(options.seeds), {name: value for name, value in fields.items() if value})
+    wish = ComparisonRequest(methods, tuple(options.seeds), {name: value for name, value in fields.items() if value})
     cache = FeatureCache(options.out / "features", FEATURE_BYTES)
-    material = Material(
+    material = ComparisonInputs(
         splits=lambda recipe: _split(train, test, recipe),
         labels=tuple(labels),
-        bundle=lambda fitted: _bundle(eye, fitted, labels),
-        features=lambda: FrozenFeatures(eye, cache),
+        bundle=lambda fitted: _bundle(backbone, fitted, labels),
+        features=lambda: FrozenFeatures(backbone, cache),
     )
     checkpoints, started, cpu = Checkpoints(options.out / "checkpoints"), time.perf_counter(), time.process_time()
     found = alone(
-        eye,
+        backbone,
         comparing(
-            eye,
+            backbone,
             registry,
             wish,
             material,
@@ -92,12 +92,12 @@ def compare(eye: Backbone, folder: Path, options: argparse.Namespace) -> None:
     checkpoints.forget(folder.name)
 
 
-def _split(train: Pictures, test: Pictures, recipe: Recipe) -> Splits:
+def _split(train: LabelledImages, test: LabelledImages, recipe: Recipe) -> Splits:
     return Splits(*hold_out(train, recipe.validation, recipe.seed), test)
 
 
-def _bundle(eye: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle:
-    spec = eye.spec
+def _bundle(backbone: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle:
+    spec = backbone.spec
     manifest = Manifest(
         task="compared",
         method=fitted.method.name,

@@ -40,12 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
     settings = Settings()
-    eye = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu", packed=False)
+    backbone = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu", packed=False)
     with TemporaryDirectory(prefix="lensrack-bench-") as folder:
         found = made_tasks.pictures(options.pictures, Path(folder), options.sheets * 16)
-        rows = [row for grid in options.grids for row in _of_size(sheets(found, grid, options.sheets), eye, options)]
+        rows = [
+            row for grid in options.grids for row in _of_size(sheets(found, grid, options.sheets), backbone, options)
+        ]
     told = {name: str(own) if isinstance(own, Path) else own for name, own in vars(options).items()}
-    report = {"benchmark": "decode", "machine": machine(), "backbone": eye.spec.arch, "options": told, "rows": rows}
+    report = {
+        "benchmark": "decode",
+        "machine": machine(),
+        "backbone": backbone.spec.arch,
+        "options": told,
+        "rows": rows,
+    }
     print(table(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -67,18 +75,18 @@ def sheets(pictures: Sequence[Path], grid: int, count: int) -> list[bytes]:
     return made
 
 
-def _of_size(files: Sequence[bytes], eye: Backbone, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _of_size(files: Sequence[bytes], backbone: Backbone, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each margin, the whole size first."""
     margins = [WHOLE, *options.margins]
-    ways: dict[float, Decoding] = {margin: _decoding(eye, margin) for margin in margins}
+    ways: dict[float, Decoding] = {margin: _decoding(backbone, margin) for margin in margins}
     spent = in_turns({str(margin): _all_of(way, files) for margin, way in ways.items()}, options.rounds)
     cut = {margin: np.stack([way(data) for data in files]) for margin, way in ways.items()}
-    truth = _logits(eye, cut[WHOLE], options)
+    truth = _logits(backbone, cut[WHOLE], options)
     with Image.open(io.BytesIO(files[0])) as opened:
         size = f"{opened.width} × {opened.height}"
     rows = []
     for margin in margins:
-        logits = _logits(eye, cut[margin], options)
+        logits = _logits(backbone, cut[margin], options)
         rows.append(
             {
                 "size": size,
@@ -94,8 +102,8 @@ def _of_size(files: Sequence[bytes], eye: Backbone, options: argparse.Namespace)
     return rows
 
 
-def _decoding(eye: Backbone, margin: float) -> Decoding:
-    return lambda data: decode.pixels(data, eye.spec.geometry, max_pixels=MAX_PIXELS, margin=margin)
+def _decoding(backbone: Backbone, margin: float) -> Decoding:
+    return lambda data: decode.pixels(data, backbone.spec.geometry, max_pixels=MAX_PIXELS, margin=margin)
 
 
 def _all_of(way: Decoding, files: Sequence[bytes]) -> Callable[[], object]:
@@ -103,16 +111,16 @@ def _all_of(way: Decoding, files: Sequence[bytes]) -> Callable[[], object]:
 
 
 @torch.inference_mode()
-def _logits(eye: Backbone, cut: np.ndarray[Any, Any], options: argparse.Namespace) -> np.ndarray[Any, Any]:
+def _logits(backbone: Backbone, cut: np.ndarray[Any, Any], options: argparse.Namespace) -> np.ndarray[Any, Any]:
     """[tasks, pictures, classes], by the literal forward."""
-    how = eye.spec.preprocess
+    how = backbone.spec.preprocess
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (how.mean, how.std))
     pixels = (torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 255 - mean) / std
     found = []
     for seed, task in enumerate(made_tasks.names(options.tasks)):
-        bundle = made_tasks.bundle(eye.spec, task, "vpt_deep", 10, seed)
+        bundle = made_tasks.bundle(backbone.spec, task, "vpt_deep", 10, seed)
         params = {name: torch.tensor(value) for name, value in bundle.tensors.items()}
-        found.append(reference.vpt_deep(eye, pixels, params, bundle.manifest.prompt_lengths).double().numpy())
+        found.append(reference.vpt_deep(backbone, pixels, params, bundle.manifest.prompt_lengths).double().numpy())
     return np.stack(found)
 
 

@@ -35,7 +35,7 @@ from server.engine import graphs, reference, vit
 from server.engine.backbone import Backbone
 from server.engine.batch import Pixels, Work
 from server.engine.engine import Engine
-from server.engine.graph_recording import recorded
+from server.engine.graph_recording import record_buckets
 from server.engine.graphs import Graphs, buckets
 from server.engine.images.decode import Geometry
 from server.engine.lens import Lens, Plain, condition
@@ -124,34 +124,38 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _checks(arch: str, device: torch.device, dtype: torch.dtype, prompts: int) -> Iterator[Check]:
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=0).eval().requires_grad_(False)
-    truth, eye = (_eye(arch, model, *kind) for kind in ((CPU, torch.float64), (device, dtype)))
+    truth, backbone = (_backbone(arch, model, *kind) for kind in ((CPU, torch.float64), (device, dtype)))
     size = truth.spec.image_size
     pixels = torch.randn(len(METHODS), 3, size, size, dtype=torch.float64)
     name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
-    yield Check("answers, all methods in one batch", name, _answers_drift(truth, eye, pixels, prompts), bound)
-    yield Check("answers by recorded forwards", name, _graphs_drift(eye, prompts), graphs.BOUNDS[name])
+    yield Check("answers, all methods in one batch", name, _answers_drift(truth, backbone, pixels, prompts), bound)
+    yield Check("answers by recorded forwards", name, _graphs_drift(backbone, prompts), graphs.BOUNDS[name])
     for method in METHODS:
-        yield Check(f"gradients, {method.name}", name, _gradients_drift(truth, eye, method, pixels[:2], prompts), bound)
+        yield Check(
+            f"gradients, {method.name}", name, _gradients_drift(truth, backbone, method, pixels[:2], prompts), bound
+        )
 
 
-def _answers_drift(truth: Backbone, eye: Backbone, pixels: Tensor, prompts: int) -> float:
+def _answers_drift(truth: Backbone, backbone: Backbone, pixels: Tensor, prompts: int) -> float:
     params = [_params(truth, method, seed, prompts) for seed, method in enumerate(METHODS)]
     rows = zip(METHODS, params, pixels, strict=True)
     with torch.inference_mode():
         wanted = torch.stack([_literal(truth, method, own, row[None], prompts)[0] for method, own, row in rows])
-        rack = Rack(dim=eye.spec.dim, slots=len(METHODS), vectors=100_000, device=eye.device, dtype=eye.dtype)
+        rack = Rack(
+            dim=backbone.spec.dim, slots=len(METHODS), vectors=100_000, device=backbone.device, dtype=backbone.dtype
+        )
         places = zip(METHODS, params, strict=True)
-        seats = [_seat(eye, rack, _lens(eye, method, own, prompts)) for method, own in places]
-        x = vit.embed(eye, pixels.to(eye.device, eye.dtype))
-        got = torch.stack(Engine(eye, rack).logits(x, list(enumerate(seats)))).double().cpu()
+        seats = [_seat(backbone, rack, _lens(backbone, method, own, prompts)) for method, own in places]
+        x = vit.embed(backbone, pixels.to(backbone.device, backbone.dtype))
+        got = torch.stack(Engine(backbone, rack).logits(x, list(enumerate(seats)))).double().cpu()
     return float((got - wanted).abs().max() / wanted.std())
 
 
-def _graphs_drift(eye: Backbone, prompts: int) -> float:
+def _graphs_drift(backbone: Backbone, prompts: int) -> float:
     """Of recorded forwards from the ordinary one; infinite where one could not be recorded. On a CPU they are run again
     instead, in the same buckets and with the same padding."""
-    rack = Rack(dim=eye.spec.dim, slots=3, vectors=100_000, device=eye.device, dtype=eye.dtype)
-    found = recorded(eye, rack, partial(_recorder, eye.device), buckets(4, (0, prompts)))
+    rack = Rack(dim=backbone.spec.dim, slots=3, vectors=100_000, device=backbone.device, dtype=backbone.dtype)
+    found = record_buckets(backbone, rack, partial(_recorder, backbone.device), buckets(4, (0, prompts)))
     return float("inf") if found.counts.refused else found.drift
 
 
@@ -159,16 +163,16 @@ def _recorder(device: torch.device) -> Recorder:
     return CudaRecorder(device) if device.type == "cuda" else Rerun()
 
 
-def _gradients_drift(truth: Backbone, eye: Backbone, method: Method, pixels: Tensor, prompts: int) -> float:
+def _gradients_drift(truth: Backbone, backbone: Backbone, method: Method, pixels: Tensor, prompts: int) -> float:
     """The largest difference in any parameter's gradient, in that gradient's largest number."""
     targets, drawn = torch.arange(len(pixels)), _params(truth, method, 1, prompts)
     exact = {name: value.clone().requires_grad_(True) for name, value in drawn.items()}
     F.cross_entropy(_literal(truth, method, exact, pixels, prompts), targets).backward()
-    own = {name: value.to(eye.device, eye.dtype).requires_grad_(True) for name, value in drawn.items()}
-    lens = method.lower(eye, own, method.prompt_lengths(eye.spec, prompts))
-    x = vit.embed(eye, pixels.to(eye.device, eye.dtype))
-    logits = vit.classify(vit.forward(eye, x, condition(lens, len(x))), lens)
-    F.cross_entropy(logits, targets.to(eye.device)).backward()
+    own = {name: value.to(backbone.device, backbone.dtype).requires_grad_(True) for name, value in drawn.items()}
+    lens = method.lower(backbone, own, method.prompt_lengths(backbone.spec, prompts))
+    x = vit.embed(backbone, pixels.to(backbone.device, backbone.dtype))
+    logits = vit.classify(vit.forward(backbone, x, condition(lens, len(x))), lens)
+    F.cross_entropy(logits, targets.to(backbone.device)).backward()
     return max(_apart(own[name].grad, exact[name].grad) for name in drawn)
 
 
@@ -195,24 +199,25 @@ def _speeds(
 ) -> Iterator[Speed]:
     torch.manual_seed(0)
     model = timm.create_model(options.arch, num_classes=0).eval().requires_grad_(False)
-    eye, method = _eye(options.arch, model, device, dtype, packed=True), VptDeep()
-    size = eye.spec.image_size
+    backbone, method = _backbone(options.arch, model, device, dtype, packed=True), VptDeep()
+    size = backbone.spec.image_size
     pixels = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-    params = [_params(eye, method, seed, options.prompts) for seed in range(batch)]
-    lenses = [_lens(eye, method, own, options.prompts) for own in params]
-    rack = Rack(dim=eye.spec.dim, slots=batch, vectors=sum(map(demand, lenses)), device=device, dtype=dtype)
-    rows = list(enumerate(_seat(eye, rack, lens) for lens in lenses))
-    engine, plain = Engine(eye, rack), timm.create_model(options.arch, num_classes=0).to(device, dtype).eval()
+    params = [_params(backbone, method, seed, options.prompts) for seed in range(batch)]
+    lenses = [_lens(backbone, method, own, options.prompts) for own in params]
+    rack = Rack(dim=backbone.spec.dim, slots=batch, vectors=sum(map(demand, lenses)), device=device, dtype=dtype)
+    rows = list(enumerate(_seat(backbone, rack, lens) for lens in lenses))
+    engine, plain = Engine(backbone, rack), timm.create_model(options.arch, num_classes=0).to(device, dtype).eval()
     head = params[0]["head.weight"].to(device, dtype)
     runs: dict[str, Run] = {
         "timm, one task": lambda: F.linear(plain(pixels), head),
-        f"the engine, {batch} tasks": lambda: engine.logits(vit.embed(eye, pixels), rows),
-        "the engine's plain trunk": lambda: vit.forward(eye, vit.embed(eye, pixels), Plain()),
+        f"the engine, {batch} tasks": lambda: engine.logits(vit.embed(backbone, pixels), rows),
+        "the engine's plain trunk": lambda: vit.forward(backbone, vit.embed(backbone, pixels), Plain()),
     }
     if batch <= 8:
         at_home = [{name: value.to(device, dtype) for name, value in own.items()} for own in params]
         runs["literal, task by task"] = lambda: [
-            _literal(eye, method, own, row[None], options.prompts) for own, row in zip(at_home, pixels, strict=True)
+            _literal(backbone, method, own, row[None], options.prompts)
+            for own, row in zip(at_home, pixels, strict=True)
         ]
     lacking: dict[str, str] = {}
     for name in ("timm, one task", "the engine's plain trunk"):
@@ -223,7 +228,7 @@ def _speeds(
     work = _work(size, [seat for _, seat in rows])
     runs[SERVED] = lambda: engine.run(work)
     try:
-        by_graph = Engine(eye, rack, _graphs(eye, rack, device, batch, options.prompts))
+        by_graph = Engine(backbone, rack, _graphs(backbone, rack, device, batch, options.prompts))
         runs[BY_GRAPH] = lambda: by_graph.run(work)
     except RuntimeError as error:
         lacking[BY_GRAPH] = _why(error)
@@ -240,15 +245,15 @@ def captured(run: Run, device: torch.device) -> Run:
     return CudaRecorder(device).record(run)
 
 
-def _graphs(eye: Backbone, rack: Rack, device: torch.device, batch: int, prompts: int) -> Graphs:
+def _graphs(backbone: Backbone, rack: Rack, device: torch.device, batch: int, prompts: int) -> Graphs:
     """The one graph of this batch, or RuntimeError. It is checked with lenses of its own, on a rack of its own."""
     CudaRecorder(device)  # or RuntimeError
-    made = Rack(dim=eye.spec.dim, slots=3, vectors=100_000, device=device, dtype=eye.dtype)
+    made = Rack(dim=backbone.spec.dim, slots=3, vectors=100_000, device=device, dtype=backbone.dtype)
     wanted = [(batch, prompts)]
-    if (found := recorded(eye, made, partial(CudaRecorder, device), wanted)).counts.refused:
+    if (found := record_buckets(backbone, made, partial(CudaRecorder, device), wanted)).counts.refused:
         raise RuntimeError(f"the graph was refused, {found.drift:.1e} off")
     with torch.inference_mode():
-        graph = graphs.Graph(eye, rack.slab, wanted[0], CudaRecorder(device))
+        graph = graphs.Graph(backbone, rack.slab, wanted[0], CudaRecorder(device))
     return Graphs(rack, rack.slab, {wanted[0]: graph})
 
 
@@ -299,7 +304,7 @@ def _flops(model: torch.nn.Module, pixels: Tensor) -> int:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _eye(
+def _backbone(
     arch: str, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, packed: bool = False
 ) -> Backbone:
     own = timm.create_model(arch, num_classes=0)
@@ -307,29 +312,29 @@ def _eye(
     return Backbone.of(arch, own, device=device, dtype=dtype, packed=packed)
 
 
-def _params(eye: Backbone, method: Method, seed: int, prompts: int) -> Params:
+def _params(backbone: Backbone, method: Method, seed: int, prompts: int) -> Params:
     """Fresh parameters, none of them zero, in float64 on the CPU."""
-    lengths, generator = method.prompt_lengths(eye.spec, prompts), torch.Generator().manual_seed(seed)
-    drawn = method.init(eye.spec, lengths, CLASSES, generator)
+    lengths, generator = method.prompt_lengths(backbone.spec, prompts), torch.Generator().manual_seed(seed)
+    drawn = method.init(backbone.spec, lengths, CLASSES, generator)
     return {
         name: value.double() + torch.randn(value.shape, generator=generator) * 0.05 for name, value in drawn.items()
     }
 
 
-def _literal(eye: Backbone, method: Method, params: Params, pixels: Tensor, prompts: int) -> Tensor:
-    return reference.logits(method.name, eye, pixels, params, method.prompt_lengths(eye.spec, prompts))
+def _literal(backbone: Backbone, method: Method, params: Params, pixels: Tensor, prompts: int) -> Tensor:
+    return reference.logits(method.name, backbone, pixels, params, method.prompt_lengths(backbone.spec, prompts))
 
 
-def _lens(eye: Backbone, method: Method, params: Params, prompts: int) -> Lens:
-    own = {name: value.to(eye.device, eye.dtype) for name, value in params.items()}
+def _lens(backbone: Backbone, method: Method, params: Params, prompts: int) -> Lens:
+    own = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
     with torch.inference_mode():
-        return method.lower(eye, own, method.prompt_lengths(eye.spec, prompts))
+        return method.lower(backbone, own, method.prompt_lengths(backbone.spec, prompts))
 
 
-def _seat(eye: Backbone, rack: Rack, lens: Lens) -> Seat:
+def _seat(backbone: Backbone, rack: Rack, lens: Lens) -> Seat:
     place = rack.allocate(lens)
     rack.write(place, lens)
-    geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
+    geometry = Geometry(backbone.spec.image_size, "bicubic", 1.0, "center")
     return Seat("task", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
 
 

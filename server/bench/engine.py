@@ -85,21 +85,22 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one architecture: medians in milliseconds of CPU time."""
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=0)
-    eyes = {
+    backbones = {
         name: Backbone.of(arch, copy.deepcopy(model), dtype=dtype, packed=packed)
         for name, (dtype, packed) in KINDS.items()
         if not packed or can_pack(torch.device("cpu"), dtype)
     }
-    size = eyes["plain float32"].spec.image_size
+    size = backbones["plain float32"].spec.image_size
     serving = torch.randn(options.tasks, 3, size, size)
     training = torch.randn(options.train_batch, 3, size, size)
     forward = _timm_variants(model, serving) | {
-        f"lensrack {name}, {options.tasks} tasks": _served(eye, serving, options) for name, eye in eyes.items()
+        f"lensrack {name}, {options.tasks} tasks": _served(backbone, serving, options)
+        for name, backbone in backbones.items()
     }
-    by_method = _by_method(eyes.get("packed float32", eyes["plain float32"]), serving, options)
-    residents = _by_residents(eyes.get("packed float32", eyes["plain float32"]), serving, options)
-    heads = _by_heads(eyes.get("packed float32", eyes["plain float32"]), serving, options)
-    step = {f"lensrack {name}": _fitted(eye, training, options) for name, eye in eyes.items()}
+    by_method = _by_method(backbones.get("packed float32", backbones["plain float32"]), serving, options)
+    residents = _by_residents(backbones.get("packed float32", backbones["plain float32"]), serving, options)
+    heads = _by_heads(backbones.get("packed float32", backbones["plain float32"]), serving, options)
+    step = {f"lensrack {name}": _fitted(backbone, training, options) for name, backbone in backbones.items()}
     return {
         "arch": arch,
         "torch": torch.__version__,
@@ -182,94 +183,96 @@ def _inferred(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object
     return once
 
 
-def _served(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+def _served(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """One forward whose rows are all of different tasks."""
-    rack = Rack(dim=eye.spec.dim, slots=options.tasks, vectors=100_000, dtype=eye.dtype)
-    return _answered(eye, rack, pixels, [METHOD] * options.tasks, options)
+    rack = Rack(dim=backbone.spec.dim, slots=options.tasks, vectors=100_000, dtype=backbone.dtype)
+    return _answered(backbone, rack, pixels, [METHOD] * options.tasks, options)
 
 
-def _by_method(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+def _by_method(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
     """The plain forward; all rows of one method; and a row of each method that changes the trunk, then of the first
     again. In float32, packed where the machine can."""
     methods, tasks = METHODS, options.tasks
-    rack = Rack(dim=eye.spec.dim, slots=tasks * (len(methods) + 1), vectors=60_000, dtype=eye.dtype)
-    found = {"plain": _inferred(lambda x: vit.forward(eye, vit.embed(eye, x), Plain()), pixels)}
+    rack = Rack(dim=backbone.spec.dim, slots=tasks * (len(methods) + 1), vectors=60_000, dtype=backbone.dtype)
+    found = {"plain": _inferred(lambda x: vit.forward(backbone, vit.embed(backbone, x), Plain()), pixels)}
     for method in methods:
-        found[method.name] = _answered(eye, rack, pixels, [method] * tasks, options)
-    changing = [method for method in methods if not _lens(eye, method, 0, options.prompts).head_only]
+        found[method.name] = _answered(backbone, rack, pixels, [method] * tasks, options)
+    changing = [method for method in methods if not _lens(backbone, method, 0, options.prompts).head_only]
     mixed = [changing[task % len(changing)] for task in range(tasks)]
-    return {**found, "mixed": _answered(eye, rack, pixels, mixed, options)}
+    return {**found, "mixed": _answered(backbone, rack, pixels, mixed, options)}
 
 
-def _by_residents(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+def _by_residents(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
     """Every forward draws its rows' tasks anew, uniformly, from all on the rack; the first variant has one to draw."""
-    lens = _lens(eye, METHOD, 0, options.prompts)
-    rack = Rack(dim=eye.spec.dim, slots=options.residents, vectors=options.residents * demand(lens), dtype=eye.dtype)
-    seats = [_seat(eye, rack, METHOD, task, options.prompts) for task in range(options.residents)]
-    engine, draw, pixels = Engine(eye, rack), random.Random(0), pixels.to(eye.dtype)
+    lens = _lens(backbone, METHOD, 0, options.prompts)
+    rack = Rack(
+        dim=backbone.spec.dim, slots=options.residents, vectors=options.residents * demand(lens), dtype=backbone.dtype
+    )
+    seats = [_seat(backbone, rack, METHOD, task, options.prompts) for task in range(options.residents)]
+    engine, draw, pixels = Engine(backbone, rack), random.Random(0), pixels.to(backbone.dtype)
 
     def drawn(residents: int) -> Callable[[], object]:
         def run(x: Tensor) -> object:
             rows = [(picture, seats[draw.randrange(residents)]) for picture in range(len(x))]
-            return engine.logits(vit.embed(eye, x), rows)
+            return engine.logits(vit.embed(backbone, x), rows)
 
         return _inferred(run, pixels)
 
     return {f"{count:,} resident": drawn(count) for count in sorted({1, min(64, len(seats)), len(seats)})}
 
 
-def _by_heads(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
+def _by_heads(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
     """The first picture for one `linear` task and for 10 and 100 of them: one trunk pass serves all."""
     [linear] = [method for method in METHODS if method.name == "linear"]
     most = 100
-    rack = Rack(dim=eye.spec.dim, slots=most, vectors=most * CLASSES, dtype=eye.dtype)
-    seats = [_seat(eye, rack, linear, task, options.prompts) for task in range(most)]
-    engine, picture = Engine(eye, rack), pixels[:1].to(eye.dtype)
+    rack = Rack(dim=backbone.spec.dim, slots=most, vectors=most * CLASSES, dtype=backbone.dtype)
+    seats = [_seat(backbone, rack, linear, task, options.prompts) for task in range(most)]
+    engine, picture = Engine(backbone, rack), pixels[:1].to(backbone.dtype)
 
     def asked(tasks: int) -> Callable[[], object]:
         rows = [(0, seat) for seat in seats[:tasks]]
-        return _inferred(lambda x: engine.logits(vit.embed(eye, x), rows), picture)
+        return _inferred(lambda x: engine.logits(vit.embed(backbone, x), rows), picture)
 
     return {f"{tasks} task{'s' if tasks > 1 else ''}": asked(tasks) for tasks in (1, 10, most)}
 
 
 def _answered(
-    eye: Backbone, rack: Rack, pixels: Tensor, methods: Sequence[Method], options: argparse.Namespace
+    backbone: Backbone, rack: Rack, pixels: Tensor, methods: Sequence[Method], options: argparse.Namespace
 ) -> Callable[[], object]:
     """A forward of a picture a task; methods: each task's."""
-    engine = Engine(eye, rack)
-    rows = [(task, _seat(eye, rack, method, task, options.prompts)) for task, method in enumerate(methods)]
-    return _inferred(lambda x: engine.logits(vit.embed(eye, x), rows), pixels.to(eye.dtype))
+    engine = Engine(backbone, rack)
+    rows = [(task, _seat(backbone, rack, method, task, options.prompts)) for task, method in enumerate(methods)]
+    return _inferred(lambda x: engine.logits(vit.embed(backbone, x), rows), pixels.to(backbone.dtype))
 
 
-def _lens(eye: Backbone, method: Method, task: int, prompts: int) -> Lens:
-    params, lengths = _drawn(eye, method, task, prompts)
+def _lens(backbone: Backbone, method: Method, task: int, prompts: int) -> Lens:
+    params, lengths = _drawn(backbone, method, task, prompts)
     with torch.inference_mode():
-        return method.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+        return method.lower(backbone, {name: value.to(backbone.dtype) for name, value in params.items()}, lengths)
 
 
-def _seat(eye: Backbone, rack: Rack, method: Method, task: int, prompts: int) -> Seat:
-    lens = _lens(eye, method, task, prompts)
+def _seat(backbone: Backbone, rack: Rack, method: Method, task: int, prompts: int) -> Seat:
+    lens = _lens(backbone, method, task, prompts)
     place = rack.allocate(lens)
     rack.write(place, lens)
-    geometry = Geometry(eye.spec.image_size, "bicubic", 1.0, "center")
+    geometry = Geometry(backbone.spec.image_size, "bicubic", 1.0, "center")
     return Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
 
 
-def _drawn(eye: Backbone, method: Method, seed: int, prompts: int) -> tuple[Params, tuple[int, ...]]:
-    lengths = method.prompt_lengths(eye.spec, prompts)
-    return method.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(seed)), lengths
+def _drawn(backbone: Backbone, method: Method, seed: int, prompts: int) -> tuple[Params, tuple[int, ...]]:
+    lengths = method.prompt_lengths(backbone.spec, prompts)
+    return method.init(backbone.spec, lengths, CLASSES, torch.Generator().manual_seed(seed)), lengths
 
 
-def _fitted(eye: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+def _fitted(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
     """Forward and backward of a training step, without the optimiser: parameters are float32, the lens is cast."""
-    params, lengths = _drawn(eye, METHOD, 0, options.prompts)
+    params, lengths = _drawn(backbone, METHOD, 0, options.prompts)
     params = {name: value.requires_grad_(True) for name, value in params.items()}
-    x, targets = pixels.to(eye.dtype), torch.arange(len(pixels)) % CLASSES
+    x, targets = pixels.to(backbone.dtype), torch.arange(len(pixels)) % CLASSES
 
     def once() -> None:
-        lens = METHOD.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
-        features = vit.forward(eye, vit.embed(eye, x), condition(lens, len(x)))
+        lens = METHOD.lower(backbone, {name: value.to(backbone.dtype) for name, value in params.items()}, lengths)
+        features = vit.forward(backbone, vit.embed(backbone, x), condition(lens, len(x)))
         logits = vit.classify(features, lens).float()
         F.cross_entropy(logits, targets).backward()
 

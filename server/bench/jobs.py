@@ -23,7 +23,7 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training import co_batching
 from server.training.co_batching import Fitting
-from server.training.data import InMemory, Pictures, Splits
+from server.training.data import InMemory, LabelledImages, Splits
 from server.training.fit import Fitted, fitting
 from server.training.recipe import resolve
 
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    eye = engine_backbone.load(options.backbone, weights=options.weights, device=options.device)
+    backbone = engine_backbone.load(options.backbone, weights=options.weights, device=options.device)
     load = Load(options.jobs, options.images, options.epochs, options.batch_size)
-    found = measure(eye, load, options.rounds)
+    found = measure(backbone, load, options.rounds)
     print(table(found))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,16 +53,16 @@ class Load:
     batch_size: int
 
 
-def measure(eye: Backbone, load: Load, rounds: int) -> dict[str, Any]:
+def measure(backbone: Backbone, load: Load, rounds: int) -> dict[str, Any]:
     """Times in seconds of wall clock and of this process, one a round, and what the two ways differ by."""
-    splits = [_splits(eye, load.images, number) for number in range(load.jobs)]
+    splits = [_splits(backbone, load.images, number) for number in range(load.jobs)]
 
     def begun() -> list[Fitting[Fitted]]:
-        return [_job(eye, own, number, load) for number, own in enumerate(splits)]
+        return [_job(backbone, own, number, load) for number, own in enumerate(splits)]
 
     ways: dict[str, Callable[[], list[Fitted]]] = {
-        "one after the other": lambda: [co_batching.alone(eye, job) for job in begun()],
-        "in one batch": lambda: _all(co_batching.run(eye, begun())),
+        "one after the other": lambda: [co_batching.alone(backbone, job) for job in begun()],
+        "in one batch": lambda: _all(co_batching.run(backbone, begun())),
     }
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
@@ -74,9 +74,9 @@ def measure(eye: Backbone, load: Load, rounds: int) -> dict[str, Any]:
             wall[name].append(time.perf_counter() - started)
             cpu[name].append(time.process_time() - spent)
     return {
-        "backbone": eye.spec.arch,
-        "device": eye.device.type,
-        "dtype": str(eye.dtype).removeprefix("torch."),
+        "backbone": backbone.spec.arch,
+        "device": backbone.device.type,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         **asdict(load),
         "wall_s": wall,
         "cpu_s": cpu,
@@ -84,21 +84,21 @@ def measure(eye: Backbone, load: Load, rounds: int) -> dict[str, Any]:
     }
 
 
-def _job(eye: Backbone, splits: Splits, number: int, load: Load) -> Fitting[Fitted]:
+def _job(backbone: Backbone, splits: Splits, number: int, load: Load) -> Fitting[Fitted]:
     method = Registry().get("vpt_deep")
     own = {"seed": number, "prompts": 5 + 5 * (number % 4)}
     wanted = {"epochs": load.epochs, "batch_size": load.batch_size, **own}
-    return fitting(eye, method, splits, CLASSES, resolve(method.defaults, wanted))
+    return fitting(backbone, method, splits, CLASSES, resolve(method.defaults, wanted))
 
 
-def _splits(eye: Backbone, images: int, seed: int) -> Splits:
+def _splits(backbone: Backbone, images: int, seed: int) -> Splits:
     """Squares of noise around a colour for each class: what a fit costs does not depend on what it sees."""
-    generator, size = np.random.default_rng(seed), eye.spec.image_size
+    generator, size = np.random.default_rng(seed), backbone.spec.image_size
 
-    def pictures(count: int) -> Pictures:
+    def pictures(count: int) -> LabelledImages:
         targets = np.arange(count) % CLASSES
         noise = generator.integers(0, 60, (count, size, size, 3))
-        return Pictures(InMemory((noise + 45 * targets[:, None, None, None]).astype(np.uint8)), targets)
+        return LabelledImages(InMemory((noise + 45 * targets[:, None, None, None]).astype(np.uint8)), targets)
 
     return Splits(pictures(images), pictures(max(CLASSES, images // 6)), None)
 

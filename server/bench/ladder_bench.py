@@ -19,7 +19,7 @@ from server.engine import reference, vit
 from server.engine.backbone import Backbone, load_weights
 from server.engine.batch import Work, normalise
 from server.engine.engine import Engine
-from server.engine.graph_recording import recorded
+from server.engine.graph_recording import record_buckets
 from server.engine.graphs import Graphs
 from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
@@ -27,7 +27,7 @@ from server.engine.packed import can_pack
 from server.engine.rack import Rack
 from server.engine.recorder import CudaRecorder
 from server.engine.residency import Seat
-from server.engine.transfer import Crossing, Crossings, Straight
+from server.engine.transfer import DirectTransfer, Transfer, TransferPool
 from server.methods.method import Params
 from server.methods.vpt_deep import VptDeep
 
@@ -52,7 +52,7 @@ class Bench:
         self.model: VisionTransformer = timm.create_model(arch, num_classes=0).eval().requires_grad_(False)
         if weights is not None:
             load_weights(self.model, weights)
-        self.plain = self.eye()
+        self.plain = self.backbone()
         size = self.plain.spec.image_size
         self.pixels = torch.randn(tasks, 3, size, size)
         self.pictures = np.random.default_rng(seed).integers(0, 256, (tasks, size, size, 3), np.uint8)
@@ -68,7 +68,7 @@ class Bench:
     @cached_property
     def packed(self) -> Backbone:
         """As the engine has it in float32, for rows that leave it as it is."""
-        return self.eye(packed=True)
+        return self.backbone(packed=True)
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class Bench:
         params, _ = self.even[0]
         return params["head.weight"], params["head.bias"]
 
-    def eye(
+    def backbone(
         self, dtype: torch.dtype = torch.float32, *, packed: bool = False, float8: bool = False, device: object = CPU
     ) -> Backbone:
         if packed and not can_pack(CPU, dtype):
@@ -97,7 +97,7 @@ class Bench:
         self, dtype: torch.dtype = torch.float32, tasks: Sequence[Drawn] | None = None, pixels: Tensor | None = None
     ) -> Answer:
         """Task by task, as the papers write it."""
-        eye, shown = self.eye(dtype), self.pixels if pixels is None else pixels
+        backbone, shown = self.backbone(dtype), self.pixels if pixels is None else pixels
         own = [
             ({name: value.to(dtype) for name, value in params.items()}, lengths)
             for params, lengths in tasks or self.even
@@ -105,33 +105,37 @@ class Bench:
 
         def answer() -> Tensor:
             rows = zip(shown.to(dtype), own, strict=True)
-            return torch.cat([reference.vpt_deep(eye, row[None], *drawn) for row, drawn in rows])
+            return torch.cat([reference.vpt_deep(backbone, row[None], *drawn) for row, drawn in rows])
 
         return inferred(answer)
 
-    def served(self, eye: Backbone, tasks: Sequence[Drawn] | None = None) -> Answer:
+    def served(self, backbone: Backbone, tasks: Sequence[Drawn] | None = None) -> Answer:
         """All rows in one forward of the engine. tasks: `even` ones, unless others are given."""
-        rack, seats = self.seated(eye, self.lenses(eye, tasks or self.even))
-        return self.of_rows(Engine(eye, rack), seats, range(self.tasks))
+        rack, seats = self.seated(backbone, self.lenses(backbone, tasks or self.even))
+        return self.of_rows(Engine(backbone, rack), seats, range(self.tasks))
 
     def of_rows(self, engine: Engine, seats: Sequence[Seat], rows: Sequence[int]) -> Answer:
         """Logits [rows, CLASSES] of some of the pictures, each for its own task."""
-        eye, pixels = engine.backbone, self.pixels[rows[0] : rows[-1] + 1]
+        backbone, pixels = engine.backbone, self.pixels[rows[0] : rows[-1] + 1]
         asked = [(row - rows[0], seats[row]) for row in rows]
-        return inferred(lambda: torch.stack(engine.logits(vit.embed(eye, pixels.to(eye.dtype)), asked)))
+        return inferred(lambda: torch.stack(engine.logits(vit.embed(backbone, pixels.to(backbone.dtype)), asked)))
 
     @torch.inference_mode()
-    def lenses(self, eye: Backbone, tasks: Sequence[Drawn]) -> list[Lens]:
+    def lenses(self, backbone: Backbone, tasks: Sequence[Drawn]) -> list[Lens]:
         return [
-            METHOD.lower(eye, {name: value.to(eye.device, eye.dtype) for name, value in params.items()}, lengths)
+            METHOD.lower(
+                backbone, {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}, lengths
+            )
             for params, lengths in tasks
         ]
 
-    def seated(self, eye: Backbone, lenses: Sequence[Lens]) -> tuple[Rack, list[Seat]]:
+    def seated(self, backbone: Backbone, lenses: Sequence[Lens]) -> tuple[Rack, list[Seat]]:
         """On a rack of their own, with room for what records graphs."""
         vectors = self.tasks * 10_000
-        rack = Rack(dim=eye.spec.dim, slots=len(lenses) + 3, vectors=vectors, device=eye.device, dtype=eye.dtype)
-        geometry, seats = Geometry(eye.spec.image_size, "bicubic", 1.0, "center"), []
+        rack = Rack(
+            dim=backbone.spec.dim, slots=len(lenses) + 3, vectors=vectors, device=backbone.device, dtype=backbone.dtype
+        )
+        geometry, seats = Geometry(backbone.spec.image_size, "bicubic", 1.0, "center"), []
         for task, lens in enumerate(lenses):
             place = rack.allocate(lens)
             rack.write(place, lens)
@@ -139,20 +143,20 @@ class Bench:
         return rack, seats
 
     def shown(
-        self, eye: Backbone, lenses: Sequence[Lens], *, pinned: bool = True, graphs: GraphsOf | None = None
+        self, backbone: Backbone, lenses: Sequence[Lens], *, pinned: bool = True, graphs: GraphsOf | None = None
     ) -> Answer:
         """`pictures`, in uint8, to logits on the host: the whole way of a batch. `pinned`: whether a GPU's host lays
         what crosses into memory that the driver has pinned, as the engine does."""
-        rack, seats = self.seated(eye, lenses)
-        engine = Engine(eye, rack, None if graphs is None else graphs(eye, rack))
+        rack, seats = self.seated(backbone, lenses)
+        engine = Engine(backbone, rack, None if graphs is None else graphs(backbone, rack))
         if not pinned:
-            engine._crossings = Unpinned(eye.device)
+            engine._crossings = Unpinned(backbone.device)
         work: list[Work] = list(zip(self.pictures, seats, strict=True))
         return lambda: torch.from_numpy(np.stack(engine.run(work)))
 
-    def graphs(self, eye: Backbone, rack: Rack) -> Graphs:
+    def graphs(self, backbone: Backbone, rack: Rack) -> Graphs:
         wanted = [(self.tasks, self.lengths[0])]
-        found = recorded(eye, rack, partial(CudaRecorder, eye.device), wanted)
+        found = record_buckets(backbone, rack, partial(CudaRecorder, backbone.device), wanted)
         if not found.graphs:
             raise NotHere("the graph was refused")
         return found
@@ -161,11 +165,11 @@ class Bench:
 GraphsOf = Callable[[Backbone, Rack], Graphs]
 
 
-class Unpinned(Crossings):
+class Unpinned(TransferPool):
     """Memory that the driver has not pinned: the host waits for each copy."""
 
-    def take(self) -> Crossing:
-        return Straight(self._device)
+    def take(self) -> Transfer:
+        return DirectTransfer(self._device)
 
 
 # --- what is true -----------------------------------------------------------------------------------------------------

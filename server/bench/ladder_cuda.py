@@ -18,30 +18,30 @@ from .ladder_prompts import Varlen, attending_unpadded, end_to_end
 
 
 def one_by_one(bench: Bench) -> Answer:
-    eye = _eye(bench)
-    return bench.shown(eye, bench.lenses(eye, bench.even))
+    backbone = _backbone(bench)
+    return bench.shown(backbone, bench.lenses(backbone, bench.even))
 
 
 def from_pageable(bench: Bench) -> Answer:
     """As above, but from and to memory that the driver has not pinned."""
-    eye = _eye(bench)
-    return bench.shown(eye, bench.lenses(eye, bench.even), pinned=False)
+    backbone = _backbone(bench)
+    return bench.shown(backbone, bench.lenses(backbone, bench.even), pinned=False)
 
 
 def by_graphs(bench: Bench) -> Answer:
-    eye = _eye(bench)
-    return bench.shown(eye, bench.lenses(eye, bench.even), graphs=bench.graphs)
+    backbone = _backbone(bench)
+    return bench.shown(backbone, bench.lenses(backbone, bench.even), graphs=bench.graphs)
 
 
 def masked(bench: Bench) -> Answer:
-    eye = _eye(bench, torch.bfloat16)
-    return bench.shown(eye, bench.lenses(eye, bench.ragged))
+    backbone = _backbone(bench, torch.bfloat16)
+    return bench.shown(backbone, bench.lenses(backbone, bench.ragged))
 
 
 def unpadded(bench: Bench) -> Answer:
     """By PyTorch's attention over rows of any length."""
-    eye, varlen = _eye(bench, torch.bfloat16), _varlen()
-    answer = unpadded_by(varlen, bench, eye)
+    backbone, varlen = _backbone(bench, torch.bfloat16), _varlen()
+    answer = unpadded_by(varlen, bench, backbone)
     try:
         answer()
     except (NotImplementedError, RuntimeError) as error:
@@ -49,15 +49,15 @@ def unpadded(bench: Bench) -> Answer:
     return answer
 
 
-def unpadded_by(varlen: Varlen, bench: Bench, eye: Backbone) -> Answer:
-    answer = bench.shown(eye, bench.lenses(eye, bench.ragged))
+def unpadded_by(varlen: Varlen, bench: Bench, backbone: Backbone) -> Answer:
+    answer = bench.shown(backbone, bench.lenses(backbone, bench.ragged))
     return under(partial(attending_unpadded, end_to_end(varlen)), answer)
 
 
-def _eye(bench: Bench, dtype: torch.dtype = torch.float32) -> Backbone:
+def _backbone(bench: Bench, dtype: torch.dtype = torch.float32) -> Backbone:
     if not torch.cuda.is_available():
         raise NotHere("no CUDA")
-    return bench.eye(dtype, device=torch.device("cuda", torch.cuda.current_device()))
+    return bench.backbone(dtype, device=torch.device("cuda", torch.cuda.current_device()))
 
 
 def _varlen() -> Varlen:

@@ -60,11 +60,11 @@ def within(bench: Bench, threads: int) -> Answer:
 def workers(bench: Bench, count: int) -> Answer:
     if bench.tasks < count:
         raise NotHere(f"fewer pictures than workers: {bench.tasks}")
-    eye = bench.packed
-    rack, seats = bench.seated(eye, bench.lenses(eye, bench.even))
+    backbone = bench.packed
+    rack, seats = bench.seated(backbone, bench.lenses(backbone, bench.even))
     parts = np.array_split(np.arange(bench.tasks), count)
     with using(1):
-        own = [bench.of_rows(Engine(eye, rack), seats, part.tolist()) for part in parts]
+        own = [bench.of_rows(Engine(backbone, rack), seats, part.tolist()) for part in parts]
     # what OpenMP takes for the number of threads is each thread's own
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     return under(partial(using, 1), lambda: torch.cat(list(pool.map(_answered, own))))

@@ -24,7 +24,7 @@ from server.engine.gathered import Indices, Slot
 from server.engine.lens import Condition, Lens, Prefix
 from server.engine.rack import Place, Rack
 from server.engine.spec import Pool
-from server.engine.transfer import Crossing, Straight
+from server.engine.transfer import DirectTransfer, Transfer
 
 from .ladder_bench import Answer, Bench, under
 
@@ -56,11 +56,11 @@ class PrefixAlone:
 
 def own_tensors(bench: Bench) -> Answer:
     """Prompts and heads stacked, batch by batch, from tensors of each task's own."""
-    eye = bench.packed
-    lenses = bench.lenses(eye, bench.even)
-    rack, seats = bench.seated(eye, lenses)
+    backbone = bench.packed
+    lenses = bench.lenses(backbone, bench.even)
+    rack, seats = bench.seated(backbone, lenses)
     kept = OwnTensors({seat.slot: lens for seat, lens in zip(seats, lenses, strict=True)})
-    answer = bench.of_rows(Engine(eye, rack), seats, range(bench.tasks))
+    answer = bench.of_rows(Engine(backbone, rack), seats, range(bench.tasks))
     return under(lambda: mock.patch.multiple(rack, gather=kept.gather, logits=kept.logits), answer)
 
 
@@ -70,10 +70,10 @@ class OwnTensors:
     def __init__(self, lenses: dict[int, Lens]) -> None:
         self._lenses = lenses
 
-    def gather(self, places: Sequence[Place], crossing: Crossing | None = None) -> Condition:
+    def gather(self, places: Sequence[Place], crossing: Transfer | None = None) -> Condition:
         return Stacked([self._lenses[place.slot] for place in places])
 
-    def logits(self, features: Tensor, places: Sequence[Place], crossing: Crossing | None = None) -> Tensor:
+    def logits(self, features: Tensor, places: Sequence[Place], crossing: Transfer | None = None) -> Tensor:
         lenses = [self._lenses[place.slot] for place in places]
         weight, bias = (torch.stack([getattr(lens, name) for lens in lenses]) for name in ("head_weight", "head_bias"))
         return torch.baddbmm(bias.unsqueeze(-1), weight, features.unsqueeze(-1)).squeeze(-1)
@@ -144,7 +144,7 @@ def end_to_end(varlen: Varlen) -> Attention:
 class Unpadded(PrefixAlone):
     """Prefixes of a batch's rows end to end: the slab's vectors that there are, and how many each row has."""
 
-    def __init__(self, slab: Tensor, slots: Sequence[Slot], crossing: Crossing) -> None:
+    def __init__(self, slab: Tensor, slots: Sequence[Slot], crossing: Transfer) -> None:
         self._slab = slab
         self._lengths = np.stack([slot.lengths for slot in slots], axis=1)  # [L, B]
         numbers = np.stack([_end_to_end(slots, "keys"), _end_to_end(slots, "values")])
@@ -173,9 +173,9 @@ class Unpadded(PrefixAlone):
 
 @contextmanager
 def attending_unpadded(attention: Attention) -> Iterator[None]:
-    def gather(rack: Rack, places: Sequence[Place], crossing: Crossing | None = None) -> Condition:
+    def gather(rack: Rack, places: Sequence[Place], crossing: Transfer | None = None) -> Condition:
         slots = [rack._check(place) for place in places]
-        return Unpadded(rack.slab, slots, crossing or Straight(rack.slab.device))
+        return Unpadded(rack.slab, slots, crossing or DirectTransfer(rack.slab.device))
 
     with mock.patch.object(Rack, "gather", gather), mock.patch.object(vit, "_attention", attention):
         yield

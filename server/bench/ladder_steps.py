@@ -32,7 +32,7 @@ def plain_timm(bench: Bench) -> Answer:
 
 def packed_timm(bench: Bench) -> Answer:
     """The same with our packed products in the place of its linear layers, and nothing else changed."""
-    bench.eye(packed=True)  # or NotHere
+    bench.backbone(packed=True)  # or NotHere
     model = packed_model(copy.deepcopy(bench.model))
     return inferred(lambda: F.linear(model(bench.pixels), *bench.head))
 
@@ -44,36 +44,36 @@ def prefix(bench: Bench) -> Answer:
 
 
 def packed_only(bench: Bench) -> Answer:
-    return bench.served(_with(bench.eye(packed=True), Separate, fused))
+    return bench.served(_with(bench.backbone(packed=True), Separate, fused))
 
 
 def one_product(bench: Bench) -> Answer:
-    return bench.served(_with(bench.eye(packed=True), OneProduct, fused))
+    return bench.served(_with(bench.backbone(packed=True), OneProduct, fused))
 
 
 def attending(bench: Bench, attention: Attend, dtype: torch.dtype = torch.float32) -> Answer:
-    eye = bench.eye(dtype, packed=True)
-    for block in eye.blocks:
+    backbone = bench.backbone(dtype, packed=True)
+    for block in backbone.blocks:
         block._attend = attention
-    return bench.served(eye)
+    return bench.served(backbone)
 
 
 def int8(bench: Bench) -> Answer:
-    eye = bench.eye()
-    for own, block in zip(eye.blocks, eye.model.blocks, strict=True):
+    backbone = bench.backbone()
+    for own, block in zip(backbone.blocks, backbone.model.blocks, strict=True):
         dim = block.attn.qkv.in_features
         weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
         own._qkv = None
         own.query, own._keys_values = Int8Linear(weight[:dim], bias[:dim]), Int8Linear(weight[dim:], bias[dim:])
         own.project = Int8Linear(block.attn.proj.weight, block.attn.proj.bias)
         own.hidden, own._fc2 = (Int8Linear(each.weight, each.bias) for each in (block.mlp.fc1, block.mlp.fc2))
-    return bench.served(eye)
+    return bench.served(backbone)
 
 
 def float8(bench: Bench) -> Answer:
     """The numbers that a GPU's tensor cores multiply, in bfloat16's place between the products."""
     try:
-        answer = bench.served(bench.eye(torch.bfloat16, float8=True))
+        answer = bench.served(bench.backbone(torch.bfloat16, float8=True))
         answer()
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         raise NotHere("this build of PyTorch has no products in float8 here") from error
@@ -115,8 +115,9 @@ STEPS = (
          "ragged lenses do not stack, and CUDA graphs need addresses that stay"),
     Step("… bfloat16, PyTorch's fused attention", partial(attending, attention=fused, dtype=torch.bfloat16), False,
          "that kernel does not multiply in bfloat16"),
-    Step("… bfloat16, attention by two products", lambda bench: bench.served(bench.eye(torch.bfloat16, packed=True)),
-         True, "where asked for: `LENSRACK_DTYPE=bfloat16`"),
+    Step("… bfloat16, attention by two products",
+         lambda bench: bench.served(bench.backbone(torch.bfloat16, packed=True)), True,
+         "where asked for: `LENSRACK_DTYPE=bfloat16`"),
     Step("… int8, dynamic", int8, False, "rounding x costs what the products save"),
     Step("… float8, emulated", float8, False, "for CUDA, where asked for: `LENSRACK_DTYPE=float8`; not timed on a CPU",
          timed=False),
@@ -139,11 +140,11 @@ COMPILED = Step("timm, torch.compile, one task", compiled, False, "a compiler on
                 truth=None)  # fmt: skip
 
 
-def _with(eye: Backbone, kind: type[FrozenBlock], attention: Attend) -> Backbone:
-    eye.blocks = [kind(block, packed=eye.packed) for block in eye.model.blocks]
-    for block in eye.blocks:
+def _with(backbone: Backbone, kind: type[FrozenBlock], attention: Attend) -> Backbone:
+    backbone.blocks = [kind(block, packed=backbone.packed) for block in backbone.model.blocks]
+    for block in backbone.blocks:
         block._attend = attention
-    return eye
+    return backbone
 
 
 def _first_token(answer: Answer) -> Answer:

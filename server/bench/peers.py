@@ -39,13 +39,13 @@ class Model:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
-        self._eye = engine_backbone.load(
+        self._backbone = engine_backbone.load(
             options.backbone, options.weights, device="cpu", dtype=options.dtype, packed=False
         )
         bundles = _live_ones(options.store, options.tasks)
         self._manifests: dict[str, Manifest] = {task: bundle.manifest for task, bundle in bundles.items()}
         self._params = {task: self._kept(bundle) for task, bundle in bundles.items()}
-        how = self._eye.spec.preprocess
+        how = self._backbone.spec.preprocess
         self._geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
         self._mean, self._std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (how.mean, how.std))
 
@@ -55,16 +55,16 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        return self._eye.spec.image_size
+        return self._backbone.spec.image_size
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._eye.dtype
+        return self._backbone.dtype
 
     def decode(self, data: bytes) -> Tensor:
         """[3, S, S], normalised."""
         cut = torch.from_numpy(decode.pixels(data, self._geometry, max_pixels=MAX_PIXELS))
-        return ((cut.permute(2, 0, 1).float() / 255 - self._mean) / self._std).to(self._eye.dtype)
+        return ((cut.permute(2, 0, 1).float() / 255 - self._mean) / self._std).to(self._backbone.dtype)
 
     @torch.inference_mode()
     def answer(self, task: str, pictures: Sequence[Tensor]) -> list[list[dict[str, Any]]]:
@@ -72,10 +72,10 @@ class Model:
         return [_best(row, self._manifests[task].labels) for row in logits.double().softmax(-1).numpy()]
 
     def _kept(self, bundle: Bundle) -> dict[str, Tensor]:
-        return {name: torch.tensor(value, dtype=self._eye.dtype) for name, value in bundle.tensors.items()}
+        return {name: torch.tensor(value, dtype=self._backbone.dtype) for name, value in bundle.tensors.items()}
 
     def _logits(self, task: str, pixels: Tensor) -> Tensor:
-        return reference.vpt_deep(self._eye, pixels, self._params[task], self._manifests[task].prompt_lengths)
+        return reference.vpt_deep(self._backbone, pixels, self._params[task], self._manifests[task].prompt_lengths)
 
 
 class OwnModels(Model):
@@ -87,7 +87,7 @@ class OwnModels(Model):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        first, last = self._eye.model, self.tasks[-1]
+        first, last = self._backbone.model, self.tasks[-1]
         self.models = {task: first if task == last else copy.deepcopy(first) for task in self.tasks}
         for seed, model in enumerate(self.models.values()):
             _fine_tune(model, seed)

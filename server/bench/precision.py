@@ -100,16 +100,18 @@ def pictures(task: str) -> tuple[list[Image.Image], list[str]]:
 
 
 def _logits(precision: str, bundle: Bundle, shown: Sequence[Image.Image]) -> NDArray[np.float64]:
-    eye = _eye(precision)
-    loaded = Registry().load(bundle, eye)
-    rack = Rack(dim=eye.spec.dim, slots=1, vectors=demand(loaded.lens), device=eye.device, dtype=eye.dtype)
-    engine, seat = Engine(eye, rack), _seat(rack, loaded)
+    backbone = _backbone(precision)
+    loaded = Registry().load(bundle, backbone)
+    rack = Rack(
+        dim=backbone.spec.dim, slots=1, vectors=demand(loaded.lens), device=backbone.device, dtype=backbone.dtype
+    )
+    engine, seat = Engine(backbone, rack), _seat(rack, loaded)
     cut = [decode.fit(picture, loaded.geometry) for picture in shown]
     parts = [cut[start : start + BATCH] for start in range(0, len(cut), BATCH)]
     return np.stack([row for part in parts for row in engine.run([(pixels, seat) for pixels in part])])
 
 
-def _eye(precision: str) -> Backbone:
+def _backbone(precision: str) -> Backbone:
     arch, model = bundled.create()
     load_weights(model, bundled.WEIGHTS)
     float8 = precision == "float8"

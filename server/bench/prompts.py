@@ -34,42 +34,48 @@ from .accuracy import read
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    eye = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
+    backbone = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
     method = Registry().get(options.method)
-    train, labels = read(options.data / "train", eye)
-    test, _ = read(options.data / "test", eye)
+    train, labels = read(options.data / "train", backbone)
+    test, _ = read(options.data / "test", backbone)
     asked = {"epochs": options.epochs, "prompts": options.prompts}
     for seed in options.seeds:
         splits = Splits(*hold_out(train, Recipe().validation, seed), test)
         for init in options.inits:
             recipe = resolve(method.defaults, {**asked, "seed": seed, "init": init})
             began = time.process_time()
-            found = fit(eye, method, splits, len(labels), recipe)
+            found = fit(backbone, method, splits, len(labels), recipe)
             what = {"data": options.data.name, "seed": seed, "init": init, "prompts": sum(found.prompt_lengths)}
             _tell(options.out, what, found.metrics, began)
             if options.keep and init == options.inits[0]:
-                _condense(eye, found, splits, len(labels), options=options, what=what)
+                _condense(backbone, found, splits, len(labels), options=options, what=what)
 
 
 def _condense(
-    eye: Backbone, parent: Fitted, splits: Splits, labels: int, *, options: argparse.Namespace, what: dict[str, Any]
+    backbone: Backbone,
+    parent: Fitted,
+    splits: Splits,
+    labels: int,
+    *,
+    options: argparse.Namespace,
+    what: dict[str, Any],
 ) -> None:
     """Every share, by the steps that a job takes until one is good enough."""
-    began, frozen = time.process_time(), FrozenFeatures(eye)
+    began, frozen = time.process_time(), FrozenFeatures(backbone)
     how = Condense(keep=tuple(options.keep), epochs=options.refit_epochs)
     recipe = refit_recipe(replace(parent.recipe, condense=how))
 
     def scored() -> Fitting[Tensor]:
-        run = Fit(eye, parent.method, recipe, parent.prompt_lengths, frozen)
+        run = Fit(backbone, parent.method, recipe, parent.prompt_lengths, frozen)
         yield from run.begin(splits.train, labels, parent, None)
         return (yield from scores(run, (yield from run.inputs(splits.train))))
 
-    score = alone(eye, scored())
+    score = alone(backbone, scored())
     print(f"scores after {time.process_time() - began:.1f} CPU s", flush=True)
     for count in counts(sum(parent.prompt_lengths), how.keep):
         began, start = time.process_time(), cut(parent, score, count)
-        again = fitting(eye, start.method, splits, labels, recipe, start=start, frozen=frozen, each_epoch=False)
-        found = alone(eye, again)
+        again = fitting(backbone, start.method, splits, labels, recipe, start=start, frozen=frozen, each_epoch=False)
+        found = alone(backbone, again)
         kept = {"kept": count, "prompt_lengths": start.prompt_lengths, "epochs": recipe.epochs}
         _tell(options.out, {**what, **kept}, found.metrics, began)
 

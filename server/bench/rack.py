@@ -76,25 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lensrack-bench-")))
         url = stack.enter_context(own_redis()) if options.redis else f"file://{folder / 'store'}"
         settings = Settings()
-        eye = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu")
-        report = asyncio.run(_measured(url, eye, options))
+        backbone = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu")
+        report = asyncio.run(_measured(url, backbone, options))
     telling.tell(report, table(report), options, draw)
 
 
-def _published(url: str, eye: Backbone, options: argparse.Namespace) -> list[tuple[str, str]]:
+def _published(url: str, backbone: Backbone, options: argparse.Namespace) -> list[tuple[str, str]]:
     """(task, version) of each."""
     store, tasks = open_store(url), made_tasks.names(options.tasks)
-    made = list(zip(tasks, made_tasks.publish(store, eye.spec, tasks, options.method, options.prompts), strict=True))
+    made = list(
+        zip(tasks, made_tasks.publish(store, backbone.spec, tasks, options.method, options.prompts), strict=True)
+    )
     store.close()
     return made
 
 
-async def _measured(url: str, eye: Backbone, options: argparse.Namespace) -> dict[str, Any]:
+async def _measured(url: str, backbone: Backbone, options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    made = _published(url, eye, options)
+    made = _published(url, backbone, options)
     published_s = time.perf_counter() - began
     bundle_bytes = 0
-    with _rack(url, eye, options) as (residency, rack, counted):
+    with _rack(url, backbone, options) as (residency, rack, counted):
         bench = Bench(residency, counted, made, "Redis" if options.redis else "file", options.seed)
         for task, version in made:  # every task has been there once: what is remembered of a task is there
             await residency.load(task, version)
@@ -103,11 +105,11 @@ async def _measured(url: str, eye: Backbone, options: argparse.Namespace) -> dic
         residency.check_integrity()
         bundle_bytes = len(counted.get(*made[0]).data)
         used = rack.used_slots
-    dtype, seeds = str(eye.dtype).removeprefix("torch."), f"{options.seed}, of the tasks that are asked"
+    dtype, seeds = str(backbone.dtype).removeprefix("torch."), f"{options.seed}, of the tasks that are asked"
     told = telling.stated("rack", options, dtype=dtype, seeds=seeds)
     return {
         **told,
-        "backbone": eye.spec.arch,
+        "backbone": backbone.spec.arch,
         "store": bench.store,
         "published_s": round(published_s, 1),
         "bundle_bytes": bundle_bytes,
@@ -118,15 +120,19 @@ async def _measured(url: str, eye: Backbone, options: argparse.Namespace) -> dic
 
 
 @contextmanager
-def _rack(url: str, eye: Backbone, options: argparse.Namespace) -> Iterator[tuple[Residency, Rack, Counted]]:
+def _rack(url: str, backbone: Backbone, options: argparse.Namespace) -> Iterator[tuple[Residency, Rack, Counted]]:
     counted = Counted(open_store(url))
     store = CachedStore(cast(Store, counted), max_bytes=int(options.cache_mib * 2**20))
     rack = Rack.sized(
-        dim=eye.spec.dim, slots=options.slots, size_bytes=Settings().rack_bytes, device=eye.device, dtype=eye.dtype
+        dim=backbone.spec.dim,
+        slots=options.slots,
+        size_bytes=Settings().rack_bytes,
+        device=backbone.device,
+        dtype=backbone.dtype,
     )
     pool = ThreadPoolExecutor(2, thread_name_prefix="load")
     try:
-        yield build_residency(rack, Registry(), store, eye, pool), rack, counted
+        yield build_residency(rack, Registry(), store, backbone, pool), rack, counted
     finally:
         pool.shutdown()
         store.close()

@@ -29,7 +29,7 @@ from server.engine.rack import Rack
 from server.engine.residency import Seat
 from server.methods.method import Method
 from server.methods.registry import Registry
-from server.training.co_batching import Ask, Fitting, Kept, alone
+from server.training.co_batching import Fitting, ForwardRequest, RecordedRows, alone
 from server.training.optimizer import make_optimizer
 from server.training.recipe import resolve
 
@@ -46,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    eye = Backbone.of(options.arch, timm.create_model(options.arch, num_classes=0), dtype=DTYPES[options.dtype])
+    backbone = Backbone.of(options.arch, timm.create_model(options.arch, num_classes=0), dtype=DTYPES[options.dtype])
     serving = {
-        name: in_turns({method: _answering(eye, method, count, options) for method in methods}, options.rounds)
+        name: in_turns({method: _answering(backbone, method, count, options) for method in methods}, options.rounds)
         for name, count, methods in _groups(options.most)
     }
-    fitting = {name: options.batch / ms * 1e3 for name, ms in in_turns(_steps(eye, options), options.rounds).items()}
+    fitting = {
+        name: options.batch / ms * 1e3 for name, ms in in_turns(_steps(backbone, options), options.rounds).items()
+    }
     report = {"arch": options.arch, "dtype": options.dtype, "torch": torch.__version__, "serving": serving}
     report["pictures_per_s"] = {name: round(rate, 1) for name, rate in fitting.items()}
     print(table(report))
@@ -76,57 +78,61 @@ def _groups(most: int) -> list[tuple[str, int, list[str]]]:
     return [(str(count), count, [name for name in SERVED if name != "vpt_deep" or count <= 100]) for count in counts]
 
 
-def _answering(eye: Backbone, name: str, tasks: int, options: argparse.Namespace) -> Callable[[], object]:
+def _answering(backbone: Backbone, name: str, tasks: int, options: argparse.Namespace) -> Callable[[], object]:
     """One picture for so many tasks, in one forward."""
-    method, size = Registry().get(name), eye.spec.image_size
-    lengths = method.prompt_lengths(eye.spec, options.prompts)
-    params = method.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(0))
+    method, size = Registry().get(name), backbone.spec.image_size
+    lengths = method.prompt_lengths(backbone.spec, options.prompts)
+    params = method.init(backbone.spec, lengths, CLASSES, torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        lens = method.lower(eye, {key: value.to(eye.dtype) for key, value in params.items()}, lengths)
-        rack = Rack.sized(dim=eye.spec.dim, slots=tasks, size_bytes=options.rack, device="cpu", dtype=eye.dtype)
+        lens = method.lower(backbone, {key: value.to(backbone.dtype) for key, value in params.items()}, lengths)
+        rack = Rack.sized(
+            dim=backbone.spec.dim, slots=tasks, size_bytes=options.rack, device="cpu", dtype=backbone.dtype
+        )
         geometry, rows = Geometry(size, "bicubic", 1.0, "center"), []
         for task in range(tasks):
             place = rack.allocate(lens)
             rack.write(place, lens)
             seat = Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, (0.5,) * 3, (0.5,) * 3)
             rows.append((0, seat))
-    pixels, engine = torch.randn(1, 3, size, size).to(eye.dtype), Engine(eye, rack)
+    pixels, engine = torch.randn(1, 3, size, size).to(backbone.dtype), Engine(backbone, rack)
 
     def answer() -> object:
         with torch.inference_mode():
-            return engine.logits(vit.embed(eye, pixels), rows)
+            return engine.logits(vit.embed(backbone, pixels), rows)
 
     return answer
 
 
-def _steps(eye: Backbone, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    pixels = torch.randn(options.batch, 3, eye.spec.image_size, eye.spec.image_size).to(eye.dtype)
+def _steps(backbone: Backbone, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    pixels = torch.randn(options.batch, 3, backbone.spec.image_size, backbone.spec.image_size).to(backbone.dtype)
     with torch.inference_mode():
-        x = vit.embed(eye, pixels).clone()
-        kept = Kept(vit.record(eye, x, 0), None)
+        x = vit.embed(backbone, pixels).clone()
+        kept = RecordedRows(vit.record(backbone, x, 0), None)
     x = x.clone()
-    found = {name: _step(eye, Registry().get(name), x, None, options) for name in FITTED}
-    return {"readonly, trunk kept": _step(eye, Registry().get("readonly"), x, kept, options), **found}
+    found = {name: _step(backbone, Registry().get(name), x, None, options) for name in FITTED}
+    return {"readonly, trunk kept": _step(backbone, Registry().get("readonly"), x, kept, options), **found}
 
 
 def _step(
-    eye: Backbone, method: Method, x: Tensor, kept: Kept | None, options: argparse.Namespace
+    backbone: Backbone, method: Method, x: Tensor, kept: RecordedRows | None, options: argparse.Namespace
 ) -> Callable[[], object]:
-    lengths = method.prompt_lengths(eye.spec, options.prompts)
-    params = method.init(eye.spec, lengths, CLASSES, torch.Generator().manual_seed(0))
+    lengths = method.prompt_lengths(backbone.spec, options.prompts)
+    params = method.init(backbone.spec, lengths, CLASSES, torch.Generator().manual_seed(0))
     params = {name: value.requires_grad_() for name, value in params.items()}
     optimizer, targets = make_optimizer(params, resolve(method.defaults, {})), torch.arange(len(x)) % CLASSES
     everything = torch.arange(len(x))
 
     def fitting() -> Fitting[None]:
-        lens = method.lower(eye, {name: value.to(eye.dtype) for name, value in params.items()}, lengths)
+        lens = method.lower(backbone, {name: value.to(backbone.dtype) for name, value in params.items()}, lengths)
         optimizer.zero_grad(set_to_none=True)
-        own = None if kept is None else Kept(kept.rows.take(everything), None)
+        own = None if kept is None else RecordedRows(kept.rows.take(everything), None)
         rows, tokens = condition(lens, len(x)), x if own is None else x[:0]
-        yield Ask(tokens, rows, lambda found: F.cross_entropy(vit.classify(found, lens).float(), targets), kept=own)
+        yield ForwardRequest(
+            tokens, rows, lambda found: F.cross_entropy(vit.classify(found, lens).float(), targets), kept=own
+        )
         optimizer.step()
 
-    return lambda: alone(eye, fitting())
+    return lambda: alone(backbone, fitting())
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

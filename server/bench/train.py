@@ -93,21 +93,21 @@ def step(name: str, prompts: int, options: argparse.Namespace) -> Step:
     model = timm.create_model(options.arch, num_classes=0)
     if options.weights is not None:
         load_weights(model, options.weights)
-    eye = Backbone.of(options.arch, model, dtype=dtype, packed=packed)
-    size, lengths = eye.spec.image_size, METHOD.prompt_lengths(eye.spec, prompts)
+    backbone = Backbone.of(options.arch, model, dtype=dtype, packed=packed)
+    size, lengths = backbone.spec.image_size, METHOD.prompt_lengths(backbone.spec, prompts)
     chance = torch.Generator().manual_seed(options.seed)
     pixels = torch.randn(options.batch, 3, size, size, generator=chance).to(dtype)
-    params = METHOD.init(eye.spec, lengths, CLASSES, chance)
+    params = METHOD.init(backbone.spec, lengths, CLASSES, chance)
     params["head.weight"] = torch.randn(params["head.weight"].shape, generator=chance)
     params = {key: value.requires_grad_(True) for key, value in params.items()}
     targets = torch.arange(options.batch) % CLASSES
 
     def literal() -> Tensor:
-        return reference.vpt_deep(eye, pixels, params, lengths)
+        return reference.vpt_deep(backbone, pixels, params, lengths)
 
     def ours() -> Tensor:
-        lens = METHOD.lower(eye, {key: value.to(dtype) for key, value in params.items()}, lengths)
-        features = vit.forward(eye, vit.embed(eye, pixels), condition(lens, len(pixels)))
+        lens = METHOD.lower(backbone, {key: value.to(dtype) for key, value in params.items()}, lengths)
+        features = vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, len(pixels)))
         return vit.classify(features, lens).float()
 
     logits = literal if name == LITERAL else ours

@@ -42,17 +42,17 @@ def import_(
 ) -> None:
     """Store another tool's checkpoint as a version of a task; prints the version. See docs/howto-import.md."""
     from server.errors import ServiceError
-    from server.importing.importer import Wanted
+    from server.importing.importer import ImportOptions
 
     words = labels.read_text(encoding="utf-8").splitlines() if labels else None
-    wanted = Wanted(task, form, words, _object("--preprocess", preprocess))
+    wanted = ImportOptions(task, form, words, _object("--preprocess", preprocess))
     try:
         with _backbone_and_store(store) as (backbone, opened), ExitStack() as stack:
-            from server.app.backbone import Facts, importer_for
+            from server.app.backbone import BackboneInfo, importer_for
             from server.methods.registry import Registry
 
             given = [(file.name, stack.enter_context(file.open("rb"))) for file in files]
-            bundle = importer_for(Facts.of(backbone), Registry.installed()).bundle(given, wanted, opened)
+            bundle = importer_for(BackboneInfo.of(backbone), Registry.installed()).bundle(given, wanted, opened)
             opened.put(bundle)
             if alias is not None:
                 opened.set_alias(task, alias, bundle.version)

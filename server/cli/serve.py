@@ -36,9 +36,9 @@ def serve(
 
     try:
         if settings.fronts:
-            from server.processes.manager import House
+            from server.processes.manager import ProcessManager
 
-            status = House(settings).run()
+            status = ProcessManager(settings).run()
         else:
             from server.processes import http_server
 
@@ -60,7 +60,7 @@ async def _serve(settings: Settings) -> int:
     listener = http_server.listen(settings)
     server = build_server(settings)
 
-    def ready(front: http_server.Front) -> None:
+    def ready(front: http_server.HttpServer) -> None:
         log.info("serving on http://%s:%d", *listener.getsockname()[:2])
         server.room.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
 

@@ -51,7 +51,7 @@ class Duplicates:
 
 
 @dataclass(frozen=True, slots=True)
-class Warned:
+class WarningText:
     code: str
     text: str
 
@@ -66,7 +66,7 @@ class Report:
     modes: dict[str, int]
     formats: dict[str, int]
     duplicates: Duplicates
-    warnings: tuple[Warned, ...]
+    warnings: tuple[WarningText, ...]
 
     @classmethod
     def of(cls, examples: Sequence[Example], skipped: int) -> Self:
@@ -92,7 +92,7 @@ class Report:
             for name in ("leaks", "contradictions")
         )
         duplicates = Duplicates(**{**found, "leaks": leaks, "contradictions": contradictions})
-        warnings = tuple(Warned(**each) for each in read["warnings"])
+        warnings = tuple(WarningText(**each) for each in read["warnings"])
         return cls(width, height, size, read["modes"], read["formats"], duplicates, warnings)
 
     def to_json(self) -> dict[str, Any]:
@@ -147,46 +147,50 @@ def _copies(group: Sequence[Example]) -> Copies:
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def _warnings(examples: Sequence[Example], duplicates: Duplicates, skipped: int) -> Iterator[Warned]:
+def _warnings(examples: Sequence[Example], duplicates: Duplicates, skipped: int) -> Iterator[WarningText]:
     yield from _leakage(examples)
     if count := duplicates.contradictory:
-        yield Warned("contradictory_labels", f"{_pictures(count)} under two labels or more: one of them must be wrong")
+        yield WarningText(
+            "contradictory_labels", f"{_pictures(count)} under two labels or more: one of them must be wrong"
+        )
     if count := sum(duplicates.repeated.values()):
-        yield Warned("duplicates", f"{_pictures(count)} the exact copy of another in the same split")
+        yield WarningText("duplicates", f"{_pictures(count)} the exact copy of another in the same split")
     yield from _uneven(Counter(one.label for one in examples if one.split == "train"))
     yield from _absent(examples)
     if small := sum(min(one.width, one.height) < SMALL_SIDE for one in examples):
         why = "the backbone sees an enlarged blur"
-        yield Warned("small_images", f"{_pictures(small)} smaller than {SMALL_SIDE} pixels a side: {why}")
+        yield WarningText("small_images", f"{_pictures(small)} smaller than {SMALL_SIDE} pixels a side: {why}")
     if skipped > MANY_SKIPPED * (skipped + len(examples)):
-        yield Warned("many_skipped", f"{skipped:,} of {skipped + len(examples):,} files were left out")
+        yield WarningText("many_skipped", f"{skipped:,} of {skipped + len(examples):,} files were left out")
 
 
-def _leakage(examples: Sequence[Example]) -> Iterator[Warned]:
+def _leakage(examples: Sequence[Example]) -> Iterator[WarningText]:
     inside = {split: {one.sha256 for one in examples if one.split == split} for split in SPLITS}
     for first, second in combinations(SPLITS, 2):
         if count := len(inside[first] & inside[second]):
             text = f"{_pictures(count)} in {first} and in {second} as well: what {second} measures will look too good"
-            yield Warned("leakage", text)
+            yield WarningText("leakage", text)
 
 
-def _uneven(train: Mapping[str, int]) -> Iterator[Warned]:
+def _uneven(train: Mapping[str, int]) -> Iterator[WarningText]:
     most, least = max(train, key=lambda label: train[label]), min(train, key=lambda label: train[label])
     if train[most] > IMBALANCE * train[least]:
         text = f"class {most!r} has {train[most]:,} training pictures and class {least!r} has {train[least]:,}"
-        yield Warned("imbalance", f"{text}: accuracy says little about the rare classes")
+        yield WarningText("imbalance", f"{text}: accuracy says little about the rare classes")
     few = sorted((label for label, count in train.items() if count < FEW), key=natural)
     if few:
-        yield Warned("few_images", f"{_classes(few)} fewer than {FEW} training pictures")
+        yield WarningText("few_images", f"{_classes(few)} fewer than {FEW} training pictures")
 
 
-def _absent(examples: Sequence[Example]) -> Iterator[Warned]:
+def _absent(examples: Sequence[Example]) -> Iterator[WarningText]:
     """A split that has been cut by hand and does not know every class."""
     labels = {one.label for one in examples}
     for split in SPLITS:
         there = {one.label for one in examples if one.split == split}
         if there and there != labels:
-            yield Warned("absent_classes", f"{_classes(sorted(labels - there, key=natural))} no picture in {split}")
+            yield WarningText(
+                "absent_classes", f"{_classes(sorted(labels - there, key=natural))} no picture in {split}"
+            )
 
 
 def _pictures(count: int) -> str:

@@ -35,7 +35,7 @@ from .spec import Pool, Spec
 
 
 @dataclass(frozen=True)
-class Looked:
+class AttentionMap:
     """Shares that add up to 1: of each patch, `grid` [h, w]; of the prompts; of the class token and registers."""
 
     grid: NDArray[np.float64]
@@ -44,16 +44,16 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionMaps:
     """`features` [D] are the pooled ones, so that somebody can check whose attention this is."""
 
-    last: Looked
-    rollout: Looked
+    last: AttentionMap
+    rollout: AttentionMap
     features: NDArray[np.float64]
 
 
 @torch.inference_mode()
-def look(engine: Engine, pixels: Pixels, seat: Seat) -> Attention:
+def look(engine: Engine, pixels: Pixels, seat: Seat) -> AttentionMaps:
     """What the seat's lens makes of one picture, uint8 [S, S, 3]. Runs in the engine's thread, as `Engine.run` does."""
     backbone = engine.backbone
     stack = torch.from_numpy(pixels[None]).to(backbone.device)
@@ -62,9 +62,9 @@ def look(engine: Engine, pixels: Pixels, seat: Seat) -> Attention:
     return trace(backbone, x, engine.rack.gather([seat.place]))
 
 
-def trace(backbone: Backbone, x: Tensor, condition: Condition) -> Attention:
+def trace(backbone: Backbone, x: Tensor, condition: Condition) -> AttentionMaps:
     """Image tokens x [1, N, D] that enter the first block, under a condition of one row."""
-    watched = [Watched(block) for block in backbone.blocks]
+    watched = [RecordedBlock(block) for block in backbone.blocks]
     watching = copy.copy(backbone)  # the same weights; the blocks of the one that serves stay as they are
     watching.blocks = list(watched)
     features = vit.forward(watching, x, condition)
@@ -78,10 +78,10 @@ def trace(backbone: Backbone, x: Tensor, condition: Condition) -> Attention:
         last = Flow.of(block.shares, flow.tokens.shape[1])
         flow = flow.through(last)
     at_last, in_all = (_looked(own, backbone.spec, condition.pool) for own in (last, flow))
-    return Attention(at_last, in_all, features[0].double().cpu().numpy())
+    return AttentionMaps(at_last, in_all, features[0].double().cpu().numpy())
 
 
-class Watched(FrozenBlock):
+class RecordedBlock(FrozenBlock):
     """A block of the same weights that keeps its attention: `shares` [Q, P + M] of the one row, the prefix first, the
     mean over the heads."""
 
@@ -134,7 +134,7 @@ class Flow:
         return Flow(mix @ self.tokens, mix @ self.prefix + 0.5 * block.prefix)
 
 
-def _trace_reader(spec: Spec, watched: Sequence[Watched], features: Tensor, start: int) -> Attention:
+def _trace_reader(spec: Spec, watched: Sequence[RecordedBlock], features: Tensor, start: int) -> AttentionMaps:
     hidden, trunk = hidden_tokens(spec), Flow.at_start(spec.tokens)
     for block in watched[:start]:
         trunk = trunk.through(Flow.of(block.shares, spec.tokens))
@@ -150,7 +150,7 @@ def _trace_reader(spec: Spec, watched: Sequence[Watched], features: Tensor, star
         )
         trunk = trunk.through(Flow.of(block.shares, spec.tokens))
     last = Flow(torch.cat((F.pad(read, (hidden, 0)), among[:, 1:]), dim=1), prefix)
-    return Attention(_looked_reader(last, spec), _looked_reader(own, spec), features[0].double().cpu().numpy())
+    return AttentionMaps(_looked_reader(last, spec), _looked_reader(own, spec), features[0].double().cpu().numpy())
 
 
 def _reader_at_start(spec: Spec, trunk: Flow, carried: int) -> Flow:
@@ -159,20 +159,20 @@ def _reader_at_start(spec: Spec, trunk: Flow, carried: int) -> Flow:
     return Flow(torch.block_diag(first, torch.eye(carried, dtype=torch.float64)), torch.zeros(1 + carried).double())
 
 
-def _shares_of(block: Watched, own: int, trunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def _shares_of(block: RecordedBlock, own: int, trunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of the readers' queries [Q]: to the prefix in all, to their own tokens [Q, T], to the trunk's [Q, N]."""
     prefix, among, read = block.read.split([block.read.shape[1] - own - trunk, own, trunk], dim=1)
     return prefix.sum(1), among, read
 
 
-def _looked_reader(flow: Flow, spec: Spec) -> Looked:
+def _looked_reader(flow: Flow, spec: Spec) -> AttentionMap:
     """What a reader's first token reads. Flow's tokens: those of the image, then the carried ones."""
     tokens, side = flow.tokens[0], spec.image_size // spec.patch_size
     patches, prompts = tokens[spec.prefix_tokens : spec.tokens], float(flow.prefix[0] + tokens[spec.tokens :].sum())
-    return Looked(patches.view(side, side).numpy(), prompts, float(1 - patches.sum()) - prompts)
+    return AttentionMap(patches.view(side, side).numpy(), prompts, float(1 - patches.sum()) - prompts)
 
 
-def _looked(flow: Flow, spec: Spec, pool: Pool | None) -> Looked:
+def _looked(flow: Flow, spec: Spec, pool: Pool | None) -> AttentionMap:
     """What the pooled feature reads: the mean over the rows of the tokens that the head reads."""
     first = 0 if (pool or spec.pool) == "cls" else spec.prefix_tokens
     stop = tokens_read(pool or spec.pool, spec, len(flow.tokens))
@@ -180,4 +180,4 @@ def _looked(flow: Flow, spec: Spec, pool: Pool | None) -> Looked:
     patches = slice(spec.prefix_tokens, spec.tokens)
     side = spec.image_size // spec.patch_size
     prompts = float(prefix + tokens[spec.tokens :].sum())
-    return Looked(tokens[patches].view(side, side).numpy(), prompts, float(tokens[: spec.prefix_tokens].sum()))
+    return AttentionMap(tokens[patches].view(side, side).numpy(), prompts, float(tokens[: spec.prefix_tokens].sum()))

@@ -72,7 +72,7 @@ class Backbone:
         self.packed, self.float8 = packed and not float8 and can_pack(device, dtype), float8
         self.blocks = [FrozenBlock(block, packed=self.packed, float8=float8) for block in self.model.blocks]
 
-    def let_weights_go(self) -> None:
+    def free_unpacked_weights(self) -> None:
         """Free the blocks' weights as the model has them, where packed copies multiply in their place. For a process
         that only serves: `model` can no longer be run, copied or exported, by whoever tries."""
         if not self.packed:

@@ -14,8 +14,8 @@ from .residency import Seat
 Pixels = NDArray[np.uint8] | NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that is normalised already
 Logits = NDArray[np.float64]  # [C]
 Work = tuple[Pixels, Seat]
-Shown = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean and std
-Row = tuple[int, Seat]  # a picture's number, and whose answer is wanted
+ImageInput = tuple[Pixels, Sequence[float], Sequence[float]]  # a picture, its mean and std
+ImageSeat = tuple[int, Seat]  # a picture's number, and whose answer is wanted
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from . import vit
 from .backbone import Backbone
-from .batch import Logits, Pixels, Row, Shown, Work, normalise
+from .batch import ImageInput, ImageSeat, Logits, Pixels, Work, normalise
 from .lens import Plain
 from .rack import Rack
 from .reader import Passing, Pieces, Reads, hidden_tokens
 from .residency import Seat
-from .transfer import Crossing, Crossings, Straight
+from .transfer import DirectTransfer, Transfer, TransferPool
 
 if TYPE_CHECKING:
     from .graphs import Graphs
 
-Trunk = Callable[[Sequence[Row], Crossing], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
+Trunk = Callable[[Sequence[ImageSeat], Transfer], Tensor]  # of rows, each another trunk row → pooled features [rows, D]
 Item = TypeVar("Item")
 CACHED_BYTES = 2.5 * 2**20  # found by trying 1 to 32 rows of ViT-Ti and ViT-B, in float32 and bfloat16, on one thread
 LEAST_AT_ONCE = 4
@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(self, backbone: Backbone, rack: Rack, graphs: Graphs | None = None) -> None:
         self.backbone, self.rack, self.graphs = backbone, rack, graphs
-        self._crossings = Crossings(backbone.device)
+        self._crossings = TransferPool(backbone.device)
         self.ahead = backbone.device.type == "cuda"  # a CPU is through with a batch when it has been begun
         self._at_once = _at_once(backbone)
 
@@ -75,34 +75,34 @@ class Engine:
         answers are there."""
         crossing = self._crossings.take()
         pictures = _Distinct(work, lambda row: (id(row[0]), row[1].mean, row[1].std))
-        shown: list[Shown] = [(pixels, seat.mean, seat.std) for pixels, seat in pictures.items]
+        shown: list[ImageInput] = [(pixels, seat.mean, seat.std) for pixels, seat in pictures.items]
         rows = [(picture, seat) for picture, (_, seat) in zip(pictures.index, work, strict=True)]
         arrived = crossing.arrive(self._logits(partial(self._of_pictures, shown), rows, crossing))
         classes = [self.rack.classes(seat.place) for _, seat in rows]
         return lambda: _cut(arrived(), classes)
 
-    def logits(self, x: Tensor, rows: Sequence[Row]) -> list[Tensor]:
+    def logits(self, x: Tensor, rows: Sequence[ImageSeat]) -> list[Tensor]:
         """Embedded pictures x [n, N, D] and rows (picture, seat) → logits [C] of each row, where x lies."""
-        found = self._logits(partial(self._features, x), rows, Straight(x.device))
+        found = self._logits(partial(self._features, x), rows, DirectTransfer(x.device))
         return [row[: self.rack.classes(seat.place)] for row, (_, seat) in zip(found, rows, strict=True)]
 
     @torch.inference_mode()
     def embed(self, images: Sequence[Pixels]) -> NDArray[np.float32]:
         """The frozen backbone's own pooled features [n, D], with the backbone's own normalisation."""
         own, crossing = self.backbone.spec.preprocess, self._crossings.take()
-        shown: list[Shown] = [(pixels, own.mean, own.std) for pixels in images]
+        shown: list[ImageInput] = [(pixels, own.mean, own.std) for pixels in images]
         self._check(shown)
         x = self._embed(shown, crossing)
         return crossing.arrive(vit.forward(self.backbone, x, Plain()))().float().numpy()
 
-    def _logits(self, trunk_features: Trunk, rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _logits(self, trunk_features: Trunk, rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """→ [rows, most classes], as `Rack.logits` gives them."""
         trunk = _Distinct(rows, lambda row: (row[0], self._trunk_key(row[1])))
         features = trunk_features(trunk.items, crossing)
         own = features[crossing.send(np.array(trunk.index))]
         return self.rack.logits(own, [seat.place for _, seat in rows], crossing)
 
-    def _of_pictures(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _of_pictures(self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """Pooled features [rows, D]: of some rows by graph, where there are graphs, of the others beside them."""
         self._check(shown)
         taken = [] if self.graphs is None else self.graphs.takes(shown, rows)
@@ -115,7 +115,7 @@ class Engine:
         beside = [self._beside(shown, [rows[row] for row in left], crossing)] if left else []
         return torch.cat((found, *beside))[crossing.send(np.argsort([*taken, *left]))]
 
-    def _beside(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _beside(self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """Pooled features [rows, D] of rows that no graph took, of the pictures that they show."""
         own = _Distinct([picture for picture, _ in rows], lambda picture: picture)
         x = self._embed([shown[picture] for picture in own.items], crossing)
@@ -125,7 +125,7 @@ class Engine:
         """Seats with the same key run the same trunk on the same picture: heads that read the same pooled feature."""
         return self.rack.lane(seat.place) if self.rack.head_only(seat.place) else seat.slot
 
-    def _features(self, x: Tensor, rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _features(self, x: Tensor, rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """Pooled features [rows, D], of some rows after the other where all at once are slower."""
         if len(rows) <= self._at_once or any(self.rack.reads(seat.place) for _, seat in rows):
             return self._through_lanes(x, rows, crossing)  # a trunk that is read is computed once for all its readers
@@ -133,13 +133,13 @@ class Engine:
         parts = [self._through_lanes(x, [rows[row] for row in part], crossing) for part in _parts(order, self._at_once)]
         return torch.cat(parts)[crossing.send(np.argsort(order))]
 
-    def _by_lane(self, rows: Sequence[Row], trunk: _Trunk | None) -> dict[Hashable, list[int]]:
+    def _by_lane(self, rows: Sequence[ImageSeat], trunk: _Trunk | None) -> dict[Hashable, list[int]]:
         groups: dict[Hashable, list[int]] = {}
         for row, (_, seat) in enumerate(rows):
             groups.setdefault(self._lane_key(seat, trunk), []).append(row)
         return groups
 
-    def _through_lanes(self, x: Tensor, rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _through_lanes(self, x: Tensor, rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """Rows go into a lane with their like."""
         trunk = self._trunk(x, rows, crossing)
         groups = self._by_lane(rows, trunk)
@@ -156,7 +156,7 @@ class Engine:
         order = crossing.send(at)
         return torch.cat(vit.forward_lanes(self.backbone, lanes))[order]
 
-    def _trunk(self, x: Tensor, rows: Sequence[Row], crossing: Crossing) -> _Trunk | None:
+    def _trunk(self, x: Tensor, rows: Sequence[ImageSeat], crossing: Transfer) -> _Trunk | None:
         """What readers read; None where there are none."""
         if not any(self.rack.reads(seat.place) for _, seat in rows):
             return None
@@ -169,7 +169,7 @@ class Engine:
     def _lane_key(self, seat: Seat, trunk: _Trunk | None) -> Hashable:
         return SHARED if trunk is not None and self.rack.plain(seat.place) else self.rack.lane(seat.place)
 
-    def _lane(self, x: Tensor, rows: Sequence[Row], trunk: _Trunk | None, crossing: Crossing) -> vit.Lane:
+    def _lane(self, x: Tensor, rows: Sequence[ImageSeat], trunk: _Trunk | None, crossing: Transfer) -> vit.Lane:
         """Rows with equal `Rack.lane`."""
         pictures = [picture for picture, _ in rows]
         condition = self.rack.gather([seat.place for _, seat in rows], crossing)
@@ -177,30 +177,30 @@ class Engine:
             return vit.Lane.of(x[crossing.send(np.array(pictures))], condition)
         return vit.Lane.reading(condition, trunk.reads(pictures))
 
-    def _check(self, pictures: Sequence[Shown]) -> None:
+    def _check(self, pictures: Sequence[ImageInput]) -> None:
         """Raises ValueError for what `images` would not give, a picture of another size above all."""
         size = self.backbone.spec.image_size
         for pixels, _, _ in pictures:
             if not _whole(pixels, size):
                 raise ValueError(f"expected uint8 [{size}, {size}, 3], got {pixels.dtype} {list(pixels.shape)}")
 
-    def _embed(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
+    def _embed(self, pictures: Sequence[ImageInput], crossing: Transfer) -> Tensor:
         """→ [n, N, D], as many pictures at a time as rows go through the blocks: in float32 they take much memory."""
         found = [self._embed_part(part, crossing) for part in _parts(pictures, self._at_once)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _embed_part(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
+    def _embed_part(self, pictures: Sequence[ImageInput], crossing: Transfer) -> Tensor:
         sent = [at for at, (pixels, _, _) in enumerate(pictures) if pixels.dtype == np.float32]
         own = self._mixed(pictures, sent, crossing) if sent else self._normalised(pictures, crossing)
         return vit.embed(self.backbone, own)
 
-    def _normalised(self, pictures: Sequence[Shown], crossing: Crossing) -> Tensor:
+    def _normalised(self, pictures: Sequence[ImageInput], crossing: Transfer) -> Tensor:
         """uint8 crosses to the device; each picture is normalised there with its own mean and std. → [n, 3, S, S]"""
         stack = crossing.stack([pixels for pixels, _, _ in pictures])
         mean, std = crossing.send(np.array([both for _, *both in pictures], np.float32)).unbind(1)
         return normalise(stack, mean, std, self.backbone.dtype)
 
-    def _mixed(self, pictures: Sequence[Shown], sent: Sequence[int], crossing: Crossing) -> Tensor:
+    def _mixed(self, pictures: Sequence[ImageInput], sent: Sequence[int], crossing: Transfer) -> Tensor:
         """Those at `sent` came normalised and are only rounded to the backbone's dtype. → [n, 3, S, S]"""
         own = [at for at in range(len(pictures)) if at not in set(sent)]
         given = crossing.stack([pictures[at][0] for at in sent]).to(self.backbone.dtype)
@@ -228,7 +228,7 @@ class _Trunk:
     x: [n, N, D], embedded pictures; `pictures`: those among them that are wanted, as often as they are.
     """
 
-    def __init__(self, backbone: Backbone, x: Tensor, pictures: Sequence[int], crossing: Crossing) -> None:
+    def __init__(self, backbone: Backbone, x: Tensor, pictures: Sequence[int], crossing: Transfer) -> None:
         self.row = {picture: row for row, picture in enumerate(dict.fromkeys(pictures))}
         self._passing, self._crossing = Passing(hidden_tokens(backbone.spec)), crossing
         self.lane = vit.Lane(x[crossing.send(np.array(list(self.row)))], Plain(), None, passing=self._passing)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .additions import Additions
 from .lens import ENTRY, Prefix
 from .spec import Pool
-from .transfer import Crossing
+from .transfer import Transfer
 
 Indices = NDArray[np.int64]
 NOTHING: Indices = np.zeros(0, np.int64)
@@ -97,7 +97,7 @@ class Vectors:
 
     slab: Tensor
     scalars: Tensor
-    crossing: Crossing
+    crossing: Transfer
 
     def index(self, numbers: NDArray[np.generic]) -> Tensor:
         return self.crossing.send(numbers)
@@ -152,9 +152,9 @@ class Gathered:
             return None, None
         return self._vectors([slot.tokens for slot in self._slots]), _mask(self._memory, lengths)
 
-    def _part(self, layer: int, name: str) -> FoundPart | None:
+    def _part(self, layer: int, name: str) -> GatheredPart | None:
         numbers = [slot.parts.get((layer, name), NOTHING) for slot in self._slots]
-        return FoundPart(self._memory, numbers) if any(map(len, numbers)) else None
+        return GatheredPart(self._memory, numbers) if any(map(len, numbers)) else None
 
     def _vectors(self, numbers: Sequence[Indices]) -> Tensor:
         """[B, longest, D], zero where a row has fewer."""
@@ -193,7 +193,7 @@ class Prompts:
         return found
 
 
-class FoundPart:
+class GatheredPart:
     """A part of each row, an `additions.Found`. numbers: of each row's vectors; one of them at least has some."""
 
     def __init__(self, memory: Vectors, numbers: Sequence[Indices]) -> None:

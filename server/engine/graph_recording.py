@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def recorded(backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], wanted: Sequence[Bucket]) -> Graphs:
+def record_buckets(
+    backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], wanted: Sequence[Bucket]
+) -> Graphs:
     """A graph for each bucket that can be recorded and answers as the ordinary forward does.
 
     What cannot be recorded, or answers otherwise, is logged and counted, and its rows go the ordinary way. The rack is
@@ -46,7 +48,7 @@ def recorded(backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], w
 def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder) -> None:
     rows, prompts = bucket
     try:
-        with _Made(backbone, graphs.rack, bucket) as made:
+        with _SampleRows(backbone, graphs.rack, bucket) as made:
             if not made.seats:
                 log.info("no CUDA graph for %d prompts: the rack holds no lens of so many", prompts)
                 return
@@ -64,14 +66,14 @@ def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder)
         log.error("the CUDA graph of %d rows and %d prompts answers otherwise: %.1e off", rows, prompts, drift)
 
 
-class _Made:
+class _SampleRows:
     """Made lenses on the rack and made pictures: rows that fill a bucket, with prompts of three lengths."""
 
     def __init__(self, backbone: Backbone, rack: Rack, bucket: Bucket) -> None:
         self._backbone, self._rack, self._bucket = backbone, rack, bucket
         self.seats: list[Seat] = []
 
-    def __enter__(self) -> _Made:
+    def __enter__(self) -> _SampleRows:
         longest = self._bucket[1]
         for length in sorted({longest, longest // 3, 0}, reverse=True):
             lens = _lens(self._backbone, length)
@@ -91,7 +93,7 @@ class _Made:
         alone = Graphs(self._rack, self._rack.slab, {graph.bucket: graph})
         plain, by_graph = Engine(self._backbone, self._rack), Engine(self._backbone, self._rack, alone)
         pairs = [(plain.run(work), by_graph.run(work)) for work in self._batches()]
-        return max(_apart(one, other) for pair in pairs for one, other in zip(*pair, strict=True))
+        return max(_relative_difference(one, other) for pair in pairs for one, other in zip(*pair, strict=True))
 
     def _batches(self) -> Iterator[list[Work]]:
         most, size = self._bucket[0], self._backbone.spec.image_size
@@ -101,7 +103,7 @@ class _Made:
             yield [(pictures[row], self.seats[(row + rows) % len(self.seats)]) for row in range(rows)]
 
 
-def _apart(wanted: np.ndarray, got: np.ndarray) -> float:
+def _relative_difference(wanted: np.ndarray, got: np.ndarray) -> float:
     apart = float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-12)
     return apart if math.isfinite(apart) else float("inf")
 

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from . import vit
 from .backbone import Backbone
-from .batch import Row, Shown, normalise
+from .batch import ImageInput, ImageSeat, normalise
 from .lens import Plain, Prefix
 from .rack import Place, Rack
 from .recorder import Recorder
-from .transfer import Crossing
+from .transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,9 @@ class Graph:
         self._condition = Fixed(slab=slab, numbers=own.numbers, seen=own.seen)
         self._replay = recorder.record(self._forward)
 
-    def features(self, shown: Sequence[Shown], rows: Sequence[Row], rack: Rack, crossing: Crossing) -> Tensor:
+    def features(
+        self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat], rack: Rack, crossing: Transfer
+    ) -> Tensor:
         """Pooled features [rows, D] of rows that show some of the pictures `shown`."""
         own, pictures = self._buffers, list(dict.fromkeys(picture for picture, _ in rows))
         place = {picture: number for number, picture in enumerate(pictures)}
@@ -137,7 +139,7 @@ class Graphs:
     drift: float = 0.0  # the largest that a graph showed when it was checked
     on_rows: Callable[[int, int], None] = lambda by_graph, beside: None
 
-    def takes(self, shown: Sequence[Shown], rows: Sequence[Row]) -> list[int]:
+    def takes(self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat]) -> list[int]:
         """Which of the rows go by graph. Head-only rows stay with readers of the plain trunk, which they share."""
         if self.graphs and self.rack.slab is not self.slab:
             self.give_up("the rack's memory is another than it was")
@@ -155,7 +157,7 @@ class Graphs:
         self.on_rows(len(taken), len(rows) - len(taken))
         return taken
 
-    def features(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor | None:
+    def features(self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor | None:
         """Pooled features [rows, D] of rows that `takes` named; None where a graph failed, and all are given up."""
         try:
             return self._features(shown, rows, crossing)
@@ -165,7 +167,7 @@ class Graphs:
             self.give_up(error)
             return None
 
-    def _features(self, shown: Sequence[Shown], rows: Sequence[Row], crossing: Crossing) -> Tensor:
+    def _features(self, shown: Sequence[ImageInput], rows: Sequence[ImageSeat], crossing: Transfer) -> Tensor:
         """More rows than the largest graph takes go in turns."""
         found, start = [], 0
         while start < len(rows):
@@ -184,7 +186,7 @@ class Graphs:
     def _fits(self, place: Place, longest: int) -> bool:
         return self.rack.prefix_only(place) and self.rack.longest(place) <= longest
 
-    def _for(self, rows: Sequence[Row]) -> Graph:
+    def _for(self, rows: Sequence[ImageSeat]) -> Graph:
         """The smallest graph for all of the rows; else that with the most rows that has room for their prompts."""
         prompts = max(self.rack.longest(seat.place) for _, seat in rows)
         long_enough = sorted(bucket for bucket in self.graphs if bucket[1] >= prompts)

@@ -2,8 +2,8 @@
 
 `F.linear` lays the weight out anew in every call, and in float32 it takes MKL's slow path on CPUs that are not Intel's.
 A frozen weight can be laid out once: same products to float32 rounding, about twice the speed in float32. What it
-costs is memory: a packed weight is a second copy, which one who only serves lets go of (`Backbone.let_weights_go`), and
-the first backward makes another, packed the other way round.
+costs is memory: a packed weight is a second copy, so a process that only serves frees the first
+(`Backbone.free_unpacked_weights`); the first backward makes another, packed the other way round.
 """
 
 from __future__ import annotations

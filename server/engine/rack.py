@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .gathered import Gathered, Indices, Prompts, Slot, Vectors, padded
 from .lens import Lens
-from .transfer import Crossing, Straight
+from .transfer import DirectTransfer, Transfer
 
 
 class RackFullError(RuntimeError):
@@ -58,7 +58,7 @@ class Rack:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dim, self.capacity = dim, vectors
-        self._straight = Straight(torch.device(device))
+        self._straight = DirectTransfer(torch.device(device))
         self._slab = _zeros(vectors + 1, dim, device=device, dtype=dtype)
         self._bias = _zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
         self._slots = [Slot() for _ in range(slots)]
@@ -129,7 +129,7 @@ class Rack:
 
     # --- what a forward asks -----------------------------------------------------------------------------------------
 
-    def gather(self, places: Sequence[Place], crossing: Crossing | None = None) -> Gathered:
+    def gather(self, places: Sequence[Place], crossing: Transfer | None = None) -> Gathered:
         """The prompts of these seats, in their order."""
         memory = Vectors(self._slab, self._bias, crossing or self._straight)
         return Gathered(memory, [self._check(place) for place in places])
@@ -139,7 +139,7 @@ class Rack:
         rows = zip(self.logits(features, places), places, strict=True)
         return [row[: self.classes(place)] for row, place in rows]
 
-    def logits(self, features: Tensor, places: Sequence[Place], crossing: Crossing | None = None) -> Tensor:
+    def logits(self, features: Tensor, places: Sequence[Place], crossing: Transfer | None = None) -> Tensor:
         """Features [R, D], one seat a row → logits [R, most classes]; of each row its first `classes` count."""
         slots, crossing = [self._check(place) for place in places], crossing or self._straight
         hidden = self._hidden(features.to(self._slab.dtype), slots, crossing)
@@ -242,7 +242,7 @@ class Rack:
         if scalars is not None:
             self._bias[index] = scalars.to(self._bias)
 
-    def _hidden(self, features: Tensor, slots: Sequence[Slot], crossing: Crossing) -> Tensor:
+    def _hidden(self, features: Tensor, slots: Sequence[Slot], crossing: Transfer) -> Tensor:
         """Features [R, D], behind the hidden layers of those rows' heads that have any."""
         depth = 0
         while rows := [row for row, slot in enumerate(slots) if len(slot.hidden) > depth]:
@@ -252,7 +252,7 @@ class Rack:
             depth += 1
         return features
 
-    def _dense(self, features: Tensor, numbers: Sequence[Indices], crossing: Crossing) -> Tensor:
+    def _dense(self, features: Tensor, numbers: Sequence[Indices], crossing: Transfer) -> Tensor:
         """Features [R, D], a layer a row → [R, longest], 0 where a row's layer is shorter."""
         index = crossing.send(padded(numbers))  # [R, C]
         found = torch.baddbmm(self._bias[index].unsqueeze(-1), F.embedding(index, self._slab), features.unsqueeze(-1))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .block import FrozenBlock, Pair
 from .spec import Spec
-from .transfer import Crossing
+from .transfer import Transfer
 
 
 class Trunk(Protocol):
@@ -176,7 +176,7 @@ class Pieces:
     place: Tensor
 
     @classmethod
-    def of(cls, picture: NDArray[np.int64], pictures: int, crossing: Crossing) -> Pieces:
+    def of(cls, picture: NDArray[np.int64], pictures: int, crossing: Transfer) -> Pieces:
         """picture [R]: which of the trunk's `pictures` each reader reads."""
         order = np.argsort(picture, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(picture[order])) + 1)

@@ -25,7 +25,7 @@ ALIGNED = 64  # bytes: where each array of a block begins
 SMALLEST = 2**20  # bytes of a block
 
 
-class Crossing(Protocol):
+class Transfer(Protocol):
     """One batch's way to the device and back."""
 
     def send(self, array: Array) -> Tensor:
@@ -49,7 +49,7 @@ class Crossing(Protocol):
         ...
 
 
-class Straight:
+class DirectTransfer:
     """To any device with PyTorch's own copies. On a CPU there are none; elsewhere the host waits for each."""
 
     def __init__(self, device: torch.device) -> None:
@@ -71,17 +71,17 @@ class Straight:
         return found.cpu
 
 
-class Crossings:
+class TransferPool:
     """Hands out a crossing for each batch, and takes it back when its answers have arrived."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: list[Pinned] = []
+        self._free: list[PinnedTransfer] = []
 
-    def take(self) -> Crossing:
+    def take(self) -> Transfer:
         if self._device.type != "cuda":
-            return Straight(self._device)
-        return self._free.pop() if self._free else Pinned(self._device, self._free.append)
+            return DirectTransfer(self._device)
+        return self._free.pop() if self._free else PinnedTransfer(self._device, self._free.append)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Block:
         return cls(tensor.numpy(), tensor)
 
 
-class Mark:
+class StreamEvent:
     """A place on the device's stream that the host can wait for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +111,7 @@ class Mark:
         self._event.synchronize()
 
 
-class Pinned:
+class PinnedTransfer:
     """Through pinned blocks. Where a batch brings more than they hold it gets one more, and the next batch gets one
     block of that size: after the largest batch nothing is allocated any more.
 
@@ -119,9 +119,9 @@ class Pinned:
     numbers; on the device every batch has memory of its own, in the order of the stream.
     """
 
-    def __init__(self, device: torch.device, over: Callable[[Pinned], None]) -> None:
+    def __init__(self, device: torch.device, over: Callable[[PinnedTransfer], None]) -> None:
         self._device, self._over = device, over
-        self._mark = Mark(device)
+        self._mark = StreamEvent(device)
         self._blocks: list[Block] = []
         self._used = 0  # bytes of the last block
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .format import IMAGENET, Format, Found, Width, frozen, head, prompts
+from .format import IMAGENET, Format, ReadParameters, Width, frozen, head, prompts
 from .refusal import refused
 
 PREPROCESS = {**IMAGENET, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
@@ -19,14 +19,14 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return "Prompt_Tokens" in checkpoint.arrays
 
 
-def read(checkpoint: Checkpoint, width: Width) -> Found:
+def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     _, _, rows = prompts("Prompt_Tokens", checkpoint.floats("Prompt_Tokens"), width)
     lengths = (len(rows) // width.depth,) * width.depth
     if checkpoint.arrays["Prompt_Tokens"].shape[0] != width.depth:
         raise refused(f"Prompt_Tokens: expected prompts of all {width.depth} layers, got one layer's")
     for layer in range(width.depth):
         _check_copies(checkpoint, layer)
-    return Found(
+    return ReadParameters(
         "cvpt", lengths, {"prompts": rows, **head(checkpoint, width, "head")}, PREPROCESS, frozen(checkpoint, width)
     )
 

@@ -25,7 +25,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Found:
+class ReadParameters:
     """A task's parameters as a bundle of `method` holds them.
 
     `preprocess`: what the scripts of this format do to a picture, unless the caller says otherwise. `backbone`: the
@@ -46,7 +46,7 @@ class Format:
     name: str
     meaning: str
     recognises: Callable[[Checkpoint], bool]
-    read: Callable[[Checkpoint, Width], Found]
+    read: Callable[[Checkpoint, Width], ReadParameters]
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

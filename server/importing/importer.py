@@ -23,7 +23,7 @@ from server.errors import Conflict
 
 from . import cvpt, peft, spt, timm_head, vpt
 from .checkpoint import Checkpoint
-from .format import Format, Found, Width
+from .format import Format, ReadParameters, Width
 from .refusal import refused, shown
 
 AUTO: Final = "auto"
@@ -35,7 +35,7 @@ Fingerprint = Callable[[Mapping[str, NDArray[np.float32]]], str]
 
 
 @dataclass(frozen=True)
-class Eye:
+class RunningBackbone:
     """The running backbone. `names`: its parameters' shapes; `fingerprint_of` tells the fingerprint that a backbone of
     the same architecture with these weights would have."""
 
@@ -47,7 +47,7 @@ class Eye:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImportOptions:
     """What a checkpoint does not say. Without `labels` classes are called 0, 1, …; `preprocess` holds any of mean, std,
     interpolation, crop_pct, crop_mode, in the place of what the format's own scripts do."""
 
@@ -60,17 +60,17 @@ class Wanted:
 class Importer:
     """`check` refuses a bundle that the running backbone cannot serve."""
 
-    def __init__(self, eye: Eye, check: Callable[[Bundle], None]) -> None:
-        self._eye, self._check = eye, check
+    def __init__(self, backbone: RunningBackbone, check: Callable[[Bundle], None]) -> None:
+        self._backbone, self._check = backbone, check
 
-    def bundle(self, files: Sequence[File], wanted: Wanted, store: Store) -> Bundle:
+    def bundle(self, files: Sequence[File], wanted: ImportOptions, store: Store) -> Bundle:
         """A bundle of the checkpoint in `files`, not stored yet. What was imported before becomes the same version.
 
         Raises Unprocessable (bad_checkpoint, no_head, unknown_format), Conflict (wrong_backbone).
         """
         checkpoint = Checkpoint.read(files)
         form = _format(checkpoint, wanted.format)
-        found = form.read(checkpoint, self._eye.width)
+        found = form.read(checkpoint, self._backbone.width)
         manifest = self._manifest(
             found,
             wanted,
@@ -87,27 +87,27 @@ class Importer:
         self._check(bundle)
         return bundle
 
-    def _compared(self, found: Found) -> str:
+    def _compared(self, found: ReadParameters) -> str:
         """`verified` where the checkpoint holds the running backbone, `assumed` where it does not hold all of one."""
-        if set(found.backbone) != set(self._eye.width.names):
+        if set(found.backbone) != set(self._backbone.width.names):
             return "assumed"
-        theirs = self._eye.fingerprint_of({name: read() for name, read in found.backbone.items()})
-        if theirs != self._eye.fingerprint:
+        theirs = self._backbone.fingerprint_of({name: read() for name, read in found.backbone.items()})
+        if theirs != self._backbone.fingerprint:
             raise Conflict(
-                f"the checkpoint holds another backbone ({theirs}) than this server runs: {self._eye.arch} "
-                f"({self._eye.fingerprint}). A model whose backbone was trained as well cannot share one with others",
+                f"the checkpoint holds another backbone ({theirs}) than this server runs: {self._backbone.arch} "
+                f"({self._backbone.fingerprint}). A model whose backbone was trained too cannot share one with others",
                 code="wrong_backbone",
             )
         return "verified"
 
-    def _manifest(self, found: Found, wanted: Wanted, recipe: dict[str, Any]) -> Manifest:
+    def _manifest(self, found: ReadParameters, wanted: ImportOptions, recipe: dict[str, Any]) -> Manifest:
         return Manifest(
             task=wanted.task,
             method=found.method,
-            backbone=Backbone(self._eye.arch, self._eye.fingerprint),
+            backbone=Backbone(self._backbone.arch, self._backbone.fingerprint),
             labels=_labels(wanted.labels, len(found.params["head.weight"])),
             prompt_lengths=found.prompt_lengths,
-            preprocess=_preprocess(self._eye.preprocess, found, wanted),
+            preprocess=_preprocess(self._backbone.preprocess, found, wanted),
             metrics={},
             recipe=recipe,
             dataset=None,
@@ -137,7 +137,7 @@ def _labels(given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _preprocess(own: Preprocess, found: Found, wanted: Wanted) -> Preprocess:
+def _preprocess(own: Preprocess, found: ReadParameters, wanted: ImportOptions) -> Preprocess:
     """The backbone's, then what the format's scripts do, then what is wanted."""
     if unknown := sorted(set(wanted.preprocess) - set(PREPROCESS_FIELDS)):
         raise refused(f"preprocess: expected {', '.join(PREPROCESS_FIELDS)}, got {shown(unknown[0])}")

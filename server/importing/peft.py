@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
-from .format import Format, Found, Params, Width, head
+from .format import Format, Params, ReadParameters, Width, head
 from .refusal import refused, shown
 
 PREPROCESS = {
@@ -61,7 +61,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return any(_LORA.fullmatch(name) for name in checkpoint.arrays)
 
 
-def read(checkpoint: Checkpoint, width: Width) -> Found:
+def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     config = _config(checkpoint)
     layers: list[list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = [[] for _ in range(width.depth)]
     for layer, part, down, up in _pairs(checkpoint, width):
@@ -73,7 +73,7 @@ def read(checkpoint: Checkpoint, width: Width) -> Found:
         "lora.down": np.concatenate([down for down, _ in rows]),
         "lora.up": np.concatenate([up for _, up in rows]),
     }
-    return Found("lora", lengths, {**params, **head(_with_saved_head(checkpoint), width, *_HEADS)}, PREPROCESS)
+    return ReadParameters("lora", lengths, {**params, **head(_with_saved_head(checkpoint), width, *_HEADS)}, PREPROCESS)
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:

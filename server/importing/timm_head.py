@@ -4,15 +4,15 @@ model. A whole model's backbone must be the running one, or its head would read 
 from __future__ import annotations
 
 from .checkpoint import Checkpoint
-from .format import Format, Found, Width, frozen, head
+from .format import Format, ReadParameters, Width, frozen, head
 
 
 def recognises(checkpoint: Checkpoint) -> bool:
     return "head.weight" in checkpoint.arrays
 
 
-def read(checkpoint: Checkpoint, width: Width) -> Found:
-    return Found("linear", (0,) * width.depth, head(checkpoint, width, "head"), {}, frozen(checkpoint, width))
+def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
+    return ReadParameters("linear", (0,) * width.depth, head(checkpoint, width, "head"), {}, frozen(checkpoint, width))
 
 
 FORMAT = Format("timm", "a timm classifier: head.weight and head.bias, alone or in a whole model", recognises, read)

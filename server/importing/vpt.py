@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
-from .format import IMAGENET, Format, Found, Width, head, prompts
+from .format import IMAGENET, Format, ReadParameters, Width, head, prompts
 from .refusal import refused
 
 Read = Callable[[], NDArray[np.float32]]
@@ -29,7 +29,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return "shallow_prompt" in checkpoint.arrays or any(name.startswith("enc.") for name in checkpoint.arrays)
 
 
-def read(checkpoint: Checkpoint, width: Width) -> Found:
+def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     _refuse_others(checkpoint)
     whole = "shallow_prompt" not in checkpoint.arrays
     first, rest = (
@@ -41,7 +41,7 @@ def read(checkpoint: Checkpoint, width: Width) -> Found:
             raise refused(f"{name}: expected [layers, p, width] with one p and width, got {list(array.shape)}")
     method, lengths, rows = prompts(first, _folded(checkpoint, np.concatenate(stack), width), width)
     classifier = head(checkpoint, width, "head.last_layer", "head")
-    return Found(method, lengths, {"prompts": rows, **classifier}, PREPROCESS, _frozen(checkpoint, width))
+    return ReadParameters(method, lengths, {"prompts": rows, **classifier}, PREPROCESS, _frozen(checkpoint, width))
 
 
 def _refuse_others(checkpoint: Checkpoint) -> None:

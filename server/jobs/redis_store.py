@@ -30,7 +30,7 @@ MAX_TRIES: Final = 1000  # changes lost to faster writers before giving up; one 
 BATCH: Final = 100  # jobs that one listing script reads: Redis does nothing else meanwhile
 
 
-class _Kept(NamedTuple):
+class _StoredJob(NamedTuple):
     """A job as it is written down, and the stamp it had then."""
 
     job: Job
@@ -150,12 +150,12 @@ class RedisJobStore(StepwiseJobStore):
     def _key(self, template: str, part: str = "") -> str:
         return template.format(self._prefix, part)
 
-    def _find(self, job_id: str) -> _Kept | None:
+    def _find(self, job_id: str) -> _StoredJob | None:
         with answering("job store"):
             text, stamp = self._redis.hmget(self._key(self.JOB, job_id), "job", "stamp")
         return _kept(_str(text), _str(stamp))
 
-    def _read(self, job_id: str) -> _Kept:
+    def _read(self, job_id: str) -> _StoredJob:
         kept = self._find(job_id) if is_id(job_id) else None
         if kept is None:
             raise NotFound(f"there is no job {job_id[:64]!r}", code="job_not_found")
@@ -173,7 +173,7 @@ class RedisJobStore(StepwiseJobStore):
                 return _job(_text(step.job)), seq, now
         raise _outrun()
 
-    def _written(self, kept: _Kept, step: Step, now: float) -> int:
+    def _written(self, kept: _StoredJob, step: Step, now: float) -> int:
         """The number of the job's last event, or 0 when another writer was faster."""
         with answering("job store"):
             return int(self._change_script(self._keys(kept.job, step.job), _arguments(kept.stamp, step, now)))
@@ -183,7 +183,7 @@ class RedisJobStore(StepwiseJobStore):
         queues = (self._key(self.WAITING), self._key(self.LEASES), self._key(self.FINISHED))
         return *own, *queues, self._key(self.STATE, before.state), self._key(self.STATE, after.state)
 
-    def _next(self, now: float) -> _Kept | None:
+    def _next(self, now: float) -> _StoredJob | None:
         """The waiting job whose turn it is."""
         with answering("job store"):
             rows = self._next_script([self._key(self.WAITING), self._key(self.LEASES)], [now, self._key(self.JOB)])
@@ -259,8 +259,8 @@ def _job(text: str) -> Job:
     return Job(**json.loads(text))
 
 
-def _kept(text: str | None, stamp: str | None) -> _Kept | None:
-    return _Kept(_job(text), stamp) if text is not None and stamp is not None else None
+def _kept(text: str | None, stamp: str | None) -> _StoredJob | None:
+    return _StoredJob(_job(text), stamp) if text is not None and stamp is not None else None
 
 
 def _arguments(read: str, step: Step, now: float) -> list[str | float]:

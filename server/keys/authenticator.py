@@ -47,7 +47,7 @@ class _Known:
     weights: Mapping[str, float] = field(default_factory=dict)  # by tenant, where a key sets one
 
 
-class KeyRing:
+class Authenticator:
     """Belongs to an event loop, but for `load`, which is called before there is one."""
 
     def __init__(

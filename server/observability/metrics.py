@@ -119,7 +119,7 @@ def _begin_at_zero() -> None:
 def samples(metric: Counter | Histogram) -> list[Sample]:
     """A metric's samples as a scrape would show them, other processes' of the same server included."""
     wanted = next(iter(metric.collect())).name
-    return [sample for family in shown.collect() if family.name == wanted for sample in family.samples]
+    return [sample for family in exposed.collect() if family.name == wanted for sample in family.samples]
 
 
 async def _nothing_to_wait_for() -> None:
@@ -127,12 +127,12 @@ async def _nothing_to_wait_for() -> None:
 
 
 _begin_at_zero()
-shown: CollectorRegistry = REGISTRY  # what a scrape tells; in a server of several processes that of all of them
-brought_up_to_date: Callable[[], Awaitable[None]] = _nothing_to_wait_for  # `shown`, before it is told
+exposed: CollectorRegistry = REGISTRY  # what a scrape tells; in a server of several processes that of all of them
+refresh: Callable[[], Awaitable[None]] = _nothing_to_wait_for  # `exposed`, before it is told
 TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
 
 
-def read_when_asked(gauge: Gauge, read: Callable[[], float]) -> None:
+def bind_gauge(gauge: Gauge, read: Callable[[], float]) -> None:
     """The gauge's value is whatever `read` says at the moment of a scrape."""
     gauge.set_function(read)
 
@@ -149,4 +149,4 @@ def _one(read: Callable[[], Mapping[str, int]], kind: str) -> float:
 def gpu_memory(read: Callable[[], Mapping[str, int]], device: str) -> None:
     """`read` says how many bytes of `device` are allocated, reserved, free and there in all."""
     for kind in ("allocated", "reserved", "free", "total"):
-        read_when_asked(GPU_BYTES.labels(device, kind), partial(_one, read, kind))
+        bind_gauge(GPU_BYTES.labels(device, kind), partial(_one, read, kind))

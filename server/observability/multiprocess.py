@@ -2,7 +2,7 @@
 
 Each process writes its own samples into a file of a folder they share, every WRITE_S; who is scraped adds its own, of
 this moment, to what the others' files say. Counters and histograms are sums. When a process has ended, its counts are
-added to those of all who ended before it (`bury`), so no sum ever falls; its gauges go with it. A gauge of several
+added to those of all who ended before it (`retire`), so no sum ever falls; its gauges go with it. A gauge of several
 processes is the largest, as most are fed by one of them and 0 in the others; the exceptions are named here: among them
 what each of several engines has of its own, which is 0 in a process without one.
 """
@@ -34,7 +34,7 @@ Key = tuple[str, tuple[tuple[str, str], ...]]  # a sample's name and labels
 Family = dict[str, Any]  # type, help, samples: [name, labels, value]
 
 
-class Ledger:
+class ProcessMetrics:
     """The metrics of all processes of a server. `own`: this process's name among them, such as `front-0-4711`."""
 
     def __init__(self, folder: Path, own: str, registry: CollectorRegistry = metrics.REGISTRY) -> None:
@@ -56,7 +56,7 @@ class Ledger:
         parts += [part for name, part in others.items() if part is not None and name not in past["ended"]]
         yield from _metrics(_merged([*parts, past["families"]]))
 
-    def bury(self, name: str) -> None:
+    def retire(self, name: str) -> None:
         """Its process has ended: its counts stay, its gauges go. Called by one process only."""
         file = self._folder / f"{name}{SUFFIX}"
         last = _read(file)
@@ -69,7 +69,7 @@ class Ledger:
         file.unlink(missing_ok=True)
 
 
-def shown(ledger: Ledger) -> CollectorRegistry:
+def merged_registry(ledger: ProcessMetrics) -> CollectorRegistry:
     """A registry that gives what all processes have counted."""
     registry = CollectorRegistry()
     registry.register(ledger)
@@ -96,14 +96,14 @@ def _merged(parts: Iterable[Mapping[str, Family]]) -> dict[str, Family]:
             into = sums.setdefault(name, {})
             for sample, labels, value in family["samples"]:
                 key = (sample, tuple(labels.items()))
-                into[key] = _together(name, family["type"], into[key], value) if key in into else value
+                into[key] = _combined(name, family["type"], into[key], value) if key in into else value
     return {
         name: {**family, "samples": [[sample, dict(labels), value] for (sample, labels), value in sums[name].items()]}
         for name, family in families.items()
     }
 
 
-def _together(family: str, type_: str, one: float, other: float) -> float:
+def _combined(family: str, type_: str, one: float, other: float) -> float:
     if type_ != "gauge" or family in SUMMED:
         return one + other
     return min(one, other) if family in LEAST else max(one, other)

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from server.app.engine_runtime import EngineRoom, build_engine_room
-from server.app.stores import close_all, open_ring
+from server.app.engine_runtime import EngineRuntime, build_engine_runtime
+from server.app.stores import close_all, open_authenticator
 from server.batching.watchdog import EXIT_CODE
 from server.engine import attention_maps
 from server.observability import metrics
-from server.observability.multiprocess import Ledger
-from server.rpc.engine_server import Desk, Room
+from server.observability.multiprocess import ProcessMetrics
+from server.rpc.engine_server import EngineBackend, EngineServer
 from server.settings import Settings
 
 from .engine_socket import COUNTS, LOOK, socket_path
@@ -26,11 +26,11 @@ KEYS_S: Final = 2.0  # between two looks at the tenants' weights
 class EngineProcess:
     """Everything but HTTP, on the device of a `number`. `folder` is where the desk listens and the ledger lies."""
 
-    def __init__(self, settings: Settings, folder: Path, ledger: Ledger, number: int = 0) -> None:
+    def __init__(self, settings: Settings, folder: Path, ledger: ProcessMetrics, number: int = 0) -> None:
         self.settings, self._ledger = settings, ledger
-        self._ring = open_ring(settings)
-        self.room = build_engine_room(settings, self._ring, number)
-        self._desk = Desk(socket_path(folder, number), _desk_room(self.room, ledger))
+        self._ring = open_authenticator(settings)
+        self.room = build_engine_runtime(settings, self._ring, number)
+        self._desk = EngineServer(socket_path(folder, number), _desk_room(self.room, ledger))
         self._leaving = asyncio.Event()
 
     async def run(self, ready: Any) -> int:
@@ -61,7 +61,7 @@ class EngineProcess:
             await asyncio.sleep(KEYS_S)
 
 
-def _desk_room(room: EngineRoom, ledger: Ledger) -> Room:
+def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
     def facts() -> dict[str, Any]:
         return {
             "waiting": len(room.batcher),
@@ -75,7 +75,7 @@ def _desk_room(room: EngineRoom, ledger: Ledger) -> Room:
     def residents() -> dict[str, Any]:
         return {f"{one.seat.task}@{one.seat.version}": [one.bytes, one.pinned] for one in room.residency.occupants()}
 
-    return Room(
+    return EngineBackend(
         batcher=room.batcher,
         residency=room.residency,
         size=room.facts.spec.image_size,
@@ -87,15 +87,15 @@ def _desk_room(room: EngineRoom, ledger: Ledger) -> Room:
     )
 
 
-async def _written(ledger: Ledger) -> None:
+async def _written(ledger: ProcessMetrics) -> None:
     ledger.write()
 
 
-async def _rack(room: EngineRoom) -> Any:
+async def _rack(room: EngineRuntime) -> Any:
     return (await room.occupied()).model_dump(mode="json")
 
 
-def _look(room: EngineRoom, pixels: Any, seat: Any) -> Any:
+def _look(room: EngineRuntime, pixels: Any, seat: Any) -> Any:
     """In the engine's thread."""
     seen = attention_maps.look(room.engine, pixels, seat)
     return {

@@ -22,19 +22,19 @@ import torch
 
 from lensrack import wire
 from prompts_store import CachedStore, open_store
-from server.app.backbone import Facts
-from server.app.server import Server, build_before
-from server.app.services import EngineSide, readiness
-from server.app.stores import open_ring
-from server.batching.fair_share import room_for
+from server.app.backbone import BackboneInfo
+from server.app.server import Server, build_server_over
+from server.app.services import EngineBindings, readiness
+from server.app.stores import open_authenticator
+from server.batching.fair_share import with_reserve
 from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.observability import metrics
-from server.observability.multiprocess import Ledger, shown
-from server.rpc.connection import Line
-from server.rpc.engine_client import Named, RemoteBatcher, RemoteResidency, take_over_tasks
-from server.rpc.engine_pool import Engines, FarEngine, SpreadBatcher, SpreadResidency
-from server.rpc.shared_memory import Slots
+from server.observability.multiprocess import ProcessMetrics, merged_registry
+from server.rpc.connection import EngineConnection
+from server.rpc.engine_client import RemoteBatcher, RemoteCall, RemoteResidency, take_over_tasks
+from server.rpc.engine_pool import BalancedBatcher, BalancedResidency, EnginePool, RemoteEngine
+from server.rpc.shared_memory import PixelWriter
 from server.settings import Settings
 
 from .engine_socket import COUNTS, LOOK, socket_path
@@ -46,19 +46,19 @@ COUNTS_S: Final = 1.0  # an engine that is busy with something else is told as i
 
 
 def _looked(told: Mapping[str, Any]) -> Any:
-    """What the route asks of a `server.engine.attention_maps.Attention`."""
+    """What the route asks of a `server.engine.attention_maps.AttentionMaps`."""
     return SimpleNamespace(
         **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
     )
 
 
 @dataclass
-class FarRoom:
+class RemoteEngines:
     """Engine rooms in other processes, as a front end has them: lines to them, and a ledger of its own counts."""
 
-    engines: Engines
-    batcher: RemoteBatcher | SpreadBatcher
-    ledger: Ledger
+    engines: EnginePool
+    batcher: RemoteBatcher | BalancedBatcher
+    ledger: ProcessMetrics
     _writing: asyncio.Task[None] | None = None
 
     @property
@@ -88,21 +88,23 @@ class FarRoom:
         self.ledger.write()
 
 
-def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, first: bool) -> Server[FarRoom]:
-    """`first`: see `server.app.server.build_before`."""
+def build_front(
+    settings: Settings, facts: BackboneInfo, folder: Path, own: ProcessMetrics, *, first: bool
+) -> Server[RemoteEngines]:
+    """`first`: see `server.app.server.build_server_over`."""
     torch.set_num_threads(1)
-    ring, bundles = open_ring(settings), open_store(settings.store_url)
+    ring, bundles = open_authenticator(settings), open_store(settings.store_url)
     engines = _far_engines(settings, facts, folder)
     residency, batcher = _pair(engines)
-    metrics.shown, metrics.brought_up_to_date = shown(own), partial(_counted, engines)
-    metrics.read_when_asked(metrics.ENGINE_UP, lambda: not engines.troubles)
-    return build_before(
-        FarRoom(engines, batcher, own),
-        EngineSide(
+    metrics.exposed, metrics.refresh = merged_registry(own), partial(_counted, engines)
+    metrics.bind_gauge(metrics.ENGINE_UP, lambda: not engines.troubles)
+    return build_server_over(
+        RemoteEngines(engines, batcher, own),
+        EngineBindings(
             facts,
             residency,
             batcher,
-            look=Named(LOOK, _looked),
+            look=RemoteCall(LOOK, _looked),
             rack=engines.rack,
             ready=partial(_ready, engines, facts, settings),
         ),
@@ -115,34 +117,34 @@ def build_front(settings: Settings, facts: Facts, folder: Path, own: Ledger, *, 
     )
 
 
-def _ready(engines: Engines, facts: Facts, settings: Settings) -> wire.Ready:
+def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings) -> wire.Ready:
     workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
     away = [] if len(engines.all) == 1 else engines.troubles
     return readiness(facts, settings, engines.trouble, workers, away)
 
 
-async def _counted(engines: Engines) -> None:
+async def _counted(engines: EnginePool) -> None:
     """What engines have counted so far is in the ledger, as far as they answer."""
     with suppress(TimeoutError, ServiceError):
         async with asyncio.timeout(COUNTS_S):
             await engines.each(lambda one: one.line.call("view", name=COUNTS))
 
 
-def _far_engines(settings: Settings, facts: Facts, folder: Path) -> Engines:
-    def far(number: int, device: str) -> FarEngine:
-        slots = Slots(room_for(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
-        line = Line(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
+def _far_engines(settings: Settings, facts: BackboneInfo, folder: Path) -> EnginePool:
+    def far(number: int, device: str) -> RemoteEngine:
+        slots = PixelWriter(with_reserve(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
+        line = EngineConnection(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
         batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
-        return FarEngine(number, device, line, RemoteResidency(line, number), batcher)
+        return RemoteEngine(number, device, line, RemoteResidency(line, number), batcher)
 
-    engines = Engines([far(*one) for one in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
+    engines = EnginePool([far(*one) for one in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
     for one in engines.all:
         one.line.on_state = lambda _: take_over_tasks([one.line.mirror for one in engines.all])
     return engines
 
 
-def _pair(engines: Engines) -> tuple[RemoteResidency | SpreadResidency, RemoteBatcher | SpreadBatcher]:
+def _pair(engines: EnginePool) -> tuple[RemoteResidency | BalancedResidency, RemoteBatcher | BalancedBatcher]:
     """With one engine there is nothing to choose."""
     if len(engines.all) == 1:
         return engines.all[0].residency, engines.all[0].batcher
-    return SpreadResidency(engines), SpreadBatcher(engines)
+    return BalancedResidency(engines), BalancedBatcher(engines)

@@ -32,7 +32,7 @@ KEEP_ALIVE_S = 75  # longer than clients and proxies keep a silent connection (h
 # closes first, while the other is just about to use it, breaks a request, and only its sender can know not to
 
 
-class Served(Protocol):
+class ServedApp(Protocol):
     """What is served: a `server.app.server.Server`, whole or a front end."""
 
     settings: Settings
@@ -54,17 +54,17 @@ def run(work: Callable[[], Awaitable[int]]) -> int:
     """On an event loop of its own, whose threads are not waited for."""
 
     async def main() -> int:
-        asyncio.get_running_loop().set_default_executor(_Threads(thread_name_prefix="asyncio"))
+        asyncio.get_running_loop().set_default_executor(_UnawaitedThreads(thread_name_prefix="asyncio"))
         return await work()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
 
 
-class Front(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn's own way raises the signal again afterwards and so would end us before the workers are stopped."""
 
-    def __init__(self, server: Served) -> None:
+    def __init__(self, server: ServedApp) -> None:
         settings, self._server = server.settings, server
         config = uvicorn.Config(
             server.app,
@@ -90,10 +90,10 @@ class Front(uvicorn.Server):
         self._server.leave()
 
 
-async def serve_http(server: Served, listener: socket.socket, ready: Callable[[Front], None]) -> None:
+async def serve_http(server: ServedApp, listener: socket.socket, ready: Callable[[HttpServer], None]) -> None:
     """Until a signal comes; `ready` is called when requests can be answered."""
     async with server.running():
-        front = Front(server)
+        front = HttpServer(server)
         gc.collect()
         gc.freeze()  # what is there now stays: a collection amid thousands of requests need not look at it
         ready(front)
@@ -103,7 +103,7 @@ async def serve_http(server: Served, listener: socket.socket, ready: Callable[[F
             gc.unfreeze()  # extensions that look at the end for what has leaked would take it for that
 
 
-class _Threads(ThreadPoolExecutor):
+class _UnawaitedThreads(ThreadPoolExecutor):
     """Those of `asyncio.to_thread`, without asyncio's waiting for one that hangs in a store: see `wait_for_threads`."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

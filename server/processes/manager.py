@@ -29,10 +29,10 @@ from typing import Final
 
 from server import __version__
 from server.api.binding import require_safe_bind
-from server.app.backbone import Facts
-from server.app.stores import open_ring
+from server.app.backbone import BackboneInfo
+from server.app.stores import open_authenticator
 from server.observability import logs, tracing
-from server.observability.multiprocess import Ledger
+from server.observability.multiprocess import ProcessMetrics
 from server.settings import Settings
 
 from . import engine_process, front_process, http_server, runtime_dir
@@ -48,11 +48,13 @@ NOT_STARTED: Final = 1
 
 
 @dataclass(eq=False)
-class Child:
+class ChildProcess:
     """A process to be kept. `begun` is read until the child has said that it is ready."""
 
     name: str
-    work: Callable[[Callable[[str], None], Ledger], int]  # in the child: what it does until it ends with a status
+    work: Callable[
+        [Callable[[str], None], ProcessMetrics], int
+    ]  # in the child: what it does until it ends with a status
     pid: int = 0
     begun: int = -1
     since: float = 0.0
@@ -66,7 +68,7 @@ class Child:
         return f"{self.name}-{self.pid}"
 
 
-class House:
+class ProcessManager:
     """`run` returns when all have ended."""
 
     def __init__(self, settings: Settings) -> None:
@@ -77,8 +79,8 @@ class House:
         self._folder: Path
         numbers = range(len(settings.engine_devices))
         name = "engine" if len(numbers) == 1 else "engine-{}"
-        self._engines = [Child(name.format(n), partial(self._compute, number=n)) for n in numbers]
-        self._fronts = [Child(f"front-{n}", partial(self._speak, first=n == 0)) for n in range(settings.fronts)]
+        self._engines = [ChildProcess(name.format(n), partial(self._compute, number=n)) for n in numbers]
+        self._fronts = [ChildProcess(f"front-{n}", partial(self._speak, first=n == 0)) for n in range(settings.fronts)]
         self._facts = ""
         self._asked_to_end = 0
         self._wake: socket.socket
@@ -96,7 +98,7 @@ class House:
             gc.unfreeze()
 
     def _check(self) -> None:
-        ring = open_ring(self._settings)
+        ring = open_authenticator(self._settings)
         try:
             require_safe_bind(self._settings, locked=ring.locked)
         finally:
@@ -114,10 +116,10 @@ class House:
             self._look_after(self._children())
         return self._end(0)
 
-    def _children(self) -> list[Child]:
+    def _children(self) -> list[ChildProcess]:
         return [*self._engines, *self._fronts]
 
-    def _started(self, children: list[Child]) -> bool:
+    def _started(self, children: list[ChildProcess]) -> bool:
         """Whether all of them are ready. The first start is the only one that may fail for good."""
         for child in children:
             self._fork(child)
@@ -127,7 +129,7 @@ class House:
                 return False
         return True
 
-    def _look_after(self, children: list[Child]) -> None:
+    def _look_after(self, children: list[ChildProcess]) -> None:
         """Fork whoever has ended and whose pause is over; wait until something happens."""
         now = time.monotonic()
         for child in children:
@@ -146,7 +148,7 @@ class House:
             else:
                 self._notice(self._wake.recv(4096))
 
-    def _hear(self, child: Child) -> None:
+    def _hear(self, child: ChildProcess) -> None:
         said = os.read(child.begun, 1 << 16)
         child.said += said
         if not said:
@@ -166,11 +168,11 @@ class House:
                 if pid:
                     self._ended(child, os.waitstatus_to_exitcode(status))
 
-    def _ended(self, child: Child, code: int) -> None:
+    def _ended(self, child: ChildProcess, code: int) -> None:
         lived_s = time.monotonic() - child.since
         if not self._asked_to_end:
             log.error("%s (pid %d) ended with %d after %.1f s", child.name, child.pid, code, lived_s)
-        Ledger(self._folder, "house").bury(child.ledger_name)
+        ProcessMetrics(self._folder, "house").retire(child.ledger_name)
         child.pid, child.ready = 0, False
         child.pause_s = FIRST_PAUSE_S if lived_s > LONG_LIFE_S else min(LONGEST_PAUSE_S, child.pause_s * 2)
         child.again_at = time.monotonic() + child.pause_s
@@ -184,7 +186,7 @@ class House:
         self._end_all(self._engines, 2 * drain_s + MARGIN_S)
         return status
 
-    def _end_all(self, children: list[Child], most_s: float) -> None:
+    def _end_all(self, children: list[ChildProcess], most_s: float) -> None:
         until, asked = time.monotonic() + most_s, max(1, self._asked_to_end)
         _send(children, signal.SIGTERM)
         while any(child.pid for child in children) and time.monotonic() < until and self._asked_to_end <= asked:
@@ -211,7 +213,7 @@ class House:
 
     # --- children ---------------------------------------------------------------------------------------------------
 
-    def _fork(self, child: Child) -> None:
+    def _fork(self, child: ChildProcess) -> None:
         reading, writing = os.pipe()
         parent, child.since, child.said = os.getpid(), time.monotonic(), bytearray()
         child.pid = os.fork()
@@ -224,7 +226,7 @@ class House:
         os.close(reading)
         os._exit(self._live(child, parent, writing))
 
-    def _live(self, child: Child, parent: int, writing: int) -> int:
+    def _live(self, child: ChildProcess, parent: int, writing: int) -> int:
         """In the child, to its end. Never returns by an exception."""
         try:
             _end_with(parent)
@@ -237,7 +239,7 @@ class House:
             for other in self._children():
                 if other.begun >= 0:
                     os.close(other.begun)
-            return child.work(partial(_say, writing), Ledger(self._folder, child.ledger_name))
+            return child.work(partial(_say, writing), ProcessMetrics(self._folder, child.ledger_name))
         except Exception as error:
             if _known(error):
                 print(f"the server cannot start: {error}", file=sys.stderr, flush=True)
@@ -250,7 +252,7 @@ class House:
             tracing.stop()
             logging.shutdown()
 
-    def _compute(self, ready: Callable[[str], None], ledger: Ledger, *, number: int) -> int:
+    def _compute(self, ready: Callable[[str], None], ledger: ProcessMetrics, *, number: int) -> int:
         self._tell("lensrack-engine")
 
         async def work() -> int:
@@ -258,11 +260,11 @@ class House:
 
         return _left(http_server.run(work))
 
-    def _speak(self, ready: Callable[[str], None], ledger: Ledger, *, first: bool) -> int:
+    def _speak(self, ready: Callable[[str], None], ledger: ProcessMetrics, *, first: bool) -> int:
         self._tell("lensrack-server")
 
         async def work() -> int:
-            facts = Facts.from_json(self._facts).on(self._settings.engine_devices)
+            facts = BackboneInfo.from_json(self._facts).on(self._settings.engine_devices)
             front = front_process.build_front(self._settings, facts, self._folder, ledger, first=first)
             await http_server.serve_http(front, self._listener, lambda _: ready("ready"))
             return 0
@@ -276,7 +278,7 @@ class House:
             tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
 
 
-def _send(children: list[Child], number: signal.Signals) -> None:
+def _send(children: list[ChildProcess], number: signal.Signals) -> None:
     for child in children:
         if child.pid:
             os.kill(child.pid, number)

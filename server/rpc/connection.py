@@ -25,7 +25,7 @@ from server.observability import logs
 
 from . import protocol
 from .protocol import Frame, FrameReader, Kind, ProtocolError
-from .shared_memory import Slots
+from .shared_memory import PixelWriter
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ RETRY_S: Final = 5.0
 
 
 @dataclass
-class Mirror:
+class EngineState:
     """What the engine told last. `residents`: [bytes, pinned] by "task@version"."""
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -54,17 +54,17 @@ class Mirror:
         self.facts |= {name: value for name, value in told.items() if name not in ("residents", "gone")}
 
 
-class Line:
+class EngineConnection:
     """`on_frame` gets ANSWER and LEFT; `on_lost` is called when a connection is gone, `on_state` when there is news.
     `silence_s`: how long an engine that is connected may say nothing; 0: as long as it likes."""
 
-    def __init__(self, path: Path, slots: Slots, *, silence_s: float = 0.0) -> None:
+    def __init__(self, path: Path, slots: PixelWriter, *, silence_s: float = 0.0) -> None:
         self._path, self._slots, self._silence_s = path, slots, silence_s
-        self.mirror = Mirror()
+        self.mirror = EngineState()
         self.epoch = 0
         self.on_frame: Callable[[Frame], None] = lambda frame: None
         self.on_lost: Callable[[], None] = lambda: None
-        self.on_state: Callable[[Mirror], None] = lambda mirror: None
+        self.on_state: Callable[[EngineState], None] = lambda mirror: None
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count(1)
         self._connection: _Connection | None = None
@@ -151,7 +151,7 @@ class Line:
             }
             socket.send_fds(sock, [protocol.message(Kind.HELLO, 0, hello)], [self._slots.descriptor])
             self.epoch += 1
-            self.mirror, self._heard_at = Mirror(), time.monotonic()
+            self.mirror, self._heard_at = EngineState(), time.monotonic()
             _, connection = await loop.create_unix_connection(lambda: _Connection(self._take), sock=sock)
         except BaseException:
             sock.close()
@@ -161,7 +161,7 @@ class Line:
 
     def _lost(self) -> None:
         log.log(logging.INFO if self._leaving else logging.ERROR, "the line to %s is gone", self._path.name)
-        self._connection, self.mirror = None, Mirror()
+        self._connection, self.mirror = None, EngineState()
         self._up.clear()
         for answer in self._calls.values():
             if not answer.done():

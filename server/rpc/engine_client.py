@@ -16,8 +16,8 @@ from functools import partial
 from itertools import count
 from typing import Any, Final
 
-from server.batching.batcher import Room
-from server.batching.fair_share import NOBODYS, NOTHING, Held, Shares, together
+from server.batching.batcher import Reservation
+from server.batching.fair_share import NO_FLOW, NO_ROWS, FairShares, RowsByFlow, common_flow
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
 from server.engine.images.decode import Geometry
@@ -25,10 +25,10 @@ from server.errors import Internal, QueueFull, ServiceError, Unavailable
 from server.observability import metrics
 
 from . import protocol
-from .connection import AWAY, RETRY_S, Line, Mirror, request_id
+from .connection import AWAY, RETRY_S, EngineConnection, EngineState, request_id
 from .protocol import Frame, Kind, SentRow
-from .seat_cache import Key, RemoteSeat, Seats
-from .shared_memory import Slots
+from .seat_cache import Key, RemoteSeat, SeatCache
+from .shared_memory import PixelWriter
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ MOST_FACTS: Final = 4096  # versions whose labels are remembered
 class RemoteResidency:
     """See `server.engine.residency.Residency`. What is asked without waiting is answered from the mirror."""
 
-    def __init__(self, line: Line, engine: int = 0) -> None:
+    def __init__(self, line: EngineConnection, engine: int = 0) -> None:
         self._line, self._engine = line, engine
         self._facts: dict[Key, tuple[tuple[str, ...], Geometry]] = {}
-        self._seats = Seats(lambda gone: line.send(protocol.released(gone)), lambda: line.epoch)
+        self._seats = SeatCache(lambda gone: line.send(protocol.released(gone)), lambda: line.epoch)
 
     async def acquire(self, task: str, version: str) -> RemoteSeat:
         """Raises what the loader raises, and Unavailable (engine_unavailable)."""
@@ -92,7 +92,7 @@ class RemoteResidency:
 
 
 @dataclass(frozen=True)
-class Named:
+class RemoteCall:
     """A work of the engine's, by name: what `Predictor.aside` is given where the engine is elsewhere. `read` makes of
     the answer what the work itself would have given."""
 
@@ -104,7 +104,7 @@ class Named:
 
 
 @dataclass(eq=False)
-class _Sent:
+class _SentRow:
     row: Row
     answered: bool = False
 
@@ -113,13 +113,13 @@ class RemoteBatcher:
     """See `server.batching.batcher.Batcher`. The queue is the engine's; here is what this front end has in it, and a
     view of the rest. So a full queue is told without asking, and the engine has the last word."""
 
-    def __init__(self, line: Line, slots: Slots, *, max_batch: int, max_queue: int) -> None:
+    def __init__(self, line: EngineConnection, slots: PixelWriter, *, max_batch: int, max_queue: int) -> None:
         self.max_queue, self.clock = max_queue, time.monotonic
         self._line, self._slots, self._max_batch = line, slots, max_batch
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _SentRow] = {}
         self._numbers = count(1)
         self._kept = 0  # places promised
-        self._shares = Shares()  # of what this front end has there
+        self._shares = FairShares()  # of what this front end has there
         self._waiting = 0  # rows sent and not answered
         self._closing = self._stopped = False
         self._idle = asyncio.Event()
@@ -135,9 +135,9 @@ class RemoteBatcher:
         return len(self._sent)
 
     @property
-    def beside(self) -> Held:
+    def beside(self) -> RowsByFlow:
         """Rows of other front ends, as the engine told last."""
-        held: Held = self._line.mirror.facts.get("beside", NOTHING)
+        held: RowsByFlow = self._line.mirror.facts.get("beside", NO_ROWS)
         return held
 
     @property
@@ -161,10 +161,10 @@ class RemoteBatcher:
         return int(self._line.mirror.facts.get("places", self.max_queue))
 
     @contextmanager
-    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> Iterator[Reservation]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
         self._admit(rows, flow)
-        room = Room(rows, partial(self._enqueue, flow))
+        room = Reservation(rows, partial(self._enqueue, flow))
         self._kept += rows
         self._shares.take(flow, rows)
         self._idle.clear()
@@ -176,10 +176,10 @@ class RemoteBatcher:
             self._note_idle()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        with self.promise(len(rows), together({row.flow for row in rows})) as room:
+        with self.promise(len(rows), common_flow({row.flow for row in rows})) as room:
             room.submit(rows)
 
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None:
         """Raises QueueFull."""
         if self._closing or self._line.trouble or self.quiet(flow):
             return
@@ -189,7 +189,7 @@ class RemoteBatcher:
             raise self._full(f"all {self.places} places of the queue are taken")
 
     async def aside(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
-        """Run a work of the engine's, which is a `Named` one."""
+        """Run a work of the engine's, which is a `RemoteCall` one."""
         self._line.require()
         self._require_seat(seat)
         slot, form = self._put(pixels)
@@ -221,7 +221,7 @@ class RemoteBatcher:
     def quiet(self, flow: FlowKey, rows: int = 1) -> bool:
         """Whether a full queue lets in so many rows of this flow, as far as this front end knows."""
         queue = {"taken": self._taken(), "most": self.max_queue, "places": self.places}
-        return self._shares.let_in(flow, rows, **queue, beside=self.beside)
+        return self._shares.admits(flow, rows, **queue, beside=self.beside)
 
     def _admit(self, rows: int, flow: FlowKey) -> None:
         if self._closing:
@@ -275,7 +275,7 @@ class RemoteBatcher:
 
     def _packed(self, row: Row, slot: int, form: protocol.Form) -> SentRow:
         number = next(self._numbers)
-        self._sent[number] = _Sent(row)
+        self._sent[number] = _SentRow(row)
         row.reply.add_done_callback(partial(self._done, number))
         seat = 0 if row.seat is None else row.seat.number
         return SentRow(number, seat, slot, form, row.deadline, row.arrived, row.tenant, request_id())
@@ -301,7 +301,7 @@ class RemoteBatcher:
         if left:
             self._leave(frame.number)
 
-    def _settle(self, sent: _Sent, outcome: Any) -> None:
+    def _settle(self, sent: _SentRow, outcome: Any) -> None:
         self._answered(sent)
         if sent.row.reply.done():
             return
@@ -310,7 +310,7 @@ class RemoteBatcher:
         else:
             sent.row.reply.set_result(outcome)
 
-    def _answered(self, sent: _Sent) -> None:
+    def _answered(self, sent: _SentRow) -> None:
         if not sent.answered:
             sent.answered = True
             self._waiting -= 1
@@ -346,6 +346,6 @@ class RemoteBatcher:
             self._idle.set()
 
 
-def take_over_tasks(mirrors: Sequence[Mirror]) -> None:
+def take_over_tasks(mirrors: Sequence[EngineState]) -> None:
     """The tasks that have a label of their own in the metrics are those of the engines, where rows are counted."""
     metrics.TASKS.adopt(sorted({task for mirror in mirrors for task in mirror.facts.get("tasks", [])}))

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lensrack import wire
-from server.batching.batcher import Room
-from server.batching.fair_share import NOBODYS
+from server.batching.batcher import Reservation
+from server.batching.fair_share import NO_FLOW
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
 from server.errors import QueueFull, ServiceError, Unavailable
 from server.observability import metrics
 
-from .connection import AWAY, RETRY_S, Line
+from .connection import AWAY, RETRY_S, EngineConnection
 from .engine_client import RemoteBatcher, RemoteResidency
 from .seat_cache import RemoteSeat
 
@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class FarEngine:
+class RemoteEngine:
     """One of them, as a front end knows it. `seats`: those that it has taken there, or is about to."""
 
     number: int
     device: str
-    line: Line
+    line: EngineConnection
     residency: RemoteResidency
     batcher: RemoteBatcher
     seats: int = 0
@@ -51,14 +51,14 @@ class FarEngine:
         return max(self.seats, self.batcher.sent) + self.batcher.others
 
 
-class Engines:
+class EnginePool:
     """All of them, in the order of their devices."""
 
-    def __init__(self, engines: Sequence[FarEngine], *, max_batch: int) -> None:
+    def __init__(self, engines: Sequence[RemoteEngine], *, max_batch: int) -> None:
         self.all, self.max_batch = tuple(engines), max_batch
 
     @property
-    def up(self) -> list[FarEngine]:
+    def up(self) -> list[RemoteEngine]:
         return [one for one in self.all if not one.line.trouble]
 
     @property
@@ -72,29 +72,29 @@ class Engines:
         """Why nothing can be asked just now; "" when one of them can."""
         return "" if self.up else self.all[0].line.trouble or AWAY
 
-    def require(self) -> list[FarEngine]:
+    def require(self) -> list[RemoteEngine]:
         """Those that are up. Raises Unavailable (engine_unavailable)."""
         if up := self.up:
             return up
         raise Unavailable(self.trouble, code="engine_unavailable", retry_after_s=RETRY_S)
 
-    def for_seat(self, task: str, version: str, among: Sequence[FarEngine]) -> FarEngine:
-        def rank(one: FarEngine) -> tuple[bool, int, bytes]:
+    def for_seat(self, task: str, version: str, among: Sequence[RemoteEngine]) -> RemoteEngine:
+        def rank(one: RemoteEngine) -> tuple[bool, int, bytes]:
             resident = one.residency.resident(task, version)
-            return not resident, one.load if resident else 0, _belonging(task, version, one.number)
+            return not resident, one.load if resident else 0, _home_hash(task, version, one.number)
 
         return min(self._not_behind(among), key=rank)
 
-    def for_features(self) -> FarEngine:
+    def for_features(self) -> RemoteEngine:
         return min(self._not_behind(self.require()), key=lambda one: one.load)
 
-    def _not_behind(self, among: Sequence[FarEngine]) -> list[FarEngine]:
+    def _not_behind(self, among: Sequence[RemoteEngine]) -> list[RemoteEngine]:
         """Those that have not more than a batch more before them than the one with the least, and room."""
         roomy = [one for one in among if one.batcher.free > 0] or among
         least = min(one.load for one in roomy)
         return [one for one in roomy if one.load <= least + self.max_batch]
 
-    async def each(self, ask: Callable[[FarEngine], Awaitable[T]]) -> list[T]:
+    async def each(self, ask: Callable[[RemoteEngine], Awaitable[T]]) -> list[T]:
         """What those that are up answer; one that leaves meanwhile is left out. Raises what `ask` raises, and
         Unavailable where nobody answers."""
         answers = await asyncio.gather(*(ask(one) for one in self.require()), return_exceptions=True)
@@ -112,18 +112,18 @@ class Engines:
     async def rack(self) -> wire.Rack:
         """All racks as one: slots are numbered through."""
 
-        async def view(one: FarEngine) -> wire.Rack:
+        async def view(one: RemoteEngine) -> wire.Rack:
             return wire.Rack.model_validate(await one.line.call("view", name="rack"))
 
         racks = await self.each(view)
-        return racks[0] if len(racks) == 1 else _together(racks)
+        return racks[0] if len(racks) == 1 else _merged_rack(racks)
 
 
-class SpreadResidency:
+class BalancedResidency:
     """See `server.engine.residency.Residency`. A lens that is asked for is made resident on one device; one that is
     pinned, on every one, so that no question for it ever waits for a load."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: EnginePool) -> None:
         self._engines = engines
 
     async def acquire(self, task: str, version: str) -> RemoteSeat:
@@ -148,7 +148,7 @@ class SpreadResidency:
         return any(await self._engines.each(lambda one: one.residency.unload(task, version)))
 
     async def pin(self, task: str, version: str, on: bool) -> bool:
-        async def at(one: FarEngine) -> bool:
+        async def at(one: RemoteEngine) -> bool:
             if not on:
                 return await one.residency.pin(task, version, on)
             seat = await _seated(one, task, version)  # while it is held, nothing can evict it
@@ -170,11 +170,11 @@ class SpreadResidency:
         return sum(one.residency.lens_bytes(task, version) for one in self._engines.up)
 
 
-class SpreadBatcher:
+class BalancedBatcher:
     """See `server.batching.batcher.Batcher`. There are as many queues as engines; a request is promised a place in some
     of them, and its rows get it where their seats are. Each engine has the last word."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: EnginePool) -> None:
         self._engines = engines
         one = engines.all[0].batcher
         self.max_queue, self.clock = one.max_queue, one.clock  # of one queue: a request must fit into any
@@ -193,14 +193,14 @@ class SpreadBatcher:
         return sum(one.batcher.places for one in self._engines.up)
 
     @contextmanager
-    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> Iterator[Room]:
+    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> Iterator[Reservation]:
         """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
         if self._closing:
             raise Unavailable("the server is shutting down", code="shutting_down")
         self._engines.require()
         if self._free() < 1 and not self._quiet(flow, rows):
             raise self._full(f"no queue has room for {rows} more rows", rows)
-        room = Room(rows, self._enqueue)
+        room = Reservation(rows, self._enqueue)
         self._kept += rows
         self._open += 1
         self._idle.clear()
@@ -216,7 +216,7 @@ class SpreadBatcher:
         with self.promise(len(rows)) as room:
             room.submit(rows)
 
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None:
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None:
         """Raises QueueFull."""
         up = self._engines.up
         if self._closing or not up or self._quiet(flow):
@@ -271,8 +271,8 @@ class SpreadBatcher:
                     row.reply.set_exception(error)
                     row.leave()
 
-    def _by_engine(self, rows: Sequence[Row]) -> list[tuple[FarEngine, list[Row]]]:
-        found: dict[FarEngine, list[Row]] = {}
+    def _by_engine(self, rows: Sequence[Row]) -> list[tuple[RemoteEngine, list[Row]]]:
+        found: dict[RemoteEngine, list[Row]] = {}
         for row in rows:
             if row.seat is not None:
                 found.setdefault(self._engines.all[row.seat.engine], []).append(row)
@@ -281,7 +281,7 @@ class SpreadBatcher:
         return list(found.items())
 
 
-async def _seated(engine: FarEngine, task: str, version: str) -> RemoteSeat:
+async def _seated(engine: RemoteEngine, task: str, version: str) -> RemoteSeat:
     engine.seats += 1
     try:
         return await engine.residency.acquire(task, version)
@@ -290,12 +290,12 @@ async def _seated(engine: FarEngine, task: str, version: str) -> RemoteSeat:
         raise
 
 
-def _give_back(engine: FarEngine, seat: RemoteSeat) -> None:
+def _give_back(engine: RemoteEngine, seat: RemoteSeat) -> None:
     engine.seats -= 1
     engine.residency.release(seat)
 
 
-def _belonging(task: str, version: str, engine: int) -> bytes:
+def _home_hash(task: str, version: str, engine: int) -> bytes:
     return hashlib.blake2b(f"{task}@{version}@{engine}".encode(), digest_size=8).digest()
 
 
@@ -303,7 +303,7 @@ def _has_left(error: BaseException) -> bool:
     return isinstance(error, Unavailable) and error.code == "engine_unavailable"
 
 
-def _together(racks: Sequence[wire.Rack]) -> wire.Rack:
+def _merged_rack(racks: Sequence[wire.Rack]) -> wire.Rack:
     seats, before = [], 0
     for rack in racks:
         seats += [seat.model_copy(update={"slot": before + seat.slot}) for seat in rack.seats]

@@ -27,7 +27,7 @@ from server.observability import logs
 
 from . import protocol
 from .protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
-from .shared_memory import Window
+from .shared_memory import PixelReader
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ MOST_WAITING: Final = 32 * 2**20  # bytes that a front has not taken: one that r
 MOST_CALLS: Final = 4096
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid
 
-Aside = Callable[[Any, Any], Any]  # pixels and a seat to JSON
+ExclusiveWork = Callable[[Any, Any], Any]  # pixels and a seat to JSON
 
 
 class Residency(Protocol):
@@ -54,7 +54,7 @@ class Residency(Protocol):
 
 
 @dataclass(frozen=True)
-class Room:
+class EngineBackend:
     """What the desk stands in. `size`: of the engine's pictures. `asides`: works by name; `facts`: what fronts are told
     of the engine at any time, beside its queue; `residents`: by "task@version" [bytes, pinned]; `revision` grows with
     every change of these; `views`: what is told when it is asked for."""
@@ -62,7 +62,7 @@ class Room:
     batcher: Batcher
     residency: Residency
     size: int
-    asides: Mapping[str, Aside]
+    asides: Mapping[str, ExclusiveWork]
     facts: Callable[[], Mapping[str, Any]]
     residents: Callable[[], Mapping[str, Any]]
     revision: Callable[[], int]
@@ -70,7 +70,7 @@ class Room:
 
 
 @dataclass(eq=False)
-class _Hold:
+class _SeatLease:
     """A seat that a front has taken, and the rows and works of it that need it; given back with the last of them."""
 
     seat: Any
@@ -87,19 +87,19 @@ class _Hold:
 
 
 @dataclass(eq=False)
-class _Shown:
+class _ImageRows:
     """The rows of one picture, which know each other, and how many of them have not left."""
 
     rows: list[Row] = field(default_factory=list)
     inside: int = 0
 
 
-class Desk:
+class EngineServer:
     """Listens at `path`, in a folder that is its user's alone."""
 
-    def __init__(self, path: Path, room: Room) -> None:
+    def __init__(self, path: Path, room: EngineBackend) -> None:
         self._path, self.room = path, room
-        self.guests: set[Guest] = set()
+        self.guests: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
 
@@ -122,7 +122,7 @@ class Desk:
         for guest in list(self.guests):
             guest.leave()
 
-    def held_beside(self, guest: Guest) -> dict[str, dict[str, int]]:
+    def held_beside(self, guest: Session) -> dict[str, dict[str, int]]:
         """Rows of other front ends than this one, by tenant and task."""
         held: dict[str, dict[str, int]] = {}
         for tenant, task in (row.flow for other in self.guests - {guest} for row in other.rows.values()):
@@ -146,9 +146,9 @@ class Desk:
     async def _admit(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            window = await loop.run_in_executor(None, _welcomed, sock, self.room.size)
+            window = await loop.run_in_executor(None, _handshake, sock, self.room.size)
             sock.setblocking(False)
-            await loop.connect_accepted_socket(lambda: Guest(self, window), sock)
+            await loop.connect_accepted_socket(lambda: Session(self, window), sock)
         except (OSError, ProtocolError) as error:
             log.error("a front end is not let in: %s", error)
             sock.close()
@@ -162,7 +162,7 @@ class Desk:
                 await asyncio.sleep(TELL_S)
 
 
-def _welcomed(sock: socket.socket, size: int) -> Window:
+def _handshake(sock: socket.socket, size: int) -> PixelReader:
     """Blocks until a front has said who it is and given its memory. Raises OSError, ProtocolError."""
     _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     if uid != os.getuid():
@@ -177,7 +177,7 @@ def _welcomed(sock: socket.socket, size: int) -> Window:
             raise ProtocolError(f"expected version {protocol.VERSION} and pictures of {size} pixels, got {hello}")
         if len(descriptors) != 1 or not isinstance(hello.get("slots"), int):
             raise ProtocolError(f"expected one descriptor and how many slots it has, got {len(descriptors)}")
-        return Window(descriptors[0], hello["slots"], size)
+        return PixelReader(descriptors[0], hello["slots"], size)
     except ValueError:
         raise ProtocolError("expected a HELLO and nothing else") from None
     finally:
@@ -185,15 +185,15 @@ def _welcomed(sock: socket.socket, size: int) -> Window:
             os.close(descriptor)
 
 
-class Guest(asyncio.Protocol):
+class Session(asyncio.Protocol):
     """One front end: its rows and the seats it has taken, by the numbers it gave or got."""
 
-    def __init__(self, desk: Desk, window: Window) -> None:
+    def __init__(self, desk: EngineServer, window: PixelReader) -> None:
         self._desk, self._room, self._window = desk, desk.room, window
         self._reader = FrameReader(FROM_FRONTS, protocol.MOST_TO_ENGINE)
         self.rows: dict[int, Row] = {}
-        self._seats: dict[int, _Hold] = {}
-        self._shown: dict[int, _Shown] = {}  # by slot
+        self._seats: dict[int, _SeatLease] = {}
+        self._shown: dict[int, _ImageRows] = {}  # by slot
         self._answered: set[int] = set()  # rows that have been answered and not left
         self._calls: set[asyncio.Task[None]] = set()
         self._last_seat = 0
@@ -251,7 +251,7 @@ class Guest(asyncio.Protocol):
                 self._room.residency.again(hold.seat, times)
                 self._seats.pop(number).drop()
 
-    def _hold(self, number: Any) -> _Hold:
+    def _hold(self, number: Any) -> _SeatLease:
         hold = self._seats.get(number)
         if hold is None:
             raise ProtocolError(f"seat {number!r} is not this front end's")
@@ -281,7 +281,7 @@ class Guest(asyncio.Protocol):
             deadline=sent.deadline,
             arrived=sent.arrived,
             reply=asyncio.get_running_loop().create_future(),
-            companions=self._shown.setdefault(sent.slot, _Shown()).rows,
+            companions=self._shown.setdefault(sent.slot, _ImageRows()).rows,
             context=context,
         )
         if hold:
@@ -302,7 +302,7 @@ class Guest(asyncio.Protocol):
             self._answered.add(number)
             self._send(protocol.answer(number, _reply(row, left=False)))
 
-    def _left(self, sent: SentRow, hold: _Hold | None) -> None:
+    def _left(self, sent: SentRow, hold: _SeatLease | None) -> None:
         row = self.rows.pop(sent.number)
         shown = self._shown[sent.slot]
         shown.inside -= 1
@@ -393,7 +393,7 @@ class Guest(asyncio.Protocol):
 
     async def _acquire(self, task: str, version: str, known: bool) -> dict[str, Any]:
         """`known`: the front has the version's facts, which never change."""
-        hold = _Hold(await self._room.residency.acquire(task, version), self._room.residency)
+        hold = _SeatLease(await self._room.residency.acquire(task, version), self._room.residency)
         if self._transport is None:
             hold.drop()
             raise ProtocolError("the front end has gone")

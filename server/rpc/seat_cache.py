@@ -35,7 +35,7 @@ class RemoteSeat:
 
 
 @dataclass(eq=False)
-class _Taken:
+class _CachedSeat:
     """`users` sit on it; it was taken `again` so many times without asking the engine, which counts them."""
 
     seat: RemoteSeat
@@ -44,7 +44,7 @@ class _Taken:
     again: int = 0
 
 
-class Seats:
+class SeatCache:
     """`give_back` gets seat numbers, each with how often it was taken again; `epoch` says which connection there is: to
     another one seats mean nothing. Belongs to one event loop."""
 
@@ -55,10 +55,10 @@ class Seats:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._give_back, self._epoch, self._clock = give_back, epoch, clock
-        self._shared: dict[Key, _Taken] = {}
-        self._all: dict[int, _Taken] = {}  # by the identity of the seat
-        self._empty: dict[int, _Taken] = {}
-        self._empty_before: dict[int, _Taken] = {}  # when it was looked last, and since
+        self._shared: dict[Key, _CachedSeat] = {}
+        self._all: dict[int, _CachedSeat] = {}  # by the identity of the seat
+        self._empty: dict[int, _CachedSeat] = {}
+        self._empty_before: dict[int, _CachedSeat] = {}  # when it was looked last, and since
         self._look: asyncio.TimerHandle | None = None
 
     def again(self, key: Key) -> RemoteSeat | None:
@@ -75,7 +75,7 @@ class Seats:
     def add(self, key: Key, seat: RemoteSeat) -> None:
         """It has been taken at the engine, by one who sits on it."""
         self.forget(key)
-        self._shared[key] = self._all[id(seat)] = _Taken(seat, self._clock() + SHARED_S)
+        self._shared[key] = self._all[id(seat)] = _CachedSeat(seat, self._clock() + SHARED_S)
 
     def leave(self, seat: RemoteSeat) -> None:
         taken = self._all[id(seat)]
@@ -93,7 +93,7 @@ class Seats:
         if taken is not None and not taken.users:
             self._part([taken])
 
-    def _keep(self, taken: _Taken) -> None:
+    def _keep(self, taken: _CachedSeat) -> None:
         self._empty[id(taken.seat)] = taken
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(KEPT_S, self._look_round)
@@ -106,7 +106,7 @@ class Seats:
         if self._empty_before:
             self._look = asyncio.get_running_loop().call_later(KEPT_S, self._look_round)
 
-    def _part(self, gone: Sequence[_Taken]) -> None:
+    def _part(self, gone: Sequence[_CachedSeat]) -> None:
         for taken in gone:
             seat = taken.seat
             for known in (self._all, self._empty, self._empty_before):

@@ -40,13 +40,13 @@ def _view(memory: mmap.mmap, slot: int, form: Form, size: int) -> NDArray[Any]:
 
 
 @dataclass
-class _Shown:
+class _WrittenImage:
     image: NDArray[Any]  # kept, so that its id stays its own
     slot: int
     rows: int
 
 
-class Slots:
+class PixelWriter:
     """The front's side. An image that several rows show, the same array object, lies there once."""
 
     def __init__(self, count: int, size: int) -> None:
@@ -56,7 +56,7 @@ class Slots:
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
         self._memory = mmap.mmap(self.descriptor, count * slot_bytes(size))
         self._free = list(range(count - 1, -1, -1))
-        self._shown: dict[int, _Shown] = {}
+        self._shown: dict[int, _WrittenImage] = {}
 
     def put(self, image: NDArray[Any]) -> tuple[int, Form]:
         """Where a row's image lies. Raises QueueFull, ValueError for what the engine would not take."""
@@ -67,7 +67,7 @@ class Slots:
         if shown is None:
             if not self._free:
                 raise QueueFull(f"all {self.count} places for pixels are taken")
-            shown = self._shown[id(image)] = _Shown(image, self._free.pop(), 0)
+            shown = self._shown[id(image)] = _WrittenImage(image, self._free.pop(), 0)
             _view(self._memory, shown.slot, form, self.size)[:] = image
         shown.rows += 1
         return shown.slot, form
@@ -88,7 +88,7 @@ class Slots:
         os.close(self.descriptor)
 
 
-class Window:
+class PixelReader:
     """The engine's side: the same array object for a slot and form whenever it is asked for."""
 
     def __init__(self, descriptor: int, count: int, size: int) -> None:

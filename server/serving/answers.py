@@ -12,7 +12,7 @@ import numpy as np
 from server.engine.images.decode import Geometry
 from server.errors import Conflict, Internal
 
-from .resolver import TOGETHER
+from .resolver import ENSEMBLE_SIGN
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C] or [n, C], adding up to 1
 
@@ -63,7 +63,7 @@ class Answer:
     @property
     def version(self) -> str:
         """All of them in a word."""
-        return TOGETHER.join(self.versions)
+        return ENSEMBLE_SIGN.join(self.versions)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Features:
 def probabilities(logits: np.ndarray[Any, Any]) -> Scores:
     """Softmax in float64. logits: [C]. Raises Internal (engine_failed) for logits that are not finite."""
     wide = np.asarray(logits, np.float64)
-    _check_finite(wide)
+    check_finite(wide)
     scores: Scores = np.exp(wide - wide.max())
     scores /= scores.sum()
     return scores
@@ -131,6 +131,6 @@ def best(scores: Scores, labels: Sequence[str], top_k: int) -> list[Scored]:
     return [Scored(labels[i], i, score) for i, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
 
 
-def _check_finite(numbers: np.ndarray[Any, Any]) -> None:
+def check_finite(numbers: np.ndarray[Any, Any]) -> None:
     if not np.isfinite(numbers).all():
         raise Internal("the engine gave numbers that are not finite", code="engine_failed")

@@ -22,7 +22,7 @@ Fitted = Pixels | npt.NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, 
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class PrecutImage:
     """An image that came as pixels, uint8 [S, S, 3], and how it was cut, where its sender says so."""
 
     pixels: Pixels
@@ -59,10 +59,10 @@ class Normalised:
     values: npt.NDArray[np.float32]
 
 
-Image = bytes | Cut | Decoded | Normalised  # an encoded file, or what a client has made of it
+Image = bytes | PrecutImage | Decoded | Normalised  # an encoded file, or what a client has made of it
 
 
-class Pictures:
+class ImageBatch:
     """A request's images, decoded and cut once for each geometry that its tasks ask for.
 
     Decoding and cutting are one step of one thread, so that at most as many full-size images are in memory as there
@@ -74,7 +74,7 @@ class Pictures:
         self._given, self._pool, self._max_pixels, self._margin = given, pool, max_pixels, margin
         self._fitted: dict[Geometry, asyncio.Future[list[Fitted]]] = {}
         self._shown: list[list[Row]] = [[] for _ in given]
-        self._cut = all(isinstance(image, Cut) for image in given)
+        self._cut = all(isinstance(image, PrecutImage) for image in given)
         self.decode_s = 0.0
 
     async def fitted(self, geometry: Geometry) -> list[Fitted]:
@@ -128,7 +128,7 @@ class Pictures:
 
 def fitted(image: Image, geometry: Geometry, max_pixels: int, margin: float = math.inf) -> Fitted:
     """What the engine takes of it. Errors: as `images`, and of pixels that are cut another way."""
-    if isinstance(image, Cut):
+    if isinstance(image, PrecutImage):
         return image.fitted(geometry)
     if isinstance(image, Decoded):
         return decode.of_picture(image.pixels, geometry, max_pixels=max_pixels)

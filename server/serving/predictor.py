@@ -27,8 +27,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from server.batching.batcher import Room
-from server.batching.fair_share import NOBODYS, together
+from server.batching.batcher import Reservation
+from server.batching.fair_share import NO_FLOW, common_flow
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
 from server.engine.images.decode import Geometry
@@ -41,15 +41,15 @@ from .answers import (
     Limits,
     Outputs,
     Timings,
-    _check_finite,
     best,
+    check_finite,
     mean_scores,
     probabilities,
     require_same_labels,
 )
-from .decoding import Fitted, Image, Pictures
+from .decoding import Fitted, Image, ImageBatch
 from .quarantine import Quarantine
-from .resolver import TOGETHER, Catalogue, Rack, Ref, Seating
+from .resolver import ENSEMBLE_SIGN, Catalogue, Rack, Ref, Resolver
 
 T = TypeVar("T")
 
@@ -62,10 +62,10 @@ class Queue(Protocol):
     @property
     def places(self) -> int: ...
     def __len__(self) -> int: ...
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
     @property
     def clock(self) -> Callable[[], float]: ...
-    def promise(self, rows: int, flow: FlowKey = NOBODYS) -> AbstractContextManager[Room]: ...
+    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> AbstractContextManager[Reservation]: ...
     async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T: ...
 
 
@@ -75,7 +75,7 @@ def versions_in(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Given:
+class _EngineOutput:
     """What the engine gave: `logits` are the first version's of each image, then the second's, …; `labels` are each
     version's."""
 
@@ -86,11 +86,11 @@ class _Given:
 
 
 @dataclass(frozen=True)
-class _Asking:
+class _Request:
     """What belongs to a request rather than to one of its tasks."""
 
-    pictures: Pictures
-    room: Room
+    pictures: ImageBatch
+    room: Reservation
     key: str
     tenant: str
     deadline: float  # of the batcher's clock
@@ -112,7 +112,7 @@ class Predictor:
     ) -> None:
         """`geometry` and `fingerprint` are the bare backbone's, for `embed`."""
         self.quarantine = Quarantine()
-        self._seating = Seating(store, residency, self.quarantine)
+        self._seating = Resolver(store, residency, self.quarantine)
         self._batcher, self._pool = batcher, pool
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
         self._asked: dict[str, Counter[str]] = {}
@@ -132,12 +132,12 @@ class Predictor:
         """
         refs = Ref.parse_all(task_ref)
         with self._asking(images, len(refs), key, (tenant, refs[0].task), timeout_s) as asking:
-            return await in_time(timeout_s, self._answer(refs, top_k, asking))
+            return await within_timeout(timeout_s, self._answer(refs, top_k, asking))
 
     async def outputs(self, ref: Ref, images: Sequence[Image], *, key: str, tenant: str, timeout_s: float) -> Outputs:
         """Ask one version about images, and be told all that it says of them. Raises like `predict`."""
         with self._asking(images, 1, key, (tenant, ref.task), timeout_s) as asking:
-            given = await in_time(timeout_s, self._ask([ref], asking))
+            given = await within_timeout(timeout_s, self._ask([ref], asking))
         scores = np.stack([probabilities(row) for row in given.logits])
         logits = np.stack(given.logits).astype(np.float64)
         return Outputs(ref.task, given.versions[0], tuple(given.labels[0]), logits, scores, given.timings)
@@ -146,17 +146,17 @@ class Predictor:
         self, task_refs: Sequence[str], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> dict[str, Answer | Exception]:
         """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
-        refs = {text.replace(" ", TOGETHER): Ref.parse_all(text) for text in task_refs}
-        flow = together({(tenant, one.task) for of_task in refs.values() for one in of_task})
+        refs = {text.replace(" ", ENSEMBLE_SIGN): Ref.parse_all(text) for text in task_refs}
+        flow = common_flow({(tenant, one.task) for of_task in refs.values() for one in of_task})
         with self._asking(images, sum(map(len, refs.values())), key, flow, timeout_s) as asking:
-            asked = [in_time(timeout_s, self._answer(together, top_k, asking)) for together in refs.values()]
+            asked = [within_timeout(timeout_s, self._answer(of_task, top_k, asking)) for of_task in refs.values()]
             results = await asyncio.gather(*asked, return_exceptions=True)
         return {text: _result(result) for text, result in zip(refs, results, strict=True)}
 
     async def embed(self, images: Sequence[Image], *, tenant: str, timeout_s: float) -> Features:
         """The frozen backbone's features of images."""
         with self._asking(images, 1, "", (tenant, ""), timeout_s) as asking:
-            return await in_time(timeout_s, self._embed(asking))
+            return await within_timeout(timeout_s, self._embed(asking))
 
     async def aside(
         self, task_ref: str, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
@@ -165,29 +165,29 @@ class Predictor:
         the seat. For what is no prediction, such as where the network looks."""
         ref = Ref.parse(task_ref)
         with self._asking([image], 1, key, (tenant, ref.task), timeout_s) as asking:
-            return await in_time(timeout_s, self._aside(ref, work, asking))
+            return await within_timeout(timeout_s, self._aside(ref, work, asking))
 
     def asked(self, task: str) -> Counter[str]:
         """How often each version of a task has been asked since the start."""
         return self._asked.get(task, Counter())
 
     async def resolve(self, ref: Ref, key: str) -> str:
-        """See `Seating.resolve`."""
+        """See `Resolver.resolve`."""
         return await self._seating.resolve(ref, key)
 
     async def version_like(self, task: str, text: str) -> str:
-        """See `Seating.version_like`."""
+        """See `Resolver.version_like`."""
         return await self._seating.version_like(task, text)
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Asking) -> Answer:
+    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Request) -> Answer:
         given = await self._ask(refs, asking)
         scores = mean_scores([probabilities(row) for row in given.logits], given.labels)
         predictions = [best(of_image, given.labels[0], top_k) for of_image in scores]
         return Answer(refs[0].task, given.versions, predictions, given.timings)
 
-    async def _ask(self, refs: Sequence[Ref], asking: _Asking) -> _Given:
+    async def _ask(self, refs: Sequence[Ref], asking: _Request) -> _EngineOutput:
         """`refs` are of one task."""
         began, task = self._batcher.clock(), refs[0].task
         with tracing.span("predict", {"lensrack.task": task}):
@@ -195,34 +195,34 @@ class Predictor:
         metrics.TASK_S.labels(metrics.TASKS.label(task)).observe(self._batcher.clock() - began)
         return given
 
-    async def _given(self, refs: Sequence[Ref], asking: _Asking) -> _Given:
+    async def _given(self, refs: Sequence[Ref], asking: _Request) -> _EngineOutput:
         with ExitStack() as seats:
             versions, members = [], []
             for ref in refs:
                 with tracing.span("seat"):
                     version, seat = await self._seating.take(ref, asking.key)
-                hold = _Hold(partial(self._seating.release, seat))
+                hold = _SeatLease(partial(self._seating.release, seat))
                 seats.callback(hold.drop)
                 self._asked.setdefault(ref.task, Counter())[version] += 1
                 versions.append(version)
                 members.append((seat, hold))
             require_same_labels([seat for seat, _ in members], versions)
             rows = await self._all_rows(refs[0].task, members, asking)
-            logits = await _answers(rows, asking.room)
+            logits = await _submit_and_wait(rows, asking.room)
         labels = [seat.labels for seat, _ in members]
-        return _Given(tuple(versions), labels, logits, _timings(asking, rows))
+        return _EngineOutput(tuple(versions), labels, logits, _timings(asking, rows))
 
-    async def _all_rows(self, task: str, members: Sequence[tuple[Any, _Hold]], asking: _Asking) -> list[Row]:
+    async def _all_rows(self, task: str, members: Sequence[tuple[Any, _SeatLease]], asking: _Request) -> list[Row]:
         rows: list[Row] = []
         try:
             for seat, hold in members:
                 rows += await self._rows(task, seat, hold, asking)
         except BaseException:
-            _let_go(rows)
+            _release_all(rows)
             raise
         return rows
 
-    async def _rows(self, task: str, seat: Any, hold: _Hold, asking: _Asking) -> list[Row]:
+    async def _rows(self, task: str, seat: Any, hold: _SeatLease, asking: _Request) -> list[Row]:
         """A row an image, cut as this version asks."""
         with tracing.span("decode"):
             pixels = await asking.pictures.fitted(seat.geometry)
@@ -230,7 +230,7 @@ class Predictor:
         asking.pictures.show(rows)
         return rows
 
-    async def _aside(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Asking) -> tuple[str, Any, T]:
+    async def _aside(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Request) -> tuple[str, Any, T]:
         version, seat = await self._seating.take(ref, asking.key)
         try:
             [pixels] = await asking.pictures.fitted(seat.geometry)
@@ -238,14 +238,14 @@ class Predictor:
         finally:
             self._seating.release(seat)
 
-    async def _embed(self, asking: _Asking) -> Features:
+    async def _embed(self, asking: _Request) -> Features:
         pixels = await asking.pictures.fitted(self._geometry)
-        rows = [self._row("", None, image, _Hold(_nothing), asking) for image in pixels]
-        vectors = np.stack(await _answers(rows, asking.room))
-        _check_finite(vectors)
+        rows = [self._row("", None, image, _SeatLease(_nothing), asking) for image in pixels]
+        vectors = np.stack(await _submit_and_wait(rows, asking.room))
+        check_finite(vectors)
         return Features(self._fingerprint, vectors, _timings(asking, rows))
 
-    def _row(self, task: str, seat: Any, image: Fitted, hold: _Hold, asking: _Asking) -> Row:
+    def _row(self, task: str, seat: Any, image: Fitted, hold: _SeatLease, asking: _Request) -> Row:
         reply = asyncio.get_running_loop().create_future()
         row = Row(task, asking.tenant, seat, image, asking.deadline, self._batcher.clock(), reply)
         row.leave = hold.share()
@@ -266,13 +266,13 @@ class Predictor:
     @contextmanager
     def _asking(
         self, images: Sequence[Image], tasks: int, key: str, flow: FlowKey, timeout_s: float
-    ) -> Iterator[_Asking]:
+    ) -> Iterator[_Request]:
         """A request's room in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)
         with self._batcher.promise(len(images) * tasks, flow) as room:
-            shown = Pictures(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
+            shown = ImageBatch(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
             try:
-                yield _Asking(shown, room, key, flow[0], self._batcher.clock() + timeout_s)
+                yield _Request(shown, room, key, flow[0], self._batcher.clock() + timeout_s)
             finally:
                 shown.close()
                 if shown.decode_s:
@@ -280,7 +280,7 @@ class Predictor:
 
 
 @dataclass(eq=False)
-class _Hold:
+class _SeatLease:
     """A seat in use by a request and its rows; given back when the last of them lets go."""
 
     release: Callable[[], None]
@@ -300,12 +300,12 @@ def _nothing() -> None:
     """There is no seat to give back."""
 
 
-async def _answers(rows: Sequence[Row], room: Room) -> list[np.ndarray[Any, Any]]:
+async def _submit_and_wait(rows: Sequence[Row], room: Reservation) -> list[np.ndarray[Any, Any]]:
     """Queue rows and wait for all replies; on the way out, whatever the reason, nobody waits for one any more."""
     try:
         room.submit(rows)
     except BaseException:
-        _let_go(rows)
+        _release_all(rows)
         raise
     try:
         if len(rows) == 1:
@@ -316,13 +316,13 @@ async def _answers(rows: Sequence[Row], room: Room) -> list[np.ndarray[Any, Any]
             row.reply.cancel()
 
 
-def _let_go(rows: Sequence[Row]) -> None:
+def _release_all(rows: Sequence[Row]) -> None:
     """They have not come into the queue, and so nobody else lets go of their seats."""
     for row in rows:
         row.leave()
 
 
-async def in_time(timeout_s: float, work: Awaitable[T]) -> T:
+async def within_timeout(timeout_s: float, work: Awaitable[T]) -> T:
     """Wait at most so long. Raises DeadlineExceeded."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -331,7 +331,7 @@ async def in_time(timeout_s: float, work: Awaitable[T]) -> T:
         raise DeadlineExceeded(f"the answer was not ready within {timeout_s:g} s") from error
 
 
-def _timings(asking: _Asking, rows: Sequence[Row]) -> Timings:
+def _timings(asking: _Request, rows: Sequence[Row]) -> Timings:
     return Timings(
         decode_s=asking.pictures.decode_s,
         queue_s=max(row.watch.queue_s for row in rows),

@@ -27,7 +27,7 @@ class Rack(Protocol):
     async def load(self, task: str, version: str) -> None: ...
 
 
-class Succession:
+class Preloader:
     """Watches a store for a rack. Belongs to the event loop; one thread of its own waits for changes."""
 
     def __init__(self, store: Store, rack: Rack) -> None:

@@ -24,7 +24,7 @@ from server.errors import BadRequest
 from .quarantine import Quarantine
 
 TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-TOGETHER = "+"  # between the versions of an ensemble
+ENSEMBLE_SIGN = "+"  # between the versions of an ensemble
 MOST_TRIED: Final = 4  # earlier versions, before the request is told why its own could not be loaded
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{8,63}")
@@ -79,14 +79,14 @@ class Ref:
         return _DIGEST.fullmatch(self.name) is not None
 
 
-class Seating:
+class Resolver:
     """Resolves references and takes seats. Belongs to the event loop."""
 
     def __init__(self, store: Catalogue, residency: Rack, quarantine: Quarantine) -> None:
         self._store, self._residency, self._quarantine = store, residency, quarantine
         self._last: dict[Ref, str] = {}  # what an alias was last answered by
 
-    def within(self, store: Catalogue, residency: Rack) -> Seating:
+    def within(self, store: Catalogue, residency: Rack) -> Resolver:
         """The same as who may see only a part of store and rack is to have it."""
         narrowed = copy.copy(self)
         narrowed._store, narrowed._residency = store, residency
@@ -167,7 +167,7 @@ class Seating:
             self._quarantine.release(ref.task, version)
             raise
         except Exception as error:
-            if not _says_nothing_of_it(error):
+            if not _unrelated_to_version(error):
                 self._quarantine.put(ref.task, version, error)
             raise
         self._quarantine.release(ref.task, version)
@@ -195,7 +195,7 @@ class Seating:
         return [version for version in versions if version != failed][:MOST_TRIED]
 
 
-def _says_nothing_of_it(error: Exception) -> bool:
+def _unrelated_to_version(error: Exception) -> bool:
     """Whether a version might be whole although loading it failed so."""
     return isinstance(error, StoreUnavailable) or getattr(error, "code", "") == "engine_unavailable"
 

@@ -32,7 +32,7 @@ from server.methods.method import Method
 
 from . import augment
 from .checkpoint import Checkpoint
-from .co_batching import Ask, Fitting, Own
+from .co_batching import ExclusiveStep, Fitting, ForwardRequest
 from .data import Index, Pixels, Splits
 from .fit import DivergedError, Fit, Keeper, class_weights, nowhere, seeded
 from .frozen import FrozenFeatures, parts
@@ -142,7 +142,7 @@ class BaselineFit(Fit):
         total = 0.0
         for few in torch.arange(len(index)).split(MICRO):
             seen = yield from self._seen(train, index[few], None if pixels is None else pixels[few.numpy()])
-            loss = yield Own(lambda seen=seen, few=few: self._learn(seen, targets[few], share))  # type: ignore[misc]
+            loss = yield ExclusiveStep(lambda seen=seen, few=few: self._learn(seen, targets[few], share))  # type: ignore[misc]
             total += loss.item()
         optimizer.step()
         if not math.isfinite(total):
@@ -163,7 +163,7 @@ class BaselineFit(Fit):
         with closing(inputs.read(order)) as pixels:
             for index, read in zip(order, pixels, strict=True):
                 seen = yield from self._seen(inputs, torch.from_numpy(index), read)
-                answer = yield Own(lambda seen=seen: self._look(seen))  # type: ignore[misc]
+                answer = yield ExclusiveStep(lambda seen=seen: self._look(seen))  # type: ignore[misc]
                 found.append(answer.double().cpu().numpy())
                 self.tick()
         return np.concatenate(found)
@@ -197,7 +197,7 @@ class BaselineFit(Fit):
         else:
             assert pixels is not None
             until = None if layer == self.backbone.spec.depth else layer
-            answer = yield Ask(self.frozen.embedded(pixels), Plain(), until=until)
+            answer = yield ForwardRequest(self.frozen.embedded(pixels), Plain(), until=until)
             found = answer.clone()  # what comes of a look may not be learned from
         return found.to(wide(self.backbone))
 

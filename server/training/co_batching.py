@@ -1,9 +1,9 @@
 """Several fits, one forward and one backward: rows of different jobs share a batch while they learn, too.
 
-A fit is a generator. It yields what it wants of the backbone (`Ask`) and is sent what came of it; it never runs the
-backbone itself. `run` gathers the asks of all fits that are under way, lays them out in lanes, a lane an ask, and runs
-them at once. The losses are added, and since no two fits share a parameter, the sum's gradient is each one's own. Each
-fit keeps its optimiser, its schedule and its end; what breaks one of them is its own affair.
+A fit is a generator. It yields a `ForwardRequest` and is sent the result; it never runs the backbone itself. `run`
+gathers the requests of all fits under way, lays them out in lanes, one lane for each request, and runs them in one
+forward. The losses are added, and since no two fits share a parameter, the sum's gradient is each one's own. Each fit
+keeps its optimiser, its schedule and its end; an error in one fit ends that fit alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
-class Kept:
+class RecordedRows:
     """What readers read of those of a batch's rows whose trunk has been run before. Row i of the batch is row order[i]
     of these with the others, whose image tokens the ask brings, behind them; None where there are no others."""
 
@@ -34,7 +34,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Ask:
+class ForwardRequest:
     """Rows for the next forward. x: [B, N, D], the image tokens that enter block `start`; of readers those that enter
     the first block, of the rows that are not `kept`.
 
@@ -49,18 +49,18 @@ class Ask:
     start: int = 0
     until: int | None = None
     read_from: int | None = None
-    kept: Kept | None = None
+    kept: RecordedRows | None = None
 
 
 @dataclass(frozen=True)
-class Own:
+class ExclusiveStep:
     """A turn for work that is not the shared backbone's: a fit whose weights are its own lets the others have theirs
     between two of its steps. It is sent what `work` returns."""
 
     work: Callable[[], Tensor]
 
 
-Fitting = Generator[Ask | Own, Any, Outcome]  # sent what the ask says
+Fitting = Generator[ForwardRequest | ExclusiveStep, Any, Outcome]  # sent what the ask says
 More = Callable[[], Iterable[Fitting[Outcome]]]
 
 
@@ -84,7 +84,7 @@ def run(
         if not asking:
             return [member.outcome for member in group]  # type: ignore[misc]  # all have ended
         for member in asking:
-            if isinstance(member.ask, Own):
+            if isinstance(member.ask, ExclusiveStep):
                 member.take_turn(member.ask)
         for learns in (False, True):
             if members := [member for member in asking if member.asks and member.learns is learns]:
@@ -105,20 +105,20 @@ class _Member(Generic[Outcome]):
 
     def __init__(self, fit: Fitting[Outcome]) -> None:
         self._fit = fit
-        self.ask: Ask | Own | None = None
+        self.ask: ForwardRequest | ExclusiveStep | None = None
         self.outcome: Outcome | Exception | None = None
         self._advance(lambda: next(fit))
 
     @property
     def asks(self) -> bool:
         """Whether it wants something of the shared backbone."""
-        return isinstance(self.ask, Ask)
+        return isinstance(self.ask, ForwardRequest)
 
     @property
     def learns(self) -> bool:
-        return isinstance(self.ask, Ask) and self.ask.loss is not None
+        return isinstance(self.ask, ForwardRequest) and self.ask.loss is not None
 
-    def take_turn(self, turn: Own) -> None:
+    def take_turn(self, turn: ExclusiveStep) -> None:
         try:
             answer = turn.work()
         except Exception as error:  # what breaks one fit is its own affair
@@ -132,7 +132,7 @@ class _Member(Generic[Outcome]):
     def throw(self, error: Exception) -> None:
         self._advance(lambda: self._fit.throw(error))
 
-    def _advance(self, step: Callable[[], Ask | Own]) -> None:
+    def _advance(self, step: Callable[[], ForwardRequest | ExclusiveStep]) -> None:
         self.ask = None
         try:
             self.ask = step()
@@ -161,13 +161,13 @@ def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: boo
 
 @torch.inference_mode()
 def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor | Recorded]:
-    asks = [member.ask for member in members if isinstance(member.ask, Ask)]
+    asks = [member.ask for member in members if isinstance(member.ask, ForwardRequest)]
     partly = [_partly(backbone, ask) for ask in asks]
     through = iter(_features(backbone, [ask for ask, found in zip(asks, partly, strict=True) if found is None]))
     return [next(through) if found is None else found for found in partly]
 
 
-def _partly(backbone: Backbone, ask: Ask) -> Tensor | Recorded | None:
+def _partly(backbone: Backbone, ask: ForwardRequest) -> Tensor | Recorded | None:
     """What comes of an ask that stops on its way through the trunk; None for others."""
     if ask.read_from is not None:
         return vit.record(backbone, ask.x, ask.read_from)
@@ -175,13 +175,13 @@ def _partly(backbone: Backbone, ask: Ask) -> Tensor | Recorded | None:
 
 
 def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    asks = [member.ask for member in members if isinstance(member.ask, Ask)]
+    asks = [member.ask for member in members if isinstance(member.ask, ForwardRequest)]
     losses = [ask.loss(found) for ask, found in zip(asks, _features(backbone, asks), strict=True) if ask.loss]
     torch.autograd.backward(losses)
     return [loss.detach() for loss in losses]
 
 
-def _features(backbone: Backbone, asks: Sequence[Ask]) -> list[Tensor]:
+def _features(backbone: Backbone, asks: Sequence[ForwardRequest]) -> list[Tensor]:
     if not asks:
         return []
     lanes = [_lanes(backbone, ask) for ask in asks]
@@ -190,7 +190,7 @@ def _features(backbone: Backbone, asks: Sequence[Ask]) -> list[Tensor]:
     return [features[end - 1] for end in ends]
 
 
-def _lanes(backbone: Backbone, ask: Ask) -> list[vit.Lane]:
+def _lanes(backbone: Backbone, ask: ForwardRequest) -> list[vit.Lane]:
     """The last one's features are the ask's. While readers learn, the trunk is no part of the forward: it has been run
     by itself, without a gradient."""
     if ask.condition.reads_from is None or (ask.kept is None and not torch.is_grad_enabled()):
@@ -198,7 +198,7 @@ def _lanes(backbone: Backbone, ask: Ask) -> list[vit.Lane]:
     return [vit.Lane.reading(ask.condition, Reads(_trunk(backbone, ask, ask.condition.reads_from)))]
 
 
-def _trunk(backbone: Backbone, ask: Ask, start: int) -> Recorded | Joined:
+def _trunk(backbone: Backbone, ask: ForwardRequest, start: int) -> Recorded | Joined:
     if ask.kept is None:
         return vit.record(backbone, ask.x, start)
     if ask.kept.order is None:

@@ -29,7 +29,7 @@ from server.methods.registry import Registry
 from . import forward_cost
 from .baseline_fit import reporting
 from .checkpoint import Checkpoint
-from .co_batching import Fitting, Own
+from .co_batching import ExclusiveStep, Fitting
 from .data import Splits
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere, prompt_lengths, seeded
 from .frozen import FrozenFeatures
@@ -42,7 +42,7 @@ SEEDS: Final = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Wish:
+class ComparisonRequest:
     """What is compared. `fields`: recipe fields that hold for all; a number of epochs not for heads alone, whose own
     cost nothing."""
 
@@ -52,7 +52,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Material:
+class ComparisonInputs:
     """What the fits stand on. `splits`: the pictures as a recipe asks for them; `bundle`: what a fit would be stored
     as; `features`: a fresh memory of the backbone's, so that no fit's tokens outlive it."""
 
@@ -65,8 +65,8 @@ class Material:
 def comparing(
     backbone: Backbone,
     registry: Registry,
-    wish: Wish,
-    material: Material,
+    wish: ComparisonRequest,
+    material: ComparisonInputs,
     *,
     watch: Watcher = nobody,
     keep: Keeper = nowhere,
@@ -99,8 +99,8 @@ class _Comparison:
 
     backbone: Backbone
     registry: Registry
-    wish: Wish
-    material: Material
+    wish: ComparisonRequest
+    material: ComparisonInputs
     watch: Watcher
     keep: Keeper
     fits: list[Figures] = field(default_factory=list)
@@ -158,7 +158,7 @@ class _Comparison:
                 loaded = self._lens_like(name)
                 tick = partial(self.watch, self.progress(Progress()))
                 work = partial(forward_cost.measured, self.backbone, loaded, tick)
-                forward, lens_bytes = (yield Own(partial(_as_tensor, work))).tolist()
+                forward, lens_bytes = (yield ExclusiveStep(partial(_as_tensor, work))).tolist()
                 found[name] = forward_cost.Cost(forward, round(lens_bytes))
         return found
 

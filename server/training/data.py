@@ -58,7 +58,7 @@ def _part(digest: str, index: Index) -> str:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledImages:
     """targets: int64 [n], indices into the labels; `images` has the same n."""
 
     images: Images
@@ -67,15 +67,15 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, index: Index) -> Pictures:
-        return Pictures(self.images.take(index), self.targets[index])
+    def take(self, index: Index) -> LabelledImages:
+        return LabelledImages(self.images.take(index), self.targets[index])
 
 
 @dataclass(frozen=True)
 class Splits:
-    train: Pictures
-    val: Pictures
-    test: Pictures | None
+    train: LabelledImages
+    val: LabelledImages
+    test: LabelledImages | None
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,17 @@ def read_pictures(
     *,
     max_pixels: int,
     on_picture: Callable[[], None] | None = None,
-) -> Pictures:
+) -> LabelledImages:
     """Decode and cut every source. `on_picture` is called after each: a heartbeat, a progress bar, or a way out."""
     images = np.empty((len(sources), geometry.size, geometry.size, 3), np.uint8)
     for image, source in zip(images, sources, strict=True):
         image[...] = fit(decode(source.read(), max_pixels=max_pixels), geometry)
         if on_picture is not None:
             on_picture()
-    return Pictures(InMemory(images), np.array([source.target for source in sources], np.int64))
+    return LabelledImages(InMemory(images), np.array([source.target for source in sources], np.int64))
 
 
-def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pictures]:
+def hold_out(pictures: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Split off `share` of each class for validation, at least one picture and never a class's last one."""
     generator = np.random.Generator(np.random.PCG64(seed))
     held: list[NDArray[np.int64]] = []
@@ -115,7 +115,7 @@ def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pic
     return pictures.take(train), pictures.take(val)
 
 
-def sample(pictures: Pictures, most: int, seed: int) -> Pictures:
+def sample(pictures: LabelledImages, most: int, seed: int) -> LabelledImages:
     """About `most` of the pictures, of each class its share; all of them where they are no more."""
     if len(pictures) <= most:
         return pictures

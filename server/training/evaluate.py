@@ -50,7 +50,7 @@ class Score:
         return (self.accuracy, -self.nll) > (other.accuracy, -other.nll)
 
 
-def judge(bundle: Bundle, backbone: Backbone, registry: Registry, batches: Batches) -> Score:
+def evaluate(bundle: Bundle, backbone: Backbone, registry: Registry, batches: Batches) -> Score:
     """`batches` gives the pictures, cut as the bundle asks. Raises Unservable."""
     loaded = _load(bundle, backbone, registry)
     number = {label: index for index, label in enumerate(loaded.labels)}

@@ -29,8 +29,8 @@ from server.methods.method import Method, Params
 
 from . import augment, metrics, token_init
 from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .co_batching import Ask, Fitting, alone
-from .data import Pictures, Pixels, Splits
+from .co_batching import Fitting, ForwardRequest, alone
+from .data import LabelledImages, Pixels, Splits
 from .frozen import FrozenFeatures, parts
 from .inputs import Inputs
 from .optimizer import lr_scale, make_optimizer, set_lr
@@ -125,7 +125,9 @@ class Fit:
     passes: int = 0
     shown: Progress = field(default_factory=Progress)
 
-    def begin(self, train: Pictures, labels: int, start: Fitted | None, resume: Checkpoint | None) -> Fitting[None]:
+    def begin(
+        self, train: LabelledImages, labels: int, start: Fitted | None, resume: Checkpoint | None
+    ) -> Fitting[None]:
         """The parameters before the next step: a checkpoint's, given ones, or fresh. And what each class weighs."""
         if self.recipe.class_weights == "balanced":
             self.weights = class_weights(train.targets, labels).to(self.backbone.device)
@@ -139,7 +141,7 @@ class Fit:
             params |= yield from self._from_tokens(train, generator)
         self.params = {name: value.to(self.backbone.device).requires_grad_(True) for name, value in params.items()}
 
-    def _from_tokens(self, train: Pictures, generator: torch.Generator) -> Fitting[Params]:
+    def _from_tokens(self, train: LabelledImages, generator: torch.Generator) -> Fitting[Params]:
         recipe, lengths = self.recipe, self.prompt_lengths
         token_init.refuse_without_prompts(self.method, self.backbone.spec, f"init {recipe.init!r}")
         if not sum(lengths):
@@ -149,7 +151,7 @@ class Fit:
         prompts = token_init.token_prompts(self.frozen, seen, lengths, recipe.init, generator=generator, tick=self.tick)
         return {"prompts": (yield from prompts)}
 
-    def inputs(self, pictures: Pictures, again: bool = True) -> Fitting[Inputs]:
+    def inputs(self, pictures: LabelledImages, again: bool = True) -> Fitting[Inputs]:
         """What lies before the first trained layer does not change from epoch to epoch, nor does what readers read:
         computed once. `again`: whether they are looked at more than once, as keys and values must be to be kept."""
         targets, (layer, pool) = torch.from_numpy(pictures.targets), self._begins()
@@ -162,7 +164,7 @@ class Fit:
         features = yield from self.frozen.of(pictures.images, layer, self.tick, pool)
         return Inputs(pictures, features, layer, targets)
 
-    def _readers_inputs(self, pictures: Pictures, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
+    def _readers_inputs(self, pictures: LabelledImages, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
         if not again or self.recipe.augment != "none" or not self.frozen.readable(len(pictures), layer):
             return Inputs(pictures, None, layer, targets)
         read = yield from self.frozen.read(pictures.images, layer, self.tick)
@@ -299,14 +301,14 @@ class Fit:
 
     # --- the outcome --------------------------------------------------------------------------------------------------
 
-    def finished(self, train: Inputs, val: Inputs, test: Pictures | None) -> Fitting[Fitted]:
+    def finished(self, train: Inputs, val: Inputs, test: LabelledImages | None) -> Fitting[Fitted]:
         """The parameters that count, calibrated on the validation pictures, and what they achieve."""
         found, heat = yield from self.judged(train, val, test)
         params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, heat)
         arrays = {name: value.numpy() for name, value in params.items()}
         return Fitted(self.method, self.recipe, arrays, self.prompt_lengths, found)
 
-    def judged(self, train: Inputs, val: Inputs, test: Pictures | None) -> Fitting[tuple[dict[str, Any], float]]:
+    def judged(self, train: Inputs, val: Inputs, test: LabelledImages | None) -> Fitting[tuple[dict[str, Any], float]]:
         """What the parameters that count achieve, and the temperature that calibrates them."""
         if self.best:
             self.take_best()
@@ -334,11 +336,11 @@ class Fit:
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 
-    def ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> Ask:
+    def ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> ForwardRequest:
         """The features of a batch; `passes` counts its pictures but those whose trunk has been run."""
         x = self.x(inputs, index, pixels)
         self.passes += len(x)
-        return Ask(x, rows, start=inputs.layer, kept=inputs.kept(index))
+        return ForwardRequest(x, rows, start=inputs.layer, kept=inputs.kept(index))
 
     def x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
         """What enters block `inputs.layer`: [B, N, D], or the pooled features [B, D]."""

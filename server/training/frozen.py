@@ -23,7 +23,7 @@ from server.engine.reader import Recorded, hidden_tokens
 from server.engine.spec import Pool, Spec
 
 from .caches.feature_cache import FeatureKey, Features, NoCache, to_array, to_tensor
-from .co_batching import Ask, Fitting
+from .co_batching import Fitting, ForwardRequest
 from .data import Images, Index, Pixels
 from .prefetch import ahead
 
@@ -90,7 +90,7 @@ class FrozenFeatures:
         batches = []
         with closing(ahead(images, parts(self.readable(len(images), start)), None)) as pixels:
             for own in pixels:
-                batches.append((yield Ask(self.embedded(own), Plain(), read_from=start)))
+                batches.append((yield ForwardRequest(self.embedded(own), Plain(), read_from=start)))
                 tick()
         found = joined(start, batches)
         self._read.append((images, start, found))
@@ -100,7 +100,7 @@ class FrozenFeatures:
         found, pooled = [], layer == self._backbone.spec.depth
         with closing(in_order(images)) as batches:
             for pixels in batches:
-                answer = yield Ask(self.embedded(pixels), Plain(pool), until=None if pooled else layer)
+                answer = yield ForwardRequest(self.embedded(pixels), Plain(pool), until=None if pooled else layer)
                 found.append(answer if pooled else answer.cpu())
                 tick()
         return torch.cat(found).clone()

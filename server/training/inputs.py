@@ -12,8 +12,8 @@ from torch import Tensor
 from server.engine.reader import Recorded
 
 from . import augment
-from .co_batching import Kept
-from .data import Index, Pictures, Pixels
+from .co_batching import RecordedRows
+from .data import Index, LabelledImages, Pixels
 from .prefetch import ahead
 
 
@@ -21,7 +21,7 @@ from .prefetch import ahead
 class Inputs:
     """What a batch is cut from: pictures, or what the frozen layers before `layer` make of them."""
 
-    pictures: Pictures
+    pictures: LabelledImages
     features: Tensor | None  # [n, N, D] that enter block `layer`, or pooled [n, D] behind the last
     layer: int
     targets: Tensor  # [n]
@@ -42,13 +42,13 @@ class Inputs:
             with closing(ahead(self.pictures.images, unread, views)) as pixels:
                 yield from pixels
 
-    def kept(self, index: Tensor) -> Kept | None:
+    def kept(self, index: Tensor) -> RecordedRows | None:
         """What readers read of those pictures of a batch that it is known of."""
         if self.recorded is None:
             return None
         known = index < len(self.recorded)
         rows = self.recorded.take(index[known])
         if bool(known.all()):
-            return Kept(rows, None)
+            return RecordedRows(rows, None)
         order = torch.cat((known.nonzero()[:, 0], (~known).nonzero()[:, 0])).argsort()
-        return Kept(rows, order.to(self.recorded.first.device))
+        return RecordedRows(rows, order.to(self.recorded.first.device))

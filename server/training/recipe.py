@@ -97,7 +97,7 @@ SEARCHES: Final[tuple[Search, ...]] = get_args(Search)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RecipeRequest:
     """What a job asks for: how its recipe is found, and the fields that it holds to.
 
     `none` fits with these fields and the method's defaults. `auto` searches what they leave open. `quick` publishes a
@@ -110,7 +110,7 @@ class Wanted:
     fields: dict[str, Any]
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Wanted:
+    def of(cls, told: Mapping[str, Any]) -> RecipeRequest:
         """From a job's recipe as it is stored. Raises Unprocessable (invalid_request)."""
         fields = {name: value for name, value in told.items() if name not in ("search", "budget")}
         search = told.get("search", "none")

@@ -30,7 +30,7 @@ from server.methods.method import Method
 from .checkpoint import Checkpoint
 from .co_batching import Fitting
 from .condense import condensable
-from .data import Pictures, Splits, sample
+from .data import LabelledImages, Splits, sample
 from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
 from .frozen import FrozenFeatures
 from .presets import beneath, published
@@ -183,7 +183,7 @@ class _Search:
         )
 
     def _rung(
-        self, candidates: Sequence[Candidate], rung: int, train: Pictures, look: int | None
+        self, candidates: Sequence[Candidate], rung: int, train: LabelledImages, look: int | None
     ) -> Fitting[list[tuple[Candidate, float]]]:
         """Every candidate tried on `train`, for `look` pictures where that is given. Best first, the earlier of equals
         before the later."""
@@ -198,7 +198,9 @@ class _Search:
             self._done += 1
         return sorted(scores, key=lambda one: one[1])
 
-    def _trial(self, candidate: Candidate, rung: int, train: Pictures, look: int | None) -> Fitting[dict[str, Any]]:
+    def _trial(
+        self, candidate: Candidate, rung: int, train: LabelledImages, look: int | None
+    ) -> Fitting[dict[str, Any]]:
         recipe = candidate.recipe if look is None else _shortened(candidate.recipe, max(1, round(look / len(train))))
         told = {"method": candidate.method.name, "rung": rung, "images": len(train), **_searched(recipe)}
         try:

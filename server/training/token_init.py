@@ -28,8 +28,8 @@ from server.engine.spec import Spec
 from server.errors import Unprocessable
 from server.methods.method import Method
 
-from .co_batching import Ask, Fitting
-from .data import Pictures, sample
+from .co_batching import Fitting, ForwardRequest
+from .data import LabelledImages, sample
 from .frozen import FrozenFeatures, in_order
 
 MOST_PICTURES: Final = 256
@@ -49,7 +49,7 @@ def refuse_without_prompts(method: Method, spec: Spec, asked: str) -> None:
         raise Unprocessable(f"{asked}: expected a method with prompts, got {method.name}, which has none")
 
 
-def pictures_for(pictures: Pictures, seed: int) -> Pictures:
+def pictures_for(pictures: LabelledImages, seed: int) -> LabelledImages:
     """Those that tokens are taken from, in the order of their classes."""
     own = sample(pictures, MOST_PICTURES, seed)
     own = own if len(own) else pictures.take(np.arange(MOST_PICTURES))  # of many classes with one picture each
@@ -58,7 +58,7 @@ def pictures_for(pictures: Pictures, seed: int) -> Pictures:
 
 def token_prompts(
     frozen: FrozenFeatures,
-    pictures: Pictures,
+    pictures: LabelledImages,
     lengths: Sequence[int],
     how: str,
     *,
@@ -72,7 +72,7 @@ def token_prompts(
 
 def layer_tokens(
     frozen: FrozenFeatures,
-    pictures: Pictures,
+    pictures: LabelledImages,
     lengths: Sequence[int],
     *,
     generator: torch.Generator,
@@ -87,7 +87,7 @@ def layer_tokens(
                 kept[0].append(_some(frozen.patches(pixels), each, generator))
             x, at = frozen.embedded(pixels), 0
             for layer in sorted(kept.keys() - {0}):
-                x, at = (yield Ask(x, Plain(), start=at, until=layer)), layer
+                x, at = (yield ForwardRequest(x, Plain(), start=at, until=layer)), layer
                 kept[layer].append(_some(x[:, frozen.spec.prefix_tokens :], each, generator))
             tick()
     return {layer: torch.cat(parts) for layer, parts in kept.items()}

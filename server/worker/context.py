@@ -16,7 +16,7 @@ Sent = TypeVar("Sent")
 Outcome = TypeVar("Outcome")
 
 
-def in_own_context(work: Generator[Asked, Sent, Outcome]) -> Generator[Asked, Sent, Outcome]:
+def in_separate_context(work: Generator[Asked, Sent, Outcome]) -> Generator[Asked, Sent, Outcome]:
     """`work`, each of its steps in one copy of the context in which it began."""
     context = copy_context()
     step: Callable[[], Asked] = partial(next, work)

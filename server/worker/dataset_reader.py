@@ -9,7 +9,7 @@ import numpy as np
 
 from server.datasets.dataset import Dataset
 from server.engine.images.decode import Geometry
-from server.training.data import Pictures, Splits, hold_out
+from server.training.data import LabelledImages, Splits, hold_out
 from server.training.evaluate import Batch, Batches
 from server.training.recipe import Recipe
 from server.training.stored_images import Decoder, StoredImages
@@ -18,7 +18,7 @@ BATCH = 64
 Check = Callable[[], None]  # called before each batch: what it raises ends the reading
 
 
-class Reader:
+class DatasetReader:
     """Pictures as `decoder` gives them; they are decoded when they are wanted."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -46,7 +46,7 @@ class Reader:
 
 def _split(dataset: Dataset, recipe: Recipe, decoder: Decoder) -> Splits:
     number = {label: index for index, label in enumerate(dataset.labels)}
-    every = Pictures(
+    every = LabelledImages(
         StoredImages.of([example.sha256 for example in dataset.examples], decoder),
         np.array([number[example.label] for example in dataset.examples], np.int64),
     )

@@ -26,7 +26,7 @@ class ShuttingDown(Exception):
     """This worker is asked to stop; the job goes back to the queue."""
 
 
-class Pulse:
+class Heartbeat:
     """Renews a job's lease from a thread of its own, and tells the work when to stop."""
 
     PERIOD_S = 0.5  # how soon a cancellation is seen; well below any sensible lease
@@ -43,7 +43,7 @@ class Pulse:
             target=copy_context().run, args=(self._beat,), name=f"pulse-{job.id}", daemon=True
         )
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 

@@ -30,14 +30,14 @@ from prompts_store import (
 from server.jobs.job import Job
 from server.training.evaluate import Score, Unservable
 
-from .heartbeat import Pulse
+from .heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
 LIVE: Final = "live"
 PATIENCE_S: Final = 60.0
 AGAIN_S: Final = 2.0
-Judge = Callable[[Bundle], Score]
+Evaluate = Callable[[Bundle], Score]
 Outcome = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ class Publisher:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def publish(self, job: Job, bundle: Bundle, judge: Judge, pulse: Pulse) -> Outcome:
+    def publish(self, job: Job, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
         """What the job's metrics say about it: `published`, and under `judged` the scores that decided.
 
         A store that is full or away is waited for: what took hours to fit must not be lost to a minute without it.
@@ -63,7 +63,7 @@ class Publisher:
                 log.warning("job %s: %s; its version is held meanwhile", job.id, error.detail)
                 pulse.wait(AGAIN_S)
 
-    def _publish(self, job: Job, bundle: Bundle, judge: Judge, pulse: Pulse) -> Outcome:
+    def _publish(self, job: Job, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
         """Any number of times. The beat before the alias moves is the fence that keeps a superseded worker out."""
         self._store.put(bundle)
         if self._went_live(bundle):
@@ -76,7 +76,7 @@ class Publisher:
         self._store.set_alias(job.task, LIVE, bundle.version)
         return _published(bundle, pulse)
 
-    def _if_better(self, bundle: Bundle, judge: Judge, pulse: Pulse) -> Outcome:
+    def _if_better(self, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
         """Where somebody else moves `live` meanwhile, the new version has to be better than that one."""
         task, new = bundle.manifest.task, judge(bundle)
         while True:
@@ -94,7 +94,7 @@ class Publisher:
                 continue
             return _published(bundle, pulse, judged)
 
-    def _score(self, task: str, version: str, judge: Judge, pulse: Pulse) -> Score | None:
+    def _score(self, task: str, version: str, judge: Evaluate, pulse: Heartbeat) -> Score | None:
         """None for a version that cannot be served here, fitted on another backbone or damaged: anything is better."""
         try:
             return judge(self._store.get(task, version))
@@ -116,12 +116,12 @@ def _heaviest(alias: Alias) -> str:
     return max(alias.targets, key=lambda target: target.weight).version
 
 
-def _published(bundle: Bundle, pulse: Pulse, judged: Outcome | None = None) -> Outcome:
+def _published(bundle: Bundle, pulse: Heartbeat, judged: Outcome | None = None) -> Outcome:
     early = {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
     pulse.tell("published", {"version": bundle.version, "alias": LIVE, **early, **(judged or {})})
     return {"published": True, **({"judged": judged} if judged else {})}
 
 
-def _kept(bundle: Bundle, pulse: Pulse, reason: str, judged: Outcome | None = None) -> Outcome:
+def _kept(bundle: Bundle, pulse: Heartbeat, reason: str, judged: Outcome | None = None) -> Outcome:
     pulse.tell("kept", {"version": bundle.version, "reason": reason, **(judged or {})})
     return {"published": False, **({"judged": judged} if judged else {})}

@@ -41,23 +41,23 @@ from server.training import co_batching
 from server.training.baseline_fit import reporting
 from server.training.caches.feature_cache import Features
 from server.training.co_batching import Fitting
-from server.training.compare import Material, Wish, comparing
+from server.training.compare import ComparisonInputs, ComparisonRequest, comparing
 from server.training.condense import condensing, refuse, under_way
 from server.training.data import Splits
-from server.training.evaluate import judge
+from server.training.evaluate import evaluate
 from server.training.fit import DivergedError, Fitted, fitting
 from server.training.frozen import FrozenFeatures
 from server.training.low_priority import low_priority
 from server.training.parent_version import Parent, Parents
-from server.training.recipe import Recipe, Wanted, resolve
+from server.training.recipe import Recipe, RecipeRequest, resolve
 from server.training.search import searching
 from server.training.stored_images import Decoder
 
 from .checkpoints import Checkpoints
-from .context import in_own_context
-from .dataset_reader import Reader
-from .heartbeat import JobCancelled, Pulse, ShuttingDown
-from .publisher import Judge, Outcome, Publisher
+from .context import in_separate_context
+from .dataset_reader import DatasetReader
+from .heartbeat import Heartbeat, JobCancelled, ShuttingDown
+from .publisher import Evaluate, Outcome, Publisher
 from .retention import Retention
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True)
-class Case:
+class JobInputs:
     """A job with everything it names: what the steps from reading to publishing need.
 
     `method` is None where a search chooses among all; `recipe` then tells what does not depend on it.
@@ -81,14 +81,14 @@ class Case:
     job: Job
     dataset: Dataset
     method: Method | None
-    wanted: Wanted
+    wanted: RecipeRequest
     recipe: Recipe
     parent: Parent | None
     preprocess: Preprocess
 
 
 @dataclass(frozen=True)
-class Means:
+class Resources:
     """What a worker's fits share: the backbone, the methods, where pictures are decoded and what is remembered."""
 
     backbone: engine_backbone.Backbone
@@ -103,7 +103,7 @@ class Trainer:
 
     def __init__(
         self,
-        means: Means,
+        means: Resources,
         store: Store,
         jobs: JobStore,
         datasets: DatasetStore,
@@ -120,7 +120,7 @@ class Trainer:
         self._retention = Retention(jobs, self._checkpoints, keep_s)
         self._publisher = Publisher(store)
         self._parents = Parents(store, means.registry, means.backbone.spec)
-        self._reader, self._features = Reader(means.decoder), means.features
+        self._reader, self._features = DatasetReader(means.decoder), means.features
         self._under_way = 0
         self.stop = threading.Event()
 
@@ -171,7 +171,7 @@ class Trainer:
 
     def _worked(self, job: Job) -> Fitting[None]:
         """One job to its end, whatever that is, with log lines and a trace of its own."""
-        return in_own_context(self._attempt(job))
+        return in_separate_context(self._attempt(job))
 
     def _attempt(self, job: Job) -> Fitting[None]:
         began = time.monotonic()
@@ -188,7 +188,7 @@ class Trainer:
     def _outcome(self, job: Job) -> Fitting[str]:
         """How the attempt ended: a state of the job's, `retried`, `released` or `superseded`."""
         log.info("job %s (attempt %d): %s with %s on %s", job.id, job.attempt, job.task, job.method, job.dataset[:12])
-        pulse = Pulse(self._jobs, job, self._lease_s, self.stop)
+        pulse = Heartbeat(self._jobs, job, self._lease_s, self.stop)
         try:
             with pulse:
                 yield from self._work(job, pulse)
@@ -219,7 +219,7 @@ class Trainer:
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
-    def _work(self, job: Job, pulse: Pulse) -> Fitting[None]:
+    def _work(self, job: Job, pulse: Heartbeat) -> Fitting[None]:
         started = time.perf_counter()
         if job.method == COMPARE:
             found = yield from self._compared(job, pulse)
@@ -243,16 +243,18 @@ class Trainer:
         seconds = round(time.perf_counter() - started, 1)
         self._finish(job, version, {**fitted.metrics, **outcome, "seconds": seconds})
 
-    def _compared(self, job: Job, pulse: Pulse) -> Fitting[dict[str, Any]]:
+    def _compared(self, job: Job, pulse: Heartbeat) -> Fitting[dict[str, Any]]:
         """The table of a comparison; nothing is stored. A finished fit is not fitted again by the next attempt."""
         dataset = self._datasets.get(job.dataset)
         asked = job.recipe[COMPARE]
-        nothing, own = Wanted.of({}), self._backbone.spec.preprocess
-        wish = Wish(tuple(asked["methods"]), tuple(asked["seeds"]), asked["recipe"])
-        material = Material(
+        nothing, own = RecipeRequest.of({}), self._backbone.spec.preprocess
+        wish = ComparisonRequest(tuple(asked["methods"]), tuple(asked["seeds"]), asked["recipe"])
+        material = ComparisonInputs(
             splits=lambda recipe: self._reader.splits(dataset, recipe),
             labels=tuple(dataset.labels),
-            bundle=lambda fitted: self._bundle(Case(job, dataset, None, nothing, fitted.recipe, None, own), fitted),
+            bundle=lambda fitted: self._bundle(
+                JobInputs(job, dataset, None, nothing, fitted.recipe, None, own), fitted
+            ),
             features=lambda: FrozenFeatures(self._backbone, self._features),
         )
         keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
@@ -264,11 +266,11 @@ class Trainer:
             )
         }
 
-    def _reported(self, job: Job, baseline: Baseline, pulse: Pulse) -> Fitting[dict[str, Any]]:
+    def _reported(self, job: Job, baseline: Baseline, pulse: Heartbeat) -> Fitting[dict[str, Any]]:
         """The figures of a baseline, which is not stored."""
         if job.publish != "never":
             self._registry.get(baseline.name)  # says why that cannot be
-        dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
+        dataset, wanted = self._datasets.get(job.dataset), RecipeRequest.of(job.recipe)
         recipe = resolve(baseline.defaults, wanted.fields)
         if recipe.condense is not None or recipe.init != "uniform":
             raise Unprocessable(f"init, condense: expected a method with prompts, got {baseline.name}, which has none")
@@ -291,9 +293,9 @@ class Trainer:
         self._jobs.finish(job.id, job.attempt, "succeeded", metrics={**found, "published": False, "seconds": seconds})
         log.info("job %s: %s with %s is told", job.id, job.task, job.method)
 
-    def _case(self, job: Job) -> Case:
+    def _case(self, job: Job) -> JobInputs:
         """Raises ServiceError for what the job names and is not there."""
-        dataset, wanted = self._datasets.get(job.dataset), Wanted.of(job.recipe)
+        dataset, wanted = self._datasets.get(job.dataset), RecipeRequest.of(job.recipe)
         name = UNSEARCHED if job.method == AUTO and wanted.search != "auto" else job.method
         method = None if name == AUTO else self._registry.get(name)
         recipe = resolve(method.defaults if method else {}, wanted.fields)
@@ -301,9 +303,9 @@ class Trainer:
             refuse(method, self._backbone.spec)
         parent = self._parents.get(job.task, recipe, tuple(dataset.labels))
         preprocess = parent.preprocess if parent else self._backbone.spec.preprocess
-        return Case(job, dataset, method, wanted, recipe, parent, preprocess)
+        return JobInputs(job, dataset, method, wanted, recipe, parent, preprocess)
 
-    def _preliminary(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[None]:
+    def _preliminary(self, case: JobInputs, splits: Splits, frozen: FrozenFeatures, pulse: Heartbeat) -> Fitting[None]:
         """A head on the frozen features, in seconds: the task answers while the full fit goes on."""
         method = self._registry.get(PRELIMINARY)
         if method is case.method:
@@ -315,7 +317,7 @@ class Trainer:
         )
         self._publish(case, replace(found, metrics={**found.metrics, "preliminary": True}), pulse)
 
-    def _fitted(self, case: Case, splits: Splits, frozen: FrozenFeatures, pulse: Pulse) -> Fitting[Fitted]:
+    def _fitted(self, case: JobInputs, splits: Splits, frozen: FrozenFeatures, pulse: Heartbeat) -> Fitting[Fitted]:
         """What the job fits, or begins with, and what is left of it where it is to be condensed."""
         resume, classes = self._checkpoints.read(case.job.id), len(case.dataset.labels)
         rest: dict[str, Any] = {"watch": pulse.watch, "keep": self._checkpoints.keeper(case.job.id)}
@@ -327,14 +329,14 @@ class Trainer:
             return found
         return (yield from condensing(self._backbone, found, splits, classes, **rest))
 
-    def _fresh(self, case: Case, splits: Splits, classes: int, rest: dict[str, Any]) -> Fitting[Fitted]:
+    def _fresh(self, case: JobInputs, splits: Splits, classes: int, rest: dict[str, Any]) -> Fitting[Fitted]:
         if case.wanted.search == "auto" or case.method is None:  # the second says the same to the type checker
             methods = self._registry.searched if case.method is None else [case.method]
             fields, budget = case.wanted.fields, case.wanted.budget
             return searching(self._backbone, methods, splits, classes, fields, budget=budget, **rest)
         return fitting(self._backbone, case.method, splits, classes, case.recipe, **rest)
 
-    def _publish(self, case: Case, fitted: Fitted, pulse: Pulse) -> tuple[str, Outcome]:
+    def _publish(self, case: JobInputs, fitted: Fitted, pulse: Heartbeat) -> tuple[str, Outcome]:
         """The version, and what became of it: that which was to be condensed, where it could not be."""
         if case.parent is not None and fitted.metrics["condense"]["kept"] is None:
             pulse.tell("kept", {"version": case.parent.version, "reason": "not_condensed"})
@@ -342,12 +344,12 @@ class Trainer:
         bundle = self._bundle(case, fitted)
         return bundle.version, self._publisher.publish(case.job, bundle, self._judge(case, pulse), pulse)
 
-    def _judge(self, case: Case, pulse: Pulse) -> Judge:
+    def _judge(self, case: JobInputs, pulse: Heartbeat) -> Evaluate:
         """Scores any version on this job's validation pictures."""
         batches = self._reader.validation(case.dataset, case.recipe, pulse.check)
-        return lambda bundle: judge(bundle, self._backbone, self._registry, batches)
+        return lambda bundle: evaluate(bundle, self._backbone, self._registry, batches)
 
-    def _bundle(self, case: Case, fitted: Fitted) -> Bundle:
+    def _bundle(self, case: JobInputs, fitted: Fitted) -> Bundle:
         """The same job makes the same bytes, so a repeated attempt stores nothing twice."""
         spec = self._backbone.spec
         manifest = Manifest(

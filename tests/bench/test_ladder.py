@@ -88,8 +88,8 @@ def test_what_this_machine_cannot_do_is_said_in_the_table(monkeypatch: pytest.Mo
     monkeypatch.setattr(ladder_bench, "can_pack", lambda *_: False)
     bench = Bench("vit_tiny_patch16_224", tasks=1, prompts=1)
     with pytest.raises(ladder_bench.NotHere, match="packs no"):
-        bench.eye(packed=True)
-    step = ladder_bench.Step("packed", lambda own: own.served(own.eye(packed=True)), True)
+        bench.backbone(packed=True)
+    step = ladder_bench.Step("packed", lambda own: own.served(own.backbone(packed=True)), True)
     monkeypatch.setattr(ladder, "STEPS", (ladder.STEPS[0], step))
     monkeypatch.setattr(ladder, "RAGGED", ())
     monkeypatch.setattr(ladder, "layouts", lambda cores: LAYOUTS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from server.bench import ladder_cuda, ladder_layouts, ladder_prompts
 from server.bench.ladder_bench import Answer, Bench, Drift, NotHere, true_ragged, true_shown, true_shown_ragged, under
 from server.engine.backbone import Backbone
-from server.engine.batch import Row
+from server.engine.batch import ImageSeat
 from server.engine.engine import Engine
 from server.engine.gathered import Gathered
 from server.engine.packed import can_pack
@@ -32,8 +32,8 @@ def bench() -> Bench:
 
 
 @pytest.fixture(scope="module")
-def eye(bench: Bench) -> Backbone:
-    return bench.eye(torch.float64)
+def backbone(bench: Bench) -> Backbone:
+    return bench.backbone(torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +57,9 @@ def segments(query: Tensor, keys: Tensor, values: Tensor, *where: Any) -> Tensor
     return torch.cat(found)
 
 
-def row_by_row(bench: Bench, eye: Backbone) -> Answer:
+def row_by_row(bench: Bench, backbone: Backbone) -> Answer:
     attending = ladder_prompts.attending_unpadded
-    return under(lambda: attending(ladder_prompts.row_by_row), bench.served(eye, bench.ragged))
+    return under(lambda: attending(ladder_prompts.row_by_row), bench.served(backbone, bench.ragged))
 
 
 def test_lengths_differ_and_so_do_the_answers(bench: Bench) -> None:
@@ -68,38 +68,38 @@ def test_lengths_differ_and_so_do_the_answers(bench: Bench) -> None:
 
 
 RAGGED: dict[str, Callable[[Bench, Backbone], Answer]] = {
-    "masked": lambda bench, eye: bench.served(eye, bench.ragged),
+    "masked": lambda bench, backbone: bench.served(backbone, bench.ragged),
     "row by row": row_by_row,
 }
 
 
 @pytest.mark.parametrize("way", RAGGED)
-def test_of_any_length_in_float64(bench: Bench, eye: Backbone, way: str) -> None:
-    drift = Drift.of(RAGGED[way](bench, eye)(), true_ragged(bench)().numpy())
+def test_of_any_length_in_float64(bench: Bench, backbone: Backbone, way: str) -> None:
+    drift = Drift.of(RAGGED[way](bench, backbone)(), true_ragged(bench)().numpy())
     assert drift.drift < ROUNDED
     assert drift.agree == 1
 
 
-def test_padding_that_is_not_masked_is_seen(bench: Bench, eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_not_masked_is_seen(bench: Bench, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gathered, "_mask", lambda gathered, layer: None)
-    assert Drift.of(bench.served(eye, bench.ragged)(), true_ragged(bench)().numpy()).drift > 1e-3
+    assert Drift.of(bench.served(backbone, bench.ragged)(), true_ragged(bench)().numpy()).drift > 1e-3
 
 
-def test_uint8_pictures_to_logits(bench: Bench, eye: Backbone) -> None:
+def test_uint8_pictures_to_logits(bench: Bench, backbone: Backbone) -> None:
     for pinned in (True, False):
-        answer = bench.shown(eye, bench.lenses(eye, bench.even), pinned=pinned)
+        answer = bench.shown(backbone, bench.lenses(backbone, bench.even), pinned=pinned)
         assert Drift.of(answer(), true_shown(bench)().numpy()).drift < ROUNDED
 
 
-def test_rows_end_to_end(bench: Bench, eye: Backbone) -> None:
-    found = ladder_cuda.unpadded_by(segments, bench, eye)()
+def test_rows_end_to_end(bench: Bench, backbone: Backbone) -> None:
+    found = ladder_cuda.unpadded_by(segments, bench, backbone)()
     assert Drift.of(found, true_shown_ragged(bench)().numpy()).drift < ROUNDED
 
 
-def test_what_is_not_unpadded_is_refused(bench: Bench, eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_unpadded_is_refused(bench: Bench, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.vit._attention", ladder_prompts.row_by_row)
     with pytest.raises(TypeError, match="expected the condition Unpadded, got Gathered"):
-        bench.served(eye)()
+        bench.served(backbone)()
 
 
 # --- on a device that is not there ------------------------------------------------------------------------------------
@@ -110,9 +110,11 @@ def on_cuda(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """`Bench.shown` there; of what a lens holds only the shapes count. tasks: `even` or `ragged`."""
     lenses = {name: bench.lenses(bench.plain, getattr(bench, name)) for name in ("even", "ragged")}
     with fake_cuda(monkeypatch):
-        eye = on_fake_cuda(bench.plain)
-        monkeypatch.setattr(bench, "lenses", lambda eye, tasks: lenses["even" if tasks is bench.even else "ragged"])
-        yield lambda tasks, **how: bench.shown(eye, bench.lenses(eye, tasks), **how)
+        backbone = on_fake_cuda(bench.plain)
+        monkeypatch.setattr(
+            bench, "lenses", lambda backbone, tasks: lenses["even" if tasks is bench.even else "ragged"]
+        )
+        yield lambda tasks, **how: bench.shown(backbone, bench.lenses(backbone, tasks), **how)
 
 
 def test_pinned_memory_waits_for_nothing_and_pageable_for_the_first_copy(
@@ -165,7 +167,7 @@ def test_as_many_threads_as_there_are_cores(cores: int, within: Sequence[int], t
 def test_threads_are_those_that_the_row_names(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     own, seen = Engine.logits, []
 
-    def watched(engine: Engine, x: Tensor, rows: Sequence[Row]) -> list[Tensor]:
+    def watched(engine: Engine, x: Tensor, rows: Sequence[ImageSeat]) -> list[Tensor]:
         seen.append((len(rows), torch.get_num_threads(), threading.get_ident()))
         return own(engine, x, rows)
 

@@ -29,15 +29,15 @@ from server.engine import reference
 
 TASKS = made_tasks.names(6)
 PROMPTS = 2
-EYE = engine_backbone.load("untrained", device="cpu")
-MODEL_MIB = sum(weight.nbytes for weight in EYE.model.parameters()) / MIB
+BACKBONE = engine_backbone.load("untrained", device="cpu")
+MODEL_MIB = sum(weight.nbytes for weight in BACKBONE.model.parameters()) / MIB
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = f"file://{tmp_path_factory.mktemp('peers') / 'store'}"
     opened = open_store(url)
-    for _ in made_tasks.publish(opened, EYE.spec, TASKS, "vpt_deep", PROMPTS):
+    for _ in made_tasks.publish(opened, BACKBONE.spec, TASKS, "vpt_deep", PROMPTS):
         pass
     opened.close()
     return url
@@ -64,22 +64,22 @@ def test_peers_answer_what_the_reference_answers(store: str, pictures: list[Path
     model, bundles = peers.loaded(options(store, threads)), live(store)
     for task, pixels, answer in answered(model, pictures):
         lengths = bundles[task].manifest.prompt_lengths
-        check(answer, reference.vpt_deep(EYE, pixels[None], params(bundles[task]), lengths)[0], bundles[task])
+        check(answer, reference.vpt_deep(BACKBONE, pixels[None], params(bundles[task]), lengths)[0], bundles[task])
 
 
 def test_models_of_their_own_answer_as_plain_fine_tuned_ones(store: str, pictures: list[Path], threads: int) -> None:
     model, bundles = peers.loaded(options(store, threads, "--own-models")), live(store)
     assert isinstance(model, peers.OwnModels)
-    eye = engine_backbone.load("untrained", device="cpu")
+    backbone = engine_backbone.load("untrained", device="cpu")
     for task, pixels, answer in answered(model, pictures):
-        eye.model = model.models[task]
-        check(answer, reference.linear(eye, pixels[None], params(bundles[task]))[0], bundles[task])
+        backbone.model = model.models[task]
+        check(answer, reference.linear(backbone, pixels[None], params(bundles[task]))[0], bundles[task])
 
 
 def test_models_of_their_own_share_no_weight(store: str, threads: int) -> None:
     models = peers.OwnModels(options(store, threads)).models
     assert tuple(models) == TASKS
-    for one, other in combinations([EYE.model, *models.values()], 2):
+    for one, other in combinations([BACKBONE.model, *models.values()], 2):
         pairs = list(zip(one.parameters(), other.parameters(), strict=True))
         assert not any(torch.equal(own, others) for own, others in pairs if own.any())
     memory = {weight.untyped_storage().data_ptr() for model in models.values() for weight in model.parameters()}

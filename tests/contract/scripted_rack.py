@@ -128,8 +128,8 @@ class Rack:
         return told({"status": "ok", "version": "9.9.9"})
 
     def _readyz(self, asked: Asked, rest: list[str]) -> Told:
-        eye = {"arch": "tiny", "fingerprint": "f0", "trained": True, "device": "cpu", "dtype": "float32"}
-        return told({"ready": True, "backbone": {**eye, "image_size": 224, "depth": 12, "dim": 192}})
+        backbone = {"arch": "tiny", "fingerprint": "f0", "trained": True, "device": "cpu", "dtype": "float32"}
+        return told({"ready": True, "backbone": {**backbone, "image_size": 224, "depth": 12, "dim": 192}})
 
     def _predict(self, asked: Asked, rest: list[str]) -> Told:
         images = asked.body.count(b'name="images"') or 1

@@ -20,7 +20,7 @@ import pytest
 from prompts_store import VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import QueueFull, Unavailable
-from server.rpc.engine_server import Desk
+from server.rpc.engine_server import EngineServer
 from server.settings import Settings
 from tests.unit.far_floor import LOOK, SeveralFront, desk, settled, several
 from tests.unit.serving import SIZE, Floor, png, publish
@@ -34,7 +34,7 @@ class Two:
     """Two engines that have one store, and a front end before them."""
 
     floors: list[Floor]
-    desks: list[Desk]
+    desks: list[EngineServer]
     paths: list[Path]
     front: SeveralFront
 
@@ -63,7 +63,7 @@ class Two:
         await settled(lambda: self.front.engines.all[number].line.trouble)
 
     async def come_back(self, number: int) -> None:
-        self.desks[number] = Desk(self.paths[number], self.desks[number].room)
+        self.desks[number] = EngineServer(self.paths[number], self.desks[number].room)
         await self.desks[number].start()
         await settled(lambda: not self.front.engines.all[number].line.trouble)
 

@@ -24,9 +24,9 @@ from prompts_store import VersionNotFound, open_store
 from server.errors import QueueFull, ServiceError, Unavailable
 from server.rpc import protocol
 from server.rpc.connection import FROM_ENGINE
-from server.rpc.engine_server import FROM_FRONTS, Desk
+from server.rpc.engine_server import FROM_FRONTS, EngineServer
 from server.rpc.protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
-from server.rpc.shared_memory import Slots, Window, slot_bytes
+from server.rpc.shared_memory import PixelReader, PixelWriter, slot_bytes
 from tests.unit.far_floor import LOOK, Front, desk, front, settled
 from tests.unit.serving import SIZE, Floor, png, publish
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def house(**changes: Any) -> AsyncIterator[tuple[Floor, Desk, Path]]:
+async def house(**changes: Any) -> AsyncIterator[tuple[Floor, EngineServer, Path]]:
     floor = Floor(open_store("memory://"), **changes)
     publish(floor.store)
     try:
@@ -134,7 +134,7 @@ async def test_an_engine_that_leaves_is_told_of_and_found_again():
         assert built.predictor.quarantine.count() == 0, "nothing is known of the version itself"
         assert built.slots.used == 0
         floor.engine.gate.set()
-        second = Desk(path, first.room)
+        second = EngineServer(path, first.room)
         await second.start()
         await settled(lambda: not built.line.trouble)
         assert (await ask(built)).version
@@ -148,7 +148,7 @@ async def test_seats_of_an_earlier_engine_are_void():
     async with desk(floor) as (first, path), front(floor, path) as built:
         old = await built.residency.acquire("fish", version)
         await first.stop()
-        second = Desk(path, first.room)
+        second = EngineServer(path, first.room)
         await second.start()
         await settled(lambda: not built.line.trouble and built.line.epoch == 2)
         new = await built.residency.acquire("fish", version)
@@ -335,7 +335,7 @@ def hello(slots: Any, **changes: Any) -> bytes:
 )
 async def test_who_does_not_say_hello_is_not_let_in(said: bytes):
     async with house() as (floor, _, path), front(floor, path) as built:
-        shared = Slots(4, SIZE)
+        shared = PixelWriter(4, SIZE)
         await cut_off(path, said, [shared.descriptor])
         shared.close()
         assert (await ask(built)).version, "nobody else notices"
@@ -411,7 +411,7 @@ ROW = SentRow(1, 0, 0, Form.BYTES, 1e9, 0.0, "", "")
 )
 async def test_who_breaks_the_protocol_is_cut_off_alone(said: bytes):
     async with house() as (floor, _, path), front(floor, path) as built:
-        shared = Slots(4, SIZE)
+        shared = PixelWriter(4, SIZE)
 
         def talk() -> None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -531,8 +531,8 @@ def test_failures_are_of_the_same_class_on_the_other_side():
 
 
 def test_slots_are_filled_once_for_an_image_and_freed_with_its_last_row():
-    slots = Slots(2, SIZE)
-    window = Window(slots.descriptor, 2, SIZE)
+    slots = PixelWriter(2, SIZE)
+    window = PixelReader(slots.descriptor, 2, SIZE)
     one, other = (np.full((SIZE, SIZE, 3), grey, np.uint8) for grey in (1, 2))
     floats = np.full((3, SIZE, SIZE), 0.5, np.float32)
     assert slots.put(one) == slots.put(one)

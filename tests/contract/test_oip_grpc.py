@@ -299,10 +299,10 @@ def test_without_its_packages_the_setting_is_told_why(monkeypatch: pytest.Monkey
 
 
 def test_a_taken_port_is_told(api: Api) -> None:
-    from server.api.oip.grpc.server import GrpcFront
+    from server.api.oip.grpc.server import GrpcServer
 
     async def start() -> None:
-        await GrpcFront(lambda key: api.services, None, api.services.settings, api.grpc_port).start()  # type: ignore[arg-type]
+        await GrpcServer(lambda key: api.services, None, api.services.settings, api.grpc_port).start()  # type: ignore[arg-type]
 
     with pytest.raises(OSError, match="LENSRACK_GRPC_PORT: cannot listen"):
         asyncio.run(start())

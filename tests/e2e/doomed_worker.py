@@ -72,30 +72,30 @@ def _claimed() -> None:
 
 
 def _mid_epoch() -> None:
-    from server.worker.heartbeat import Pulse
+    from server.worker.heartbeat import Heartbeat
 
-    watch = Pulse.watch
+    watch = Heartbeat.watch
 
     def doomed(pulse: Any, progress: Any) -> None:
         watch(pulse, progress)
         if progress.epoch == 4 and progress.step == 1 and not progress.epoch_ended:
             _die()
 
-    Pulse.watch = doomed  # type: ignore[method-assign]
+    Heartbeat.watch = doomed  # type: ignore[method-assign]
 
 
 def _mid_comparison() -> None:
     """In the third fit of four, when its first epoch has been written down."""
-    from server.worker.heartbeat import Pulse
+    from server.worker.heartbeat import Heartbeat
 
-    watch = Pulse.watch
+    watch = Heartbeat.watch
 
     def doomed(pulse: Any, progress: Any) -> None:
         watch(pulse, progress)
         if (progress.trial, progress.epoch, progress.step) == (3, 2, 1):
             _die()
 
-    Pulse.watch = doomed  # type: ignore[method-assign]
+    Heartbeat.watch = doomed  # type: ignore[method-assign]
 
 
 def _while_writing_a_checkpoint() -> None:
@@ -138,15 +138,15 @@ def _job_stores() -> list[type]:
 
 def _slow() -> None:
     """Nothing dies: each step takes a moment more, so that somebody may come in between."""
-    from server.worker.heartbeat import Pulse
+    from server.worker.heartbeat import Heartbeat
 
-    watch = Pulse.watch
+    watch = Heartbeat.watch
 
     def slower(pulse: Any, progress: Any) -> None:
         time.sleep(0.02)
         watch(pulse, progress)
 
-    Pulse.watch = slower  # type: ignore[method-assign]
+    Heartbeat.watch = slower  # type: ignore[method-assign]
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -11,7 +11,8 @@ import pytest
 from lensrack import Client
 from prompts_store import Bundle
 from server.cli import sample_tasks
-from server.engine import backbone, bundled
+from server.engine import backbone as backbones
+from server.engine import bundled
 from server.settings import Settings
 from tests.e2e.server_process import ROOT, serving
 
@@ -19,8 +20,8 @@ PICTURES = bundled.FOLDER / "pictures"
 
 
 @pytest.fixture(scope="module")
-def eye() -> backbone.Backbone:
-    return backbone.load(bundled.BUNDLED)
+def backbone() -> backbones.Backbone:
+    return backbones.load(bundled.BUNDLED)
 
 
 def test_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,19 +53,19 @@ def test_no_samples_where_they_are_not_wanted_or_do_not_fit(tmp_path: Path, sett
         assert list(client.tasks.list()) == []
 
 
-def test_it_is_small_and_its_card_names_it(eye: backbone.Backbone) -> None:
+def test_it_is_small_and_its_card_names_it(backbone: backbones.Backbone) -> None:
     card = (bundled.FOLDER / "MODEL_CARD.md").read_text()
     assert bundled.WEIGHTS.stat().st_size <= 12_000_000
-    assert eye.spec.fingerprint in card
+    assert backbone.spec.fingerprint in card
     assert "Apache-2.0" in card
     assert re.search(r"python -m server pretrain .*--teacher", card)
 
 
-def test_the_samples_were_fitted_on_it(eye: backbone.Backbone) -> None:
+def test_the_samples_were_fitted_on_it(backbone: backbones.Backbone) -> None:
     bundles = [Bundle.parse(file.read_bytes()) for file in (bundled.FOLDER / "tasks").iterdir()]
     assert {bundle.manifest.task for bundle in bundles} == set(sample_tasks.TASKS)
     for bundle in bundles:
-        assert bundle.manifest.backbone.fingerprint == eye.spec.fingerprint
+        assert bundle.manifest.backbone.fingerprint == backbone.spec.fingerprint
         assert bundle.manifest.metrics["test_accuracy"] > 0.9
 
 
@@ -85,7 +86,7 @@ def test_weights_that_tell_nothing_of_themselves_are_refused(tmp_path: Path) -> 
 
 def test_it_takes_no_other_weights(tmp_path: Path) -> None:
     with pytest.raises(backbone.BackboneError, match="brings its own weights"):
-        backbone.load("bundled", tmp_path / "other.safetensors")
+        backbones.load("bundled", tmp_path / "other.safetensors")
 
 
 def test_the_readme_asks_it_first() -> None:

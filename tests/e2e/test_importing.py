@@ -26,7 +26,7 @@ PLAIN_CUT = {"crop_pct": 1.0, "crop_mode": "squash"}
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
+def backbone() -> Backbone:
     return load(UNTRAINED, device="cpu", dtype="float32", packed=False)
 
 
@@ -36,10 +36,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield running
 
 
-def checkpoint(folder: Path, eye: Backbone, seed: int) -> tuple[list[Path], dict[str, torch.Tensor]]:
+def checkpoint(folder: Path, backbone: Backbone, seed: int) -> tuple[list[Path], dict[str, torch.Tensor]]:
     """As the official script and a person with a head to save write them."""
     draw = torch.Generator().manual_seed(seed)
-    dim, depth = eye.spec.dim, eye.spec.depth
+    dim, depth = backbone.spec.dim, backbone.spec.depth
     prompts = torch.randn(depth, 2, dim, generator=draw)
     head = {"weight": torch.randn(3, dim, generator=draw), "bias": torch.randn(3, generator=draw)}
     files = [folder / "prompt_ep100.pth", folder / "head.pth"]
@@ -60,15 +60,15 @@ def run(server: ServerProcess, *command: str) -> str:
     return done.stdout.strip()
 
 
-def picture(eye: Backbone, seed: int) -> np.ndarray:
-    size = eye.spec.image_size
+def picture(backbone: Backbone, seed: int) -> np.ndarray:
+    size = backbone.spec.image_size
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def literal(eye: Backbone, pixels: np.ndarray, params: dict[str, torch.Tensor]) -> np.ndarray:
+def literal(backbone: Backbone, pixels: np.ndarray, params: dict[str, torch.Tensor]) -> np.ndarray:
     normal = normalise(torch.tensor(pixels[None]), torch.tensor([MEAN]), torch.tensor([STD]), torch.float32)
     with torch.inference_mode():
-        return reference.logits("vpt_deep", eye, normal, params, (2,) * eye.spec.depth)[0].numpy()
+        return reference.logits("vpt_deep", backbone, normal, params, (2,) * backbone.spec.depth)[0].numpy()
 
 
 def scores(server: ServerProcess, task: str, pixels: np.ndarray) -> list[float]:
@@ -85,39 +85,39 @@ def scores(server: ServerProcess, task: str, pixels: np.ndarray) -> list[float]:
     return [found[label] for label in LABELS]
 
 
-def assert_served(server: ServerProcess, task: str, eye: Backbone, params: dict[str, torch.Tensor]) -> None:
-    pixels = picture(eye, 5)
-    logits = literal(eye, pixels, params).astype(np.float64)
+def assert_served(server: ServerProcess, task: str, backbone: Backbone, params: dict[str, torch.Tensor]) -> None:
+    pixels = picture(backbone, 5)
+    logits = literal(backbone, pixels, params).astype(np.float64)
     expected = np.exp(logits - logits.max())
     np.testing.assert_allclose(scores(server, task, pixels), expected / expected.sum(), atol=1e-4)
 
 
 @pytest.mark.slow
-def test_in_by_every_way_and_out_as_onnx(server: ServerProcess, eye: Backbone, tmp_path: Path) -> None:
+def test_in_by_every_way_and_out_as_onnx(server: ServerProcess, backbone: Backbone, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(LABELS))
     cut = json.dumps(PLAIN_CUT)
 
-    files, params = checkpoint(tmp_path, eye, 1)
+    files, params = checkpoint(tmp_path, backbone, 1)
     given = [*map(str, files), "--labels", str(labels), "--preprocess", cut, "--alias", "live"]
     version = run(server, "server", "import", "birds", *given)
-    assert_served(server, "birds", eye, params)
+    assert_served(server, "birds", backbone, params)
 
     program = "import sys; from lensrack.cli import main; main()"
     by_http = run(server, program, "import", "birds", *given)
     assert by_http == version, "the same files are the same version, whichever way they came"
 
-    files, params = checkpoint(tmp_path, eye, 2)
+    files, params = checkpoint(tmp_path, backbone, 2)
     form = [("file", (file.name, file.read_bytes())) for file in files]
     words = {"labels": json.dumps(LABELS), "preprocess": cut}
     put = httpx.put(f"{server.url}/tasks/waders/versions?alias=live", files=form, data=words, timeout=60)
     assert put.status_code == 201, put.text
     assert put.json()["recipe"]["backbone"] == "assumed"
-    assert_served(server, "waders", eye, params)
+    assert_served(server, "waders", backbone, params)
 
     onnxruntime = pytest.importorskip("onnxruntime")
     file = tmp_path / "waders.onnx"
     run(server, "server", "export", f"waders@{put.json()['version'][:10]}", "--format", "onnx", "-o", str(file))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    [logits] = session.run(None, {"pixels": picture(eye, 9)[None]})
-    np.testing.assert_allclose(logits[0], literal(eye, picture(eye, 9), params), atol=1e-4)
+    [logits] = session.run(None, {"pixels": picture(backbone, 9)[None]})
+    np.testing.assert_allclose(logits[0], literal(backbone, picture(backbone, 9), params), atol=1e-4)

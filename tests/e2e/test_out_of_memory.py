@@ -14,7 +14,7 @@ import torch
 
 from server.batching.batcher import Batcher
 from server.batching.row import Row
-from server.engine import backbone
+from server.engine import backbone as backbones
 from server.engine.engine import Engine
 from server.engine.rack import Rack
 from tests.e2e.doomed_worker import forge
@@ -25,25 +25,25 @@ MIB = 2**20
 
 
 def engine() -> Engine:
-    eye = backbone.load("untrained", device="cpu")
-    return Engine(eye, Rack(dim=eye.spec.dim, slots=1, vectors=1))
+    backbone = backbones.load("untrained", device="cpu")
+    return Engine(backbone, Rack(dim=backbone.spec.dim, slots=1, vectors=1))
 
 
 def pictures(size: int) -> list[np.ndarray]:
     return [np.full((size, size, 3), number % 251, np.uint8) for number in range(ROWS)]
 
 
-async def answered(eye: Engine, shown: list[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
+async def answered(backbone: Engine, shown: list[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
     """All rows in one batch; the answers, and how many rows each forward was asked for."""
     sizes: list[int] = []
-    embed = eye.embed
+    embed = backbone.embed
 
     def counted(images):
         sizes.append(len(images))
         return embed(images)
 
-    eye.embed = counted  # type: ignore[method-assign]
-    batcher = Batcher(eye, max_batch=ROWS, max_queue=ROWS)
+    backbone.embed = counted  # type: ignore[method-assign]
+    batcher = Batcher(backbone, max_batch=ROWS, max_queue=ROWS)
     now, loop = batcher.clock(), asyncio.get_running_loop()
     rows = [Row("", "", None, image, now + 1e6, now, loop.create_future()) for image in shown]
     batcher.submit(rows)
@@ -55,13 +55,13 @@ async def answered(eye: Engine, shown: list[np.ndarray]) -> tuple[list[np.ndarra
 def in_little_memory(folder: str) -> None:
     """In a process of its own: what is free is enough for some hundred rows and not for five hundred."""
     torch.set_num_threads(1)
-    eye = engine()
-    shown = pictures(eye.backbone.spec.image_size)
-    expected = np.concatenate([eye.embed(shown[at : at + 64]) for at in range(0, ROWS, 64)])
+    backbone = engine()
+    shown = pictures(backbone.backbone.spec.image_size)
+    expected = np.concatenate([backbone.embed(shown[at : at + 64]) for at in range(0, ROWS, 64)])
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     room = size + 200 * MIB
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    found, sizes = asyncio.run(answered(eye, shown))
+    found, sizes = asyncio.run(answered(backbone, shown))
     told = {"sizes": sizes, "difference": float(np.abs(np.stack(found) - expected).max())}
     Path(folder, "told.json").write_text(json.dumps(told))
     os._exit(0)

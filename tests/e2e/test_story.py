@@ -24,7 +24,7 @@ import torch
 from lensrack import Client
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training.data import Pictures, Source, Splits, hold_out, read_pictures
+from server.training.data import LabelledImages, Source, Splits, hold_out, read_pictures
 from server.training.fit import fit
 from server.training.recipe import resolve
 from tests.e2e.server_process import ServerProcess, environment, serving
@@ -120,10 +120,10 @@ def test_accuracy_is_well_above_chance_and_above_random_weights(
 def accuracy_with_random_weights(train: Path, test: Path) -> float:
     """The same network, method, recipe and pictures; only the pretraining is missing."""
     torch.manual_seed(0)
-    eye = Backbone.of("deit_tiny_patch16_224", timm.create_model("deit_tiny_patch16_224", num_classes=0))
-    geometry = eye.spec.geometry
+    backbone = Backbone.of("deit_tiny_patch16_224", timm.create_model("deit_tiny_patch16_224", num_classes=0))
+    geometry = backbone.spec.geometry
 
-    def pictures(folder: Path) -> Pictures:
+    def pictures(folder: Path) -> LabelledImages:
         labels = sorted(path.name for path in folder.iterdir())
         files = labelled(folder)
         sources = [Source(file.read_bytes, labels.index(label)) for label, file in files]
@@ -132,7 +132,7 @@ def accuracy_with_random_weights(train: Path, test: Path) -> float:
     method = Registry().get("vpt_deep")
     recipe = resolve(method.defaults, {"epochs": EPOCHS, "batch_size": BATCH})
     fitted, held_out = hold_out(pictures(train), recipe.validation, recipe.seed)
-    found = fit(eye, method, Splits(fitted, held_out, pictures(test)), 6, recipe)
+    found = fit(backbone, method, Splits(fitted, held_out, pictures(test)), 6, recipe)
     return float(found.metrics["test_accuracy"])
 
 

@@ -100,11 +100,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def on_fake_cuda(eye: Backbone, dtype: torch.dtype = torch.bfloat16, *, float8: bool = False) -> Backbone:
+def on_fake_cuda(backbone: Backbone, dtype: torch.dtype = torch.bfloat16, *, float8: bool = False) -> Backbone:
     """The same architecture on the device that is not there; called within `fake_cuda`."""
-    model: Any = _replaced(copy.copy(eye.model), lambda given: torch.empty(given.shape, dtype=dtype, device=CUDA))
+    model: Any = _replaced(copy.copy(backbone.model), lambda given: torch.empty(given.shape, dtype=dtype, device=CUDA))
     model.__dict__["to"] = lambda **_: model  # it is there already
-    return Backbone(eye.spec, model, CUDA, dtype, packed=True, float8=float8)
+    return Backbone(backbone.spec, model, CUDA, dtype, packed=True, float8=float8)
 
 
 def _replaced(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -66,7 +66,7 @@ def _weights(arch: str, seed: int) -> dict[str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=2)
-def backbone(arch: str, seed: int, dtype: torch.dtype) -> Backbone:
+def golden_backbone(arch: str, seed: int, dtype: torch.dtype) -> Backbone:
     model = VisionTransformer(**NANO, num_classes=0) if arch == "vit_nano" else timm.create_model(arch, num_classes=0)
     model.load_state_dict({key: torch.from_numpy(array) for key, array in _weights(arch, seed).items()}, strict=True)
     return Backbone.of(arch, model, dtype=dtype)
@@ -80,28 +80,31 @@ class Task:
     params: dict[str, Tensor]
     lengths: tuple[int, ...]
 
-    def literal(self, eye: Backbone, images: Tensor) -> Tensor:
-        return reference.logits(self.method, eye, images, self.params, self.lengths)
+    def literal(self, backbone: Backbone, images: Tensor) -> Tensor:
+        return reference.logits(self.method, backbone, images, self.params, self.lengths)
 
-    def lens(self, eye: Backbone) -> Lens:
-        return Registry().get(self.method).lower(eye, self.params, self.lengths)
+    def lens(self, backbone: Backbone) -> Lens:
+        return Registry().get(self.method).lower(backbone, self.params, self.lengths)
 
 
 class Mlp3(Task):
     """VPT's MLP-3: two hidden layers, a ReLU and a batch norm behind each. No method of ours, but a head like ours."""
 
-    def literal(self, eye: Backbone, images: Tensor) -> Tensor:
-        plain = {"head.weight": torch.eye(eye.spec.dim, dtype=eye.dtype), "head.bias": torch.zeros(1, dtype=eye.dtype)}
-        x = reference.linear(eye, images, plain)
+    def literal(self, backbone: Backbone, images: Tensor) -> Tensor:
+        plain = {
+            "head.weight": torch.eye(backbone.spec.dim, dtype=backbone.dtype),
+            "head.bias": torch.zeros(1, dtype=backbone.dtype),
+        }
+        x = reference.linear(backbone, images, plain)
         for name in ("mlp.0", "mlp.1"):
             x = F.linear(x, self.params[f"{name}.fc.weight"], self.params[f"{name}.fc.bias"]).relu()
             own = (self.params[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
             x = F.batch_norm(x, *own, eps=1e-5)
         return F.linear(x, self.params["head.weight"], self.params["head.bias"])
 
-    def lens(self, eye: Backbone) -> Lens:
+    def lens(self, backbone: Backbone) -> Lens:
         """Each batch norm becomes a part of the layer that follows."""
-        nothing = no_prefix(eye.spec.depth, self.params["head.weight"])
+        nothing = no_prefix(backbone.spec.depth, self.params["head.weight"])
         second = self._behind("mlp.0", "mlp.1.fc")
         head = self._behind("mlp.1", "head")
         hidden = (Dense(self.params["mlp.0.fc.weight"], self.params["mlp.0.fc.bias"]), second)
@@ -152,11 +155,11 @@ def task(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Task:
 
 def _as_bias(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The official bundle replaces biases; ours says how far each moves."""
-    eye = backbone(arch, 101, dtype).model
-    moved = {name: value if "head" in name else value - eye.get_parameter(name) for name, value in params.items()}
+    backbone = golden_backbone(arch, 101, dtype).model
+    moved = {name: value if "head" in name else value - backbone.get_parameter(name) for name, value in params.items()}
     found = {name: value for name, value in moved.items() if "head" in name}
     for site in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-        layers = [moved[f"blocks.{layer}.{site}.bias"] for layer in range(len(eye.blocks))]
+        layers = [moved[f"blocks.{layer}.{site}.bias"] for layer in range(len(backbone.blocks))]
         found[f"bias.{site.split('.')[-1]}"] = torch.stack(layers)
     return {**found, "bias.entry": moved["patch_embed.proj.bias"], "bias.norm": moved["norm.bias"]}
 
@@ -186,15 +189,17 @@ def pixels(case: Mapping[str, Any], arch: str, dtype: torch.dtype) -> Tensor:
 class Bench:
     """An engine with a rack of its own, to seat lenses by hand."""
 
-    def __init__(self, eye: Backbone, *, slots: int = 64, vectors: int = 20_000) -> None:
-        self.eye = eye
-        self.rack = Rack(dim=eye.spec.dim, slots=slots, vectors=vectors, device=eye.device, dtype=eye.dtype)
-        self.engine = Engine(eye, self.rack)
+    def __init__(self, backbone: Backbone, *, slots: int = 64, vectors: int = 20_000) -> None:
+        self.backbone = backbone
+        self.rack = Rack(
+            dim=backbone.spec.dim, slots=slots, vectors=vectors, device=backbone.device, dtype=backbone.dtype
+        )
+        self.engine = Engine(backbone, self.rack)
         self._names = itertools.count()
 
     def seat(self, lens: Lens, mean: float = 0.5, std: float = 0.5) -> Seat:
         place = self.rack.allocate(lens)
         self.rack.write(place, lens)
         labels = tuple(str(n) for n in range(lens.classes))
-        geometry = Geometry(self.eye.spec.image_size, "bicubic", 1.0, "center")
+        geometry = Geometry(self.backbone.spec.image_size, "bicubic", 1.0, "center")
         return Seat(f"task-{next(self._names)}", "0" * 64, place, labels, geometry, (mean,) * 3, (std,) * 3)

@@ -42,31 +42,31 @@ def small(arch: str) -> VisionTransformer:
     return model
 
 
-def drawn(eye: Backbone, method: str, seed: int) -> tuple[Params, tuple[int, ...]]:
+def drawn(backbone: Backbone, method: str, seed: int) -> tuple[Params, tuple[int, ...]]:
     own = Registry().get(method)
-    possible = own.prompt_lengths(eye.spec, 1)
+    possible = own.prompt_lengths(backbone.spec, 1)
     lengths = tuple(length * some for length, some in zip(LENGTHS, possible, strict=True))
     generator = torch.Generator().manual_seed(seed)
-    shapes = own.shapes(eye.spec, lengths, 5)
+    shapes = own.shapes(backbone.spec, lengths, 5)
     return {name: 0.2 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}, lengths
 
 
 @pytest.mark.parametrize("arch", [*EXAMPLES, *MORE])
 def test_one_of_each_family_is_timms_own_and_all_methods_in_one_batch_are_literal(arch: str) -> None:
     model = small(arch)
-    eye = Backbone.of(arch, model, dtype=torch.float64)
-    images = torch.randn(2, 3, eye.spec.image_size, eye.spec.image_size, dtype=torch.float64)
-    tasks = [(method, *drawn(eye, method, seed)) for seed, method in enumerate(METHODS)]
-    bench = Bench(eye)
+    backbone = Backbone.of(arch, model, dtype=torch.float64)
+    images = torch.randn(2, 3, backbone.spec.image_size, backbone.spec.image_size, dtype=torch.float64)
+    tasks = [(method, *drawn(backbone, method, seed)) for seed, method in enumerate(METHODS)]
+    bench = Bench(backbone)
     with torch.inference_mode():
-        x = vit.embed(eye, images)
+        x = vit.embed(backbone, images)
         expected = model.forward_head(model.forward_features(images), pre_logits=True)
-        close(vit.forward(eye, x, Plain()), expected)
-        seats = [bench.seat(Registry().get(method).lower(eye, *own)) for method, *own in tasks]
+        close(vit.forward(backbone, x, Plain()), expected)
+        seats = [bench.seat(Registry().get(method).lower(backbone, *own)) for method, *own in tasks]
         rows = [(picture, seat) for picture in range(2) for seat in seats]
         answers = torch.stack(bench.engine.logits(x, rows)).unflatten(0, (2, -1))
         for found, (method, params, lengths) in zip(answers.unbind(1), tasks, strict=True):
-            close(found, reference.logits(method, eye, images, params, lengths), method)
+            close(found, reference.logits(method, backbone, images, params, lengths), method)
 
 
 def close(found: Tensor, expected: Tensor, what: str = "plain") -> None:

@@ -11,7 +11,7 @@ from timm.layers.attention import Attention
 from server.engine import attention_maps, lens, reference, vit
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from tests.engine.golden_cases import Bench, Task, backbone, recipe
+from tests.engine.golden_cases import Bench, Task, golden_backbone, recipe
 from tests.engine.test_isolation import TASKS, a_task, picture
 
 EXACT = 1e-12
@@ -20,30 +20,30 @@ OWN = [own for own in TASKS if own.method in LITERAL]
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
-    return backbone("vit_nano", 101, torch.float64)
+def backbone() -> Backbone:
+    return golden_backbone("vit_nano", 101, torch.float64)
 
 
 @pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_features_are_the_fast_forwards(eye: Backbone, own: Task) -> None:
+def test_its_features_are_the_fast_forwards(backbone: Backbone, own: Task) -> None:
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    x = vit.embed(eye, images)
-    seen = attention_maps.trace(eye, x.clone(), lens.condition(own.lens(eye), 1))
-    fast = vit.forward(eye, x, lens.condition(own.lens(eye), 1))
+    x = vit.embed(backbone, images)
+    seen = attention_maps.trace(backbone, x.clone(), lens.condition(own.lens(backbone), 1))
+    fast = vit.forward(backbone, x, lens.condition(own.lens(backbone), 1))
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_shares_are_the_literal_forwards(eye: Backbone, own: Task) -> None:
+def test_its_shares_are_the_literal_forwards(backbone: Backbone, own: Task) -> None:
     """Every block's softmax over [class token | prompts | patches], as the papers draw it, taken from timm's modules;
     and rolled out from the tokens that were there at the start."""
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    blocks = literal_shares(eye, own, images)
+    blocks = literal_shares(backbone, own, images)
     lengths = own.lengths if own.method == "vpt_deep" else (own.lengths[0],) * len(blocks)
     image, prompts = rolled_out(blocks, lengths, carried=own.method == "vpt_shallow")
     last = blocks[-1][0]
     p = lengths[-1]
-    seen = attention_maps.trace(eye, vit.embed(eye, images), lens.condition(own.lens(eye), 1))
+    seen = attention_maps.trace(backbone, vit.embed(backbone, images), lens.condition(own.lens(backbone), 1))
     np.testing.assert_allclose(seen.last.grid.ravel(), last[1 + p :], atol=EXACT, rtol=0)
     np.testing.assert_allclose(
         [seen.last.rest, seen.last.prompts], [last[0], last[1 : 1 + p].sum()], atol=EXACT, rtol=0
@@ -52,7 +52,7 @@ def test_its_shares_are_the_literal_forwards(eye: Backbone, own: Task) -> None:
     np.testing.assert_allclose([seen.rollout.rest, seen.rollout.prompts], [image[0], prompts], atol=EXACT, rtol=0)
 
 
-def literal_shares(eye: Backbone, own: Task, images: torch.Tensor) -> list[np.ndarray]:
+def literal_shares(backbone: Backbone, own: Task, images: torch.Tensor) -> list[np.ndarray]:
     """Of each block [1 + p + n, 1 + p + n], the mean over the heads, while `reference.py` runs."""
     found: list[np.ndarray] = []
 
@@ -60,13 +60,13 @@ def literal_shares(eye: Backbone, own: Task, images: torch.Tensor) -> list[np.nd
         query, keys, _ = module.qkv(inputs[0]).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
         found.append((query @ keys.mT * module.scale).softmax(-1)[0].mean(0).numpy())
 
-    hooks = [block.attn.register_forward_hook(keep) for block in eye.model.blocks]
+    hooks = [block.attn.register_forward_hook(keep) for block in backbone.model.blocks]
     try:
         with torch.inference_mode():
             if own.method == "vpt_deep":
-                reference.vpt_deep(eye, images, own.params, own.lengths)
+                reference.vpt_deep(backbone, images, own.params, own.lengths)
             else:
-                LITERAL[own.method](eye, images, own.params)
+                LITERAL[own.method](backbone, images, own.params)
     finally:
         for hook in hooks:
             hook.remove()
@@ -89,24 +89,24 @@ def rolled_out(blocks: list[np.ndarray], lengths: tuple[int, ...], *, carried: b
 
 
 @pytest.mark.parametrize("method", [method.name for method in Registry().all])
-def test_every_method_can_be_watched(eye: Backbone, method: str) -> None:
+def test_every_method_can_be_watched(backbone: Backbone, method: str) -> None:
     own = Registry().get(method)
-    lengths = own.prompt_lengths(eye.spec, 3)
+    lengths = own.prompt_lengths(backbone.spec, 3)
     generator = torch.Generator().manual_seed(1)
-    params = {name: value.double() for name, value in own.init(eye.spec, lengths, 4, generator).items()}
+    params = {name: value.double() for name, value in own.init(backbone.spec, lengths, 4, generator).items()}
     params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
-    condition = lens.condition(own.lower(eye, params, lengths), 1)
-    x = vit.embed(eye, torch.from_numpy(recipe.images(1, 64, 5)).double())
-    seen = attention_maps.trace(eye, x.clone(), condition)
-    np.testing.assert_allclose(seen.features, vit.forward(eye, x, condition)[0].numpy(), atol=EXACT, rtol=0)
+    condition = lens.condition(own.lower(backbone, params, lengths), 1)
+    x = vit.embed(backbone, torch.from_numpy(recipe.images(1, 64, 5)).double())
+    seen = attention_maps.trace(backbone, x.clone(), condition)
+    np.testing.assert_allclose(seen.features, vit.forward(backbone, x, condition)[0].numpy(), atol=EXACT, rtol=0)
     for looked in (seen.last, seen.rollout):
         assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
 
 
 @pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_shares_add_up_and_prompts_have_theirs(eye: Backbone, own: Task) -> None:
-    bench = Bench(eye)
-    seen = attention_maps.look(bench.engine, picture(3), bench.seat(own.lens(eye)))
+def test_shares_add_up_and_prompts_have_theirs(backbone: Backbone, own: Task) -> None:
+    bench = Bench(backbone)
+    seen = attention_maps.look(bench.engine, picture(3), bench.seat(own.lens(backbone)))
     for looked in (seen.last, seen.rollout):
         assert looked.grid.shape == (4, 4)
         assert (looked.grid >= 0).all()
@@ -114,11 +114,11 @@ def test_shares_add_up_and_prompts_have_theirs(eye: Backbone, own: Task) -> None
         assert (looked.prompts > 0) is (own.method != "linear")
 
 
-def test_it_is_the_seat_that_looks(eye: Backbone) -> None:
+def test_it_is_the_seat_that_looks(backbone: Backbone) -> None:
     """Its own mean and std included: the features are those that the seat's head answers from."""
-    bench = Bench(eye)
+    bench = Bench(backbone)
     own = a_task("vpt_deep", (3, 0, 5, 2), 4, 1)
-    seat = bench.seat(own.lens(eye), 0.3, 0.2)
+    seat = bench.seat(own.lens(backbone), 0.3, 0.2)
     seen = attention_maps.look(bench.engine, picture(3), seat)
     logits = own.params["head.weight"].numpy() @ seen.features + own.params["head.bias"].numpy()
     np.testing.assert_allclose(logits, bench.engine.run([(picture(3), seat)])[0], atol=1e-9, rtol=0)
@@ -141,10 +141,10 @@ def test_a_backbone_that_averages_its_patches_shows_their_attention() -> None:
         global_pool="avg", class_token=False, reg_tokens=2, qk_norm=True, pretrained=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    eye = Backbone.of("averaging", model, dtype=torch.float64)
-    x = vit.embed(eye, torch.randn(1, 3, 32, 32, dtype=torch.float64))
-    seen = attention_maps.trace(eye, x.clone(), lens.Plain())
-    fast = vit.forward(eye, x, lens.Plain())
+    backbone = Backbone.of("averaging", model, dtype=torch.float64)
+    x = vit.embed(backbone, torch.randn(1, 3, 32, 32, dtype=torch.float64))
+    seen = attention_maps.trace(backbone, x.clone(), lens.Plain())
+    fast = vit.forward(backbone, x, lens.Plain())
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
     assert seen.last.grid.sum() + seen.last.rest == pytest.approx(1)
     assert seen.last.rest > 0

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from server.engine import backbone as eye
+from server.engine import backbone as backbones
 from server.engine import vit
 from server.engine.backbone import Backbone, BackboneError
 from server.engine.lens import Plain
@@ -54,7 +54,7 @@ def test_others_are_refused_with_the_reason(name: str, options: dict[str, int], 
 
 
 def test_the_stand_in_is_the_same_everywhere_and_says_that_it_is_untrained() -> None:
-    spec = eye.load("untrained").spec
+    spec = backbones.load("untrained").spec
     assert not spec.trained
     assert spec.fingerprint == "c4147fcb94568cf44f1f7d65a8d57133f88ad1a46b927cd40b2d55976c48dd0b"
     assert (spec.depth, spec.dim, spec.image_size, spec.tokens) == (6, 192, 96, 65)
@@ -63,22 +63,24 @@ def test_the_stand_in_is_the_same_everywhere_and_says_that_it_is_untrained() -> 
 def test_the_fingerprint_sees_every_weight_and_the_name() -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
     state = model.state_dict()
-    before = eye.fingerprint("a", state)
-    assert eye.fingerprint("a", model.state_dict()) == before
-    assert eye.fingerprint("b", state) != before
+    before = backbones.fingerprint("a", state)
+    assert backbones.fingerprint("a", model.state_dict()) == before
+    assert backbones.fingerprint("b", state) != before
     state["norm.bias"][7] += 1e-6
-    assert eye.fingerprint("a", state) != before
+    assert backbones.fingerprint("a", state) != before
 
 
 def test_the_fingerprint_does_not_depend_on_the_working_precision() -> None:
-    assert eye.load("untrained", dtype="bfloat16").spec.fingerprint == eye.load("untrained").spec.fingerprint
+    assert (
+        backbones.load("untrained", dtype="bfloat16").spec.fingerprint == backbones.load("untrained").spec.fingerprint
+    )
 
 
 def test_weights_from_a_file_with_a_classifier_that_is_left_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = timm.create_model("deit_tiny_patch16_224", num_classes=10).state_dict()
     save_file({key: tensor.half() for key, tensor in state.items()}, tmp_path / "w.safetensors")
-    own = eye.load("deit_tiny_patch16_224", tmp_path / "w.safetensors")
+    own = backbones.load("deit_tiny_patch16_224", tmp_path / "w.safetensors")
     torch.testing.assert_close(own.model.state_dict()["norm.weight"], state["norm.weight"])
     assert own.spec.trained
     assert own.spec.preprocess.crop_pct == 0.9
@@ -105,10 +107,10 @@ def _broken(tmp_path: Path, change: str) -> Path:
 def test_a_wrong_file_is_refused(tmp_path: Path, change: str) -> None:
     file = _broken(tmp_path, change)
     with pytest.raises(BackboneError, match=r"norm.bias|nrom.bias" if change != "cannot be read" else change):
-        eye.load("deit_tiny_patch16_224", file)
+        backbones.load("deit_tiny_patch16_224", file)
 
 
 @pytest.mark.parametrize("name", ["no_such_vit", "", "../etc"])
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(BackboneError, match="unknown backbone"):
-        eye.load(name)
+        backbones.load(name)

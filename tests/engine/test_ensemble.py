@@ -21,16 +21,16 @@ from server.engine.residency import Residency
 from server.methods.registry import Registry
 from server.serving.answers import Limits
 from server.serving.predictor import Predictor
-from tests.engine.golden_cases import backbone
+from tests.engine.golden_cases import golden_backbone
 
 pytestmark = pytest.mark.anyio
 LABELS = ("a", "b", "c", "d")
 MEMBERS = ("vpt_deep", "vpt_shallow", "linear", "lora")
 
 
-def fitted(eye: Backbone, method: str, seed: int) -> Bundle:
+def fitted(backbone: Backbone, method: str, seed: int) -> Bundle:
     """Parameters that nobody fitted, but that answer differently."""
-    spec, own = eye.spec, Registry().get(method)
+    spec, own = backbone.spec, Registry().get(method)
     lengths, generator = own.prompt_lengths(spec, 3), torch.Generator().manual_seed(seed)
     params = own.init(spec, lengths, len(LABELS), generator)
     drawn = {name: (value + torch.randn(value.shape, generator=generator)).numpy() for name, value in params.items()}
@@ -52,14 +52,14 @@ def picture(seed: int) -> bytes:
 
 
 async def test_it_is_the_mean_of_the_separate_answers() -> None:
-    eye, store = backbone("vit_nano", 101, torch.float64), open_store("memory://")
+    backbone, store = golden_backbone("vit_nano", 101, torch.float64), open_store("memory://")
     for number, method in enumerate(MEMBERS):
-        store.set_alias("fish", method, store.put(fitted(eye, method, number)))
-    rack = Rack(dim=eye.spec.dim, slots=8, vectors=4000, dtype=torch.float64)
+        store.set_alias("fish", method, store.put(fitted(backbone, method, number)))
+    rack = Rack(dim=backbone.spec.dim, slots=8, vectors=4000, dtype=torch.float64)
     with ThreadPoolExecutor(2) as pool:
-        residency = Residency(rack, lambda task, version: Registry().load(store.get(task, version), eye), pool)
-        batcher = Batcher(Engine(eye, rack), max_batch=64, max_queue=64)
-        own = eye.spec
+        residency = Residency(rack, lambda task, version: Registry().load(store.get(task, version), backbone), pool)
+        batcher = Batcher(Engine(backbone, rack), max_batch=64, max_queue=64)
+        own = backbone.spec
         predictor = Predictor(
             store, residency, batcher, pool, limits=Limits(16, 10**6, 20), geometry=own.geometry,
             fingerprint=own.fingerprint,

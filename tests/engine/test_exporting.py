@@ -28,7 +28,7 @@ HOW = Preprocess(32, (0.48, 0.46, 0.41), (0.23, 0.22, 0.21), "bicubic", 1.0, "ce
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
+def backbone() -> Backbone:
     torch.manual_seed(3)
     model = VisionTransformer(**CONFIG, num_classes=0)
     for parameter in model.parameters():
@@ -36,17 +36,17 @@ def eye() -> Backbone:
     return Backbone.of("vit_tiny_test", model, packed=False)
 
 
-def bundle(eye: Backbone, name: str) -> Bundle:
+def bundle(backbone: Backbone, name: str) -> Bundle:
     """Every parameter drawn at random, so that no part of a method stays without effect."""
     method = Registry().get(name)
-    lengths = method.prompt_lengths(eye.spec, 4)
+    lengths = method.prompt_lengths(backbone.spec, 4)
     lengths = (lengths[0], max(0, lengths[1] - 1)) if lengths[1] else lengths  # ragged where there are any
     draw = np.random.default_rng(7)
     params = {
         own: draw.normal(0, 0.3, shape).astype(np.float32)
-        for own, shape in method.shapes(eye.spec, lengths, CLASSES).items()
+        for own, shape in method.shapes(backbone.spec, lengths, CLASSES).items()
     }
-    named = Named(eye.spec.arch, eye.spec.fingerprint)
+    named = Named(backbone.spec.arch, backbone.spec.fingerprint)
     manifest = Manifest("bugs", name, named, LABELS, lengths, HOW, {}, {}, None, None, 1.0, "0.1.0")
     return Bundle.build(manifest, params)
 
@@ -55,12 +55,12 @@ def pictures(rows: int) -> np.ndarray:
     return np.random.default_rng(rows).integers(0, 256, (rows, 32, 32, 3), np.uint8)
 
 
-def truth(eye: Backbone, own: Bundle, pixels: np.ndarray) -> np.ndarray:
+def truth(backbone: Backbone, own: Bundle, pixels: np.ndarray) -> np.ndarray:
     """The literal forward, one task at a time."""
     params = {name: torch.tensor(array) for name, array in own.tensors.items()}
     normal = normalised(pixels)
     with torch.inference_mode():
-        found = reference.logits(own.manifest.method, eye, normal, params, own.manifest.prompt_lengths)
+        found = reference.logits(own.manifest.method, backbone, normal, params, own.manifest.prompt_lengths)
     return found.numpy()
 
 
@@ -69,44 +69,44 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [method.name for method in METHODS])
-def test_onnx_gives_what_the_engine_gives(eye: Backbone, name: str) -> None:
+def test_onnx_gives_what_the_engine_gives(backbone: Backbone, name: str) -> None:
     """Batches of other sizes than the one that was traced, one picture among them."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    own = bundle(eye, name)
-    session = onnxruntime.InferenceSession(to_onnx(own, eye, Registry()), providers=["CPUExecutionProvider"])
+    own = bundle(backbone, name)
+    session = onnxruntime.InferenceSession(to_onnx(own, backbone, Registry()), providers=["CPUExecutionProvider"])
     for rows in (1, 5):
         [logits] = session.run(None, {"pixels": pictures(rows)})
-        np.testing.assert_allclose(logits, truth(eye, own, pictures(rows)), atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(logits, truth(backbone, own, pictures(rows)), atol=TOLERANCE, rtol=0)
     told = session.get_modelmeta().custom_metadata_map
     assert json.loads(told["labels"]) == list(LABELS)
     assert json.loads(told["preprocess"])["mean"] == list(HOW.mean)
     assert told["version"] == own.version
 
 
-def test_onnx_of_normalised_floats(eye: Backbone) -> None:
+def test_onnx_of_normalised_floats(backbone: Backbone) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    own = bundle(eye, "vpt_deep")
-    model = to_onnx(own, eye, Registry(), Input.FLOAT)
+    own = bundle(backbone, "vpt_deep")
+    model = to_onnx(own, backbone, Registry(), Input.FLOAT)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     [logits] = session.run(None, {"pixels": normalised(pictures(3)).numpy()})
-    np.testing.assert_allclose(logits, truth(eye, own, pictures(3)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits, truth(backbone, own, pictures(3)), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["linear", "bias", "lora"])
-def test_what_can_be_merged_is_a_plain_timm_model(eye: Backbone, name: str) -> None:
-    own = bundle(eye, name)
+def test_what_can_be_merged_is_a_plain_timm_model(backbone: Backbone, name: str) -> None:
+    own = bundle(backbone, name)
     model = VisionTransformer(**CONFIG, num_classes=CLASSES).eval()
-    model.load_state_dict(load(to_timm(own, eye)), strict=True)
+    model.load_state_dict(load(to_timm(own, backbone)), strict=True)
     with torch.inference_mode():
         logits = model(normalised(pictures(4)))
-    np.testing.assert_allclose(logits.numpy(), truth(eye, own, pictures(4)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits.numpy(), truth(backbone, own, pictures(4)), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow", "prompt_bias"])
-def test_prompts_beside_a_timm_model(eye: Backbone, name: str) -> None:
+def test_prompts_beside_a_timm_model(backbone: Backbone, name: str) -> None:
     """With the lines of docs/howto-import.md, which put them in."""
-    own = bundle(eye, name)
-    state = load(to_timm(own, eye))
+    own = bundle(backbone, name)
+    state = load(to_timm(own, backbone))
     prompts = {int(key.split(".")[1]): state.pop(key) for key in list(state) if key.startswith("prompts.")}
     model = VisionTransformer(**CONFIG, num_classes=CLASSES).eval()
     model.load_state_dict(state, strict=True)
@@ -120,19 +120,19 @@ def test_prompts_beside_a_timm_model(eye: Backbone, name: str) -> None:
                 x = torch.cat((x, prompts[layer].expand(len(x), -1, -1)), dim=1)
             x = block(x)
         logits = model.forward_head(model.norm(x[:, :image]))
-    np.testing.assert_allclose(logits.numpy(), truth(eye, own, pictures(4)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits.numpy(), truth(backbone, own, pictures(4)), atol=TOLERANCE, rtol=0)
 
 
-def test_what_timm_has_no_place_for_is_refused(eye: Backbone) -> None:
+def test_what_timm_has_no_place_for_is_refused(backbone: Backbone) -> None:
     for name in {method.name for method in METHODS} - set(LEARNED):
         with pytest.raises(Unprocessable, match=f"method {name} does not fit into a timm model") as refusal:
-            to_timm(bundle(eye, name), eye)
+            to_timm(bundle(backbone, name), backbone)
         assert refusal.value.code == "not_exportable"
 
 
-def test_the_file_says_what_it_is(eye: Backbone, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_file_says_what_it_is(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("timm") / "bugs.safetensors"
-    file.write_bytes(to_timm(bundle(eye, "linear"), eye))
+    file.write_bytes(to_timm(bundle(backbone, "linear"), backbone))
     with safe_open(file, "pt") as opened:
         told = opened.metadata()
     assert (told["architecture"], told["task"], json.loads(told["labels"])) == ("vit_tiny_test", "bugs", list(LABELS))

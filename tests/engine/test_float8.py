@@ -21,7 +21,7 @@ from server.engine.float8 import Float8Linear, rounded
 from server.engine.vit import project
 from server.settings import Settings
 from tests.engine.fake_cuda import Watch, fake_cuda, on_fake_cuda
-from tests.engine.golden_cases import NANO, Bench, Task, _weights, backbone
+from tests.engine.golden_cases import NANO, Bench, Task, _weights, golden_backbone
 from tests.engine.test_isolation import TASKS, picture
 
 ROWS = arrays(np.float32, (3, 16), elements=st.floats(-1e4, 1e4, width=32))
@@ -92,13 +92,13 @@ def test_the_forward_in_8_bits_is_that_of_the_emulation(monkeypatch: pytest.Monk
     assert 0.01 < _drift(answers[True], answers[False]) < 0.5
 
 
-def _answers(eye: Backbone) -> list[np.ndarray]:
-    bench = Bench(eye)
+def _answers(backbone: Backbone) -> list[np.ndarray]:
+    bench = Bench(backbone)
     cast = [
-        Task(own.method, {name: value.to(eye.dtype) for name, value in own.params.items()}, own.lengths)
+        Task(own.method, {name: value.to(backbone.dtype) for name, value in own.params.items()}, own.lengths)
         for own in TASKS
     ]
-    seats = [bench.seat(own.lens(eye)) for own in cast]
+    seats = [bench.seat(own.lens(backbone)) for own in cast]
     return bench.engine.run([(picture(n % 3), seat) for n, seat in enumerate(seats)])
 
 
@@ -110,16 +110,16 @@ def _drift(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 def test_a_lens_has_nothing_of_8_bits() -> None:
     prompts = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    eyes = [eye_in(torch.float32, in_8_bits=in_8_bits) for in_8_bits in (True, False)]
-    for block, other in zip(*(eye.blocks for eye in eyes), strict=True):
+    backbones = [eye_in(torch.float32, in_8_bits=in_8_bits) for in_8_bits in (True, False)]
+    for block, other in zip(*(backbone.blocks for backbone in backbones), strict=True):
         for one, wanted in zip(project(block, prompts), project(other, prompts), strict=True):
             torch.testing.assert_close(one, wanted)
 
 
 def test_in_8_bits_nothing_waits_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    lenses = [TASKS[n].lens(backbone("vit_nano", 101, torch.float64)) for n in (0, 3, 5)]
+    lenses = [TASKS[n].lens(golden_backbone("vit_nano", 101, torch.float64)) for n in (0, 3, 5)]
     with fake_cuda(monkeypatch):
-        bench = Bench(on_fake_cuda(backbone("vit_nano", 101, torch.float64), float8=True))
+        bench = Bench(on_fake_cuda(golden_backbone("vit_nano", 101, torch.float64), float8=True))
         seats = [bench.seat(lens) for lens in lenses]
         with Watch() as watch:
             bench.engine.begin([(picture(n), seat) for n, seat in enumerate(seats)])

@@ -20,9 +20,9 @@ from server.training.recipe import Recipe
 from tests.engine.golden_cases import (
     Bench,
     Task,
-    backbone,
     cases,
     drawing,
+    golden_backbone,
     name_of,
     numbers,
     pixels,
@@ -43,19 +43,19 @@ def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(found[wide])
 
 
-def literal(eye: Backbone, images: Tensor, own: Task) -> Tensor:
-    return own.literal(eye, images)
+def literal(backbone: Backbone, images: Tensor, own: Task) -> Tensor:
+    return own.literal(backbone, images)
 
 
-def fast(eye: Backbone, images: Tensor, own: Task) -> Tensor:
-    lowered = own.lens(eye)
-    features = vit.forward(eye, vit.embed(eye, images), lens.condition(lowered, len(images)))
+def fast(backbone: Backbone, images: Tensor, own: Task) -> Tensor:
+    lowered = own.lens(backbone)
+    features = vit.forward(backbone, vit.embed(backbone, images), lens.condition(lowered, len(images)))
     return vit.classify(features, lowered)
 
 
 def setting(case: Mapping[str, Any], dtype: torch.dtype) -> tuple[Backbone, Task, Tensor]:
     arch = case["arch"]
-    return backbone(arch, case["backbone_seed"], dtype), task(case, arch, dtype), pixels(case, arch, dtype)
+    return golden_backbone(arch, case["backbone_seed"], dtype), task(case, arch, dtype), pixels(case, arch, dtype)
 
 
 @pytest.mark.parametrize("case", cases("forward"), ids=name_of)
@@ -71,9 +71,9 @@ def test_the_inputs_are_those_of_the_official_runs(case: dict[str, Any]) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("forward"), ids=name_of)
 def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
-    eye, own, images = setting(case, dtype)
+    backbone, own, images = setting(case, dtype)
     with torch.inference_mode():
-        logits = path(eye, images, own)
+        logits = path(backbone, images, own)
     torch.testing.assert_close(logits, expected(case, "logits", dtype), atol=tolerance(case, dtype), rtol=0)
 
 
@@ -92,13 +92,13 @@ def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtyp
     found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
     if not found:
         pytest.skip(f"no {dtype} numbers for {arch}")
-    eye = backbone(arch, found[0]["backbone_seed"], dtype)
-    bench = Bench(eye)
+    backbone = golden_backbone(arch, found[0]["backbone_seed"], dtype)
+    bench = Bench(backbone)
     with torch.inference_mode():
-        seats = [bench.seat(task(case, arch, dtype).lens(eye)) for case in found]
+        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in found]
         rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(found[n]["n"])]
         rows = rows[::2] + rows[1::2]
-        x = vit.embed(eye, torch.stack([pixels(found[n], arch, dtype)[index] for n, _, index in rows]))
+        x = vit.embed(backbone, torch.stack([pixels(found[n], arch, dtype)[index] for n, _, index in rows]))
         logits = bench.engine.logits(x, [(position, seat) for position, (_, seat, _) in enumerate(rows)])
     for (n, _, index), row in zip(rows, logits, strict=True):
         truth = expected(found[n], "logits", dtype)[index]
@@ -108,11 +108,11 @@ def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("rows"), ids=name_of)
 def test_rows_of_different_tasks(case: dict[str, Any], dtype: torch.dtype) -> None:
-    eye = backbone(case["arch"], case["backbone_seed"], dtype)
-    bench = Bench(eye)
+    backbone = golden_backbone(case["arch"], case["backbone_seed"], dtype)
+    bench = Bench(backbone)
     with torch.inference_mode():
-        seats = [bench.seat(task(row, case["arch"], dtype).lens(eye)) for row in case["rows"]]
-        x = vit.embed(eye, pixels(case, case["arch"], dtype))
+        seats = [bench.seat(task(row, case["arch"], dtype).lens(backbone)) for row in case["rows"]]
+        x = vit.embed(backbone, pixels(case, case["arch"], dtype))
         logits = bench.engine.logits(x, list(enumerate(seats)))
     for index, row in enumerate(logits):
         key = f"logits64.{index}" if dtype == torch.float64 else f"logits.{index}"
@@ -124,14 +124,14 @@ def test_rows_of_different_tasks(case: dict[str, Any], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("grad"), ids=name_of)
 def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
-    eye, own, images = setting(case, dtype)
+    backbone, own, images = setting(case, dtype)
     for parameter in own.params.values():
         parameter.requires_grad_(True)
-    loss = F.cross_entropy(path(eye, images, own), torch.tensor(case["labels"]))
+    loss = F.cross_entropy(path(backbone, images, own), torch.tensor(case["labels"]))
     loss.backward()
     assert loss.item() == pytest.approx(expected(case, "loss", dtype).item(), abs=tolerance(case, dtype))
     layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
-    prompts = own.params["prompts"].grad.reshape(layers, -1, eye.spec.dim)
+    prompts = own.params["prompts"].grad.reshape(layers, -1, backbone.spec.dim)
     for key, found in {
         "prompt_grad_slice": prompts[:, :2, :16],
         "prompt_grad_l2": prompts.flatten(1).norm(dim=1),
@@ -153,14 +153,14 @@ def traces() -> list[Any]:
 @pytest.mark.parametrize(("case", "dtype"), traces())
 def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
     """Official SGD step by step, through our optimiser: momentum, weight decay, none on the head's bias."""
-    eye, own, images = setting(case, dtype)
+    backbone, own, images = setting(case, dtype)
     options = case["options"]
     params = {key: tensor.clone().requires_grad_(True) for key, tensor in own.params.items()}
     plan = Recipe(optimizer="sgd", lr=options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"])
     optimizer = make_optimizer(params, plan)
     labels, losses = torch.tensor(case["labels"]), []
     for step in range(options["steps"] + 1):
-        logits = fast(eye, images, Task(own.method, params, own.lengths))
+        logits = fast(backbone, images, Task(own.method, params, own.lengths))
         loss = F.cross_entropy(logits, labels)
         losses.append(loss.item())
         if step < options["steps"]:
@@ -171,7 +171,7 @@ def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
     np.testing.assert_allclose(losses, expected(case, "losses", dtype), atol=atol, rtol=0)
     with torch.inference_mode():
         layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
-        prompts = params["prompts"].reshape(layers, -1, eye.spec.dim)
+        prompts = params["prompts"].reshape(layers, -1, backbone.spec.dim)
         for key, found in {
             "final_logits": logits,
             "final_prompt_slice": prompts[:, :2, :16],

@@ -21,14 +21,14 @@ from server.engine import graphs as module
 from server.engine.backbone import Backbone
 from server.engine.batch import Work
 from server.engine.engine import Engine
-from server.engine.graph_recording import recorded
+from server.engine.graph_recording import record_buckets
 from server.engine.graphs import Graphs, buckets
 from server.engine.recorder import CudaRecorder, Recorder, Rerun
 from server.engine.residency import Seat
 from server.observability import metrics
 from server.settings import Settings
 from tests.engine.fake_cuda import Watch, fake_cuda, on_fake_cuda
-from tests.engine.golden_cases import Bench, Task, backbone
+from tests.engine.golden_cases import Bench, Task, golden_backbone
 from tests.engine.test_isolation import TASKS, a_task, picture
 
 EXACT = 1e-9
@@ -41,11 +41,11 @@ PREFIXED = ("vpt_deep", "linear", "mlp")
 class Both:
     """One rack and two engines over it: with graphs and without."""
 
-    def __init__(self, eye: Backbone, recorder: Callable[[], Recorder] = Rerun) -> None:
-        self.bench = Bench(eye)
-        self.graphs = recorded(eye, self.bench.rack, recorder, WANTED)
-        self.by_graph = Engine(eye, self.bench.rack, self.graphs)
-        self.seats = [self.bench.seat(_cast(own, eye.dtype).lens(eye)) for own in TASKS]
+    def __init__(self, backbone: Backbone, recorder: Callable[[], Recorder] = Rerun) -> None:
+        self.bench = Bench(backbone)
+        self.graphs = record_buckets(backbone, self.bench.rack, recorder, WANTED)
+        self.by_graph = Engine(backbone, self.bench.rack, self.graphs)
+        self.seats = [self.bench.seat(_cast(own, backbone.dtype).lens(backbone)) for own in TASKS]
 
     def compare(self, work: list[Work], atol: float = EXACT) -> None:
         for own, other in zip(self.bench.engine.run(work), self.by_graph.run(work), strict=True):
@@ -57,18 +57,18 @@ def _cast(own: Task, dtype: torch.dtype) -> Task:
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
-    return backbone("vit_nano", 101, torch.float64)
+def backbone() -> Backbone:
+    return golden_backbone("vit_nano", 101, torch.float64)
 
 
 @pytest.fixture(scope="module")
-def kept(eye: Backbone) -> Both:
-    return Both(eye)
+def kept(backbone: Backbone) -> Both:
+    return Both(backbone)
 
 
 @pytest.fixture
-def both(eye: Backbone) -> Both:
-    return Both(eye)
+def both(backbone: Backbone) -> Both:
+    return Both(backbone)
 
 
 def of(both: Both, *methods: str) -> list[Seat]:
@@ -98,22 +98,22 @@ def test_any_batch_is(kept: Both, pairs: list[tuple[int, int]]) -> None:
 
 
 def test_in_float32_only_the_order_of_sums_differs() -> None:
-    both = Both(backbone("vit_nano", 101, torch.float32))
+    both = Both(golden_backbone("vit_nano", 101, torch.float32))
     both.compare([(picture(n), both.seats[n % 3 + 1]) for n in range(7)], atol=1e-4)
     both.compare([(picture(n), seat) for n, seat in enumerate(both.seats)], atol=1e-4)
     assert both.graphs.counts.by_graph > 7
     assert both.graphs.drift < 1e-5
 
 
-def test_each_row_has_its_own_mean_and_std(both: Both, eye: Backbone) -> None:
-    lens, pixels = TASKS[0].lens(eye), picture(1)
+def test_each_row_has_its_own_mean_and_std(both: Both, backbone: Backbone) -> None:
+    lens, pixels = TASKS[0].lens(backbone), picture(1)
     both.compare([(pixels, both.bench.seat(lens, *norm)) for norm in ((0.5, 0.5), (0.4, 0.2), (0.0, 1.0))])
     assert both.graphs.counts.by_graph == 3
 
 
-def test_padding_is_whatever_was_there_before(eye: Backbone) -> None:
+def test_padding_is_whatever_was_there_before(backbone: Backbone) -> None:
     """To the bit: three rows in a bucket of four behind a full batch are answered as in fresh buffers."""
-    fresh, used = Both(eye), Both(eye)
+    fresh, used = Both(backbone), Both(backbone)
     work: list[Work] = [(picture(n), fresh.seats[n]) for n in range(3)]
     same: list[Work] = [(pixels, used.seats[n]) for n, (pixels, _) in enumerate(work)]
     noise = [(np.full((64, 64, 3), 255, np.uint8), used.seats[2])] + [(picture(9 + n), used.seats[1]) for n in range(3)]
@@ -122,7 +122,7 @@ def test_padding_is_whatever_was_there_before(eye: Backbone) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_lenses_come_and_go_without_a_new_recording(eye: Backbone) -> None:
+def test_lenses_come_and_go_without_a_new_recording(backbone: Backbone) -> None:
     made: list[object] = []
 
     class Counting(Rerun):
@@ -130,11 +130,11 @@ def test_lenses_come_and_go_without_a_new_recording(eye: Backbone) -> None:
             made.append(work)
             return super().record(work)
 
-    both = Both(eye, Counting)
+    both = Both(backbone, Counting)
     assert len(made) == len(WANTED)
     for seed in range(6):
         own = a_task("vpt_deep", (seed, 3, 0, 9 - seed), 3, 40 + seed)
-        seat = both.bench.seat(own.lens(eye))
+        seat = both.bench.seat(own.lens(backbone))
         both.compare([(picture(seed), seat), (picture(seed + 1), both.seats[0])])
         both.bench.rack.free(seat.place)
     assert len(made) == len(WANTED)
@@ -157,10 +157,12 @@ def test_heads_stay_with_the_readers_that_they_share_the_trunk_with(both: Both) 
     assert both.graphs.takes(shown, [(0, linear), (0, reader), (0, deep)]) == [2]
 
 
-def test_pictures_that_came_normalised_and_prompts_beyond_the_longest_bucket_do_not(both: Both, eye: Backbone) -> None:
+def test_pictures_that_came_normalised_and_prompts_beyond_the_longest_bucket_do_not(
+    both: Both, backbone: Backbone
+) -> None:
     deep = of(both, "vpt_deep")[0]
     assert both.graphs.takes([(np.zeros((3, 64, 64), np.float32), deep.mean, deep.std)], [(0, deep)]) == []
-    longer = both.bench.seat(a_task("vpt_deep", (0, 65, 1, 0), 3, 5).lens(eye))
+    longer = both.bench.seat(a_task("vpt_deep", (0, 65, 1, 0), 3, 5).lens(backbone))
     assert both.graphs.takes([(picture(0), deep.mean, deep.std)], [(0, longer), (0, deep)]) == [1]
     both.compare([(picture(0), longer), (picture(0), deep)])
 
@@ -199,9 +201,9 @@ class Failing(Rerun):
 
 @pytest.mark.parametrize("recorder", [Forgetting, Failing, lambda: CudaRecorder(torch.device("cpu"))])
 def test_graphs_that_answer_otherwise_or_cannot_be_recorded_do_not_serve(
-    eye: Backbone, recorder: Callable[[], Recorder], caplog: pytest.LogCaptureFixture
+    backbone: Backbone, recorder: Callable[[], Recorder], caplog: pytest.LogCaptureFixture
 ) -> None:
-    both = Both(eye, recorder)
+    both = Both(backbone, recorder)
     assert not both.graphs.graphs
     assert both.graphs.counts.refused == len(WANTED)
     assert "CUDA graph" in caplog.text
@@ -211,7 +213,7 @@ def test_graphs_that_answer_otherwise_or_cannot_be_recorded_do_not_serve(
 
 @pytest.mark.parametrize("spoilt", ["numbers", "seen", "picture", "norms"])
 def test_the_check_at_start_sees_a_table_that_does_not_come(
-    eye: Backbone, monkeypatch: pytest.MonkeyPatch, spoilt: str
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, spoilt: str
 ) -> None:
     forward = module.Graph._forward
 
@@ -220,8 +222,8 @@ def test_the_check_at_start_sees_a_table_that_does_not_come(
         forward(graph)
 
     monkeypatch.setattr(module.Graph, "_forward", spoiling)
-    bench = Bench(eye)
-    assert not recorded(eye, bench.rack, Rerun, [(4, 8)]).graphs
+    bench = Bench(backbone)
+    assert not record_buckets(backbone, bench.rack, Rerun, [(4, 8)]).graphs
 
 
 def test_a_graph_that_fails_later_is_given_up_and_its_rows_are_answered(both: Both) -> None:
@@ -255,20 +257,20 @@ def test_a_rack_whose_memory_moved_is_noticed(both: Both) -> None:
     assert not both.graphs.graphs
 
 
-def test_a_rack_too_small_for_a_bucket_goes_without_it(eye: Backbone) -> None:
-    small = Bench(eye, vectors=2 * 4 * 8 + 70)  # one lens of 8 prompts, none of 64
-    graphs = recorded(eye, small.rack, Rerun, WANTED)
+def test_a_rack_too_small_for_a_bucket_goes_without_it(backbone: Backbone) -> None:
+    small = Bench(backbone, vectors=2 * 4 * 8 + 70)  # one lens of 8 prompts, none of 64
+    graphs = record_buckets(backbone, small.rack, Rerun, WANTED)
     assert {prompts for _, prompts in graphs.graphs} == {0, 8}
     assert graphs.counts.refused == 0
     small.rack.check_integrity()
 
 
 def test_on_a_cpu_the_setting_costs_nothing_but_a_line_in_the_log(
-    eye: Backbone, caplog: pytest.LogCaptureFixture
+    backbone: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = Bench(eye)
-    assert record_graphs(Settings(max_batch=4), eye, bench.rack) is None, "off by default"
-    graphs = record_graphs(Settings(max_batch=4, cuda_graphs=True), eye, bench.rack)
+    bench = Bench(backbone)
+    assert record_graphs(Settings(max_batch=4), backbone, bench.rack) is None, "off by default"
+    graphs = record_graphs(Settings(max_batch=4, cuda_graphs=True), backbone, bench.rack)
     assert graphs is not None
     assert "there are no graphs on this device" in caplog.text
     refused = metrics.REGISTRY.get_sample_value("lensrack_cuda_graphs", {"state": "refused"})
@@ -287,11 +289,11 @@ def test_rows_are_counted_by_the_way_they_went(both: Both) -> None:
     assert serving == len(WANTED)
 
 
-def test_what_is_recorded_touches_the_device_alone(eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_touches_the_device_alone(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is not there: between the copies in and the copy out nothing crosses, and nothing waits."""
     watch = Watch()
     with fake_cuda(monkeypatch):
-        there = on_fake_cuda(eye)
+        there = on_fake_cuda(backbone)
         bench = Bench(there)
         for bucket in WANTED:
             graph = module.Graph(there, bench.rack.slab, bucket, Rerun())
@@ -300,13 +302,15 @@ def test_what_is_recorded_touches_the_device_alone(eye: Backbone, monkeypatch: p
     assert (watch.there, watch.back) == (0, 0)
 
 
-def test_a_batch_by_graph_waits_for_nothing_but_its_answers(eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    lenses = [TASKS[n].lens(eye) for n in (0, 2, 5)]
+def test_a_batch_by_graph_waits_for_nothing_but_its_answers(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lenses = [TASKS[n].lens(backbone) for n in (0, 2, 5)]
     with fake_cuda(monkeypatch):
-        bench = Bench(on_fake_cuda(eye))
+        bench = Bench(on_fake_cuda(backbone))
         slab = bench.rack.slab
-        graphs = Graphs(bench.rack, slab, {(4, 64): module.Graph(bench.eye, slab, (4, 64), Rerun())})
-        engine, seats = Engine(bench.eye, bench.rack, graphs), [bench.seat(lens) for lens in lenses]
+        graphs = Graphs(bench.rack, slab, {(4, 64): module.Graph(bench.backbone, slab, (4, 64), Rerun())})
+        engine, seats = Engine(bench.backbone, bench.rack, graphs), [bench.seat(lens) for lens in lenses]
         with Watch() as watch:
             wait = engine.begin([(picture(n), seat) for n, seat in enumerate(seats)])
         assert len(wait()) == 3

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prompts_store import Bundle, open_store
-from server.app.backbone import Facts, importer_for
+from server.app.backbone import BackboneInfo, importer_for
 from server.engine import lens, vit
 from server.errors import Conflict, ServiceError, Unprocessable
-from server.importing.importer import Importer, Wanted
+from server.importing.importer import Importer, ImportOptions
 from server.methods.registry import Registry
-from tests.engine.golden_cases import Task, backbone, cases, drawing, numbers, pixels, recipe, task, tolerance
+from tests.engine.golden_cases import Task, cases, drawing, golden_backbone, numbers, pixels, recipe, task, tolerance
 
 Case = dict[str, Any]
 CASES = {case["name"]: case for case in cases("forward") if case["arch"] == "vit_nano"}
@@ -41,7 +41,7 @@ def drawn(case: Case) -> dict[str, np.ndarray]:
 def official_backbone() -> dict[str, Tensor]:
     """The frozen weights of the golden cases by the names that KMnP/vpt gives them."""
     found: dict[str, Tensor] = {}
-    for name, tensor in backbone(ARCH, 101, torch.float32).model.state_dict().items():
+    for name, tensor in golden_backbone(ARCH, 101, torch.float32).model.state_dict().items():
         for old, new in (
             ("cls_token", "embeddings.cls_token"),
             ("pos_embed", "embeddings.position_embeddings"),
@@ -87,7 +87,7 @@ def spt(case: Case) -> list[tuple[str, Any]]:
     """As the script writes it: a wrapped model, its optimiser, a moving average that is something else."""
     raw = {name: torch.from_numpy(own) for name, own in drawn(case).items()}
     prompts = torch.nn.Parameter(raw["prompts"])
-    frozen = backbone(ARCH, 101, torch.float32).model.state_dict()
+    frozen = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
     state = OrderedDict({"prompt_token": prompts, **frozen, **{n: raw[n] for n in ("head.weight", "head.bias")}})
     optimizer = torch.optim.AdamW([prompts])
     prompts.grad = torch.ones_like(prompts)
@@ -107,7 +107,7 @@ def spt(case: Case) -> list[tuple[str, Any]]:
 
 def cvpt(case: Case) -> list[tuple[str, Any]]:
     raw = {name: torch.from_numpy(own) for name, own in drawn(case).items()}
-    frozen = backbone(ARCH, 101, torch.float32).model.state_dict()
+    frozen = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
     state = {"Prompt_Tokens": raw["prompts"], **{n: raw[n] for n in ("head.weight", "head.bias")}, **frozen}
     for layer in range(DEPTH):
         for leaf in ("weight", "bias"):
@@ -147,20 +147,22 @@ def files(parts: list[tuple[str, Any]], **how: Any) -> list[tuple[str, io.BytesI
 
 
 def own_importer() -> Importer:
-    return importer_for(Facts.of(backbone(ARCH, 101, torch.float32)), Registry())
+    return importer_for(BackboneInfo.of(golden_backbone(ARCH, 101, torch.float32)), Registry())
 
 
 def imported(given: list[tuple[str, Any]], **wanted: Any) -> Bundle:
     importer = own_importer()
     with closing(open_store("memory://")) as store:
-        return importer.bundle(given, Wanted("birds", **wanted), store)
+        return importer.bundle(given, ImportOptions("birds", **wanted), store)
 
 
 def served(bundle: Bundle, images: Tensor) -> Tensor:
-    eye = backbone(ARCH, 101, torch.float32)
-    lowered = Registry().lower(bundle, eye)
+    backbone = golden_backbone(ARCH, 101, torch.float32)
+    lowered = Registry().lower(bundle, backbone)
     with torch.inference_mode():
-        return vit.classify(vit.forward(eye, vit.embed(eye, images), lens.condition(lowered, len(images))), lowered)
+        return vit.classify(
+            vit.forward(backbone, vit.embed(backbone, images), lens.condition(lowered, len(images))), lowered
+        )
 
 
 @pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "stream"])
@@ -202,10 +204,10 @@ def test_the_same_checkpoint_is_the_same_version() -> None:
     importer = own_importer()
     parts = files(prompt_ep(CASES["nano-vpt_deep_p6"]))
     with closing(open_store("memory://")) as store:
-        first = importer.bundle(parts, Wanted("birds"), store)
+        first = importer.bundle(parts, ImportOptions("birds"), store)
         store.put(first)
-        assert importer.bundle(parts[::-1], Wanted("birds"), store) == first
-        assert importer.bundle(parts, Wanted("birds", preprocess={"crop_pct": 1.0}), store) != first
+        assert importer.bundle(parts[::-1], ImportOptions("birds"), store) == first
+        assert importer.bundle(parts, ImportOptions("birds", preprocess={"crop_pct": 1.0}), store) != first
 
 
 def refusal(given: list[tuple[str, Any]], **wanted: Any) -> ServiceError:
@@ -231,7 +233,7 @@ def test_another_backbone_is_refused_by_its_weights() -> None:
     error = refusal(files(other))
     assert isinstance(error, Conflict)
     assert error.code == "wrong_backbone"
-    assert backbone(ARCH, 101, torch.float32).spec.fingerprint in error.detail
+    assert golden_backbone(ARCH, 101, torch.float32).spec.fingerprint in error.detail
 
 
 REFUSED: dict[str, tuple[list[tuple[str, Any]], str, str]] = {
@@ -309,7 +311,7 @@ def hugging_face_vit() -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.ViTForImageClassification(config).eval()
-    state = backbone(ARCH, 101, torch.float32).model.state_dict()
+    state = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
     own = model.state_dict()
     for name in own:
         if not name.startswith("classifier"):
@@ -381,7 +383,7 @@ def test_peft_of_a_timm_vit(tmp_path: Path) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(img_size=64, patch_size=16, embed_dim=D, depth=DEPTH, num_heads=4, num_classes=5)
-    model.load_state_dict(backbone(ARCH, 101, torch.float32).model.state_dict(), strict=False)
+    model.load_state_dict(golden_backbone(ARCH, 101, torch.float32).model.state_dict(), strict=False)
     tuned, given = adapter(tmp_path, model, r=2, target_modules=["attn.qkv"], modules_to_save=["head"])
     images = pixels(CASES["nano-linear"], ARCH, torch.float32)
     with torch.inference_mode():

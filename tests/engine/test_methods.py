@@ -18,23 +18,23 @@ from server.engine.spec import Spec
 from server.errors import ServiceError
 from server.methods.method import Params, Shapes, head_init, head_shapes
 from server.methods.registry import Registry
-from tests.engine.golden_cases import Bench, backbone
+from tests.engine.golden_cases import Bench, golden_backbone
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
-    return backbone("vit_nano", 101, torch.float32)
+def backbone() -> Backbone:
+    return golden_backbone("vit_nano", 101, torch.float32)
 
 
-def bundle(eye: Backbone, drawn_as: str, registry: Registry | None = None, **changes: object) -> Bundle:
-    spec = eye.spec
+def bundle(backbone: Backbone, drawn_as: str, registry: Registry | None = None, **changes: object) -> Bundle:
+    spec = backbone.spec
     own = (registry or Registry()).get(drawn_as)
     lengths = own.prompt_lengths(spec, 3)
     params = own.init(spec, lengths, 4, torch.Generator().manual_seed(0))
     manifest = Manifest(
         task="t",
         method=drawn_as,
-        backbone=BundleBackbone(spec.arch, spec.fingerprint),
+        golden_backbone=BundleBackbone(spec.arch, spec.fingerprint),
         labels=("a", "b", "c", "d"),
         prompt_lengths=lengths,
         preprocess=spec.preprocess,
@@ -51,36 +51,36 @@ def bundle(eye: Backbone, drawn_as: str, registry: Registry | None = None, **cha
 
 
 @pytest.mark.parametrize("method", Registry().meanings)
-def test_what_init_draws_is_what_shapes_promise(eye: Backbone, method: str) -> None:
+def test_what_init_draws_is_what_shapes_promise(backbone: Backbone, method: str) -> None:
     own = Registry().get(method)
-    lengths = own.prompt_lengths(eye.spec, 5)
-    params = own.init(eye.spec, lengths, 7, torch.Generator().manual_seed(0))
-    assert {name: tuple(value.shape) for name, value in params.items()} == own.shapes(eye.spec, lengths, 7)
-    again = own.init(eye.spec, lengths, 7, torch.Generator().manual_seed(0))
+    lengths = own.prompt_lengths(backbone.spec, 5)
+    params = own.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
+    assert {name: tuple(value.shape) for name, value in params.items()} == own.shapes(backbone.spec, lengths, 7)
+    again = own.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
     assert all(torch.equal(params[name], again[name]) for name in params)
 
 
 @pytest.mark.parametrize("method", Registry().meanings)
-def test_a_bundle_becomes_a_lens_and_answers(eye: Backbone, method: str) -> None:
-    registry, bench = Registry(), Bench(eye)
-    loaded = registry.load(bundle(eye, method), eye)
+def test_a_bundle_becomes_a_lens_and_answers(backbone: Backbone, method: str) -> None:
+    registry, bench = Registry(), Bench(backbone)
+    loaded = registry.load(bundle(backbone, method), backbone)
     (row,) = bench.engine.run([(np.zeros((64, 64, 3), np.uint8), bench.seat(loaded.lens))])
     assert row.shape == (4,)
     assert np.isfinite(row).all()
 
 
-def refusal(eye: Backbone, found: Bundle) -> ServiceError:
+def refusal(backbone: Backbone, found: Bundle) -> ServiceError:
     with pytest.raises(ServiceError) as caught:
-        Registry().check(found, eye.spec)
+        Registry().check(found, backbone.spec)
     return caught.value
 
 
-def test_a_bundle_for_another_backbone_names_both(eye: Backbone) -> None:
+def test_a_bundle_for_another_backbone_names_both(backbone: Backbone) -> None:
     other = BundleBackbone("vit_other", "f" * 64)
-    error = refusal(eye, bundle(eye, "vpt_deep", backbone=other))
+    error = refusal(backbone, bundle(backbone, "vpt_deep", backbone=other))
     assert (error.status, error.code) == (409, "wrong_backbone")
     assert "vit_other" in error.detail
-    assert eye.spec.fingerprint in error.detail
+    assert backbone.spec.fingerprint in error.detail
     assert "f" * 64 in error.detail
 
 
@@ -96,14 +96,14 @@ def test_a_bundle_for_another_backbone_names_both(eye: Backbone) -> None:
         ({"tensors": {"head.weight": np.zeros((4, 65), "f4")}}, "head.weight"),
     ],
 )
-def test_a_bundle_that_does_not_fit_its_method(eye: Backbone, changes: dict[str, object], says: str) -> None:
-    error = refusal(eye, bundle(eye, "vpt_deep", **changes))
+def test_a_bundle_that_does_not_fit_its_method(backbone: Backbone, changes: dict[str, object], says: str) -> None:
+    error = refusal(backbone, bundle(backbone, "vpt_deep", **changes))
     assert (error.status, error.code) == (400, "bad_bundle")
     assert says in error.detail
 
 
-def test_another_image_size_is_refused(eye: Backbone) -> None:
-    error = refusal(eye, bundle(eye, "vpt_deep", preprocess=replace(eye.spec.preprocess, size=96)))
+def test_another_image_size_is_refused(backbone: Backbone) -> None:
+    error = refusal(backbone, bundle(backbone, "vpt_deep", preprocess=replace(backbone.spec.preprocess, size=96)))
     assert "96 px" in error.detail
 
 
@@ -124,16 +124,16 @@ class Constant:
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
         return {**head_init(spec, classes, generator), "head.bias": torch.arange(float(classes))}
 
-    def lower(self, backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
-        nothing = no_prefix(backbone.spec.depth, params["head.weight"])
+    def lower(self, golden_backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
+        nothing = no_prefix(golden_backbone.spec.depth, params["head.weight"])
         return Lens(nothing, nothing, nothing[0], params["head.weight"] * 0, params["head.bias"])
 
 
-def test_a_method_from_outside_is_served_mixed_with_ours(eye: Backbone) -> None:
-    registry, bench = Registry(), Bench(eye)
+def test_a_method_from_outside_is_served_mixed_with_ours(backbone: Backbone) -> None:
+    registry, bench = Registry(), Bench(backbone)
     registry.register(Constant())
-    toy = registry.load(bundle(eye, "constant", registry), eye)
-    deep = registry.load(bundle(eye, "vpt_deep"), eye)
+    toy = registry.load(bundle(backbone, "constant", registry), backbone)
+    deep = registry.load(bundle(backbone, "vpt_deep"), backbone)
     pixels = np.full((64, 64, 3), 7, np.uint8)
     alone = bench.engine.run([(pixels, bench.seat(deep.lens))])[0]
     first, second = bench.engine.run([(pixels, bench.seat(toy.lens)), (pixels, bench.seat(deep.lens))])

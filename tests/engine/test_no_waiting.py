@@ -17,18 +17,18 @@ from server.engine import transfer
 from server.engine.batch import Pixels, Work
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens
-from server.engine.transfer import Block, Pinned
+from server.engine.transfer import Block, PinnedTransfer
 from server.methods.registry import METHODS
 from tests.engine.fake_cuda import Mark, WaitsError, Watch, fake_cuda, on_fake_cuda
-from tests.engine.golden_cases import Bench, backbone
+from tests.engine.golden_cases import Bench, golden_backbone
 from tests.engine.test_isolation import TASKS, picture
 
 
 @pytest.fixture(scope="module")
 def lenses() -> list[Lens]:
     """Made on the CPU, where they have numbers."""
-    eye = backbone("vit_nano", 101, torch.float64)
-    found = [own.lens(eye) for own in TASKS]
+    backbone = golden_backbone("vit_nano", 101, torch.float64)
+    found = [own.lens(backbone) for own in TASKS]
     assert sum(bool(lens.parts) for lens in found) > 10  # worked out here, and kept
     return found
 
@@ -37,7 +37,7 @@ class There:
     """An engine on the device that is not there, and a row of every task."""
 
     def __init__(self, lenses: list[Lens]) -> None:
-        self.bench = Bench(on_fake_cuda(backbone("vit_nano", 101, torch.float64)))
+        self.bench = Bench(on_fake_cuda(golden_backbone("vit_nano", 101, torch.float64)))
         seats = [self.bench.seat(lens) for lens in lenses]
         pictures: list[Pixels] = [*(picture(n) for n in range(3)), np.zeros((3, 64, 64), np.float32)]
         self.work: list[Work] = [(pictures[n % len(pictures)], seat) for n, seat in enumerate(seats)]
@@ -122,9 +122,9 @@ def test_pinned_memory_is_taken_once(there: There) -> None:
 
 
 @pytest.fixture
-def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pinned]:
+def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PinnedTransfer]:
     """Crossings to the CPU through blocks of ordinary memory, 1,000 bytes the smallest."""
-    free: list[Pinned] = []
+    free: list[PinnedTransfer] = []
 
     def block(size: int) -> Block:
         tensor = torch.empty(size, dtype=torch.uint8)
@@ -133,7 +133,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pinned]:
     monkeypatch.setattr(transfer, "Mark", Mark)
     monkeypatch.setattr(Block, "of", block)
     monkeypatch.setattr(transfer, "SMALLEST", 1000)
-    return lambda: free.pop() if free else Pinned(torch.device("cpu"), free.append)
+    return lambda: free.pop() if free else PinnedTransfer(torch.device("cpu"), free.append)
 
 
 ARRAYS = st.lists(
@@ -144,7 +144,7 @@ ARRAYS = st.lists(
 
 @given(batches=st.lists(ARRAYS, max_size=4))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_sent_arrives(pinned: Callable[[], Pinned], batches: list[list[np.ndarray]]) -> None:
+def test_what_is_sent_arrives(pinned: Callable[[], PinnedTransfer], batches: list[list[np.ndarray]]) -> None:
     """Arrays of a batch lie side by side, in one block or in several, and each comes out as it went in."""
     for batch in batches:
         way = pinned()
@@ -155,14 +155,14 @@ def test_what_is_sent_arrives(pinned: Callable[[], Pinned], batches: list[list[n
         assert wait().tolist() == list(range(7))
 
 
-def test_stacks_are_filled_from_the_front(pinned: Callable[[], Pinned]) -> None:
+def test_stacks_are_filled_from_the_front(pinned: Callable[[], PinnedTransfer]) -> None:
     way, target = pinned(), torch.full((4, 2), 9)
     way.fill(target, [np.array([1, 2]), np.array([3, 4])])
     assert target.tolist() == [[1, 2], [3, 4], [9, 9], [9, 9]]
     assert way.stack([np.array([1]), np.array([2])]).tolist() == [[1], [2]]
 
 
-def test_the_blocks_of_a_large_batch_become_one(pinned: Callable[[], Pinned]) -> None:
+def test_the_blocks_of_a_large_batch_become_one(pinned: Callable[[], PinnedTransfer]) -> None:
     for expected in (3, 1, 1):
         way = pinned()
         for _ in range(3):

@@ -21,7 +21,7 @@ from torch import Tensor
 from server.app.backbone import load_backbone
 from server.bench import engine as bench
 from server.engine import attention, reference, vit
-from server.engine import backbone as eyes
+from server.engine import backbone as backbones
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Plain, condition
@@ -44,7 +44,7 @@ needs_float32 = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="PyT
 needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="PyTorch packs no bfloat16 weights here")
 
 
-def an_eye(dtype: torch.dtype, packed: bool, **options: object) -> Backbone:
+def a_backbone(dtype: torch.dtype, packed: bool, **options: object) -> Backbone:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **SMALL, **options)
     for parameter in model.parameters():
@@ -52,8 +52,8 @@ def an_eye(dtype: torch.dtype, packed: bool, **options: object) -> Backbone:
     return Backbone.of("vit", model, dtype=dtype, packed=packed)
 
 
-def some_params(eye: Backbone, method: str, lengths: Sequence[int]) -> Params:
-    drawn = Registry().get(method).init(eye.spec, tuple(lengths), 5, torch.Generator().manual_seed(1))
+def some_params(backbone: Backbone, method: str, lengths: Sequence[int]) -> Params:
+    drawn = Registry().get(method).init(backbone.spec, tuple(lengths), 5, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     return {name: torch.randn(value.shape, generator=generator) * 0.5 for name, value in drawn.items()}
 
@@ -76,9 +76,9 @@ def kinds_of(block: FrozenBlock) -> set[type]:
     [(torch.float32, True, True), (torch.float32, False, False), (torch.float64, True, False)],
 )
 def test_weights_are_packed_where_asked_and_possible(dtype: torch.dtype, wanted: bool, packed: bool) -> None:
-    eye = an_eye(dtype, wanted)
-    assert eye.packed is packed
-    assert all(kinds_of(block) == {PackedLinear if packed else PlainLinear} for block in eye.blocks)
+    backbone = a_backbone(dtype, wanted)
+    assert backbone.packed is packed
+    assert all(kinds_of(block) == {PackedLinear if packed else PlainLinear} for block in backbone.blocks)
 
 
 @needs_float32
@@ -104,9 +104,9 @@ def test_a_build_of_pytorch_that_cannot_pack_multiplies_plainly(
         raise error("no such operator")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lacking)
-    eye = an_eye(torch.float32, packed=True)
-    assert not eye.packed
-    assert vit.forward(eye, vit.embed(eye, images(2)), Plain()).shape == (2, 64)
+    backbone = a_backbone(torch.float32, packed=True)
+    assert not backbone.packed
+    assert vit.forward(backbone, vit.embed(backbone, images(2)), Plain()).shape == (2, 64)
 
 
 # --- one product ------------------------------------------------------------------------------------------------------
@@ -206,36 +206,36 @@ def test_the_same_rows_give_the_same_bits_also_when_packed_anew() -> None:
 def test_the_packed_forward_is_the_literal_one(kind: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MANY", many)  # these pictures have few tokens
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    eye = an_eye(torch.float32, True, **KINDS[kind])
+    backbone = a_backbone(torch.float32, True, **KINDS[kind])
     lengths = (3, 0, 5)
-    deep, shallow = some_params(eye, "vpt_deep", lengths), some_params(eye, "vpt_shallow", (4, 0, 0))
+    deep, shallow = some_params(backbone, "vpt_deep", lengths), some_params(backbone, "vpt_shallow", (4, 0, 0))
     with torch.inference_mode():
         for method, params, own in (("vpt_deep", deep, lengths), ("vpt_shallow", shallow, (4, 0, 0))):
-            found = logits(eye, images(3), method, params, own)
-            truth = getattr(reference, method)(eye, images(3), params, *((own,) if method == "vpt_deep" else ()))
+            found = logits(backbone, images(3), method, params, own)
+            truth = getattr(reference, method)(backbone, images(3), params, *((own,) if method == "vpt_deep" else ()))
             torch.testing.assert_close(found, truth, atol=2e-5 * truth.abs().max().item(), rtol=0)
 
 
-def logits(eye: Backbone, pixels: Tensor, method: str, params: Params, lengths: Sequence[int]) -> Tensor:
-    cast = {name: value.to(eye.dtype) for name, value in params.items()}
-    lens = Registry().get(method).lower(eye, cast, tuple(lengths))
-    features = vit.forward(eye, vit.embed(eye, pixels.to(eye.dtype)), condition(lens, len(pixels)))
+def logits(backbone: Backbone, pixels: Tensor, method: str, params: Params, lengths: Sequence[int]) -> Tensor:
+    cast = {name: value.to(backbone.dtype) for name, value in params.items()}
+    lens = Registry().get(method).lower(backbone, cast, tuple(lengths))
+    features = vit.forward(backbone, vit.embed(backbone, pixels.to(backbone.dtype)), condition(lens, len(pixels)))
     return vit.head(features, lens.head_weight, lens.head_bias).float()
 
 
-def mixed_gradients(eye: Backbone) -> dict[str, Tensor]:
+def mixed_gradients(backbone: Backbone) -> dict[str, Tensor]:
     """Of one loss over two lanes of one forward: deep prompts with dropout per row, and carried ones."""
     found: dict[str, Tensor] = {}
     lanes = []
-    x = vit.embed(eye, images(5).to(eye.dtype))
+    x = vit.embed(backbone, images(5).to(backbone.dtype))
     for method, lengths, rows in (("vpt_deep", (3, 0, 5), x[:3]), ("vpt_shallow", (4, 0, 0), x[3:])):
-        prompts = some_params(eye, method, lengths)["prompts"].requires_grad_()
+        prompts = some_params(backbone, method, lengths)["prompts"].requires_grad_()
         keep = torch.rand(len(rows), *prompts.shape, generator=torch.Generator().manual_seed(5)) > 0.2
-        params = {**some_params(eye, method, lengths), "prompts": prompts * keep}
-        lens = Registry().get(method).lower(eye, {k: v.to(eye.dtype) for k, v in params.items()}, lengths)
+        params = {**some_params(backbone, method, lengths), "prompts": prompts * keep}
+        lens = Registry().get(method).lower(backbone, {k: v.to(backbone.dtype) for k, v in params.items()}, lengths)
         lanes.append(vit.Lane.of(rows, condition(lens, len(rows))))
         found[method] = prompts
-    features = torch.cat(vit.forward_lanes(eye, lanes)).float()
+    features = torch.cat(vit.forward_lanes(backbone, lanes)).float()
     (features**2).sum().backward()
     return {name: prompts.grad for name, prompts in found.items()}
 
@@ -243,7 +243,7 @@ def mixed_gradients(eye: Backbone) -> dict[str, Tensor]:
 @needs_float32
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_mixed_lanes_are_the_plain_ones(kind: str) -> None:
-    plain, packed = (an_eye(torch.float32, own, **KINDS[kind]) for own in (False, True))
+    plain, packed = (a_backbone(torch.float32, own, **KINDS[kind]) for own in (False, True))
     truth = mixed_gradients(plain)
     for name, found in mixed_gradients(packed).items():
         assert truth[name].abs().max() > 0
@@ -254,29 +254,33 @@ def test_gradients_of_mixed_lanes_are_the_plain_ones(kind: str) -> None:
 @needs_float32
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_the_models_own_weights_answers_and_gradients_have_the_same_bits(kind: str) -> None:
-    eye = an_eye(torch.float32, True, **KINDS[kind])
+    backbone = a_backbone(torch.float32, True, **KINDS[kind])
     lengths = (3, 0, 5)
-    params = some_params(eye, "vpt_deep", lengths)
-    biases = some_params(eye, "bias", (0, 0, 0))  # what it adds is a product without a bias
+    params = some_params(backbone, "vpt_deep", lengths)
+    biases = some_params(backbone, "bias", (0, 0, 0))  # what it adds is a product without a bias
     with torch.inference_mode():
-        before = [logits(eye, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))]
-    gradients = mixed_gradients(an_eye(torch.float32, True, **KINDS[kind]))
-    held = sum(parameter.numel() for parameter in eye.model.parameters())
-    eye.let_weights_go()
-    assert sum(parameter.numel() for parameter in eye.model.parameters()) < held / 3
+        before = [
+            logits(backbone, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
+        ]
+    gradients = mixed_gradients(a_backbone(torch.float32, True, **KINDS[kind]))
+    held = sum(parameter.numel() for parameter in backbone.model.parameters())
+    backbone.free_unpacked_weights()
+    assert sum(parameter.numel() for parameter in backbone.model.parameters()) < held / 3
     with torch.inference_mode():
-        after = [logits(eye, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))]
+        after = [
+            logits(backbone, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
+        ]
     assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
-    for name, own in mixed_gradients(eye).items():
+    for name, own in mixed_gradients(backbone).items():
         assert torch.equal(own, gradients[name])
     with pytest.raises(RuntimeError):
-        eye.model(images(1))
+        backbone.model(images(1))
 
 
 def test_weights_that_are_not_packed_stay() -> None:
-    eye = an_eye(torch.float32, packed=False)
-    eye.let_weights_go()
-    assert eye.model(images(1)).shape == (1, 64)
+    backbone = a_backbone(torch.float32, packed=False)
+    backbone.free_unpacked_weights()
+    assert backbone.model(images(1)).shape == (1, 64)
 
 
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
@@ -289,11 +293,11 @@ def similarity(found: Tensor, truth: Tensor) -> float:
 @needs_bfloat16
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_answers_and_gradients_are_close_and_gradients_reach_float32_parameters(kind: str) -> None:
-    wide, narrow = an_eye(torch.float32, False, **KINDS[kind]), an_eye(torch.bfloat16, True, **KINDS[kind])
+    wide, narrow = a_backbone(torch.float32, False, **KINDS[kind]), a_backbone(torch.bfloat16, True, **KINDS[kind])
     assert narrow.packed
     params = some_params(wide, "vpt_deep", (3, 0, 5))
     with torch.inference_mode():
-        found, truth = (logits(eye, images(8), "vpt_deep", params, (3, 0, 5)) for eye in (narrow, wide))
+        found, truth = (logits(backbone, images(8), "vpt_deep", params, (3, 0, 5)) for backbone in (narrow, wide))
     assert similarity(found, truth) > 0.999
     gradients = mixed_gradients(wide)
     for name, own in mixed_gradients(narrow).items():
@@ -306,12 +310,16 @@ def test_bfloat16_agrees_on_real_pictures(shared: Path) -> None:
     """DeiT-Tiny with its own ImageNet head on photographs: what half of the bits cost."""
     file = shared / "weights" / "deit_tiny_patch16_224.fp16.safetensors"
     state = load_file(file)
-    wide, narrow = (eyes.load("deit_tiny_patch16_224", file, device="cpu", dtype=d) for d in ("float32", "bfloat16"))
+    wide, narrow = (
+        backbones.load("deit_tiny_patch16_224", file, device="cpu", dtype=d) for d in ("float32", "bfloat16")
+    )
     pixels = photographs(sorted((shared / "datasets" / "trashnet").rglob("*.jpg"))[::40][:24])
     with torch.inference_mode():
         found, truth = (
-            vit.head(vit.forward(eye, vit.embed(eye, pixels.to(eye.dtype)), Plain()).float(), *head(state))
-            for eye in (narrow, wide)
+            vit.head(
+                vit.forward(backbone, vit.embed(backbone, pixels.to(backbone.dtype)), Plain()).float(), *head(state)
+            )
+            for backbone in (narrow, wide)
         )
     assert (found - truth).abs().max() < 0.05 * (truth.max() - truth.min())
     assert (found.argmax(1) == truth.argmax(1)).float().mean() >= 0.85
@@ -334,15 +342,16 @@ def photographs(files: Sequence[Path]) -> Tensor:
 COUNT = """
 import os, torch, timm
 torch.set_num_threads(1)
-from server.engine import backbone, vit
+from server.engine import backbone as backbones
+    from server.engine import vit
 from server.engine.lens import Plain
 def threads(): return len(os.listdir("/proc/self/task"))
 before = threads()
 for dtype in ("float32", "bfloat16"):
-    eye = backbone.load("untrained", device="cpu", dtype=dtype)
-    x = vit.embed(eye, torch.randn(16, 3, 96, 96, dtype=eye.dtype)).requires_grad_()
-    vit.forward(eye, x, Plain()).float().sum().backward()
-    print(dtype, eye.packed, threads() - before)
+    backbone = backbones.load("untrained", device="cpu", dtype=dtype)
+    x = vit.embed(backbone, torch.randn(16, 3, 96, 96, dtype=backbone.dtype)).requires_grad_()
+    vit.forward(backbone, x, Plain()).float().sum().backward()
+    print(dtype, backbone.packed, threads() - before)
 """
 
 

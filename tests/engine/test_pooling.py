@@ -22,7 +22,7 @@ from server.methods.partial import Partial
 from server.methods.pooling import lowered
 from server.methods.registry import Registry
 from server.training import frozen
-from tests.engine.golden_cases import Bench, backbone
+from tests.engine.golden_cases import Bench, golden_backbone
 from tests.engine.test_fit import SPLITS, fitted
 from tests.engine.test_methods import bundle
 from tests.engine.test_packed import SMALL, images
@@ -39,7 +39,7 @@ LENGTHS = (3, 0, 5)
 METHODS = ("vpt_deep", "vpt_shallow", "prompt_bias", "cvpt", "lora", "bias", "linear", "mlp")
 
 
-def an_eye(kind: str) -> Backbone:
+def a_backbone(kind: str) -> Backbone:
     torch.manual_seed(0)
     arch, options = BACKBONES[kind]
     model = timm.create_model(arch, **SMALL, **options)
@@ -48,61 +48,63 @@ def an_eye(kind: str) -> Backbone:
     return Backbone.of(arch, model, dtype=torch.float64)
 
 
-def pools_of(eye: Backbone) -> list[Pool | None]:
-    return [None, *(pool for pool in CHOSEN if pool != "cls" or eye.spec.class_tokens)]
+def pools_of(backbone: Backbone) -> list[Pool | None]:
+    return [None, *(pool for pool in CHOSEN if pool != "cls" or backbone.spec.class_tokens)]
 
 
-def drawn(eye: Backbone, method: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Params, tuple[int, ...]]:
+def drawn(backbone: Backbone, method: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Params, tuple[int, ...]]:
     own = Registry().get(method)
-    possible = own.prompt_lengths(eye.spec, 1)
+    possible = own.prompt_lengths(backbone.spec, 1)
     lengths = tuple(length * some for length, some in zip(lengths, possible, strict=True))
     generator = torch.Generator().manual_seed(2)
-    shapes = own.shapes(eye.spec, lengths, 5)
+    shapes = own.shapes(backbone.spec, lengths, 5)
     return {name: 0.3 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}, lengths
 
 
-def a_lens(eye: Backbone, method: str, pool: Pool | None, lengths: tuple[int, ...] = LENGTHS) -> Lens:
-    params, own = drawn(eye, method, lengths)
-    return lowered(Registry().get(method), eye, params, own, pool)
+def a_lens(backbone: Backbone, method: str, pool: Pool | None, lengths: tuple[int, ...] = LENGTHS) -> Lens:
+    params, own = drawn(backbone, method, lengths)
+    return lowered(Registry().get(method), backbone, params, own, pool)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_all_poolings_of_all_methods_in_one_batch_are_the_literal_ones(kind: str) -> None:
-    eye, pixels = an_eye(kind), images(2).double()
-    bench = Bench(eye)
-    tasks = [(method, pool) for method in METHODS for pool in pools_of(eye)]
+    backbone, pixels = a_backbone(kind), images(2).double()
+    bench = Bench(backbone)
+    tasks = [(method, pool) for method in METHODS for pool in pools_of(backbone)]
     with torch.inference_mode():
-        work = [(row, bench.seat(a_lens(eye, *task)), task) for task in tasks for row in range(2)]
+        work = [(row, bench.seat(a_lens(backbone, *task)), task) for task in tasks for row in range(2)]
         random.Random(0).shuffle(work)
-        answers = bench.engine.logits(vit.embed(eye, pixels), [(row, seat) for row, seat, _ in work])
+        answers = bench.engine.logits(vit.embed(backbone, pixels), [(row, seat) for row, seat, _ in work])
         for (row, _, (method, pool)), found in zip(work, answers, strict=True):
-            truth = reference.logits(method, eye, pixels, *drawn(eye, method), pool=pool)[row]
+            truth = reference.logits(method, backbone, pixels, *drawn(backbone, method), pool=pool)[row]
             torch.testing.assert_close(found, truth, atol=1e-9, rtol=0, msg=f"{method} {pool}")
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_prompts_that_are_pooled_may_be_ragged(kind: str) -> None:
     """Rows of one lane whose prompts differ in number: what is filled up counts neither as a key nor in the mean."""
-    eye, pixels = an_eye(kind), images(1).double()
-    bench = Bench(eye)
+    backbone, pixels = a_backbone(kind), images(1).double()
+    bench = Bench(backbone)
     tasks = [(method, lengths) for method in ("vpt_deep", "vpt_shallow") for lengths in ((3, 0, 5), (7, 2, 1))]
     with torch.inference_mode():
-        seats = [bench.seat(a_lens(eye, method, "image_and_prompts", own)) for method, own in tasks]
-        answers = bench.engine.logits(vit.embed(eye, pixels), [(0, seat) for seat in seats])
+        seats = [bench.seat(a_lens(backbone, method, "image_and_prompts", own)) for method, own in tasks]
+        answers = bench.engine.logits(vit.embed(backbone, pixels), [(0, seat) for seat in seats])
         for (method, own), found in zip(tasks, answers, strict=True):
-            truth = reference.logits(method, eye, pixels, *drawn(eye, method, own), pool="image_and_prompts")[0]
+            truth = reference.logits(method, backbone, pixels, *drawn(backbone, method, own), pool="image_and_prompts")[
+                0
+            ]
             torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "prompt_bias"])
 @pytest.mark.parametrize("kind", ["class token", "MAE", "attention"])
 def test_the_gradients_are_the_literal_ones(kind: str, method: str) -> None:
-    eye, pixels, (params, lengths) = an_eye(kind), images(2).double(), drawn(an_eye(kind), method)
+    backbone, pixels, (params, lengths) = a_backbone(kind), images(2).double(), drawn(a_backbone(kind), method)
     found, expected = ({k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2))
-    lens = lowered(Registry().get(method), eye, found, lengths, "image_and_prompts")
-    logits = vit.classify(vit.forward(eye, vit.embed(eye, pixels), condition(lens, 2)), lens)
+    lens = lowered(Registry().get(method), backbone, found, lengths, "image_and_prompts")
+    logits = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 2)), lens)
     (logits**2).sum().backward()
-    (reference.logits(method, eye, pixels, expected, lengths, pool="image_and_prompts") ** 2).sum().backward()
+    (reference.logits(method, backbone, pixels, expected, lengths, pool="image_and_prompts") ** 2).sum().backward()
     for name, own in expected.items():
         torch.testing.assert_close(found[name].grad, own.grad, atol=1e-9 * float(own.grad.abs().max()), rtol=1e-7)
 
@@ -110,72 +112,74 @@ def test_the_gradients_are_the_literal_ones(kind: str, method: str) -> None:
 def test_it_is_what_the_official_code_makes_of_mae() -> None:
     """[CLS | p prompts | patches]; each layer's prompts replace those before; the mean over all tokens but the class
     token, the last layer's prompts included; then the norm (facts of KMnP/vpt, vit_mae.py), on timm's own modules."""
-    eye, pixels = an_eye("MAE"), images(3).double()
-    model, lengths = eye.model, (4, 4, 4)
-    params, _ = drawn(eye, "vpt_deep", lengths)
+    backbone, pixels = a_backbone("MAE"), images(3).double()
+    model, lengths = backbone.model, (4, 4, 4)
+    params, _ = drawn(backbone, "vpt_deep", lengths)
     with torch.inference_mode():
         x = model._pos_embed(model.patch_embed(pixels))
         for index, (block, prompts) in enumerate(zip(model.blocks, params["prompts"].split(4), strict=True)):
             x = torch.cat((x[:, :1], prompts.expand(3, -1, -1), x[:, 1 + 4 * (index > 0) :]), dim=1)
             x = block(x)
         truth = model.fc_norm(x[:, 1:].mean(1)) @ params["head.weight"].T + params["head.bias"]
-        lens = lowered(Registry().get("vpt_deep"), eye, params, lengths, "image_and_prompts")
-        found = vit.classify(vit.forward(eye, vit.embed(eye, pixels), condition(lens, 3)), lens)
-        own = vit.classify(vit.forward(eye, vit.embed(eye, pixels), condition(replace(lens, pool="image"), 3)), lens)
+        lens = lowered(Registry().get("vpt_deep"), backbone, params, lengths, "image_and_prompts")
+        found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
+        own = vit.classify(
+            vit.forward(backbone, vit.embed(backbone, pixels), condition(replace(lens, pool="image"), 3)), lens
+        )
     torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
     assert (own - truth).abs().max() > 1e-3, "the prompts' outputs count"
 
 
 def test_prompt_dropout_reaches_the_prompts_that_are_pooled() -> None:
     """Prompts that differ from row to row [B, Σp, D]: each row as if it were alone."""
-    eye, pixels = an_eye("MAE"), images(3).double()
-    params, lengths = drawn(eye, "vpt_deep")
+    backbone, pixels = a_backbone("MAE"), images(3).double()
+    params, lengths = drawn(backbone, "vpt_deep")
     keep = torch.rand(3, *params["prompts"].shape, generator=torch.Generator().manual_seed(1)) > 0.3
     rows = {**params, "prompts": params["prompts"] * keep}
     with torch.inference_mode():
-        lens = lowered(Registry().get("vpt_deep"), eye, rows, lengths, "image_and_prompts")
-        found = vit.classify(vit.forward(eye, vit.embed(eye, pixels), condition(lens, 3)), lens)
+        lens = lowered(Registry().get("vpt_deep"), backbone, rows, lengths, "image_and_prompts")
+        found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
         for row in range(3):
             alone = {**params, "prompts": rows["prompts"][row]}
             one = pixels[row : row + 1]
-            truth = reference.logits("vpt_deep", eye, one, alone, lengths, pool="image_and_prompts")
+            truth = reference.logits("vpt_deep", backbone, one, alone, lengths, pool="image_and_prompts")
             torch.testing.assert_close(found[row : row + 1], truth, atol=1e-9, rtol=0)
 
 
 def test_a_class_tokens_rows_ask_the_last_block_for_one_token_whatever_their_neighbours_ask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    eye = an_eye("class token")
-    bench, seen = Bench(eye), []
-    seats = [bench.seat(a_lens(eye, "vpt_deep", pool)) for pool in (None, "image", "image_and_prompts")]
+    backbone = a_backbone("class token")
+    bench, seen = Bench(backbone), []
+    seats = [bench.seat(a_lens(backbone, "vpt_deep", pool)) for pool in (None, "image", "image_and_prompts")]
     after_attention = FrozenBlock.after_attention
 
     def note(self: FrozenBlock, x: Tensor, mixed: Tensor) -> Tensor:
-        if self is eye.blocks[-1]:
+        if self is backbone.blocks[-1]:
             seen.append(len(x))
         return after_attention(self, x, mixed)
 
     monkeypatch.setattr(FrozenBlock, "after_attention", note)
-    x = vit.embed(eye, images(2).double())
-    tokens, prompts = eye.spec.tokens, LENGTHS[-1]
+    x = vit.embed(backbone, images(2).double())
+    tokens, prompts = backbone.spec.tokens, LENGTHS[-1]
     for asked, count in ([0], 1), ([0, 1], 1 + tokens), ([0, 1, 2], 1 + tokens + tokens + prompts):
         bench.engine.logits(x, [(row, seats[n]) for n in asked for row in range(2)])
         assert seen.pop() == 2 * count
 
 
 def test_heads_that_read_alike_share_a_trunk_and_others_do_not() -> None:
-    eye = an_eye("class token")
-    bench = Bench(eye)
-    keys = [bench.engine._trunk_key(bench.seat(a_lens(eye, *task))) for task in (
+    backbone = a_backbone("class token")
+    bench = Bench(backbone)
+    keys = [bench.engine._trunk_key(bench.seat(a_lens(backbone, *task))) for task in (
         ("linear", None), ("mlp", "cls"), ("linear", "image"), ("mlp", "image_and_prompts"),
     )]  # fmt: skip
     assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_seats_of_different_lanes_cannot_be_gathered_together() -> None:
-    eye = an_eye("class token")
-    bench = Bench(eye)
-    seats = [bench.seat(a_lens(eye, "vpt_deep", pool)) for pool in ("cls", "image")]
+    backbone = a_backbone("class token")
+    bench = Bench(backbone)
+    seats = [bench.seat(a_lens(backbone, "vpt_deep", pool)) for pool in ("cls", "image")]
     with pytest.raises(ValueError, match="expected seats of one lane"):
         bench.rack.gather([seat.place for seat in seats])
 
@@ -183,10 +187,10 @@ def test_seats_of_different_lanes_cannot_be_gathered_together() -> None:
 @pytest.mark.parametrize("pool", CHOSEN)
 @pytest.mark.parametrize("method", ["linear", "vpt_deep", "vpt_shallow", "prompt_bias"])
 def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool: Pool) -> None:
-    eye = an_eye("registers")
-    own, x = condition(a_lens(eye, method, pool), 1), vit.embed(eye, images(1).double())
-    seen = attention_maps.trace(eye, x.clone(), own)
-    np.testing.assert_allclose(seen.features, vit.forward(eye, x, own)[0].numpy(), atol=1e-12, rtol=0)
+    backbone = a_backbone("registers")
+    own, x = condition(a_lens(backbone, method, pool), 1), vit.embed(backbone, images(1).double())
+    seen = attention_maps.trace(backbone, x.clone(), own)
+    np.testing.assert_allclose(seen.features, vit.forward(backbone, x, own)[0].numpy(), atol=1e-12, rtol=0)
     for looked in (seen.last, seen.rollout):
         assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
         assert (looked.prompts > 0) is (method != "linear")
@@ -197,12 +201,12 @@ def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool:
 
 @pytest.mark.parametrize(("method", "pool"), [("vpt_deep", "image_and_prompts"), ("linear", "image")])
 def test_the_served_answers_are_those_that_were_fitted(method: str, pool: Pool) -> None:
-    eye, registry = backbone("vit_nano", 101, torch.float32), Registry()
-    found = fitted(eye, method, pool=pool, epochs=4)
+    backbone, registry = golden_backbone("vit_nano", 101, torch.float32), Registry()
+    found = fitted(backbone, method, pool=pool, epochs=4)
     assert found.recipe.to_json()["pool"] == pool
     told = {"labels": ("a", "b", "c"), "prompt_lengths": found.prompt_lengths, "tensors": found.params, "pool": pool}
-    loaded, bench = registry.load(bundle(eye, method, **told), eye), Bench(eye)
-    seat = bench.seat(loaded.lens, eye.spec.preprocess.mean[0], eye.spec.preprocess.std[0])
+    loaded, bench = registry.load(bundle(backbone, method, **told), backbone), Bench(backbone)
+    seat = bench.seat(loaded.lens, backbone.spec.preprocess.mean[0], backbone.spec.preprocess.std[0])
     rows = bench.engine.run([(image, seat) for image in SPLITS.val.images.read(np.arange(30))])
     right = np.mean([row.argmax() for row in rows] == SPLITS.val.targets)
     assert right == pytest.approx(found.metrics["val_accuracy"], abs=1e-6)
@@ -210,56 +214,56 @@ def test_the_served_answers_are_those_that_were_fitted(method: str, pool: Pool) 
 
 
 def test_frozen_features_are_kept_apart_by_pooling() -> None:
-    eye = backbone("vit_nano", 101, torch.float32)
-    kept = frozen.FrozenFeatures(eye)
-    assert kept._what(eye.spec.depth, None) != kept._what(eye.spec.depth, "image")
+    backbone = golden_backbone("vit_nano", 101, torch.float32)
+    kept = frozen.FrozenFeatures(backbone)
+    assert kept._what(backbone.spec.depth, None) != kept._what(backbone.spec.depth, "image")
     assert kept._what(1, None) == kept._what(1, "image"), "tokens are the same whatever is read of them later"
 
 
 def test_a_class_token_that_is_not_there_cannot_be_read() -> None:
-    eye = an_eye("no class token")
+    backbone = a_backbone("no class token")
     with pytest.raises(ServiceError, match="reads the class token, backbone vit_tiny_patch16_224 has none") as caught:
-        fitted(eye, "linear", pool="cls")
+        fitted(backbone, "linear", pool="cls")
     assert caught.value.code == "invalid_request"
     with pytest.raises(ServiceError, match="the bundle's pool 'cls'") as caught:
-        Registry().check(bundle(eye, "linear", pool="cls"), eye.spec)
+        Registry().check(bundle(backbone, "linear", pool="cls"), backbone.spec)
     assert caught.value.code == "bad_bundle"
 
 
 def test_a_reader_has_a_token_of_its_own_to_be_read() -> None:
-    eye = an_eye("class token")
+    backbone = a_backbone("class token")
     with pytest.raises(ServiceError, match="method readonly reads with a class token of its own"):
-        a_lens(eye, "readonly", "image")
-    assert a_lens(eye, "readonly", "image", (0, 0, 0)).pool == "image", "without prompts there are no readers"
+        a_lens(backbone, "readonly", "image")
+    assert a_lens(backbone, "readonly", "image", (0, 0, 0)).pool == "image", "without prompts there are no readers"
 
 
 def test_heads_of_other_poolings_do_not_take_the_feature_that_readers_run() -> None:
     """Readers' trunk gives head-only rows the backbone's own feature; a head that reads the image runs beside it."""
-    eye, pixels = an_eye("class token"), images(2).double()
-    bench, tasks = Bench(eye), [("readonly", None), ("linear", None), ("linear", "image")]
+    backbone, pixels = a_backbone("class token"), images(2).double()
+    bench, tasks = Bench(backbone), [("readonly", None), ("linear", None), ("linear", "image")]
     with torch.inference_mode():
-        seats = [bench.seat(a_lens(eye, *task)) for task in tasks]
-        answers = bench.engine.logits(vit.embed(eye, pixels), [(row, seat) for seat in seats for row in range(2)])
+        seats = [bench.seat(a_lens(backbone, *task)) for task in tasks]
+        answers = bench.engine.logits(vit.embed(backbone, pixels), [(row, seat) for seat in seats for row in range(2)])
         for n, (method, pool) in enumerate(tasks):
-            truth = reference.logits(method, eye, pixels, *drawn(eye, method), pool=pool)
+            truth = reference.logits(method, backbone, pixels, *drawn(backbone, method), pool=pool)
             torch.testing.assert_close(torch.stack(answers[2 * n : 2 * n + 2]), truth, atol=1e-9, rtol=0)
 
 
 def test_a_recipes_word_for_the_backbones_own_pooling_changes_nothing() -> None:
-    eye = an_eye("class token")
-    assert a_lens(eye, "linear", "cls").pool is None
-    assert a_lens(eye, "cvpt", "image_and_prompts").pool == "image", "its prompts have no outputs"
-    assert a_lens(eye, "vpt_deep", "image_and_prompts", (3, 4, 0)).pool == "image"
-    x = vit.embed(eye, images(1).double())
-    assert torch.equal(vit.forward(eye, x, Plain()), vit.forward(eye, x, Plain("cls")))
+    backbone = a_backbone("class token")
+    assert a_lens(backbone, "linear", "cls").pool is None
+    assert a_lens(backbone, "cvpt", "image_and_prompts").pool == "image", "its prompts have no outputs"
+    assert a_lens(backbone, "vpt_deep", "image_and_prompts", (3, 4, 0)).pool == "image"
+    x = vit.embed(backbone, images(1).double())
+    assert torch.equal(vit.forward(backbone, x, Plain()), vit.forward(backbone, x, Plain("cls")))
 
 
 @pytest.mark.parametrize("kind", ["class token", "MAE", "distilled", "attention"])
 def test_a_baselines_last_blocks_pool_as_the_backbone_does(kind: str) -> None:
     """Before its first step `partial` is the backbone with a fresh head."""
-    eye, pixels = an_eye(kind), images(2).double()
-    model = Partial(1).model(eye, 3, torch.Generator().manual_seed(0))
+    backbone, pixels = a_backbone(kind), images(2).double()
+    model = Partial(1).model(backbone, 3, torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        x = vit.embed(eye, pixels)
-        found = model(None, vit.tokens_at(eye, x, eye.spec.depth - 1))
-        torch.testing.assert_close(found, model.head(vit.forward(eye, x, Plain())), atol=1e-9, rtol=0)
+        x = vit.embed(backbone, pixels)
+        found = model(None, vit.tokens_at(backbone, x, backbone.spec.depth - 1))
+        torch.testing.assert_close(found, model.head(vit.forward(backbone, x, Plain())), atol=1e-9, rtol=0)

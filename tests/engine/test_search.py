@@ -21,7 +21,7 @@ from server.training.fit import Fitted
 from server.training.progress import Progress
 from server.training.recipe import Recipe
 from server.training.search import searching
-from tests.engine.golden_cases import backbone
+from tests.engine.golden_cases import golden_backbone
 from tests.engine.test_fit import SPLITS, stripes
 
 ALL = ("linear", "vpt_deep", "vpt_shallow")
@@ -29,19 +29,19 @@ SHORT = {"epochs": 6, "batch_size": 20, "prompts": 4}
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
-    return backbone("vit_nano", 101, torch.float32)
+def backbone() -> Backbone:
+    return golden_backbone("vit_nano", 101, torch.float32)
 
 
-def searched(eye: Backbone, methods: tuple[str, ...] = ALL, **rest: Any) -> Fitted:
+def searched(backbone: Backbone, methods: tuple[str, ...] = ALL, **rest: Any) -> Fitted:
     own = [Registry().get(name) for name in methods]
     fixed = rest.pop("fixed", SHORT)
-    return alone(eye, searching(eye, own, SPLITS, 3, fixed, **{"budget": 2000, **rest}))
+    return alone(backbone, searching(backbone, own, SPLITS, 3, fixed, **{"budget": 2000, **rest}))
 
 
 @pytest.fixture(scope="module")
-def found(eye: Backbone) -> Fitted:
-    return searched(eye)
+def found(backbone: Backbone) -> Fitted:
+    return searched(backbone)
 
 
 def test_it_finds_a_recipe_that_learns(found: Fitted) -> None:
@@ -63,14 +63,14 @@ def test_what_was_tried_is_told(found: Fitted) -> None:
 
 
 @pytest.mark.parametrize("budget", [400, 1000, 5000])
-def test_the_budget_is_kept(eye: Backbone, budget: int) -> None:
-    told = searched(eye, budget=budget).metrics["search"]
+def test_the_budget_is_kept(backbone: Backbone, budget: int) -> None:
+    told = searched(backbone, budget=budget).metrics["search"]
     assert told["forward_passes"] <= 1.1 * budget  # a trial runs for whole epochs
     assert told["budget"] == budget
 
 
-def test_the_same_seed_finds_the_same(eye: Backbone, found: Fitted) -> None:
-    again = searched(eye)
+def test_the_same_seed_finds_the_same(backbone: Backbone, found: Fitted) -> None:
+    again = searched(backbone)
     assert again.metrics == found.metrics
     for name, value in found.params.items():
         np.testing.assert_array_equal(value, again.params[name])
@@ -85,22 +85,22 @@ def test_the_best_of_each_method_goes_on_and_then_the_next_best() -> None:
     assert search._survivors(ranked, 9) == ranked
 
 
-def test_fixed_fields_are_not_searched(eye: Backbone) -> None:
-    told = searched(eye, ("vpt_deep",), fixed={**SHORT, "lr": 0.01}).metrics["search"]["trials"]
+def test_fixed_fields_are_not_searched(backbone: Backbone) -> None:
+    told = searched(backbone, ("vpt_deep",), fixed={**SHORT, "lr": 0.01}).metrics["search"]["trials"]
     assert {(trial["lr"], trial["prompts"]) for trial in told} == {(0.01, 4)}
-    told = searched(eye, ("vpt_deep",), fixed={**SHORT, "optimizer": "sgd"}).metrics["search"]["trials"]
+    told = searched(backbone, ("vpt_deep",), fixed={**SHORT, "optimizer": "sgd"}).metrics["search"]["trials"]
     assert {trial["optimizer"] for trial in told} == {"sgd"}
 
 
-def test_a_search_among_heads_only(eye: Backbone) -> None:
-    found = searched(eye, ("linear",))
+def test_a_search_among_heads_only(backbone: Backbone) -> None:
+    found = searched(backbone, ("linear",))
     assert found.method.name == "linear"
     assert {trial["rung"] for trial in found.metrics["search"]["trials"]} == {0}
 
 
 @pytest.mark.parametrize("when", ["among the heads", "in a rung", "in the full fit"])
 def test_an_interrupted_search_that_is_resumed_ends_with_the_same_bits(
-    eye: Backbone, found: Fitted, when: str, tmp_path: Path
+    backbone: Backbone, found: Fitted, when: str, tmp_path: Path
 ) -> None:
     class PowerCutError(Exception):
         pass
@@ -116,11 +116,11 @@ def test_an_interrupted_search_that_is_resumed_ends_with_the_same_bits(
 
     file = tmp_path / "job.safetensors"
     with pytest.raises(PowerCutError):
-        searched(eye, watch=cut, keep=lambda state: checkpoint.write(file, state))
+        searched(backbone, watch=cut, keep=lambda state: checkpoint.write(file, state))
     state = checkpoint.read(file)
     assert isinstance(state, Checkpoint)
     trials: list[int] = []
-    again = searched(eye, resume=state, watch=lambda progress: trials.append(progress.trial))
+    again = searched(backbone, resume=state, watch=lambda progress: trials.append(progress.trial))
     assert min((trial for trial in trials if trial), default=99) > len(state.trials)
     assert again.metrics == found.metrics
     for name, value in found.params.items():
@@ -132,24 +132,24 @@ def with_candidates(*candidates: dict[str, Any]) -> Method:
     return own
 
 
-def test_a_candidate_that_diverges_is_noted_and_passed_over(eye: Backbone) -> None:
+def test_a_candidate_that_diverges_is_noted_and_passed_over(backbone: Backbone) -> None:
     method = with_candidates({"lr": 1e30, "optimizer": "sgd"}, {"lr": 0.01})
-    found = alone(eye, searching(eye, [method], SPLITS, 3, SHORT, budget=1000))
+    found = alone(backbone, searching(backbone, [method], SPLITS, 3, SHORT, budget=1000))
     wild = [trial for trial in found.metrics["search"]["trials"] if trial["lr"] == 1e30]
     assert [trial["val_nll"] for trial in wild] == [None]
     assert found.recipe.lr == 0.01
 
 
-def test_a_head_that_is_better_after_all_is_kept(eye: Backbone) -> None:
+def test_a_head_that_is_better_after_all_is_kept(backbone: Backbone) -> None:
     method = with_candidates({"lr": 1e-9}, {"lr": 2e-9})
-    found = alone(eye, searching(eye, [Registry().get("linear"), method], SPLITS, 3, SHORT, budget=1000))
+    found = alone(backbone, searching(backbone, [Registry().get("linear"), method], SPLITS, 3, SHORT, budget=1000))
     assert found.method.name == "linear"
     assert {trial["method"] for trial in found.metrics["search"]["trials"]} == {"linear", "vpt_deep"}
 
 
-def test_progress_tells_trials_and_their_outcomes(eye: Backbone) -> None:
+def test_progress_tells_trials_and_their_outcomes(backbone: Backbone) -> None:
     seen: list[Progress] = []
-    found = searched(eye, watch=seen.append)
+    found = searched(backbone, watch=seen.append)
     tried = [progress.tried for progress in seen if progress.tried]
     assert tried == found.metrics["search"]["trials"]
     assert {progress.trials for progress in seen if progress.trial} == {len(tried)}
@@ -157,10 +157,10 @@ def test_progress_tells_trials_and_their_outcomes(eye: Backbone) -> None:
     assert sum(progress.epoch_ended for progress in seen) >= found.recipe.epochs
 
 
-def test_small_data_are_fitted_for_longer(eye: Backbone) -> None:
+def test_small_data_are_fitted_for_longer(backbone: Backbone) -> None:
     own = [Registry().get("vpt_deep")]
-    few = search._Plan.of(eye, own, Splits(stripes(100, 1), SPLITS.val, None), {}, 30_000)
-    many = search._Plan.of(eye, own, Splits(stripes(1000, 1), SPLITS.val, None), {}, 30_000)
+    few = search._Plan.of(backbone, own, Splits(stripes(100, 1), SPLITS.val, None), {}, 30_000)
+    many = search._Plan.of(backbone, own, Splits(stripes(1000, 1), SPLITS.val, None), {}, 30_000)
     assert few.prompted[0].recipe.epochs == 96
     assert many.prompted[0].recipe.epochs == own[0].defaults["epochs"]
 
@@ -173,17 +173,17 @@ def test_a_sample_has_every_class() -> None:
     assert sample(pictures, 60, seed=0) is pictures
 
 
-def test_large_data_are_tried_in_part(eye: Backbone) -> None:
+def test_large_data_are_tried_in_part(backbone: Backbone) -> None:
     splits = Splits(stripes(300, 5), SPLITS.val, None)
     own = [Registry().get(name) for name in ALL]
-    found = alone(eye, searching(eye, own, splits, 3, SHORT, budget=600))
+    found = alone(backbone, searching(backbone, own, splits, 3, SHORT, budget=600))
     assert all(trial["images"] < 300 for trial in found.metrics["search"]["trials"] if trial["rung"] == 1)
     assert found.metrics["train_images"] == 300
 
 
-def test_a_preset_is_searched_on_its_own_grid(eye: Backbone) -> None:
+def test_a_preset_is_searched_on_its_own_grid(backbone: Backbone) -> None:
     fixed = {"preset": "vpt", "epochs": 4, "batch_size": 16, "warmup_epochs": 1, "prompts": 2}
-    found = searched(eye, ("vpt_deep",), fixed=fixed, budget=1500)
+    found = searched(backbone, ("vpt_deep",), fixed=fixed, budget=1500)
     trials = found.metrics["search"]["trials"]
     assert {trial["optimizer"] for trial in trials} == {"sgd"}
     first = [trial["lr"] for trial in trials if trial["rung"] == 1][:3]
@@ -191,7 +191,9 @@ def test_a_preset_is_searched_on_its_own_grid(eye: Backbone) -> None:
     assert found.recipe.optimizer == "sgd"
 
 
-def test_what_nobody_suggested_is_tried_as_it_is_asked_for(eye: Backbone) -> None:
-    found = searched(eye, ("linear", "vpt_deep"), fixed={**SHORT, "preset": "vpt", "optimizer": "adamw", "lr": 0.01})
+def test_what_nobody_suggested_is_tried_as_it_is_asked_for(backbone: Backbone) -> None:
+    found = searched(
+        backbone, ("linear", "vpt_deep"), fixed={**SHORT, "preset": "vpt", "optimizer": "adamw", "lr": 0.01}
+    )
     assert {trial["optimizer"] for trial in found.metrics["search"]["trials"]} == {"adamw"}
     assert found.recipe.weight_decay == 1e-3, "the preset's"

@@ -17,46 +17,48 @@ from server.methods.method import Method
 from server.methods.registry import METHODS, Registry
 from server.training import checkpoint, token_init
 from server.training.co_batching import alone
-from server.training.data import InMemory, Pictures
+from server.training.data import InMemory, LabelledImages
 from server.training.fit import Fitted, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from server.training.search import searching
-from tests.engine.golden_cases import backbone
+from tests.engine.golden_cases import golden_backbone
 from tests.engine.test_fit import QUICK, SPLITS, stripes
 
 INITS = tuple(token_init.CHOICES)
 
 
 @pytest.fixture(scope="module")
-def eye() -> Backbone:
-    return backbone("vit_nano", 101, torch.float64)
+def backbone() -> Backbone:
+    return golden_backbone("vit_nano", 101, torch.float64)
 
 
 PROMPTED = [
-    method for method in METHODS if token_init.has_prompts(method, backbone("vit_nano", 101, torch.float64).spec)
+    method for method in METHODS if token_init.has_prompts(method, golden_backbone("vit_nano", 101, torch.float64).spec)
 ]
 
 
-def tokens_of(eye: Backbone, pictures: Pictures, lengths: tuple[int, ...], seed: int = 0) -> dict[int, torch.Tensor]:
+def tokens_of(
+    backbone: Backbone, pictures: LabelledImages, lengths: tuple[int, ...], seed: int = 0
+) -> dict[int, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    frozen = FrozenFeatures(eye)
-    return alone(eye, token_init.layer_tokens(frozen, pictures, lengths, generator=generator, tick=lambda: None))
+    frozen = FrozenFeatures(backbone)
+    return alone(backbone, token_init.layer_tokens(frozen, pictures, lengths, generator=generator, tick=lambda: None))
 
 
-def literal(eye: Backbone, pictures: Pictures) -> list[torch.Tensor]:
+def literal(backbone: Backbone, pictures: LabelledImages) -> list[torch.Tensor]:
     """[B, patches, D] for each layer, as the official code says it: the patch embeddings without position before the
     first block, and behind each block its output without class token. timm's own modules, nothing of the forward."""
-    own = eye.spec.preprocess
-    pixels = torch.from_numpy(pictures.images.read(np.arange(len(pictures)))).to(eye.dtype) / 255
+    own = backbone.spec.preprocess
+    pixels = torch.from_numpy(pictures.images.read(np.arange(len(pictures)))).to(backbone.dtype) / 255
     pixels = ((pixels - torch.tensor(own.mean)) / torch.tensor(own.std)).permute(0, 3, 1, 2)
-    model = eye.model
+    model = backbone.model
     found = [model.patch_embed(pixels)]
     x = model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
     for block in model.blocks[:-1]:
         x = block(x)
-        found.append(x[:, eye.spec.prefix_tokens :])
+        found.append(x[:, backbone.spec.prefix_tokens :])
     return found
 
 
@@ -65,13 +67,13 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_they_are_the_tokens_that_enter_each_layer(eye: Backbone) -> None:
+def test_they_are_the_tokens_that_enter_each_layer(backbone: Backbone) -> None:
     pictures = stripes(7, 4)
-    found, expected = tokens_of(eye, pictures, (3, 1, 2, 4)), literal(eye, pictures)
+    found, expected = tokens_of(backbone, pictures, (3, 1, 2, 4)), literal(backbone, pictures)
     assert list(found) == [0, 1, 2, 3]
     for layer, tokens in found.items():
         whole = expected[layer].float()
-        assert tokens.shape == (7 * whole.shape[1], eye.spec.dim)
+        assert tokens.shape == (7 * whole.shape[1], backbone.spec.dim)
         for own, theirs in zip(tokens.split(whole.shape[1]), whole, strict=True):
             distance = _distance(own, theirs)  # all of a picture's tokens, in an order of their own
             assert distance.min(1).values.max() < 1e-4
@@ -79,8 +81,8 @@ def test_they_are_the_tokens_that_enter_each_layer(eye: Backbone) -> None:
 
 
 @torch.no_grad()
-def test_only_layers_with_prompts_are_looked_at(eye: Backbone) -> None:
-    every, some = tokens_of(eye, stripes(3, 4), (1, 1, 1, 1)), tokens_of(eye, stripes(3, 4), (0, 0, 1, 0))
+def test_only_layers_with_prompts_are_looked_at(backbone: Backbone) -> None:
+    every, some = tokens_of(backbone, stripes(3, 4), (1, 1, 1, 1)), tokens_of(backbone, stripes(3, 4), (0, 0, 1, 0))
     assert list(some) == [2]
     first, second = (found[2].sort(0).values for found in (every, some))
     torch.testing.assert_close(first, second)
@@ -91,13 +93,13 @@ def test_many_pictures_are_sampled_class_by_class(monkeypatch: pytest.MonkeyPatc
     seen = token_init.pictures_for(stripes(90, 4), seed=3)
     assert list(seen.targets) == sorted(seen.targets)
     assert np.bincount(seen.targets).tolist() == [10, 10, 10]
-    lonely = Pictures(InMemory(np.zeros((40, 1, 1, 3), np.uint8)), np.arange(40))
+    lonely = LabelledImages(InMemory(np.zeros((40, 1, 1, 3), np.uint8)), np.arange(40))
     assert len(token_init.pictures_for(lonely, seed=3)) == 30, "a class's last picture is never held out"
 
 
-def test_no_more_tokens_than_are_allowed(eye: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_tokens_than_are_allowed(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_init, "MOST_TOKENS", 20)
-    assert len(tokens_of(eye, stripes(5, 4), (1, 0, 0, 0))[0]) == 20
+    assert len(tokens_of(backbone, stripes(5, 4), (1, 0, 0, 0))[0]) == 20
 
 
 @settings(deadline=None, max_examples=30)
@@ -132,20 +134,20 @@ def test_k_means_finds_clusters_that_are_there() -> None:
     torch.testing.assert_close(found, means, msg="where it ends, each centre is its members' mean")
 
 
-def fitted(eye: Backbone, method: Method, **changes: object) -> Fitted:
-    return fit(eye, method, SPLITS, 3, resolve(method.defaults, {**QUICK, "epochs": 2, **changes}))
+def fitted(backbone: Backbone, method: Method, **changes: object) -> Fitted:
+    return fit(backbone, method, SPLITS, 3, resolve(method.defaults, {**QUICK, "epochs": 2, **changes}))
 
 
 BEGINNINGS = [(method, "tokens") for method in PROMPTED] + [(Registry().get("vpt_deep"), how) for how in INITS[1:]]
 
 
 @pytest.mark.parametrize(("method", "how"), BEGINNINGS, ids=lambda one: getattr(one, "name", one))
-def test_a_fit_begins_with_them_and_repeats_itself(eye: Backbone, method: Method, how: str) -> None:
-    first, second, plain = (fitted(eye, method, init=init, epochs=1, lr=1e-12) for init in (how, how, "uniform"))
+def test_a_fit_begins_with_them_and_repeats_itself(backbone: Backbone, method: Method, how: str) -> None:
+    first, second, plain = (fitted(backbone, method, init=init, epochs=1, lr=1e-12) for init in (how, how, "uniform"))
     np.testing.assert_array_equal(first.params["prompts"], second.params["prompts"])
     assert first.metrics == second.metrics
     seen = token_init.pictures_for(SPLITS.train, 0)
-    pool = torch.cat([tokens.flatten(0, 1) for tokens in literal(eye, seen)]).detach().float()
+    pool = torch.cat([tokens.flatten(0, 1) for tokens in literal(backbone, seen)]).detach().float()
     prompts = torch.from_numpy(first.params["prompts"])
     if how == "tokens":
         assert _distance(prompts, pool).min(1).values.max() < 1e-3
@@ -153,7 +155,7 @@ def test_a_fit_begins_with_them_and_repeats_itself(eye: Backbone, method: Method
     assert first.metrics["forward_passes"] == plain.metrics["forward_passes"] + len(seen)
 
 
-def test_an_interrupted_fit_goes_on_from_them(eye: Backbone, tmp_path: Path) -> None:
+def test_an_interrupted_fit_goes_on_from_them(backbone: Backbone, tmp_path: Path) -> None:
     class PowerCutError(Exception):
         pass
 
@@ -163,32 +165,32 @@ def test_an_interrupted_fit_goes_on_from_them(eye: Backbone, tmp_path: Path) -> 
 
     own, file = Registry().get("vpt_deep"), tmp_path / "job.safetensors"
     recipe = resolve(own.defaults, {**QUICK, "epochs": 3, "init": "tokens_kmeans", "prompt_dropout": 0.2})
-    undisturbed = fit(eye, own, SPLITS, 3, recipe)
+    undisturbed = fit(backbone, own, SPLITS, 3, recipe)
     with pytest.raises(PowerCutError):
-        fit(eye, own, SPLITS, 3, recipe, watch=cut, keep=lambda state: checkpoint.write(file, state))
-    resumed = fit(eye, own, SPLITS, 3, recipe, resume=checkpoint.read(file))
+        fit(backbone, own, SPLITS, 3, recipe, watch=cut, keep=lambda state: checkpoint.write(file, state))
+    resumed = fit(backbone, own, SPLITS, 3, recipe, resume=checkpoint.read(file))
     for name, value in undisturbed.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])
     assert undisturbed.metrics == resumed.metrics
 
 
-def test_methods_without_prompts_refuse_and_say_so(eye: Backbone) -> None:
+def test_methods_without_prompts_refuse_and_say_so(backbone: Backbone) -> None:
     assert {method.name for method in PROMPTED} >= {"vpt_deep", "vpt_shallow", "cvpt", "prompt_bias"}
     for name in ("linear", "lora", "memory"):
         with pytest.raises(ServiceError, match=f"init 'tokens': expected a method with prompts, got {name}"):
-            fitted(eye, Registry().get(name), init="tokens")
+            fitted(backbone, Registry().get(name), init="tokens")
 
 
-def test_no_prompts_are_no_tokens(eye: Backbone) -> None:
-    assert fitted(eye, Registry().get("vpt_deep"), init="tokens", prompts=0).params["prompts"].shape == (
+def test_no_prompts_are_no_tokens(backbone: Backbone) -> None:
+    assert fitted(backbone, Registry().get("vpt_deep"), init="tokens", prompts=0).params["prompts"].shape == (
         0,
-        eye.spec.dim,
+        backbone.spec.dim,
     )
 
 
-def test_a_search_holds_to_it_where_there_are_prompts(eye: Backbone) -> None:
+def test_a_search_holds_to_it_where_there_are_prompts(backbone: Backbone) -> None:
     methods = [Registry().get(name) for name in ("linear", "vpt_deep")]
     fixed = {"epochs": 2, "batch_size": 20, "prompts": 2, "init": "tokens", "lr": 0.01, "optimizer": "adamw"}
-    found = alone(eye, searching(eye, methods, SPLITS, 3, fixed, budget=400))
+    found = alone(backbone, searching(backbone, methods, SPLITS, 3, fixed, budget=400))
     assert {trial["method"] for trial in found.metrics["search"]["trials"]} == {"linear", "vpt_deep"}
     assert found.recipe.init == ("tokens" if found.method.name == "vpt_deep" else "uniform")

@@ -30,7 +30,7 @@ from server.datasets.formats.manifests import Manifests
 from server.datasets.upload_store import UploadStore
 from server.jobs.job import new_id
 from server.jobs.sqlite_store import SqliteJobStore
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from tests.unit.api_server import Api, assert_problem, serving
 from tests.unit.serving import Shelf, bundle, png, publish
 
@@ -178,7 +178,7 @@ def test_no_route_tells_what_is_theirs_from_what_does_not_exist(house: House) ->
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts what is asked of every store, within them too, and which folders and files are looked at."""
     done: Counter[str] = Counter()
-    monkeypatch.setattr(KeyRing, "refresh", keys_stay)  # it looks at the keys once a second, whoever asks then
+    monkeypatch.setattr(Authenticator, "refresh", keys_stay)  # it looks at the keys once a second, whoever asks then
     for store in (MemoryStore, SqliteJobStore, DatasetStore, Manifests, UploadStore, FeedbackStore, Shelf):
         for name, method in list(vars(store).items()):
             if inspect.isfunction(method) and not name.startswith("__"):
@@ -188,8 +188,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return done
 
 
-async def keys_stay(ring: KeyRing, max_age_s: float = 0) -> None:
-    """Instead of `KeyRing.refresh`."""
+async def keys_stay(ring: Authenticator, max_age_s: float = 0) -> None:
+    """Instead of `Authenticator.refresh`."""
 
 
 def counting(method: Callable[..., Any], name: str, done: Counter[str]) -> Callable[..., Any]:

@@ -19,21 +19,23 @@ from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
 from server.api.middleware.connections import limited
-from server.api.tenancy import narrowing
+from server.api.tenancy import scoping
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict
 from server.importing.format import Width
-from server.importing.importer import Eye, Importer
+from server.importing.importer import Importer, RunningBackbone
 from server.jobs.sqlite_store import SqliteJobStore
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.keys_file import KeysFile
 from server.keys.url import open_keys
 from server.settings import Settings
 from tests.unit.serving import FINGERPRINT, MANIFEST, Floor
 
-EYE = Eye("stand-in", FINGERPRINT, Width(dim=4, depth=1, names={}), MANIFEST.preprocess, lambda arrays: FINGERPRINT)
+BACKBONE = RunningBackbone(
+    "stand-in", FINGERPRINT, Width(dim=4, depth=1, names={}), MANIFEST.preprocess, lambda arrays: FINGERPRINT
+)
 METHODS = {"linear": "a head alone", "vpt_deep": "prompts in every layer"}
 
 
@@ -124,9 +126,9 @@ def serving(
         methods=METHODS,
         baselines={"full": ("every weight", "changes every weight of the backbone")},
         check_bundle=check_bundle,
-        importer=Importer(EYE, check_bundle),
+        importer=Importer(BACKBONE, check_bundle),
     )
-    ring = KeyRing(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)
+    ring = Authenticator(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)
     ring.load()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that name TCP
@@ -166,10 +168,10 @@ def serving(
 
 
 @asynccontextmanager
-async def _front(services: Services, ring: KeyRing) -> AsyncIterator[int]:
-    from server.api.oip.grpc.server import GrpcFront
+async def _front(services: Services, ring: Authenticator) -> AsyncIterator[int]:
+    from server.api.oip.grpc.server import GrpcServer
 
-    front = GrpcFront(narrowing(services), ring, services.settings, 0)
+    front = GrpcServer(scoping(services), ring, services.settings, 0)
     yield await front.start()
     await front.stop(5)
 

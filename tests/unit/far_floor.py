@@ -10,30 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server.rpc.connection import Line
-from server.rpc.engine_client import Named, RemoteBatcher, RemoteResidency
-from server.rpc.engine_pool import Engines, FarEngine, SpreadBatcher, SpreadResidency
-from server.rpc.engine_server import Desk, Room
-from server.rpc.shared_memory import Slots
+from server.rpc.connection import EngineConnection
+from server.rpc.engine_client import RemoteBatcher, RemoteCall, RemoteResidency
+from server.rpc.engine_pool import BalancedBatcher, BalancedResidency, EnginePool, RemoteEngine
+from server.rpc.engine_server import EngineBackend, EngineServer
+from server.rpc.shared_memory import PixelWriter
 from server.serving.answers import Limits
 from server.serving.predictor import Predictor
 from tests.unit.serving import FINGERPRINT, GEOMETRY, SIZE, Floor
 
-LOOK = Named("look", lambda told: told)
+LOOK = RemoteCall("look", lambda told: told)
 
 
 @dataclass(eq=False)
 class Front:
     """A front end: its line, its pair, and a predictor over it."""
 
-    line: Line
-    slots: Slots
+    line: EngineConnection
+    slots: PixelWriter
     batcher: RemoteBatcher
     residency: RemoteResidency
     predictor: Predictor
 
 
-def room(floor: Floor) -> Room:
+def room(floor: Floor) -> EngineBackend:
     def residents() -> dict[str, Any]:
         return {
             f"{seat.task}@{version}": [1024, version in floor.shelf.held] for version, seat in floor.shelf.seats.items()
@@ -47,7 +47,7 @@ def room(floor: Floor) -> Room:
     async def rack() -> Any:
         return {"slots": 8}
 
-    return Room(
+    return EngineBackend(
         batcher=floor.batcher,
         residency=floor.shelf,
         size=SIZE,
@@ -60,10 +60,10 @@ def room(floor: Floor) -> Room:
 
 
 @asynccontextmanager
-async def desk(floor: Floor) -> AsyncIterator[tuple[Desk, Path]]:
+async def desk(floor: Floor) -> AsyncIterator[tuple[EngineServer, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine"
-        opened = Desk(path, room(floor))
+        opened = EngineServer(path, room(floor))
         await opened.start()
         try:
             yield opened, path
@@ -76,9 +76,9 @@ async def desk(floor: Floor) -> AsyncIterator[tuple[Desk, Path]]:
 class SeveralFront:
     """A front end before several engines."""
 
-    engines: Engines
-    residency: SpreadResidency
-    batcher: SpreadBatcher
+    engines: EnginePool
+    residency: BalancedResidency
+    batcher: BalancedBatcher
     predictor: Predictor
 
 
@@ -94,19 +94,19 @@ def predictor(floor: Floor, residency: Any, batcher: Any) -> Predictor:
     )
 
 
-def far_engine(floor: Floor, path: Path, *, number: int = 0, slots: int = 128) -> FarEngine:
-    shared = Slots(slots, SIZE)
-    line = Line(path, shared)
+def far_engine(floor: Floor, path: Path, *, number: int = 0, slots: int = 128) -> RemoteEngine:
+    shared = PixelWriter(slots, SIZE)
+    line = EngineConnection(path, shared)
     batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
-    return FarEngine(number, "cpu", line, RemoteResidency(line, number), batcher)
+    return RemoteEngine(number, "cpu", line, RemoteResidency(line, number), batcher)
 
 
 @asynccontextmanager
 async def several(floors: Sequence[Floor], paths: Sequence[Path]) -> AsyncIterator[SeveralFront]:
     """Floors over one store, each behind its desk."""
     far = [far_engine(*one, number=number) for number, one in enumerate(zip(floors, paths, strict=True))]
-    engines = Engines(far, max_batch=floors[0].max_batch)
-    residency, batcher = SpreadResidency(engines), SpreadBatcher(engines)
+    engines = EnginePool(far, max_batch=floors[0].max_batch)
+    residency, batcher = BalancedResidency(engines), BalancedBatcher(engines)
     for one in far:
         one.line.start()
     try:
@@ -123,8 +123,8 @@ async def several(floors: Sequence[Floor], paths: Sequence[Path]) -> AsyncIterat
 
 @asynccontextmanager
 async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[Front]:
-    shared = Slots(slots, SIZE)
-    line = Line(path, shared)
+    shared = PixelWriter(slots, SIZE)
+    line = EngineConnection(path, shared)
     batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
     residency = RemoteResidency(line)
     line.start()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from server.app.backbone import Facts
+from server.app.backbone import BackboneInfo
 from server.engine import backbone
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
-    return Facts.of(backbone.load("untrained", device="cpu", packed=False))
+def facts() -> BackboneInfo:
+    return BackboneInfo.of(backbone.load("untrained", device="cpu", packed=False))
 
 
-def test_facts_arrive_as_they_were_sent(facts: Facts) -> None:
+def test_facts_arrive_as_they_were_sent(facts: BackboneInfo) -> None:
     assert facts.names
-    assert Facts.from_json(facts.as_json()) == facts
+    assert BackboneInfo.from_json(facts.as_json()) == facts
 
 
-def test_several_engines_differ_in_their_devices_alone(facts: Facts) -> None:
+def test_several_engines_differ_in_their_devices_alone(facts: BackboneInfo) -> None:
     assert facts.on(["cuda:0"]) == facts
     both = facts.on(["cuda:0", "cuda:1"])
     assert both.device == "cuda:0,cuda:1"

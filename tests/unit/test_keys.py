@@ -22,7 +22,7 @@ from server.errors import QueueFull
 from server.keys import authenticator as ring_module
 from server.keys import key as keys
 from server.keys import meter as meter_module
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.key import Allowance, Key
 from server.keys.keys_file import BadKeysFile, KeysFile
 from server.keys.meter import Meter
@@ -188,13 +188,13 @@ def made(store: SqliteKeyStore, id_: str = "abc", **changes: object) -> str:
     return token
 
 
-def opened(store: SqliteKeyStore, file: Path | None = None, clock: Clock | None = None) -> KeyRing:
-    ring = KeyRing(store, KeysFile(file) if file else None, now=clock or time.time)
+def opened(store: SqliteKeyStore, file: Path | None = None, clock: Clock | None = None) -> Authenticator:
+    ring = Authenticator(store, KeysFile(file) if file else None, now=clock or time.time)
     ring.load()
     return ring
 
 
-async def owner(ring: KeyRing, token: str) -> str | None:
+async def owner(ring: Authenticator, token: str) -> str | None:
     """As after the time that an answer is taken for fresh."""
     await ring.refresh(-1)
     found = await ring.owner(token)
@@ -343,7 +343,7 @@ async def test_nobody_waits_for_a_key_store_that_hangs(
     store = RedisKeyStore(url)
     token = keys.new_token("abc")
     store.add(Key(id="abc", scopes=frozenset({"predict"}), hash=keys.hashed(token)))
-    ring = KeyRing(store)
+    ring = Authenticator(store)
     ring.load()
     assert await owner(ring, token) == "abc"
     process.send_signal(signal.SIGSTOP)
@@ -443,7 +443,7 @@ async def test_a_prefix_that_two_tenants_may_share_is_told_once(
 ) -> None:
     for name, tasks in (("shared", "acme"), ("own", "acme-"), ("all", "")):
         store.add(Key(id=name, scopes=frozenset({"predict"}), tasks=tasks, hash=""))
-    ring = KeyRing(store)
+    ring = Authenticator(store)
     ring.load()
     await ring.refresh(0)
     told = [record.getMessage() for record in caplog.records]
@@ -454,7 +454,7 @@ async def test_a_prefix_that_two_tenants_may_share_is_told_once(
 async def test_no_clock_lets_an_old_or_revoked_token_in_again(store: SqliteKeyStore, jump_s: float) -> None:
     wall, steady = Clock(), Clock()
     old, new = made(store), keys.new_token("abc")
-    ring = KeyRing(store, now=WallClock(wall, steady).latest)
+    ring = Authenticator(store, now=WallClock(wall, steady).latest)
     ring.load()
     renewed = {"old_until": wall.now + 30, "hash": keys.hashed(new)}
     store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
@@ -502,7 +502,7 @@ async def test_a_key_ends_at_its_time_and_no_clock_brings_it_back(
     if kind == "an old token":
         renewed = {"old_until": ends + 1000, "hash": keys.hashed(keys.new_token("abc"))}
         store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
-    ring = KeyRing(store, file, now=WallClock(wall, steady).latest)
+    ring = Authenticator(store, file, now=WallClock(wall, steady).latest)
     ring.load()
     assert await owner(ring, token) == "abc"
     for clock in (wall, steady):

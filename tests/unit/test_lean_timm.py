@@ -48,11 +48,12 @@ def test_the_servers_import_does_not_and_neither_does_what_serves() -> None:
     served = """
 import server.app.server, server.processes.manager, server.app.engine_runtime
 import torch
-from server.engine import backbone, vit
+from server.engine import backbone as backbones, vit
 from server.engine.lens import Plain
-eye = backbone.load("untrained", device="cpu")
+backbone = backbones.load("untrained", device="cpu")
 with torch.inference_mode():
-    vit.forward(eye, vit.embed(eye, torch.zeros(1, 3, eye.spec.image_size, eye.spec.image_size)), Plain())
+    size = backbone.spec.image_size
+    vit.forward(backbone, vit.embed(backbone, torch.zeros(1, 3, size, size)), Plain())
 print(json.dumps(there()))
 """
     assert told(LEAN + served) == []

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from server.observability import metrics
-from server.observability.multiprocess import SUMMED, Ledger, shown
+from server.observability.multiprocess import SUMMED, ProcessMetrics, merged_registry
 from server.observability.task_labels import OTHER, TaskLabels
 
 
@@ -23,12 +23,12 @@ class Process:
         self.waiting = Gauge("waiting", "Rows that wait.", registry=self.registry)
         self.up = Gauge("lensrack_engine_up", "Is it.", registry=self.registry)
         self.memory = Gauge("process_resident_memory_bytes", "Memory.", registry=self.registry)
-        self.ledger = Ledger(folder, name, self.registry)
+        self.ledger = ProcessMetrics(folder, name, self.registry)
         self.up.set(1)
         self.memory.set(100)
 
     def sees(self, sample: str, **labels: str) -> float | None:
-        return shown(self.ledger).get_sample_value(sample, labels)
+        return merged_registry(self.ledger).get_sample_value(sample, labels)
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_what_each_of_several_engines_has_is_added_up(tmp_path: Path) -> None:
     assert front.sees("lensrack_queue_rows") == 7
     assert front.sees("lensrack_rack_bytes", state="used") == 70
     assert front.sees("lensrack_queue_oldest_seconds") == 4
-    house = Ledger(tmp_path, "house", CollectorRegistry())
-    house.bury("engine-1-2")
+    house = ProcessMetrics(tmp_path, "house", CollectorRegistry())
+    house.retire("engine-1-2")
     assert front.sees("lensrack_queue_rows") == 3, "what waited at an engine that has ended waits no more"
 
 
@@ -88,9 +88,9 @@ def test_the_gauges_that_are_added_up_are_there() -> None:
 
 def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process], tmp_path: Path) -> None:
     one, _ = two
-    house = Ledger(tmp_path, "house", CollectorRegistry())
+    house = ProcessMetrics(tmp_path, "house", CollectorRegistry())
     for _ in range(2):
-        house.bury("other-2")
+        house.retire("other-2")
         assert one.sees("rows_total", task="fish") == 7
         assert one.sees("waiting") == 0, "its gauges have gone with it"
         assert one.sees("process_resident_memory_bytes") == 100
@@ -98,8 +98,8 @@ def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process
     third.rows.labels("fish").inc(10)
     third.ledger.write()
     assert one.sees("rows_total", task="fish") == 17
-    house.bury("other-3")
-    house.bury("nobody-4")
+    house.retire("other-3")
+    house.retire("nobody-4")
     assert one.sees("rows_total", task="fish") == 17
 
 
@@ -107,20 +107,20 @@ def test_a_file_that_is_being_buried_counts_once(two: tuple[Process, Process], t
     """Between the two steps of a burial both places tell of it."""
     one, _ = two
     left = (tmp_path / "other-2.metrics").read_bytes()
-    Ledger(tmp_path, "house", CollectorRegistry()).bury("other-2")
+    ProcessMetrics(tmp_path, "house", CollectorRegistry()).retire("other-2")
     (tmp_path / "other-2.metrics").write_bytes(left)
     assert one.sees("rows_total", task="fish") == 7
 
 
 def test_tasks_of_the_past_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.TASKS, "most", 2)
-    house, last = Ledger(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
+    house, last = ProcessMetrics(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
     for number in range(10):
         process = Process(tmp_path, f"past-{number}")
         process.rows.labels(f"task-{number}").inc()
         process.rows.labels(OTHER).inc()
         process.ledger.write()
-        house.bury(f"past-{number}")
+        house.retire(f"past-{number}")
     past = json.loads((tmp_path / "past.json").read_text())["families"]["rows"]["samples"]
     assert len({labels["task"] for _, labels, _ in past} - {OTHER}) <= 3
     assert last.sees("rows_total", task=OTHER) == 10
@@ -130,7 +130,7 @@ def test_a_torn_file_is_nothing(two: tuple[Process, Process], tmp_path: Path) ->
     one, _ = two
     (tmp_path / "torn-9.metrics").write_text('{"rows": {"type"')
     assert one.sees("rows_total", task="fish") == 7
-    assert b"rows_total" in generate_latest(shown(one.ledger))
+    assert b"rows_total" in generate_latest(merged_registry(one.ledger))
 
 
 def test_labels_are_taken_over_from_where_rows_are_counted() -> None:

@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry, Counter
 
 from prompts_store import open_store
 from server.app.server import Server
-from server.app.store_probe import Watch
-from server.app.stores import open_jobs, open_ring
-from server.observability.multiprocess import Ledger
-from server.processes.front_process import FarRoom
-from server.rpc.engine_pool import Engines
+from server.app.store_probe import StoreProbe
+from server.app.stores import open_authenticator, open_jobs
+from server.observability.multiprocess import ProcessMetrics
+from server.processes.front_process import RemoteEngines
+from server.rpc.engine_pool import EnginePool
 from server.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -66,9 +66,9 @@ class ScriptedGrpc:
 def server(tmp_path: Path) -> Iterator[Server[ScriptedRoom]]:
     settings = Settings(home=tmp_path, drain_timeout_s=GRACE_S, workers=0)
     room = ScriptedRoom()
-    store, jobs, ring = open_store("memory://"), open_jobs(settings), open_ring(settings)
+    store, jobs, ring = open_store("memory://"), open_jobs(settings), open_authenticator(settings)
     room.jobs = jobs
-    watch, grpc, decoding = Watch(store, jobs, 0.01), ScriptedGrpc(room), ThreadPoolExecutor(1)
+    watch, grpc, decoding = StoreProbe(store, jobs, 0.01), ScriptedGrpc(room), ThreadPoolExecutor(1)
     with closing(jobs), closing(ring):  # whatever the server does
         yield Server(settings, room, FastAPI(), store, jobs, ring, watch, grpc, decoding)  # type: ignore[arg-type]
 
@@ -117,10 +117,10 @@ async def test_who_leaves_begins_nothing_new_and_drains_at_once(server: Server[S
 async def test_what_a_front_end_has_counted_to_the_last_is_in_the_ledger(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     asked = Counter("asked", "Questions.", registry=registry)
-    room = FarRoom(Engines([], max_batch=1), None, Ledger(tmp_path, "front-0-1", registry))  # type: ignore[arg-type]
+    room = RemoteEngines(EnginePool([], max_batch=1), None, ProcessMetrics(tmp_path, "front-0-1", registry))  # type: ignore[arg-type]
     await room.warm_up()
     room.start()
     asked.inc(5)
     await room.stop()
-    told = Ledger(tmp_path, "front-1-2", CollectorRegistry()).collect()
+    told = ProcessMetrics(tmp_path, "front-1-2", CollectorRegistry()).collect()
     assert [one.value for metric in told for one in metric.samples if one.name == "asked_total"] == [5.0]

@@ -17,13 +17,13 @@ import pytest
 from lensrack import wire
 from prompts_store import open_store
 from server.app import instrumentation
-from server.app.store_probe import Watch
+from server.app.store_probe import StoreProbe
 from server.jobs.sqlite_store import SqliteJobStore
 from server.observability import logs, metrics
 from server.training import co_batching
 from server.training.caches.array_cache import ArrayCache
 from server.training.caches.feature_cache import FeatureKey
-from server.worker.context import in_own_context
+from server.worker.context import in_separate_context
 from tests.unit.api_server import Api, serving
 from tests.unit.serving import png, publish
 from tests.unit.test_trainer import QUICK, House
@@ -148,7 +148,7 @@ def test_generators_that_take_turns_do_not_see_each_others_variables():
             return f"caught, {WHOSE.get()}"
         return "not reached"
 
-    a, b = in_own_context(work("a")), in_own_context(work("b"))
+    a, b = in_separate_context(work("a")), in_separate_context(work("b"))
     assert [next(a), next(b)] == ["a", "b"]
     assert WHOSE.get() == "nobody"
     assert [a.send("sent"), b.send("sent")] == ["sent a", "sent b"]
@@ -268,7 +268,7 @@ def test_the_watch_says_which_store_answers_and_tells_the_log_once(
 ):
     bundles, jobs = open_store("redis://127.0.0.1:1/0"), SqliteJobStore(tmp_path / "jobs.sqlite")
     jobs.submit("fish", "d" * 64, "linear", {}, max_attempts=1)
-    watch = Watch(bundles, jobs, 1.0)
+    watch = StoreProbe(bundles, jobs, 1.0)
     caplog.set_level(logging.INFO)
     watch.look()
     watch.look()
@@ -288,7 +288,7 @@ def test_the_watch_says_which_store_answers_and_tells_the_log_once(
 @pytest.mark.anyio
 async def test_the_watch_looks_until_it_is_stopped(tmp_path: Path):
     bundles, jobs = open_store(f"file://{tmp_path / 'store'}"), SqliteJobStore(tmp_path / "jobs.sqlite")
-    watch = Watch(bundles, jobs, 0.001)
+    watch = StoreProbe(bundles, jobs, 0.001)
     watch.start()
     for state in range(3):
         jobs.submit("fish", f"{state}" * 64, "linear", {}, max_attempts=1)

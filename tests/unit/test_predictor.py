@@ -17,7 +17,7 @@ from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFo
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable, Unprocessable
 from server.serving.answers import Answer, best, probabilities
-from server.serving.decoding import Pictures
+from server.serving.decoding import ImageBatch
 from server.serving.resolver import Ref
 from tests.unit.far_floor import far, settled, spread
 from tests.unit.garbage import collected
@@ -399,15 +399,15 @@ async def test_seats_are_given_back_where_one_versions_pixels_cannot_be_made(mon
     """Those of another version of the ensemble are ready by then."""
     async with floor() as built:
         versions = [publish(built.store, "fish", seed) for seed in (0, 1)]
-        fitted, asked = Pictures.fitted, []
+        fitted, asked = ImageBatch.fitted, []
 
-        async def late(self: Pictures, geometry: Any) -> Any:
+        async def late(self: ImageBatch, geometry: Any) -> Any:
             asked.append(geometry)
             if len(asked) == 2:
                 raise Unprocessable("no pixels")
             return await fitted(self, geometry)
 
-        monkeypatch.setattr(Pictures, "fitted", late)
+        monkeypatch.setattr(ImageBatch, "fitted", late)
         with pytest.raises(Unprocessable):
             await ask(built, f"fish@{'+'.join(versions)}")
         await settled(lambda: built.shelf.in_use == 0)
@@ -417,13 +417,13 @@ async def test_rows_of_one_image_know_each_other(where: str, monkeypatch: pytest
     if where != "near":
         pytest.skip("rows of an engine elsewhere know those that are there when they come")
     known: dict[int, tuple[Row, ...]] = {}
-    close = Pictures.close
+    close = ImageBatch.close
 
-    def look_before_it_is_over(pictures: Pictures) -> None:
+    def look_before_it_is_over(pictures: ImageBatch) -> None:
         known.update({id(row): tuple(rows) for rows in pictures._shown for row in rows})
         close(pictures)
 
-    monkeypatch.setattr(Pictures, "close", look_before_it_is_over)
+    monkeypatch.setattr(ImageBatch, "close", look_before_it_is_over)
     async with floor() as built:
         for task in ("a", "b", "c"):
             publish(built.store, task)

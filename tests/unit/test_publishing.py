@@ -15,7 +15,7 @@ from server.engine.images import decode
 from server.engine.images.decode import Geometry
 from server.jobs.job import Job
 from server.training.recipe import resolve
-from server.worker.dataset_reader import Reader
+from server.worker.dataset_reader import DatasetReader
 from tests.unit.test_trainer import House
 
 GOOD = {"epochs": 30, "lr": 1e-2}
@@ -182,7 +182,7 @@ def test_a_picture_whose_label_is_unknown_counts_as_wrong(house: House, judge: C
 def test_each_version_sees_the_pictures_as_it_asks(house: House) -> None:
     dataset = house.datasets.get(house.dataset)
     own = Geometry(32, "bicubic", 0.9, "center")
-    reader, recipe = Reader(house.decoder(own)), resolve({}, {})
+    reader, recipe = DatasetReader(house.decoder(own)), resolve({}, {})
     splits = reader.splits(dataset, recipe)
     batches = reader.validation(dataset, recipe, lambda: None)
     files = {example.sha256: house.datasets.read(example.sha256) for example in dataset.examples}

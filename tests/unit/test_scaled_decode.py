@@ -16,7 +16,7 @@ from PIL import Image
 from server.engine.images import decode
 from server.engine.images.decode import Geometry
 from server.errors import ServiceError
-from server.serving.decoding import Pictures
+from server.serving.decoding import ImageBatch
 from server.settings import Settings
 from tests.unit.test_images import encoded, picture
 
@@ -98,7 +98,7 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
     async def fitted(margin: float) -> np.ndarray[Any, Any]:
         with ThreadPoolExecutor(1) as pool:
-            [found] = await Pictures([data], pool, MAX, margin).fitted(GEOMETRY)
+            [found] = await ImageBatch([data], pool, MAX, margin).fitted(GEOMETRY)
         return np.asarray(found)
 
     np.testing.assert_array_equal(asyncio.run(fitted(2.0)), cut(data, 2))
@@ -106,11 +106,11 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
 
 def test_readiness_tells_of_it() -> None:
-    from server.app.backbone import Facts
+    from server.app.backbone import BackboneInfo
     from server.app.services import readiness
     from server.engine import backbone
 
-    facts = Facts.of(backbone.load("untrained", device="cpu", packed=False))
+    facts = BackboneInfo.of(backbone.load("untrained", device="cpu", packed=False))
     for margin, told in ((0.0, False), (2.0, True)):
         ready = readiness(facts, Settings(workers=1, scaled_decode=margin), "", 1)
         assert ready.ready

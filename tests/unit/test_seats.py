@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 
 from server.engine.images.decode import Geometry
-from server.rpc.seat_cache import KEPT_S, SHARED_S, RemoteSeat, Seats
+from server.rpc.seat_cache import KEPT_S, SHARED_S, RemoteSeat, SeatCache
 from tests.unit.far_floor import settled
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +25,7 @@ class Desk:
     def __init__(self) -> None:
         self.now, self.epoch, self._numbers = 0.0, 1, itertools.count(1)
         self.back: dict[int, int] = {}
-        self.seats = Seats(self._give_back, lambda: self.epoch, lambda: self.now)
+        self.seats = SeatCache(self._give_back, lambda: self.epoch, lambda: self.now)
 
     def _give_back(self, gone: Mapping[int, int]) -> None:
         assert gone

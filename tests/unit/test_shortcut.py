@@ -14,7 +14,7 @@ import pytest
 
 from server.api.middleware import fast_path
 from server.api.middleware.auth import TEMPLATE
-from server.api.middleware.fast_path import Shortcut
+from server.api.middleware.fast_path import FastPath
 from server.api.routes import predict
 from server.keys.key import NOBODY
 from server.observability import metrics
@@ -148,5 +148,5 @@ async def passed_on(asked: dict[str, Any]) -> bool:
     async def nothing(message: Any = None) -> Any:
         return {"type": "http.request", "body": b""}
 
-    await Shortcut(router)(asked, nothing, nothing)
+    await FastPath(router)(asked, nothing, nothing)
     return bool(reached)

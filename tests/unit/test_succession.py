@@ -16,7 +16,7 @@ from server.engine.images.decode import Geometry
 from server.engine.lens import Lens
 from server.engine.rack import Rack
 from server.engine.residency import Loaded, Residency
-from server.serving.preloader import Succession
+from server.serving.preloader import Preloader
 from tests.unit.serving import bundle as drawn
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +54,7 @@ def store() -> Iterator[Store]:
 async def residency(shelf: Shelf, store: Store) -> AsyncIterator[Residency]:
     with ThreadPoolExecutor(2) as pool:
         own = Residency(Rack(dim=DIM, slots=4, vectors=100), shelf.load, pool)
-        succession = Succession(store, own)
+        succession = Preloader(store, own)
         succession.start()
         yield own
         await succession.stop()

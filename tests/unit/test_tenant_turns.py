@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batching.fair_queue import Turns
+from server.batching.fair_queue import FairQueue
 from server.batching.row import Row
 from server.batching.scheduler import Scheduler
 from tests.unit.test_scheduler import fill, row
@@ -170,7 +170,7 @@ def test_what_a_tenant_took_while_alone_is_not_held_against_it():
 
 
 def test_a_key_that_slept_begins_at_the_present():
-    turns = Turns(lambda key: 1.0)
+    turns = FairQueue(lambda key: 1.0)
     turns.wait("sleeper", 0)
     turns.wait("busy", 1)
     turns.serve("sleeper")

@@ -18,7 +18,7 @@ from prompts_store import Bundle, open_store
 from prompts_store.memory_store import MemoryStore
 from server.cli.sample_pictures import draw
 from server.datasets.dataset_store import DatasetStore
-from server.engine import backbone as eye
+from server.engine import backbone as backbones
 from server.engine import vit
 from server.engine.images.decode import Geometry
 from server.errors import DiskFull, Unavailable
@@ -27,14 +27,14 @@ from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
 from server.training.caches.feature_cache import NoCache
 from server.training.caches.pixel_cache import PixelCache
-from server.training.evaluate import judge
+from server.training.evaluate import evaluate
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from server.training.stored_images import Decoder
 from server.worker import checkpoints, trainer
-from server.worker.dataset_reader import Reader
-from server.worker.heartbeat import Pulse
-from server.worker.trainer import Means, Trainer
+from server.worker.dataset_reader import DatasetReader
+from server.worker.heartbeat import Heartbeat
+from server.worker.trainer import Resources, Trainer
 
 QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
 
@@ -54,10 +54,10 @@ class House:
         self.trainer = self.worker("w1")
 
     def worker(self, name: str, at_once: int = 1) -> Trainer:
-        backbone = eye.load("untrained")
+        backbone = backbones.load("untrained")
         decoder = self.decoder(backbone.spec.geometry)
         return Trainer(
-            Means(backbone, Registry(), decoder, NoCache(), self.folder / "checkpoints"),
+            Resources(backbone, Registry(), decoder, NoCache(), self.folder / "checkpoints"),
             self.store,
             self.jobs,
             self.datasets,
@@ -198,16 +198,16 @@ def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytes
 
 def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[Progress]:
     """Let something happen once the fit has made a step, and give the pulse time to notice. The steps so far."""
-    watch, steps = Pulse.watch, []
+    watch, steps = Heartbeat.watch, []
 
-    def watching(pulse: Pulse, progress: Progress) -> None:
+    def watching(pulse: Heartbeat, progress: Progress) -> None:
         steps.append(progress)
         if len(steps) == 1:
             happen()
             time.sleep(1.2)
         watch(pulse, progress)
 
-    monkeypatch.setattr(Pulse, "watch", watching)
+    monkeypatch.setattr(Heartbeat, "watch", watching)
     return steps
 
 
@@ -238,14 +238,14 @@ def test_an_interrupted_job_goes_on_where_it_was_and_ends_with_the_same_version(
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)
     with monkeypatch.context() as patch:
-        watch = Pulse.watch
+        watch = Heartbeat.watch
 
-        def failing(pulse: Pulse, progress: Progress) -> None:
+        def failing(pulse: Heartbeat, progress: Progress) -> None:
             if progress.epoch == 3:
                 raise RuntimeError("power cut")
             watch(pulse, progress)
 
-        patch.setattr(Pulse, "watch", failing)
+        patch.setattr(Heartbeat, "watch", failing)
         assert house.worked(job).state == "queued"
     assert list((house.folder / "checkpoints").iterdir())
     done = house.worked(job)
@@ -329,7 +329,7 @@ def test_jobs_in_one_batch_are_each_what_they_are_alone(house: House, monkeypatc
     sizes: list[int] = []
     forward = vit.forward_lanes
 
-    def counted(backbone: eye.Backbone, lanes: Any) -> Any:
+    def counted(backbone: backbones.Backbone, lanes: Any) -> Any:
         sizes.append(len(lanes))
         return forward(backbone, lanes)
 
@@ -449,10 +449,10 @@ def test_a_version_whose_labels_lie_in_another_order_and_that_sees_otherwise(hou
 
 def judged(house: House, version: str) -> float:
     """On the pictures that a job holds out, asked through the server's own way from bundle to answer."""
-    backbone = eye.load("untrained")
-    reader, recipe = Reader(house.decoder(backbone.spec.geometry)), resolve({}, QUICK)
+    backbone = backbones.load("untrained")
+    reader, recipe = DatasetReader(house.decoder(backbone.spec.geometry)), resolve({}, QUICK)
     batches = reader.validation(house.datasets.get(house.dataset), recipe, lambda: None)
-    return judge(house.store.get("fruit", version), backbone, Registry(), batches).accuracy
+    return evaluate(house.store.get("fruit", version), backbone, Registry(), batches).accuracy
 
 
 @pytest.mark.parametrize("reached", [1, 2], ids=["in the fit", "in the condensation"])
@@ -464,14 +464,14 @@ def test_an_interrupted_condensation_goes_on_and_ends_with_the_same_version(
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)
     with monkeypatch.context() as patch:
-        watch = Pulse.watch
+        watch = Heartbeat.watch
 
-        def failing(pulse: Pulse, progress: Progress) -> None:
+        def failing(pulse: Heartbeat, progress: Progress) -> None:
             if (progress.epoch, progress.step, bool(progress.trial)) == (2, 1, reached == 2):
                 raise RuntimeError("power cut")
             watch(pulse, progress)
 
-        patch.setattr(Pulse, "watch", failing)
+        patch.setattr(Heartbeat, "watch", failing)
         assert house.worked(job).state == "queued"
     done = house.worked(job)
     assert (done.state, done.attempt) == ("succeeded", 2)
@@ -532,15 +532,15 @@ def test_a_comparison_tells_each_fit_and_ends_with_a_table(house: House) -> None
 
 
 def test_a_comparison_that_is_given_back_fits_nothing_twice(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, watch, seen = compare(house), Pulse.watch, []
+    job, watch, seen = compare(house), Heartbeat.watch, []
 
-    def watching(pulse: Pulse, progress: Progress) -> None:
+    def watching(pulse: Heartbeat, progress: Progress) -> None:
         seen.append(progress.trial)
         if progress.tried is not None and progress.trial == 3:
             house.trainer.stop.set()
         watch(pulse, progress)
 
-    monkeypatch.setattr(Pulse, "watch", watching)
+    monkeypatch.setattr(Heartbeat, "watch", watching)
     assert house.worked(job).state == "queued"
     assert max(seen) == 3
     seen.clear()
@@ -554,7 +554,7 @@ def test_a_comparison_that_is_given_back_fits_nothing_twice(house: House, monkey
 
 
 def test_a_comparison_is_cancelled_within_a_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pulse, "PERIOD_S", 0.01)
+    monkeypatch.setattr(Heartbeat, "PERIOD_S", 0.01)
     during_the_first_step(monkeypatch, lambda: house.jobs.cancel(job.id))
     job = compare(house)
     assert house.worked(job).state == "cancelled"

@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server.api.middleware.admission import Turnstile
+from server.api.middleware.admission import AdmissionMiddleware
 from server.api.middleware.connections import RESERVED
 from server.batching.batcher import Batcher
 from tests.unit.api_server import Api, assert_problem, read_response, serving
@@ -141,7 +141,7 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
             await decoded.wait()
             await Response(status_code=200)(scope, receive, send)
 
-        turnstile = Turnstile(route, batcher)
+        turnstile = AdmissionMiddleware(route, batcher)
         slow = [asyncio.create_task(through(turnstile, whole=False)) for _ in range(9)]
         fast = [asyncio.create_task(through(turnstile, whole=True)) for _ in range(6)]
         done, _ = await asyncio.wait(fast, return_when=asyncio.FIRST_COMPLETED)
@@ -158,7 +158,7 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
     assert asyncio.run(answers()) == [200, 200, 200, 200, 429, 429]
 
 
-async def through(turnstile: Turnstile, *, whole: bool) -> int:
+async def through(turnstile: AdmissionMiddleware, *, whole: bool) -> int:
     """The status of one request; `whole`: its body is there with its head."""
     statuses: list[int] = []
     state = {"template": "/predict/{task}", "request_id": "1"}

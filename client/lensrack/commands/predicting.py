@@ -44,7 +44,7 @@ def predict(
     that have their row are not asked about again, those that got no answer are.
     """
     client = client_of(context).with_options(client_resize=client_resize)
-    question = _asking.Question(client, task, top_k, in_flight, wants_json(context, as_json))
+    question = _asking.PredictionCall(client, task, top_k, in_flight, wants_json(context, as_json))
     if csv is not None:
         _asking.to_csv(question, images, csv, resume=resume, force=force)
     elif resume or force:

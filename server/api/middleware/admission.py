@@ -17,12 +17,12 @@ from typing import Final, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.batching.fair_share import NOBODYS
+from server.batching.fair_share import NO_FLOW
 from server.batching.scheduler import FlowKey
 from server.errors import QueueFull
 from server.keys.key import Key
 
-from .auth import TEMPLATE, Refused
+from .auth import TEMPLATE, RefusedRoute
 
 ROWS_COME_BY: Final = frozenset(
     {
@@ -43,10 +43,10 @@ _TASK_AT: Final = {
 class Queue(Protocol):
     """What is asked for room: `server.batching.batcher.Batcher`."""
 
-    def require_room(self, inside: int, flow: FlowKey = NOBODYS) -> None: ...
+    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
 
 
-class Turnstile:
+class AdmissionMiddleware:
     """Middleware between the limits of a body and the routes."""
 
     def __init__(self, app: ASGIApp, queue: Queue) -> None:
@@ -60,10 +60,10 @@ class Turnstile:
         try:
             self._queue.require_room(self.inside, _flow(scope))
         except QueueFull as error:
-            scope["route"] = Refused(scope["state"][TEMPLATE])
+            scope["route"] = RefusedRoute(scope["state"][TEMPLATE])
             await problems.answer(error, scope)(scope, receive, send)
             return
-        passage = _Passage(self, receive)
+        passage = _InFlight(self, receive)
         try:
             await passage.begin()
             await self.app(scope, passage.receive, send)
@@ -78,10 +78,10 @@ def _flow(scope: Scope) -> FlowKey:
     return "" if key is None else key.tasks, task
 
 
-class _Passage:
+class _InFlight:
     """One request on its way through."""
 
-    def __init__(self, turnstile: Turnstile, receive: Receive) -> None:
+    def __init__(self, turnstile: AdmissionMiddleware, receive: Receive) -> None:
         self._turnstile, self._receive = turnstile, receive
         self._first: Message | None = None
         self._counted = False

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api import binding, problems, scopes
 from server.errors import Forbidden, Misdirected, ServiceError, Unavailable
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.key import NOBODY, Key
 from server.settings import Settings
 
@@ -35,16 +35,16 @@ TEMPLATE: Final = "template"  # in a request's state: the listed route that will
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedRoute:
     """The route that would have answered, for who counts."""
 
     path: str
 
 
-class Door:
+class AuthMiddleware:
     """Middleware in front of the application's routes, which ask once more for what they need: `scopes.require`."""
 
-    def __init__(self, app: ASGIApp, ring: KeyRing, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, ring: Authenticator, settings: Settings) -> None:
         self.app, self._ring = app, ring
         self._named = frozenset(name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip())
         self._local = binding.is_loopback(settings.host)  # who binds such an address wants local callers only
@@ -58,7 +58,7 @@ class Door:
         try:
             await self._admit(scope)
         except ServiceError as error:
-            scope["route"] = Refused(scope["state"][TEMPLATE] or "unmatched")
+            scope["route"] = RefusedRoute(scope["state"][TEMPLATE] or "unmatched")
             await problems.answer(error, scope)(scope, receive, send)
             return
         await self.app(scope, receive, send)

@@ -63,7 +63,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         asked = (scope["method"], scope["path"])
-        reading = _Reading(self.cap(*asked), self.patience(*asked), Headers(scope=scope), receive, send)
+        reading = _BoundedBody(self.cap(*asked), self.patience(*asked), Headers(scope=scope), receive, send)
         try:
             if not reading.cut:
                 await self.app(scope, reading.receive, reading.send)
@@ -74,7 +74,7 @@ class BodyLimit:
             await problems.answer(reading.error, scope)(scope, receive, send)
 
 
-class _Reading:
+class _BoundedBody:
     """One request's body while it is read. `cut`: it was too large or too slow, and the answer to that has not been
     given."""
 

@@ -33,7 +33,7 @@ _USUAL: Final = 5
 _ROUTE: Final = next(one for one in predict.router.routes if isinstance(one, APIRoute) and one.path == TAKEN)
 
 
-class Shortcut:
+class FastPath:
     """The innermost middleware: what stands before the routes stands before it."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -27,7 +27,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", 
 SANE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Trace:
+class RequestLog:
     """The outermost middleware, so that no response and no failure escapes it."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -37,7 +37,7 @@ class Trace:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        traced = _Traced(scope, receive, send)
+        traced = _LoggedRequest(scope, receive, send)
         about = logs.REQUEST_ID.set(traced.id)
         try:
             with traced.span():
@@ -45,7 +45,7 @@ class Trace:
         finally:
             logs.REQUEST_ID.reset(about)
 
-    async def _answer(self, traced: _Traced) -> None:
+    async def _answer(self, traced: _LoggedRequest) -> None:
         scope = traced.scope
         try:
             await self.app(scope, traced.receive, traced.send)
@@ -66,7 +66,7 @@ class Trace:
             traced.record()
 
 
-class _Traced:
+class _LoggedRequest:
     """One request: its id, when it came, how much came with it, how it was answered."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:

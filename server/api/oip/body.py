@@ -22,7 +22,7 @@ from server.api import problems
 from server.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
 from server.serving.decoding import Image
 
-from .tensors import OUTPUTS, Given, Told, Wanted, check_wanted, images
+from .tensors import OUTPUTS, InputTensor, OutputRequest, OutputTensor, check_outputs, images
 
 LENGTH: Final = "Inference-Header-Content-Length"
 _INFLATED: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -73,10 +73,10 @@ class _Request(_Part):
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedRequest:
     id: str
     images: list[Image]
-    wanted: list[Wanted]
+    wanted: list[OutputRequest]
     timeout_us: int
 
 
@@ -106,16 +106,16 @@ def header_length(headers: Headers, body: bytes) -> int:
     return int(told)
 
 
-def parse(body: bytes, length: int, max_images: int) -> Parsed:
+def parse(body: bytes, length: int, max_images: int) -> ParsedRequest:
     """`length`: of the JSON. Raises BadRequest, Unprocessable."""
     asked = problems.parsed(_Request, body[:length])
     given = _given(asked.inputs, memoryview(body)[length:])
     wanted = _wanted(asked)
-    check_wanted(wanted)
-    return Parsed(asked.id, images(given, max_images), wanted, asked.whole("timeout"))
+    check_outputs(wanted)
+    return ParsedRequest(asked.id, images(given, max_images), wanted, asked.whole("timeout"))
 
 
-def _given(told: Sequence[_Input], raw: memoryview) -> list[Given]:
+def _given(told: Sequence[_Input], raw: memoryview) -> list[InputTensor]:
     found, at = [], 0
     for one in told:
         one.check_shared_memory()
@@ -126,22 +126,24 @@ def _given(told: Sequence[_Input], raw: memoryview) -> list[Given]:
                 detail = f"binary_data_size is {size}, {len(raw) - at} bytes are left of the body"
                 raise BadRequest(f"input {one.name[:100]!r}: {detail}")
             mine, at = raw[at : at + size], at + size
-        found.append(Given(one.name, one.datatype, tuple(one.shape), mine, one.data))
+        found.append(InputTensor(one.name, one.datatype, tuple(one.shape), mine, one.data))
     if at != len(raw):
         raise BadRequest(f"expected {at} bytes behind the JSON, as the inputs say, got {len(raw)}")
     return found
 
 
-def _wanted(asked: _Request) -> list[Wanted]:
+def _wanted(asked: _Request) -> list[OutputRequest]:
     binary = asked.flag("binary_data_output", False)
     if not asked.outputs:
-        return [Wanted(name, binary=binary) for name in OUTPUTS]
+        return [OutputRequest(name, binary=binary) for name in OUTPUTS]
     for one in asked.outputs:
         one.check_shared_memory()
-    return [Wanted(one.name, one.whole("classification"), one.flag("binary_data", binary)) for one in asked.outputs]
+    return [
+        OutputRequest(one.name, one.whole("classification"), one.flag("binary_data", binary)) for one in asked.outputs
+    ]
 
 
-def respond(about: dict[str, Any], told: Sequence[Told], headers: dict[str, str]) -> Response:
+def respond(about: dict[str, Any], told: Sequence[OutputTensor], headers: dict[str, str]) -> Response:
     """`about`: the members of the answer beside its outputs."""
     raw = [one.raw() if one.binary else b"" for one in told]
     outputs = [_listed(one, len(bytes_)) for one, bytes_ in zip(told, raw, strict=True)]
@@ -151,6 +153,6 @@ def respond(about: dict[str, Any], told: Sequence[Told], headers: dict[str, str]
     return Response(b"".join((head, *raw)), 200, {**headers, LENGTH: str(len(head))}, "application/octet-stream")
 
 
-def _listed(one: Told, size: int) -> dict[str, Any]:
+def _listed(one: OutputTensor, size: int) -> dict[str, Any]:
     told = {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
     return {**told, "parameters": {"binary_data_size": size}} if one.binary else {**told, "data": one.data()}

@@ -19,13 +19,13 @@ MICROSECONDS: Final = 1e6  # in a second: the unit of the parameter `timeout`
 
 
 @dataclass(frozen=True)
-class Question:
+class InferRequest:
     """`wanted`: nothing means all outputs. `timeout_us`: the client's, 0 for none. `key` chooses a canary's side."""
 
     model: str
     version: str
     images: Sequence[Image]
-    wanted: Sequence[tensors.Wanted]
+    wanted: Sequence[tensors.OutputRequest]
     timeout_us: int
     key: str
 
@@ -41,7 +41,7 @@ def timeout_s(services: Services, timeout_us: int) -> float:
     return min(most, timeout_us / MICROSECONDS) if timeout_us > 0 else most
 
 
-async def answer(services: Services, asked: Question) -> Outputs:
+async def answer(services: Services, asked: InferRequest) -> Outputs:
     """Raises ServiceError kinds and the store's errors, as `Predictor.predict`."""
     await services.meter.images(services.key, len(asked.images))
     return await services.predictor.outputs(

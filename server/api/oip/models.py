@@ -15,7 +15,7 @@ from server import __version__
 from server.api.routes import residency
 from server.api.services import Services
 from server.errors import Unprocessable
-from server.serving.predictor import in_time
+from server.serving.predictor import within_timeout
 
 from . import tensors
 from .infer import ref
@@ -62,7 +62,7 @@ async def load(services: Services, model: str, parameters: object) -> None:
         raise Unprocessable("parameters: expected none, models come from the store with all that belongs to them")
     asked = ref(model)
     version = await residency.one_version(services, asked)
-    await in_time(services.settings.request_timeout_s, services.residency.load(asked.task, version))
+    await within_timeout(services.settings.request_timeout_s, services.residency.load(asked.task, version))
 
 
 async def unload(services: Services, model: str) -> None:
@@ -71,7 +71,7 @@ async def unload(services: Services, model: str) -> None:
         await services.residency.unload(model, info.version)
 
 
-def _listed(forms: dict[str, tensors.Form]) -> list[dict[str, Any]]:
+def _listed(forms: dict[str, tensors.TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": form.datatype, "shape": list(form.shape)} for name, form in forms.items()]
 
 

@@ -117,16 +117,16 @@ async def version_infer(request: Request, services: ServicesOf, task: str, versi
 async def _infer(request: Request, services: Services, task: str, version: str) -> Response:
     asked = await _read(request, services)
     key = request.headers.get("Lensrack-Key") or request_id(request)
-    question = infer.Question(task, version, asked.images, asked.wanted, asked.timeout_us, key)
+    question = infer.InferRequest(task, version, asked.images, asked.wanted, asked.timeout_us, key)
     found = await predict.unless_gone(request, infer.answer(services, question))
     about: dict[str, Any] = {"model_name": task, "model_version": found.version}
     if asked.id:
         about["id"] = asked.id
     headers = {**predict.server_timing(found.timings), "Lensrack-Version": found.version}
-    return body.respond(about, tensors.told(found, asked.wanted), headers)
+    return body.respond(about, tensors.output_tensors(found, asked.wanted), headers)
 
 
-async def _read(request: Request, services: Services) -> body.Parsed:
+async def _read(request: Request, services: Services) -> body.ParsedRequest:
     whole, settings = await request.body(), services.settings
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding != "identity":

@@ -34,22 +34,22 @@ Values = npt.NDArray[np.float32] | list[bytes]
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorSpec:
     """How an input or output looks; -1 is a side that differs from request to request."""
 
     datatype: str
     shape: Shape
 
 
-def inputs(size: int) -> dict[str, Form]:
+def inputs(size: int) -> dict[str, TensorSpec]:
     """`size`: the side S of what the network takes."""
-    tensor = Form("FP32", (-1, 3, size, size))
-    return {"image": Form("BYTES", (-1,)), "pixels": Form("UINT8", (-1, -1, -1, 3)), "tensor": tensor}
+    tensor = TensorSpec("FP32", (-1, 3, size, size))
+    return {"image": TensorSpec("BYTES", (-1,)), "pixels": TensorSpec("UINT8", (-1, -1, -1, 3)), "tensor": tensor}
 
 
-def outputs(classes: int) -> dict[str, Form]:
-    numbers = Form("FP32", (-1, classes))
-    return {"logits": numbers, "probabilities": numbers, "label": Form("BYTES", (-1,))}
+def outputs(classes: int) -> dict[str, TensorSpec]:
+    numbers = TensorSpec("FP32", (-1, classes))
+    return {"logits": numbers, "probabilities": numbers, "label": TensorSpec("BYTES", (-1,))}
 
 
 INPUTS: Final = {name: form.datatype for name, form in inputs(-1).items()}
@@ -60,7 +60,7 @@ OUTPUTS: Final = tuple(outputs(-1))
 
 
 @dataclass(frozen=True)
-class Given:
+class InputTensor:
     """An input as it came: `raw`, or `data`, flat or nested as the shape says."""
 
     name: str
@@ -70,7 +70,7 @@ class Given:
     data: Sequence[Any] | None = None
 
 
-def images(given: Sequence[Given], max_images: int) -> list[Image]:
+def images(given: Sequence[InputTensor], max_images: int) -> list[Image]:
     """The pictures of a request. Raises BadRequest where bytes and shape disagree, Unprocessable for a wrong input."""
     if len(given) != 1:
         raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {len(given)} inputs")
@@ -82,7 +82,7 @@ def images(given: Sequence[Given], max_images: int) -> list[Image]:
     return _READERS[one.datatype](one)
 
 
-def _check(one: Given, max_images: int) -> None:
+def _check(one: InputTensor, max_images: int) -> None:
     name = one.name[:100]
     if one.name not in INPUTS:
         raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {name!r}")
@@ -97,13 +97,13 @@ def _check(one: Given, max_images: int) -> None:
         raise Unprocessable(f"input {name!r}: expected {expects}, got {list(one.shape)}")
 
 
-def _files(one: Given) -> list[Image]:
+def _files(one: InputTensor) -> list[Image]:
     if one.raw is not None:
         return [*_elements(one, one.raw)]
     return [_encoded(element, at) for at, element in enumerate(_flat(one))]
 
 
-def _elements(one: Given, raw: memoryview) -> list[bytes]:
+def _elements(one: InputTensor, raw: memoryview) -> list[bytes]:
     """BYTES elements, each behind its length."""
     found: list[bytes] = []
     at, count = 0, math.prod(one.shape)
@@ -133,7 +133,7 @@ def _encoded(element: object, at: int) -> bytes:
         raise Unprocessable(f"element {at}: expected base64 (RFC 4648, padded), got {element[:40]!r}") from error
 
 
-def _pixels(one: Given) -> list[Image]:
+def _pixels(one: InputTensor) -> list[Image]:
     if one.raw is not None:
         return [Decoded(each) for each in _shaped(one, one.raw, np.dtype(np.uint8))]
     numbers = _numbers(one)
@@ -142,14 +142,14 @@ def _pixels(one: Given) -> list[Image]:
     return [Decoded(each) for each in numbers.astype(np.uint8).reshape(one.shape)]
 
 
-def _tensors(one: Given) -> list[Image]:
+def _tensors(one: InputTensor) -> list[Image]:
     if one.raw is not None:
         return [Normalised(each.astype(np.float32)) for each in _shaped(one, one.raw, np.dtype("<f4"))]  # now aligned
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
         return [Normalised(each) for each in _numbers(one).astype(np.float32).reshape(one.shape)]
 
 
-def _shaped(one: Given, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _shaped(one: InputTensor, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     expected = math.prod(one.shape) * dtype.itemsize
     if len(raw) != expected:
         detail = f"shape {list(one.shape)} of {one.datatype} takes {expected} bytes, got {len(raw)}"
@@ -157,14 +157,14 @@ def _shaped(one: Given, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[An
     return np.frombuffer(raw, dtype).reshape(one.shape)
 
 
-def _numbers(one: Given) -> npt.NDArray[np.float64]:
+def _numbers(one: InputTensor) -> npt.NDArray[np.float64]:
     try:
         return np.frombuffer(array("d", _flat(one)), np.float64)
     except (TypeError, OverflowError) as error:
         raise Unprocessable(f"input {one.name!r}: expected numbers, got something else among them") from error
 
 
-def _flat(one: Given) -> Sequence[Any]:
+def _flat(one: InputTensor) -> Sequence[Any]:
     """The values in row-major order. Raises BadRequest where there are more or fewer than the shape says."""
     data = one.data or ()
     for side in one.shape[1:]:
@@ -179,14 +179,18 @@ def _flat(one: Given) -> Sequence[Any]:
     return data
 
 
-_READERS: Final[Mapping[str, Callable[[Given], list[Image]]]] = {"BYTES": _files, "UINT8": _pixels, "FP32": _tensors}
+_READERS: Final[Mapping[str, Callable[[InputTensor], list[Image]]]] = {
+    "BYTES": _files,
+    "UINT8": _pixels,
+    "FP32": _tensors,
+}
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputRequest:
     """An output that is asked for; `classes` above 0 asks for so many `score:index:label` instead (classification
     extension), best first."""
 
@@ -196,7 +200,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Told:
+class OutputTensor:
     name: str
     datatype: str
     shape: Shape
@@ -215,7 +219,7 @@ class Told:
         return list(self.values.ravel().tolist())
 
 
-def check_wanted(wanted: Sequence[Wanted]) -> None:
+def check_outputs(wanted: Sequence[OutputRequest]) -> None:
     """Before anything is computed. Raises Unprocessable."""
     for one in wanted:
         if one.name not in OUTPUTS:
@@ -227,21 +231,21 @@ def check_wanted(wanted: Sequence[Wanted]) -> None:
         raise Unprocessable("outputs: expected each once")
 
 
-def told(found: Outputs, wanted: Sequence[Wanted]) -> list[Told]:
-    return [_told(found, one) for one in wanted]
+def output_tensors(found: Outputs, wanted: Sequence[OutputRequest]) -> list[OutputTensor]:
+    return [_output_tensor(found, one) for one in wanted]
 
 
-def _told(found: Outputs, one: Wanted) -> Told:
+def _output_tensor(found: Outputs, one: OutputRequest) -> OutputTensor:
     images = len(found.logits)
     if one.name == "label":
         best = [found.labels[index].encode() for index in found.probabilities.argmax(axis=1)]
-        return Told(one.name, "BYTES", (images,), best, one.binary)
+        return OutputTensor(one.name, "BYTES", (images,), best, one.binary)
     numbers = found.logits if one.name == "logits" else found.probabilities
     if one.classes:
         count = min(one.classes, len(found.labels))
         ranked = [text for row in numbers for text in _ranked(row, found.labels, count)]
-        return Told(one.name, "BYTES", (images, count), ranked, one.binary)
-    return Told(one.name, "FP32", numbers.shape, numbers.astype(np.float32), one.binary)
+        return OutputTensor(one.name, "BYTES", (images, count), ranked, one.binary)
+    return OutputTensor(one.name, "FP32", numbers.shape, numbers.astype(np.float32), one.binary)
 
 
 def _ranked(row: npt.NDArray[np.float64], labels: Sequence[str], count: int) -> list[bytes]:

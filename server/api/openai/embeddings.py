@@ -30,7 +30,7 @@ _BODY: Final[dict[str, Any]] = {
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
 
 
-class Asked(BaseModel):
+class EmbeddingsRequest(BaseModel):
     """`user` is whom the client asks for, which concerns nobody here."""
 
     model_config = ConfigDict(extra="forbid")
@@ -54,8 +54,8 @@ async def embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
     return _told(asked, await predict.unless_gone(request, work))
 
 
-def _read(body: bytes) -> tuple[Asked, list[bytes]]:
-    asked = problems.parsed(Asked, body)
+def _read(body: bytes) -> tuple[EmbeddingsRequest, list[bytes]]:
+    asked = problems.parsed(EmbeddingsRequest, body)
     given = [asked.input] if isinstance(asked.input, str) else asked.input
     return asked, [_picture(text, index) for index, text in enumerate(given)]
 
@@ -74,7 +74,7 @@ def _refused(index: int, expected: str, got: str) -> Unprocessable:
     return Unprocessable(f"input.{index}: expected {expected}, got {got[:40]!r}", param="input")
 
 
-def _told(asked: Asked, features: Features) -> dict[str, Any]:
+def _told(asked: EmbeddingsRequest, features: Features) -> dict[str, Any]:
     vectors = features.vectors.astype("<f4")
     if asked.dimensions not in (None, vectors.shape[1]):
         detail = f"dimensions: expected {vectors.shape[1]}, as many as there are, got {asked.dimensions}"

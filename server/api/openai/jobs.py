@@ -43,7 +43,7 @@ After = Annotated[str | None, Query(description="The id of the last one seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-class Asked(BaseModel):
+class FineTuningRequest(BaseModel):
     """`validation_file`, `integrations` and `metadata` are not kept, and refused rather than dropped."""
 
     model_config = ConfigDict(extra="forbid")
@@ -62,7 +62,7 @@ class Asked(BaseModel):
 @router.post("")
 async def create(
     services: ServicesOf,
-    asked: Asked,
+    asked: FineTuningRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> dict[str, Any]:
     await require_backbone(services, asked.model)
@@ -99,7 +99,7 @@ async def events(services: ServicesOf, job_id: str, after: After = None, limit: 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def request_of(asked: Asked) -> wire.TrainRequest:
+def request_of(asked: FineTuningRequest) -> wire.TrainRequest:
     """Raises Unprocessable, in the client's words."""
     method, of_method = _method(asked.method)
     recipe = _recipe({**(asked.hyperparameters or {}), **of_method})

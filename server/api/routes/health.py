@@ -32,5 +32,5 @@ async def readyz(services: ServicesOf) -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def prometheus() -> Response:
     """Prometheus text format."""
-    await metrics.brought_up_to_date()
-    return Response(generate_latest(metrics.shown), media_type=CONTENT_TYPE_LATEST)
+    await metrics.refresh()
+    return Response(generate_latest(metrics.exposed), media_type=CONTENT_TYPE_LATEST)

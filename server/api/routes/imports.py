@@ -19,7 +19,7 @@ from lensrack import wire
 from server.api import params
 from server.errors import BadRequest, Unprocessable
 from server.importing.checkpoint import MAX_FILES
-from server.importing.importer import File, Wanted
+from server.importing.importer import File, ImportOptions
 
 from .predict import require_whole
 
@@ -28,11 +28,11 @@ WORDS: Final = ("labels", "preprocess")
 MAX_WORDS_BYTES: Final = 4 * 2**20  # ten thousand labels of 200 characters
 
 
-async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[list[File], Wanted]:
+async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[list[File], ImportOptions]:
     """The files and what is wanted of them. Raises BadRequest, Unprocessable."""
     body = await request.body()
     if params.media_type(request.headers) != FORM:
-        return [("checkpoint", io.BytesIO(body))], Wanted(task, form)
+        return [("checkpoint", io.BytesIO(body))], ImportOptions(task, form)
     require_whole(body, request.headers.get("content-type", ""))
     files: list[File] = []
     words: dict[str, Any] = {}
@@ -48,7 +48,7 @@ async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[li
                     raise Unprocessable(f"multipart body: expected {expected}, got {name[:100]!r}")
     except HTTPException as error:
         raise BadRequest(f"multipart body: {error.detail}") from error
-    return files, Wanted(task, form, words.get("labels"), words.get("preprocess", {}))
+    return files, ImportOptions(task, form, words.get("labels"), words.get("preprocess", {}))
 
 
 def _json(name: str, text: str) -> Any:

@@ -21,7 +21,7 @@ async def rack(services: ServicesOf) -> wire.Rack:
     if services.tenant:
         sizes = {"max_queue": services.settings.max_queue, "max_batch": services.settings.max_batch}
         return now.model_copy(update={"seats": seats, **sizes})
-    await metrics.brought_up_to_date()
+    await metrics.refresh()
     batch_rows = counts(metrics.BATCH_ROWS)
     return now.model_copy(
         update={

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from lensrack import wire
 from server.api import views
 from server.api.services import Services, ServicesOf
-from server.serving.predictor import in_time
+from server.serving.predictor import within_timeout
 from server.serving.resolver import Ref
 
 router = APIRouter(tags=["residency"])
@@ -20,7 +20,7 @@ async def load(services: ServicesOf, task: str) -> wire.Residency:
     """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
     ref = Ref.parse(task)
     version = await one_version(services, ref)
-    await in_time(services.settings.request_timeout_s, services.residency.load(ref.task, version))
+    await within_timeout(services.settings.request_timeout_s, services.residency.load(ref.task, version))
     return views.residency(services, ref.task, version)
 
 
@@ -40,7 +40,9 @@ async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = No
     version = await one_version(services, ref)
     if (body or wire.PinRequest()).pinned:
         acquiring = services.residency.acquire(ref.task, version)
-        seat = await in_time(services.settings.request_timeout_s, acquiring)  # while it is held, nothing can evict it
+        seat = await within_timeout(
+            services.settings.request_timeout_s, acquiring
+        )  # while it is held, nothing can evict it
         await services.residency.pin(ref.task, version, True)
         services.residency.release(seat)
     else:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from lensrack import wire
 from server.api.middleware import auth
 from server.errors import Unauthenticated
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.key import NOBODY, SCOPES, Key
 
 router = APIRouter(tags=["session"])
@@ -21,14 +21,14 @@ LASTS_S: Final = 12 * 3600
 @router.get("/session")
 async def who(request: Request) -> wire.Session:
     """Whether a key is needed here, and what the one that came with this request may do."""
-    ring: KeyRing = request.app.state.ring
+    ring: Authenticator = request.app.state.ring
     return _told(request.state.key, ring.locked)
 
 
 @router.post("/session")
 async def sign_in(request: Request, response: Response, asked: wire.SignIn) -> wire.Session:
     """Exchange a key for a session cookie."""
-    ring: KeyRing = request.app.state.ring
+    ring: Authenticator = request.app.state.ring
     if not ring.locked:
         return _told(NOBODY, False)
     key = await ring.owner(asked.key.strip())

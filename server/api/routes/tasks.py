@@ -14,7 +14,7 @@ from prompts_store import Bundle
 from server.api import params, views
 from server.api.services import Services, ServicesOf
 from server.errors import BadRequest
-from server.importing.importer import File, Wanted
+from server.importing.importer import File, ImportOptions
 
 from . import imports
 
@@ -181,7 +181,7 @@ def _put(services: Services, task: str, data: bytes, alias: str | None) -> str:
     return _stored(services, bundle, alias)
 
 
-def _import(services: Services, files: list[File], wanted: Wanted, alias: str | None) -> str:
+def _import(services: Services, files: list[File], wanted: ImportOptions, alias: str | None) -> str:
     return _stored(services, services.importer.bundle(files, wanted, services.store), alias)
 
 

@@ -51,13 +51,13 @@ async def model_metadata(request: Any, call: Call) -> Any:
 
 async def model_infer(request: Any, call: Call) -> Any:
     wanted = tensors.wanted(request)
-    oip.check_wanted(wanted)
+    oip.check_outputs(wanted)
     images = oip.images(tensors.given(request), call.services.settings.max_images)
-    question = infer.Question(
+    question = infer.InferRequest(
         request.model_name, request.model_version, images, wanted, _timeout_us(request, call), call.key
     )
     found = await infer.answer(call.services, question)
-    return tensors.response(request, found.version, oip.told(found, wanted))
+    return tensors.response(request, found.version, oip.output_tensors(found, wanted))
 
 
 async def repository_index(_: Any, call: Call) -> Any:

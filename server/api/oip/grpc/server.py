@@ -24,7 +24,7 @@ from server.api import problems, scopes
 from server.api.middleware import request_log
 from server.api.services import Services
 from server.errors import BadRequest, ServiceError
-from server.keys.authenticator import KeyRing
+from server.keys.authenticator import Authenticator
 from server.keys.key import NOBODY, Key
 from server.observability import logs, metrics
 from server.settings import Settings
@@ -56,7 +56,7 @@ def status_of(error: ServiceError) -> grpc.StatusCode:
 
 
 @dataclass
-class _Told:
+class _LoggedCall:
     """One call, for the log and the metrics."""
 
     route: str
@@ -66,7 +66,7 @@ class _Told:
     status: int = 499  # nobody was there to be answered
 
     @classmethod
-    def of(cls, details: Any) -> _Told:
+    def of(cls, details: Any) -> _LoggedCall:
         given = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
         id_ = given.get("x-request-id", "")
         id_ = id_ if request_log.SANE.fullmatch(id_) else uuid.uuid4().hex
@@ -80,17 +80,17 @@ class _Told:
         log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=facts)
 
 
-class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types
+class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types
     """Finds each call's key before its message is read. Calls that are not in CALLS stay unimplemented."""
 
-    def __init__(self, narrowed: Callable[[Key | None], Services], ring: KeyRing) -> None:
+    def __init__(self, narrowed: Callable[[Key | None], Services], ring: Authenticator) -> None:
         self._narrowed, self._ring, self._messages = narrowed, ring, methods()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         service, _, name = details.method.removeprefix("/").partition("/")
         if service != SERVICE or name not in CALLS:
             return await continuation(details)
-        told, (answer, method, route) = _Told.of(details), CALLS[name]
+        told, (answer, method, route) = _LoggedCall.of(details), CALLS[name]
         try:
             services = self._narrowed(await self._admitted(details, scopes.need_of(method, route)))
         except Exception as error:
@@ -117,7 +117,7 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries n
         return key
 
 
-def _call(answer: Answer, kind: Any, services: Services, told: _Told) -> Callable[[Any, Any], Any]:
+def _call(answer: Answer, kind: Any, services: Services, told: _LoggedCall) -> Callable[[Any, Any], Any]:
     async def call(sent: bytes, context: Any) -> Any:
         async with _answered(told, context):
             return await answer(_read(kind, sent), Call(services, context.time_remaining(), told.key))
@@ -134,7 +134,7 @@ def _read(kind: Any, sent: bytes) -> Any:
 
 
 @asynccontextmanager
-async def _answered(told: _Told, context: Any) -> AsyncIterator[None]:
+async def _answered(told: _LoggedCall, context: Any) -> AsyncIterator[None]:
     """The call's id on all that is said of it, and its failure as a status."""
     try:
         with logs.about(logs.REQUEST_ID, told.id):
@@ -152,7 +152,7 @@ async def _answered(told: _Told, context: Any) -> AsyncIterator[None]:
         told.record()
 
 
-def _trailing(error: ServiceError, told: _Told) -> tuple[tuple[str, str], ...]:
+def _trailing(error: ServiceError, told: _LoggedCall) -> tuple[tuple[str, str], ...]:
     known = [("x-request-id", told.id), (problems.CODE.lower(), error.code)]
     if error.retry_after_s is not None:
         known.append(("retry-after", str(math.ceil(error.retry_after_s))))
@@ -167,11 +167,11 @@ def _bearer(details: Any) -> str | None:
     return None
 
 
-class GrpcFront:
+class GrpcServer:
     """Made and run on one event loop. `port` 0 takes a free one; `start` tells which."""
 
     def __init__(
-        self, narrowed: Callable[[Key | None], Services], ring: KeyRing, settings: Settings, port: int
+        self, narrowed: Callable[[Key | None], Services], ring: Authenticator, settings: Settings, port: int
     ) -> None:
         self._narrowed, self._ring, self._settings, self._port = narrowed, ring, settings, port
         self._server: Any = None
@@ -179,7 +179,7 @@ class GrpcFront:
     async def start(self) -> int:
         """The port that it listens on. Raises OSError."""
         self._server = grpc.aio.server(
-            interceptors=[_Door(self._narrowed, self._ring)],
+            interceptors=[_AuthInterceptor(self._narrowed, self._ring)],
             maximum_concurrent_rpcs=self._settings.max_queue,
             options=[
                 ("grpc.so_reuseport", 0),  # a taken port is to be known, not shared

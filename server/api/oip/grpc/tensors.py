@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from server.api.oip.tensors import OUTPUTS, Given, Told, Wanted
+from server.api.oip.tensors import OUTPUTS, InputTensor, OutputRequest, OutputTensor
 from server.errors import BadRequest, Unprocessable
 
 from .messages import message
@@ -14,7 +14,7 @@ _CONTENTS: Final = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32":
 _Response: Final = message("ModelInferResponse")
 
 
-def given(request: Any) -> list[Given]:
+def given(request: Any) -> list[InputTensor]:
     """Raises BadRequest where raw contents and inputs do not go together, Unprocessable for shared memory."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
@@ -22,7 +22,7 @@ def given(request: Any) -> list[Given]:
     return [_given(one, memoryview(raw[at]) if raw else None) for at, one in enumerate(request.inputs)]
 
 
-def _given(one: Any, raw: memoryview | None) -> Given:
+def _given(one: Any, raw: memoryview | None) -> InputTensor:
     if any(name.startswith("shared_memory_") for name in one.parameters):
         raise Unprocessable("parameters.shared_memory_region: expected data in the request, shared memory is not used")
     field = _CONTENTS.get(one.datatype)
@@ -32,14 +32,14 @@ def _given(one: Any, raw: memoryview | None) -> Given:
         if others:
             raise BadRequest(f"input {one.name[:100]!r}: expected contents.{field}, got contents.{others[0]}")
         data = list(getattr(one.contents, field)) if field else []
-    return Given(one.name, one.datatype, tuple(one.shape), raw, data)
+    return InputTensor(one.name, one.datatype, tuple(one.shape), raw, data)
 
 
-def wanted(request: Any) -> list[Wanted]:
+def wanted(request: Any) -> list[OutputRequest]:
     """Raises Unprocessable."""
     if not request.outputs:
-        return [Wanted(name) for name in OUTPUTS]
-    return [Wanted(one.name, whole(one.parameters, "classification")) for one in request.outputs]
+        return [OutputRequest(name) for name in OUTPUTS]
+    return [OutputRequest(one.name, whole(one.parameters, "classification")) for one in request.outputs]
 
 
 def whole(parameters: Any, name: str) -> int:
@@ -53,7 +53,7 @@ def whole(parameters: Any, name: str) -> int:
     return value
 
 
-def response(request: Any, version: str, told: Sequence[Told]) -> Any:
+def response(request: Any, version: str, told: Sequence[OutputTensor]) -> Any:
     found = _Response(model_name=request.model_name, model_version=version, id=request.id)
     for one in told:
         output = found.outputs.add(name=one.name, datatype=one.datatype, shape=one.shape)

@@ -1,4 +1,4 @@
-"""The job store: what every backend promises. `tests/contract/test_job_store.py` holds each of them to it.
+"""The job store: what every backend promises. `tests/jobs/test_job_store.py` holds each of them to it.
 
 A job is a stored resource with a lease, not a message that can be lost. Whoever claims it gets an attempt number, and
 every later word about the job must carry it: a worker that wakes up late is told `LeaseLost` and can change nothing.

@@ -1,4 +1,4 @@
-"""The key store: what every backend promises. `tests/contract/test_key_store.py` holds each of them to it."""
+"""The key store: what every backend promises. `tests/keys/test_key_store.py` holds each of them to it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Residency and batcher of an engine in another process, with the words of the ones that are here.
 
-`Predictor`, routes and tenancy do not know which pair they have: `tests/contract/test_fronts.py` asks both the same.
+`Predictor`, routes and tenancy do not know which pair they have: `tests/rpc/test_front_ends.py` asks both the same.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.datasets.test_dataset_store import noise, write_zip
 from tests.e2e.faulty_redis import RedisProcess, Road
 from tests.e2e.forked_server import forked
 from tests.e2e.server_process import ServerProcess
 from tests.e2e.test_engine_faults import ask
 from tests.e2e.test_store_faults import LONG_S, ZIP, Client, until
-from tests.unit.serving import png
-from tests.unit.test_dataset_store import noise, write_zip
+from tests.serving.floor import png
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 

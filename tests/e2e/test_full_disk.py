@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from server.cli.keys import cli
 from server.keys import key as keys
 from server.keys.sqlite_store import SqliteKeyStore
+from tests.datasets.test_dataset_store import noise, write_zip
 from tests.e2e.test_kills import WAIT_S, Site, site
 from tests.e2e.test_store_faults import ZIP, fill, picture, refused, remount, serving, small_disk
-from tests.unit.test_dataset_store import noise, write_zip
 
 __all__ = ["small_disk"]  # a fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from lensrack import Client
 from server.cli.sample_pictures import draw
 from tests.conftest import free_port
+from tests.deploy.dashboards import ALERTS, PROMETHEUS_OWN, Asked, alerts, panels
 from tests.e2e.server_process import ServerProcess, serving
-from tests.unit.dashboards import ALERTS, PROMETHEUS_OWN, Asked, alerts, panels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from prompts_store import Bundle
+from tests.datasets.test_dataset_store import noise, write_zip
 from tests.e2e.forked_server import KILLS, forked
 from tests.e2e.test_store_faults import LONG_S, ZIP, Client, picture
-from tests.unit.test_dataset_store import noise, write_zip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 EACH_TIME = {"unpacking", "a version without its alias", "an alias that is about to move", "an eviction"}

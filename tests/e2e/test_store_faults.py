@@ -19,9 +19,9 @@ import redis
 from PIL import Image
 
 from prompts_store import Backbone, Bundle, Manifest, Preprocess
+from tests.datasets.test_dataset_store import noise, write_zip
 from tests.e2e.faulty_redis import RedisProcess, Road
 from tests.e2e.forked_server import forked
-from tests.unit.test_dataset_store import noise, write_zip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 LONG_S = 60

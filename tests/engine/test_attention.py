@@ -1,150 +1,118 @@
-"""Where the network looked is told of the very forward that answers."""
+"""Ways to attend: all of them are softmax(q·kᵀ/√d + mask)·v, row by row."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+
 import pytest
-import timm
 import torch
-from timm.layers.attention import Attention
+from torch import Tensor
 
-from server.engine import attention_maps, lens, reference, vit
-from server.engine.backbone import Backbone
-from server.methods.registry import Registry
-from tests.engine.golden_cases import Bench, Task, golden_backbone, recipe
-from tests.engine.test_isolation import TASKS, a_task, picture
+from server.engine import attention
+from server.engine.attention import Attend, by_products, fused, head_by_head
+from server.engine.packed import can_pack
 
-EXACT = 1e-12
-LITERAL = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow, "vpt_deep": reference.vpt_deep}
-OWN = [own for own in TASKS if own.method in LITERAL]
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return golden_backbone("vit_nano", 101, torch.float64)
-
-
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_features_are_the_fast_forwards(backbone: Backbone, own: Task) -> None:
-    images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    x = vit.embed(backbone, images)
-    seen = attention_maps.trace(backbone, x.clone(), lens.condition(own.lens(backbone), 1))
-    fast = vit.forward(backbone, x, lens.condition(own.lens(backbone), 1))
-    np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
+CPU = torch.device("cpu")
+needs_float32 = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="PyTorch packs no float32 weights here")
+WAYS = {
+    "fused": (fused, torch.float32, 2e-6),
+    "by products": (by_products, torch.float32, 2e-6),
+    "by products, bfloat16": (by_products, torch.bfloat16, 3e-2),
+    "head by head": pytest.param((head_by_head, torch.float32, 2e-6), marks=needs_float32),
+}
+Way = tuple[Attend, torch.dtype, float]
 
 
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_shares_are_the_literal_forwards(backbone: Backbone, own: Task) -> None:
-    """Every block's softmax over [class token | prompts | patches], as the papers draw it, taken from timm's modules;
-    and rolled out from the tokens that were there at the start."""
-    images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    blocks = literal_shares(backbone, own, images)
-    lengths = own.lengths if own.method == "vpt_deep" else (own.lengths[0],) * len(blocks)
-    image, prompts = rolled_out(blocks, lengths, carried=own.method == "vpt_shallow")
-    last = blocks[-1][0]
-    p = lengths[-1]
-    seen = attention_maps.trace(backbone, vit.embed(backbone, images), lens.condition(own.lens(backbone), 1))
-    np.testing.assert_allclose(seen.last.grid.ravel(), last[1 + p :], atol=EXACT, rtol=0)
-    np.testing.assert_allclose(
-        [seen.last.rest, seen.last.prompts], [last[0], last[1 : 1 + p].sum()], atol=EXACT, rtol=0
-    )
-    np.testing.assert_allclose(seen.rollout.grid.ravel(), image[1:], atol=EXACT, rtol=0)
-    np.testing.assert_allclose([seen.rollout.rest, seen.rollout.prompts], [image[0], prompts], atol=EXACT, rtol=0)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def literal_shares(backbone: Backbone, own: Task, images: torch.Tensor) -> list[np.ndarray]:
-    """Of each block [1 + p + n, 1 + p + n], the mean over the heads, while `reference.py` runs."""
-    found: list[np.ndarray] = []
-
-    def keep(module: Attention, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        query, keys, _ = module.qkv(inputs[0]).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        found.append((query @ keys.mT * module.scale).softmax(-1)[0].mean(0).numpy())
-
-    hooks = [block.attn.register_forward_hook(keep) for block in backbone.model.blocks]
-    try:
-        with torch.inference_mode():
-            if own.method == "vpt_deep":
-                reference.vpt_deep(backbone, images, own.params, own.lengths)
-            else:
-                LITERAL[own.method](backbone, images, own.params)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def drawn(rows: int, queries: int, keys: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads [rows, 3, ·, 16], as they come: views into what a product of all heads gave."""
+    generator = torch.Generator().manual_seed(queries + keys)
+    parts = (torch.randn(rows, tokens, 48, generator=generator).to(dtype) for tokens in (queries, keys, keys))
+    query, keys_, values = (part.unflatten(-1, (3, 16)).transpose(1, 2) for part in parts)
+    return query, keys_, values
 
 
-def rolled_out(blocks: list[np.ndarray], lengths: tuple[int, ...], *, carried: bool) -> tuple[np.ndarray, float]:
-    """How much of the class token comes from each image token, and from all prompts: followed from source to source."""
-    tokens = len(blocks[0]) - lengths[0]
-    content = np.eye(tokens, tokens + 1)  # of each image token: what comes from the image tokens, and from prompts
-    prompt = np.eye(tokens + 1)[-1:]
-    before = prompt.repeat(lengths[0], axis=0)
-    for shares, length in zip(blocks, lengths, strict=True):
-        if not carried:
-            before = prompt.repeat(length, axis=0)  # fresh ones
-        everything = np.concatenate((content[:1], before, content[1:]))
-        everything = 0.5 * everything + 0.5 * shares @ everything
-        content, before = np.delete(everything, slice(1, 1 + length), axis=0), everything[1 : 1 + length]
-    return content[0, :-1], float(content[0, -1])
+def a_mask(rows: int, keys: int) -> Tensor:
+    seen = torch.linspace(1, keys, rows).long()
+    return (torch.arange(keys) < seen[:, None])[:, None, None]
 
 
-@pytest.mark.parametrize("method", [method.name for method in Registry().all])
-def test_every_method_can_be_watched(backbone: Backbone, method: str) -> None:
-    own = Registry().get(method)
-    lengths = own.prompt_lengths(backbone.spec, 3)
-    generator = torch.Generator().manual_seed(1)
-    params = {name: value.double() for name, value in own.init(backbone.spec, lengths, 4, generator).items()}
-    params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
-    condition = lens.condition(own.lower(backbone, params, lengths), 1)
-    x = vit.embed(backbone, torch.from_numpy(recipe.images(1, 64, 5)).double())
-    seen = attention_maps.trace(backbone, x.clone(), condition)
-    np.testing.assert_allclose(seen.features, vit.forward(backbone, x, condition)[0].numpy(), atol=EXACT, rtol=0)
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
+def literal(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.einsum("bhqd,bhnd->bhqn", query.double(), keys.double()) / query.shape[-1] ** 0.5
+    shares = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+    return torch.einsum("bhqn,bhnd->bqhd", shares, values.double()).flatten(2)
 
 
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_shares_add_up_and_prompts_have_theirs(backbone: Backbone, own: Task) -> None:
-    bench = Bench(backbone)
-    seen = attention_maps.look(bench.engine, picture(3), bench.seat(own.lens(backbone)))
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.shape == (4, 4)
-        assert (looked.grid >= 0).all()
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1, abs=1e-9)
-        assert (looked.prompts > 0) is (own.method != "linear")
+@pytest.mark.parametrize("masked", [False, True], ids=["all seen", "masked"])
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(1, 197, 207), (3, 128, 128), (2, 130, 1), (4, 1, 60)])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_all_are_the_literal_attention(way: Way, rows: int, queries: int, keys: int, masked: bool) -> None:
+    attention, dtype, close = way
+    own = drawn(rows, queries, keys, dtype)
+    mask = a_mask(rows, keys) if masked else None
+    torch.testing.assert_close(attention(*own, mask).double(), literal(*own, mask), atol=close, rtol=close)
 
 
-def test_it_is_the_seat_that_looks(backbone: Backbone) -> None:
-    """Its own mean and std included: the features are those that the seat's head answers from."""
-    bench = Bench(backbone)
-    own = a_task("vpt_deep", (3, 0, 5, 2), 4, 1)
-    seat = bench.seat(own.lens(backbone), 0.3, 0.2)
-    seen = attention_maps.look(bench.engine, picture(3), seat)
-    logits = own.params["head.weight"].numpy() @ seen.features + own.params["head.bias"].numpy()
-    np.testing.assert_allclose(logits, bench.engine.run([(picture(3), seat)])[0], atol=1e-9, rtol=0)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_what_the_mask_hides_changes_no_bit(way: Way) -> None:
+    attention, dtype, _ = way
+    query, keys, values = (part.contiguous() for part in drawn(3, 140, 9, dtype))  # as they lie when filled
+    mask = a_mask(3, 9)
+    hidden = ~mask.transpose(2, 3)
+    quiet = attention(query, keys, values, mask)
+    loud = attention(query, keys.masked_fill(hidden, 1e4), values.masked_fill(hidden, 1e4), mask)
+    assert torch.equal(loud, quiet)
 
 
-def test_rollout_is_abnar_and_zuidemas_product() -> None:
-    """Two blocks by hand: two tokens, a prompt in the second block."""
-    first = attention_maps.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64), 2)
-    second = attention_maps.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64), 2)
-    flow = attention_maps.Flow.at_start(2).through(first).through(second)
-    one = np.array([[0.75, 0.25], [0.0, 1.0]])
-    two = np.array([[0.1 + 0.5, 0.2], [0.0, 0.5 + 0.5]])
-    np.testing.assert_allclose(flow.tokens.numpy(), two @ one)
-    np.testing.assert_allclose(flow.prefix.numpy(), [0.2, 0.0])
+@needs_float32
+def test_head_by_head_a_row_has_the_same_bits_in_any_company() -> None:
+    query, keys, values = drawn(5, 150, 170)
+    together = head_by_head(query, keys, values, None)
+    for row in range(5):
+        alone = slice(row, row + 1)
+        assert torch.equal(head_by_head(query[alone], keys[alone], values[alone], None), together[alone])
 
 
-def test_a_backbone_that_averages_its_patches_shows_their_attention() -> None:
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=16, depth=2, num_classes=0,
-        global_pool="avg", class_token=False, reg_tokens=2, qk_norm=True, pretrained=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    backbone = Backbone.of("averaging", model, dtype=torch.float64)
-    x = vit.embed(backbone, torch.randn(1, 3, 32, 32, dtype=torch.float64))
-    seen = attention_maps.trace(backbone, x.clone(), lens.Plain())
-    fast = vit.forward(backbone, x, lens.Plain())
-    np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
-    assert seen.last.grid.sum() + seen.last.rest == pytest.approx(1)
-    assert seen.last.rest > 0
+@needs_float32
+def test_head_by_head_is_for_many_queries_one_thread_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        calls.append(query.shape[2])
+        return fused(query, keys, values, mask)
+
+    monkeypatch.setattr(attention, "fused", counted)
+    query, keys, values = drawn(2, attention.MANY, 20)
+    head_by_head(query, keys, values, None)
+    assert calls == []
+    head_by_head(query[:, :, 1:], keys, values, None)
+    assert calls == [attention.MANY - 1]
+    torch.set_num_threads(2)
+    head_by_head(query, keys, values, None)
+    torch.set_num_threads(1)
+    assert len(calls) == 2
+    found = keys.detach().clone().requires_grad_()
+    head_by_head(query, found, values, None).square().sum().backward()
+    assert len(calls) == 3
+    true = keys.double().requires_grad_()
+    literal(query, true, values, None).square().sum().backward()
+    assert true.grad is not None
+    assert found.grad is not None
+    torch.testing.assert_close(found.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", head_by_head), ("AVX2", fused), ("DEFAULT", fused)])
+def test_heads_go_apart_where_mkl_is_the_slower_one(
+    capability: str, expected: Attend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert attention.fastest(True, torch.float32) is expected
+    assert attention.fastest(True, torch.bfloat16) is by_products
+    assert attention.fastest(False, torch.float32) is fused

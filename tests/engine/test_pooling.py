@@ -23,9 +23,9 @@ from server.methods.pooling import lowered
 from server.methods.registry import Registry
 from server.training import frozen
 from tests.engine.golden_cases import Bench, golden_backbone
-from tests.engine.test_fit import SPLITS, fitted
-from tests.engine.test_methods import bundle
 from tests.engine.test_packed import SMALL, images
+from tests.methods.test_methods import bundle
+from tests.training.test_fit import SPLITS, fitted
 
 BACKBONES = {
     "class token": ("vit_tiny_patch16_224", {}),

@@ -18,9 +18,9 @@ from schemathesis.core.failures import FailureGroup
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
+from tests.api.api_server import Api, serving
 from tests.fuzz.budget import EXAMPLES, large
-from tests.unit.api_server import Api, serving
-from tests.unit.serving import publish
+from tests.serving.floor import publish
 
 EXPECTED = {501, 504, 507}  # packages that are not installed, a deadline of nothing, a disk that is full
 OCTETS = "application/octet-stream"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.api.api_server import Api, serving
 from tests.fuzz.budget import EXAMPLES, large
 from tests.fuzz.readers import READERS, Reader
-from tests.unit.api_server import Api, serving
-from tests.unit.serving import png, publish
+from tests.serving.floor import png, publish
 
 REGRESSIONS = sorted((Path(__file__).resolve().parents[1] / "security" / "regressions").glob("*/*"))
 TRIED = settings(

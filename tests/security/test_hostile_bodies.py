@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.unit.api_server import Api, assert_problem, serving
-from tests.unit.serving import png, publish
+from tests.api.api_server import Api, assert_problem, serving
+from tests.serving.floor import png, publish
 
 PNG = png()
 B64 = base64.b64encode(PNG).decode()

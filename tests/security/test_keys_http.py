@@ -21,8 +21,8 @@ from server.api.binding import UnsafeBind, require_safe_bind
 from server.api.middleware import auth
 from server.keys.key import SCOPES
 from server.settings import Settings
-from tests.unit.api_server import Api, assert_problem, assert_refused, serving
-from tests.unit.serving import png, publish
+from tests.api.api_server import Api, assert_problem, assert_refused, serving
+from tests.serving.floor import png, publish
 
 PNG = {"content-type": "image/png"}
 TOKENS = {name: f"token-of-{name}-{'x' * 20}" for name in ("predict", "train", "admin", "acme", "other", "slow")}

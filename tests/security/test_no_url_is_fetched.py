@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.unit.api_server import Api, serving
-from tests.unit.serving import png, publish
+from tests.api.api_server import Api, serving
+from tests.serving.floor import png, publish
 
 NAME = "metadata.internal.example"  # whoever asks for it has been talked into something
 

@@ -17,8 +17,8 @@ from backports import zstd
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.formats.parquet_members import _environment
 from server.errors import BadRequest
-from tests.unit.test_dataset_parquet import TABLE, images, parquet
-from tests.unit.test_dataset_store import EMPTY, LIMITS, REPOSITORY, noise, picture, tree, write_zip
+from tests.datasets.test_dataset_store import EMPTY, LIMITS, REPOSITORY, noise, picture, tree, write_zip
+from tests.datasets.test_parquet import TABLE, images, parquet
 
 MIB = 2**20
 

@@ -31,8 +31,8 @@ from server.datasets.upload_store import UploadStore
 from server.jobs.job import new_id
 from server.jobs.sqlite_store import SqliteJobStore
 from server.keys.authenticator import Authenticator
-from tests.unit.api_server import Api, assert_problem, serving
-from tests.unit.serving import Shelf, bundle, png, publish
+from tests.api.api_server import Api, assert_problem, serving
+from tests.serving.floor import Shelf, bundle, png, publish
 
 TOKENS = {name: f"token-of-{name}-{'x' * 20}" for name in ("all", "mine", "theirs", "part")}
 PNG = {"content-type": "image/png"}

@@ -1,0 +1,259 @@
+"""Archives whose pictures are labelled by a table: CSV or JSON lines, of every common shape."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from backports import zstd
+
+from server.datasets.dataset import Dataset
+from server.datasets.dataset_store import DatasetStore
+from server.errors import BadRequest
+from tests.datasets.test_dataset_store import EMPTY, LIMITS, picture, tree, write_tgz, write_zip
+
+Files = dict[str, bytes]
+PICTURES: Files = {f"images/{number}.png": picture(number) for number in range(6)}
+LABELS = ["cat", "dog"] * 3
+FOLDERS: Files = {
+    f"{label}/{number}.png": picture(number) for number, label in enumerate(LABELS)
+}  # the same pictures in class folders
+ROWS = "".join(f"images/{number}.png,{label}\n" for number, label in enumerate(LABELS))
+TABLE = f"file,label\n{ROWS}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "datasets"
+
+
+@pytest.fixture
+def store(root: Path) -> DatasetStore:
+    return DatasetStore(root, **LIMITS)
+
+
+@pytest.fixture
+def ingest(store: DatasetStore, tmp_path: Path) -> Callable[[Files], Dataset]:
+    return lambda files: store.ingest(write_zip(tmp_path / "a.zip", files))
+
+
+Ingest = Callable[[Files], Dataset]
+
+
+def refusal(store: DatasetStore, root: Path, tmp_path: Path, files: Files) -> str:
+    with pytest.raises(BadRequest) as caught:
+        store.ingest(write_zip(tmp_path / "bad.zip", files))
+    assert caught.value.code == "bad_dataset"
+    assert tree(root) == EMPTY
+    return caught.value.detail
+
+
+def as_tar(path: Path, files: Files) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def as_tar_zst(path: Path, files: Files) -> Path:
+    path.write_bytes(zstd.compress(as_tar(path, files).read_bytes()))
+    return path
+
+
+WRITERS = {"zip": write_zip, "tar": as_tar, "tar.gz": write_tgz, "tar.zst": as_tar_zst}
+
+
+@pytest.mark.parametrize("table_first", [True, False])
+def test_the_same_pictures_are_the_same_dataset_whatever_they_come_in(
+    store: DatasetStore, tmp_path: Path, table_first: bool
+) -> None:
+    table = {"labels.csv": TABLE.encode()}
+    listed = {**table, **PICTURES} if table_first else {**PICTURES, **table}
+    ids = {store.ingest(write(tmp_path / "a", files)).id for write in WRITERS.values() for files in (FOLDERS, listed)}
+    assert len(ids) == 1
+    assert store.list()[0].splits == {"train": {"cat": 3, "dog": 3}}
+
+
+def rows(file: str, label: str) -> str:
+    return "\n".join(json.dumps({file: f"images/{n}.png", label: name, "more": [1]}) for n, name in enumerate(LABELS))
+
+
+TABLES = {
+    "manifest.csv": TABLE,
+    "labels.csv": TABLE.replace("file,", "Filename,").replace("label", "CLASS"),
+    "metadata.csv": TABLE.replace("file,", "file_name,"),
+    "Labels.CSV": "\ufeff" + TABLE.replace("\n", "\r\n"),
+    "pets/labels.csv": TABLE,
+    "pets/manifest.csv": TABLE.replace("images/", "./images\\"),
+    "pets/metadata.csv": TABLE.replace("images/", "pets/images/"),
+    "pets/images/labels.csv": "",
+    "manifest.jsonl": rows("path", "label"),
+    "metadata.jsonl": rows("image", "class") + "\n\n",
+    "labels.jsonl": rows("file", "label"),
+}
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES.items(), ids=TABLES)
+def test_every_shape_of_table(ingest: Ingest, name: str, table: str) -> None:
+    wrapper = "pets/" if name.startswith("pets/") else ""
+    pictures = {wrapper + path: data for path, data in PICTURES.items()}
+    if not table:  # a table in a folder of pictures only is none
+        pictures = {f"pets/{path}": data for path, data in FOLDERS.items()}
+    dataset = ingest({**pictures, name: table.encode()})
+    assert dataset.splits == {"train": {"cat": 3, "dog": 3}}
+    assert [one.name for one in dataset.skipped] == ([] if table else [name])
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters_quotes_and_more_columns(ingest: Ingest, delimiter: str) -> None:
+    lines = [["id", "path", "note", "label"]]
+    lines += [[str(n), f'"images/{n}.png"', '"a, ""b""\nc"', label] for n, label in enumerate(LABELS)]
+    table = "\n".join(delimiter.join(line) for line in lines)
+    assert ingest({**PICTURES, "labels.csv": table.encode()}).splits == {"train": {"cat": 3, "dog": 3}}
+
+
+def test_a_name_without_its_folder_is_found_where_it_is_the_only_one(ingest: Ingest) -> None:
+    table = TABLE.replace("images/", "")
+    assert ingest({**PICTURES, "labels.csv": table.encode()}).skipped == ()
+    twin = {"other/5.png": picture(99)}
+    skipped = {one.name: one.reason for one in ingest({**PICTURES, **twin, "labels.csv": table.encode()}).skipped}
+    assert skipped == {
+        "5.png": "labels.csv names it, and the archive has no such picture",
+        "images/5.png": "labels.csv does not name it",
+        "other/5.png": "labels.csv does not name it",
+    }
+
+
+def test_splits_by_column(ingest: Ingest) -> None:
+    splits = ["train", "Training", "", "train", "VALIDATION", "test"]
+    lines = [f"images/{n}.png,{label},{split}" for n, (label, split) in enumerate(zip(LABELS, splits, strict=True))]
+    dataset = ingest({**PICTURES, "labels.csv": "\n".join(["file,label,split", *lines]).encode()})
+    assert dataset.splits == {
+        "train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "dog": 0}, "test": {"cat": 0, "dog": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", ["", "pets/"])
+def test_splits_by_folders_with_a_table_each_as_in_imagefolder(ingest: Ingest, wrapper: str) -> None:
+    files: Files = {}
+    for split in ("train", "test"):
+        table = "file_name,label\n" + "".join(f"{n}.png,{label}\n" for n, label in enumerate(LABELS))
+        files[f"{wrapper}{split}/metadata.csv"] = table.encode()
+        shift = 100 if split == "test" else 0
+        files |= {f"{wrapper}{split}/{number}.png": picture(shift + number) for number in range(6)}
+    assert ingest(files).splits == {"train": {"cat": 3, "dog": 3}, "test": {"cat": 3, "dog": 3}}
+
+
+def test_splits_by_the_folders_of_the_pictures(ingest: Ingest) -> None:
+    files = {f"{'train' if number < 4 else 'test'}/{number}.png": picture(number) for number in range(6)}
+    table = "file,label\n" + "".join(f"{path},{LABELS[n]}\n" for n, path in enumerate(files))
+    assert ingest({**files, "labels.csv": table.encode()}).splits == {
+        "train": {"cat": 2, "dog": 2}, "test": {"cat": 1, "dog": 1},
+    }  # fmt: skip
+
+
+def test_a_table_decides_over_class_folders(ingest: Ingest) -> None:
+    table = "file,label\n" + "".join(f"{path},{'odd' if n % 2 else 'even'}\n" for n, path in enumerate(FOLDERS))
+    assert ingest({**FOLDERS, "labels.csv": table.encode()}).labels == ("even", "odd")
+
+
+def test_rows_without_pictures_and_pictures_without_rows(ingest: Ingest) -> None:
+    more = "images/gone.png,cat\n../../etc/passwd,cat\n/etc/passwd,dog\nimages/broken.png,dog\nimages/6.png,\n"
+    files = {**PICTURES, "images/6.png": picture(6), "images/7.png": picture(7), "images/broken.png": b"no picture"}
+    dataset = ingest({**files, "labels.csv": (TABLE + more).encode()})
+    skipped = {one.name: one.reason for one in dataset.skipped}
+    broken = skipped.pop("images/broken.png")
+    assert "expected an image" in broken
+    lost = "labels.csv names it, and the archive has no such picture"
+    assert skipped == {
+        "images/gone.png": lost,
+        "../../etc/passwd": lost,
+        "/etc/passwd": lost,
+        "images/6.png": "labels.csv gives it no label",
+        "images/7.png": "labels.csv does not name it",
+    }
+    assert dataset.images == 6
+
+
+def test_a_row_that_comes_twice_and_says_the_same_is_one(ingest: Ingest) -> None:
+    assert ingest({**PICTURES, "labels.csv": (TABLE + ROWS).encode()}).images == 6
+
+
+BAD_TABLES = {
+    "no file column": ("labels.csv", "id,label\n1,cat\n", "file_name or filename or path or image, found: 'id'"),
+    "no label column": ("metadata.csv", "file_name,text\na,b\n", "called label or class, found: 'file_name', 'text'"),
+    "two file columns": ("labels.csv", "file,path,label\na,b,c\n", "found: 'file', 'path'"),
+    "two label columns": ("labels.csv", "file,label,Label\na,b,c\n", "found: 'label', 'Label'"),
+    "two splits": ("labels.csv", "file,label,split,Split\na,b,c,d\n", "at most one column called split, found 2"),
+    "no heading": ("labels.csv", ROWS, "found: 'images/0.png', 'cat'"),
+    "empty": ("labels.csv", "", "found: none"),
+    "heading only": ("labels.csv", "file,label\n", "has no rows"),
+    "a split nobody knows": ("labels.csv", "file,label,split\nimages/0.png,cat,fold 3\n", "line 2: expected a split"),
+    "two labels": ("labels.csv", TABLE + "images/0.png,dog\n", "line 2 of labels.csv and line 8 of labels.csv say"),
+    "an open quote": ("labels.csv", TABLE + '"images', "no valid CSV"),
+    "a field of a megabyte": ("labels.csv", TABLE + "x" * 2**20 + ",cat\n", "no valid CSV"),
+    "a label of a novel": ("labels.csv", "file,label\nimages/0.png," + "x" * 300, "at most 200 are allowed"),
+    "not JSON": ("labels.jsonl", "file,label\n", "line 1: expected a JSON object, got 'file,label'"),
+    "a JSON list": ("labels.jsonl", '["a.png", "cat"]\n', "line 1: expected a JSON object"),
+    "deep JSON": ("labels.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
+    "several labels": ("labels.jsonl", '{"file": "images/0.png", "label": ["a", "b"]}', "got [\"a\", \"b\"]"),
+    "a fraction": ("labels.jsonl", '{"file": "images/0.png", "label": 0.5}', "a whole number as 'label', got 0.5"),
+    "no label key": ("labels.jsonl", '{"file": "images/0.png", "objects": 1}', "found: 'file', 'objects'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "table", "says"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_bad_tables_are_refused_with_what_was_found(
+    root: Path, tmp_path: Path, name: str, table: str, says: str
+) -> None:
+    detail = refusal(DatasetStore(root, **LIMITS), root, tmp_path, {**PICTURES, name: table.encode()})
+    assert says in detail
+    assert name in detail or "class" in detail
+
+
+def test_other_bytes_than_utf_8_are_refused(store: DatasetStore, root: Path, tmp_path: Path) -> None:
+    detail = refusal(store, root, tmp_path, {**PICTURES, "labels.csv": TABLE.replace("cat", "Käfer").encode("cp1252")})
+    assert "labels.csv: expected UTF-8, got something else at byte" in detail
+
+
+@pytest.mark.parametrize("others", [["manifest.csv"], ["labels.jsonl"], ["train/metadata.csv"]])
+def test_two_tables_for_the_same_pictures_are_refused(
+    store: DatasetStore, root: Path, tmp_path: Path, others: list[str]
+) -> None:
+    tables = dict.fromkeys(["labels.csv", *others], TABLE.encode())
+    detail = refusal(store, root, tmp_path, {**PICTURES, **tables})
+    assert f"found: labels.csv, {others[0]}" in detail
+
+
+def test_too_large_and_too_long_tables_are_refused(root: Path, tmp_path: Path) -> None:
+    small = DatasetStore(root, **LIMITS, max_file_bytes=20_000)
+    table = (TABLE + "x.png,cat\n" * 3000).encode()
+    assert "larger than 20,000 bytes" in refusal(small, root, tmp_path, {**PICTURES, "labels.csv": table})
+    few = DatasetStore(root, **{**LIMITS, "max_images": 1000})
+    assert "more than the 2,000 rows" in refusal(few, root, tmp_path, {**PICTURES, "labels.csv": table})
+
+
+def test_class_folders_that_hold_tables_of_their_own_are_class_folders(ingest: Ingest) -> None:
+    dataset = ingest({**FOLDERS, "cat/labels.csv": b"whatever", "dog/metadata.csv": b"whatever"})
+    assert dataset.splits == {"train": {"cat": 3, "dog": 3}}
+    assert {one.reason for one in dataset.skipped} == {"a table that is not beside the pictures"}
+
+
+def test_a_table_without_pictures_is_no_dataset(store: DatasetStore, root: Path, tmp_path: Path) -> None:
+    assert "no readable picture" in refusal(store, root, tmp_path, {"labels.csv": TABLE.encode()})
+
+
+def test_a_truncated_archive_with_a_table_leaves_nothing(store: DatasetStore, root: Path, tmp_path: Path) -> None:
+    whole = write_tgz(tmp_path / "a", {**PICTURES, "labels.csv": TABLE.encode()}).read_bytes()
+    for end in (len(whole) // 3, len(whole) // 2, len(whole) - 9):
+        (tmp_path / "cut").write_bytes(whole[:end])
+        with pytest.raises(BadRequest) as caught:
+            store.ingest(tmp_path / "cut")
+        assert caught.value.code == "bad_archive"
+        assert tree(root) == EMPTY

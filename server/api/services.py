@@ -14,8 +14,7 @@ from fastapi import Depends, Request
 
 from lensrack import wire
 from prompts_store import Bundle, Store
-from server.batching.fair_share import NO_FLOW
-from server.batching.scheduler import FlowKey
+from server.batching.admission import Queue
 from server.datasets.dataset import Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import Added, Page
@@ -26,30 +25,8 @@ from server.jobs.store import Events, Jobs
 from server.keys.key import NOBODY, Key
 from server.keys.meter import Meter
 from server.serving.predictor import Predictor
+from server.serving.residency import Residency
 from server.settings import Settings
-
-
-class Residency(Protocol):
-    """Which versions sit on the device; see `server.engine.residency`."""
-
-    async def acquire(self, task: str, version: str) -> Any: ...
-    def release(self, seat: Any) -> None: ...
-    async def load(self, task: str, version: str) -> None: ...
-    async def unload(self, task: str, version: str) -> bool: ...
-    async def pin(self, task: str, version: str, on: bool) -> bool: ...
-    def pinned(self, task: str, version: str) -> bool: ...
-    def resident(self, task: str, version: str) -> bool: ...
-    def lens_bytes(self, task: str, version: str) -> int: ...
-
-
-class Queue(Protocol):
-    """What waits for the engine; see `server.batching.batcher`."""
-
-    @property
-    def places(self) -> int: ...
-    def __len__(self) -> int: ...
-    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
-
 
 Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention_maps.AttentionMaps`
 

@@ -23,8 +23,9 @@ from server.errors import Forbidden, NotFound
 from server.jobs.job import Job, Publish, State
 from server.jobs.store import Events, Jobs
 from server.keys.key import Key
+from server.serving.residency import Residency
 
-from .services import FeedbackRequests, JobRequests, Residency, Services
+from .services import FeedbackRequests, JobRequests, Services
 
 NOTHING: Final = "\0"  # what somebody without a key sees: no name begins with it
 

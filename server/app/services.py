@@ -13,12 +13,14 @@ from prompts_store import Store
 from server.api import services as api
 from server.api.services import Services
 from server.api.tenancy import scoping
+from server.batching.admission import Queue
 from server.errors import NotInstalled
 from server.jobs.store import JobStore
 from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
 from server.serving.answers import Limits
-from server.serving.predictor import Predictor, Queue
+from server.serving.predictor import Predictor
+from server.serving.residency import Residency
 from server.settings import Settings
 
 from . import instrumentation
@@ -34,7 +36,7 @@ class EngineBindings:
     """The engine's side as HTTP sees it, in this process or in another; `look`, `rack` and `ready` go with it."""
 
     facts: BackboneInfo
-    residency: api.Residency
+    residency: Residency
     batcher: Queue
     look: api.Look
     rack: Callable[[], Awaitable[wire.Rack]]

@@ -71,7 +71,7 @@ class EngineThread:
         self._engine, self._clock = engine, clock
         self.ahead = bool(getattr(engine, "ahead", False))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._one_aside = asyncio.Lock()
+        self._one_exclusive = asyncio.Lock()
         self._entered_at: float | None = None
         self.failures = 0  # rows that it could not answer since it last answered one
 
@@ -85,12 +85,12 @@ class EngineThread:
         """Every row's outcome, and when the forward began and ended."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._finish, begun)
 
-    async def aside(self, work: Callable[[], T]) -> T:
+    async def run_exclusive(self, work: Callable[[], T]) -> T:
         """Run something else between two batches; of several such works one at a time, so that batches get their turn.
 
         It never returns while the work is under way, even when cancelled: what the work uses must stay where it is.
         """
-        async with self._one_aside:
+        async with self._one_exclusive:
             running = asyncio.get_running_loop().run_in_executor(self._pool, self._entered, work)
             try:
                 return await asyncio.shield(running)

@@ -110,7 +110,7 @@ class Watchdog:
     async def _try_out(self) -> bool:
         """Whether the engine does what it must be able to do. If it does, earlier failures were their rows' own."""
         try:
-            await self._batcher.thread.aside(self._probe)
+            await self._batcher.thread.run_exclusive(self._probe)
         except Exception as error:
             log.error("the engine fails on a picture of zeros, too: %r", error)
             return False

@@ -67,7 +67,7 @@ def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
             "waiting": len(room.batcher),
             "places": room.batcher.places,
             "retry_after_s": room.batcher.retry_after_s(),
-            "trouble": room.batcher.suspended or room.watchdog.trouble,
+            "trouble": room.batcher.trouble or room.watchdog.trouble,
             "workers": len(room.workers.pids),
             "tasks": metrics.TASKS.placed(),
         }

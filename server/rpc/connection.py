@@ -20,7 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from server.errors import ServiceError, Unavailable
+from server.batching.admission import engine_unavailable
+from server.errors import ServiceError
 from server.observability import logs
 
 from . import protocol
@@ -33,7 +34,6 @@ FROM_ENGINE: Final = (Kind.RETURN, Kind.ANSWER, Kind.LEFT, Kind.STATE)
 AGAIN_S: Final = 0.1
 AWAY: Final = "the engine is not there; it is being started"
 SILENT: Final = "the engine has said nothing for too long"
-RETRY_S: Final = 5.0
 
 
 @dataclass
@@ -100,7 +100,7 @@ class EngineConnection:
     def require(self) -> None:
         """Raises Unavailable (engine_unavailable)."""
         if trouble := self.trouble:
-            raise Unavailable(trouble, code="engine_unavailable", retry_after_s=RETRY_S)
+            raise engine_unavailable(trouble)
 
     async def call(self, do: str, **arguments: Any) -> Any:
         """Raises what the engine's side raised, or Unavailable (engine_unavailable)."""
@@ -165,7 +165,7 @@ class EngineConnection:
         self._up.clear()
         for answer in self._calls.values():
             if not answer.done():
-                answer.set_exception(Unavailable(AWAY, code="engine_unavailable", retry_after_s=RETRY_S))
+                answer.set_exception(engine_unavailable(AWAY))
         self._calls.clear()
         self._out.clear()
         self.on_lost()

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, Final
 
-from server.batching.batcher import Reservation
-from server.batching.fair_share import NO_FLOW, NO_ROWS, FairShares, RowsByFlow, common_flow
+from server.batching.admission import Queue, engine_unavailable, shutting_down
+from server.batching.fair_share import NO_ROWS, RowsByFlow
 from server.batching.row import Row
-from server.batching.scheduler import FlowKey
 from server.engine.images.decode import Geometry
-from server.errors import Internal, QueueFull, ServiceError, Unavailable
+from server.errors import Internal, ServiceError, Unavailable
 from server.observability import metrics
 
 from . import protocol
-from .connection import AWAY, RETRY_S, EngineConnection, EngineState, request_id
+from .connection import AWAY, EngineConnection, EngineState, request_id
 from .protocol import Frame, Kind, SentRow
 from .seat_cache import Key, RemoteSeat, SeatCache
 from .shared_memory import PixelWriter
@@ -93,8 +89,8 @@ class RemoteResidency:
 
 @dataclass(frozen=True)
 class RemoteCall:
-    """A work of the engine's, by name: what `Predictor.aside` is given where the engine is elsewhere. `read` makes of
-    the answer what the work itself would have given."""
+    """Work in the engine's process, by name: the argument of `RemoteBatcher.run_exclusive`. `read` turns the reply into
+    what the work itself would have returned."""
 
     name: str
     read: Callable[[Any], Any]
@@ -109,21 +105,18 @@ class _SentRow:
     answered: bool = False
 
 
-class RemoteBatcher:
-    """See `server.batching.batcher.Batcher`. The queue is the engine's; here is what this front end has in it, and a
-    view of the rest. So a full queue is told without asking, and the engine has the last word."""
+class RemoteBatcher(Queue):
+    """The queue in the engine's process, as one front end sees it: its own rows, and a view of the rest.
+
+    A full queue is refused here, without a call; the engine has the last word.
+    """
 
     def __init__(self, line: EngineConnection, slots: PixelWriter, *, max_batch: int, max_queue: int) -> None:
-        self.max_queue, self.clock = max_queue, time.monotonic
-        self._line, self._slots, self._max_batch = line, slots, max_batch
+        super().__init__(max_queue=max_queue, max_batch=max_batch)
+        self._line, self._slots = line, slots
         self._sent: dict[int, _SentRow] = {}
         self._numbers = count(1)
-        self._kept = 0  # places promised
-        self._shares = FairShares()  # of what this front end has there
         self._waiting = 0  # rows sent and not answered
-        self._closing = self._stopped = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         line.on_frame, line.on_lost = self._take, self._lost
 
     def __len__(self) -> int:
@@ -135,113 +128,66 @@ class RemoteBatcher:
         return len(self._sent)
 
     @property
+    def places(self) -> int:
+        return int(self._line.mirror.facts.get("places", self.max_queue))
+
+    @property
+    def trouble(self) -> str:
+        return self._line.trouble
+
+    @property
     def beside(self) -> RowsByFlow:
-        """Rows of other front ends, as the engine told last."""
         held: RowsByFlow = self._line.mirror.facts.get("beside", NO_ROWS)
         return held
 
     @property
     def others(self) -> int:
-        """How many these are."""
+        """Rows of other front ends, as the engine reported last."""
         return sum(sum(tasks.values()) for tasks in self.beside.values())
 
-    @property
-    def free(self) -> int:
-        """Places that are not taken, as far as this front end knows."""
-        return self.places - self._taken()
-
-    @property
-    def most_inside(self) -> int:
-        """Requests that may be on their way to the queue or back."""
-        return self.places + 2 * self._max_batch
-
-    @property
-    def places(self) -> int:
-        """Rows that may wait as things are in the engine's process."""
-        return int(self._line.mirror.facts.get("places", self.max_queue))
-
-    @contextmanager
-    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> Iterator[Reservation]:
-        """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
-        self._admit(rows, flow)
-        room = Reservation(rows, partial(self._enqueue, flow))
-        self._kept += rows
-        self._shares.take(flow, rows)
-        self._idle.clear()
-        try:
-            yield room
-        finally:
-            self._kept -= room.places
-            self._shares.give_back(flow, room.places)
-            self._note_idle()
-
-    def submit(self, rows: Sequence[Row]) -> None:
-        with self.promise(len(rows), common_flow({row.flow for row in rows})) as room:
-            room.submit(rows)
-
-    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None:
-        """Raises QueueFull."""
-        if self._closing or self._line.trouble or self.quiet(flow):
-            return
-        if inside >= self.most_inside:
-            raise self._full(f"{inside} requests are waiting or being answered")
-        if self.free < 1:
-            raise self._full(f"all {self.places} places of the queue are taken")
-
-    async def aside(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
-        """Run a work of the engine's, which is a `RemoteCall` one."""
+    async def run_exclusive(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
+        """Run a `RemoteCall` in the engine's process."""
         self._line.require()
         self._require_seat(seat)
         slot, form = self._put(pixels)
         call = asyncio.ensure_future(
             self._line.call("aside", work=work.name, seat=seat.number, slot=slot, form=int(form))
         )
-        call.add_done_callback(partial(self._aside_done, pixels))  # its pixels stay until then, whoever waits
+        call.add_done_callback(partial(self._exclusive_done, pixels))  # its pixels stay until then, whoever waits
         return work.read(await asyncio.shield(call))
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
-        self._closing = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            log.warning("%d rows were still waiting at shutdown", self._waiting)
-        self._stopped = True
-        self._let_go(Unavailable("the server is shutting down", code="shutting_down"))
-
     def check_integrity(self) -> None:
-        assert self._kept >= 0, "places kept"
-        self._shares.check_integrity(self._kept + self._waiting)
+        super().check_integrity()
         assert self._waiting == sum(not sent.answered for sent in self._sent.values()), "rows that wait"
         assert bool(self._sent) or not self._slots.used, "slots without rows"
 
-    # --- inside -----------------------------------------------------------------------------------------------------
-
-    def quiet(self, flow: FlowKey, rows: int = 1) -> bool:
-        """Whether a full queue lets in so many rows of this flow, as far as this front end knows."""
-        queue = {"taken": self._taken(), "most": self.max_queue, "places": self.places}
-        return self._shares.admits(flow, rows, **queue, beside=self.beside)
-
-    def _admit(self, rows: int, flow: FlowKey) -> None:
-        if self._closing:
-            raise Unavailable("the server is shutting down", code="shutting_down")
-        self._line.require()
-        if (self.free < 1 or self._taken() + rows > self.max_queue) and not self.quiet(flow, rows):
-            raise self._full(f"the queue has no room for {rows} more rows: it has {self.places} places", rows)
+    # --- the queue, as admission sees it ------------------------------------------------------------------------------
 
     def _taken(self) -> int:
-        """Places that are taken, as far as this front end knows. Rows inside the forward take none."""
-        return max(0, self._kept + self._waiting + self.others - self._max_batch)
+        """As far as this front end knows. Rows inside the forward take no place."""
+        return max(0, self._reserved + self._waiting + self.others - self.max_batch)
 
-    def _full(self, detail: str, rows: int = 1) -> QueueFull:
-        metrics.ROWS.labels("refused").inc(rows)
-        wait_s = float(self._line.mirror.facts.get("retry_after_s", 1.0))
-        return QueueFull(detail, retry_after_s=float(min(60, max(1, math.ceil(wait_s)))))
+    @property
+    def _counted(self) -> int:
+        return self._waiting
+
+    def _backlog_s(self) -> float:
+        return float(self._line.mirror.facts.get("retry_after_s", 1.0))
+
+    def _at_rest(self) -> bool:
+        return not self._waiting
+
+    def _sweep(self, *, at_most_every_s: float = 0.0) -> None:
+        """The engine's process drops its rows itself."""
+
+    async def _refuse_waiting(self) -> None:
+        self._let_go(shutting_down())
+
+    # --- rows on their way --------------------------------------------------------------------------------------------
 
     def _require_seat(self, seat: RemoteSeat | None) -> None:
         if seat is not None and seat.epoch != self._line.epoch:
-            raise Unavailable(AWAY, code="engine_unavailable", retry_after_s=RETRY_S)
+            raise engine_unavailable(AWAY)
 
     def _put(self, pixels: Any) -> tuple[int, protocol.Form]:
         try:
@@ -250,12 +196,7 @@ class RemoteBatcher:
             log.error("pixels that no engine takes: %s", error)
             raise Internal("the engine could not answer this image", code="engine_failed") from None
 
-    def _enqueue(self, flow: FlowKey, rows: Sequence[Row]) -> None:
-        self._kept -= len(rows)
-        self._shares.give_back(flow, len(rows))
-        if self._stopped:
-            raise Unavailable("the server is shutting down", code="shutting_down")
-        self._line.require()
+    def _enqueue(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._require_seat(row.seat)
         taken: list[tuple[Row, int, protocol.Form]] = []
@@ -326,7 +267,7 @@ class RemoteBatcher:
             log.exception("a row of task %s could not let go of its seat", row.task)
 
     def _lost(self) -> None:
-        self._let_go(Unavailable(AWAY, code="engine_unavailable", retry_after_s=RETRY_S))
+        self._let_go(engine_unavailable(AWAY))
 
     def _let_go(self, why: Unavailable) -> None:
         """Nothing that was sent will be answered."""
@@ -336,14 +277,10 @@ class RemoteBatcher:
             self._settle(sent, why)
             self._leave(number)
 
-    def _aside_done(self, pixels: Any, call: asyncio.Future[Any]) -> None:
+    def _exclusive_done(self, pixels: Any, call: asyncio.Future[Any]) -> None:
         self._slots.drop(pixels)
         if not call.cancelled():
             call.exception()  # who asked has been told
-
-    def _note_idle(self) -> None:
-        if not self._kept and not self._waiting:
-            self._idle.set()
 
 
 def take_over_tasks(mirrors: Sequence[EngineState]) -> None:

@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lensrack import wire
-from server.batching.batcher import Reservation
-from server.batching.fair_share import NO_FLOW
+from server.batching.admission import Queue, engine_unavailable
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
-from server.errors import QueueFull, ServiceError, Unavailable
-from server.observability import metrics
+from server.errors import ServiceError, Unavailable
 
-from .connection import AWAY, RETRY_S, EngineConnection
+from .connection import AWAY, EngineConnection
 from .engine_client import RemoteBatcher, RemoteResidency
 from .seat_cache import RemoteSeat
 
@@ -76,7 +72,7 @@ class EnginePool:
         """Those that are up. Raises Unavailable (engine_unavailable)."""
         if up := self.up:
             return up
-        raise Unavailable(self.trouble, code="engine_unavailable", retry_after_s=RETRY_S)
+        raise engine_unavailable(self.trouble)
 
     def for_seat(self, task: str, version: str, among: Sequence[RemoteEngine]) -> RemoteEngine:
         def rank(one: RemoteEngine) -> tuple[bool, int, bytes]:
@@ -106,7 +102,7 @@ class EnginePool:
                 raise answer
         if not given:
             self.require()
-            raise Unavailable(AWAY, code="engine_unavailable", retry_after_s=RETRY_S)
+            raise engine_unavailable(AWAY)
         return given
 
     async def rack(self) -> wire.Rack:
@@ -170,104 +166,76 @@ class BalancedResidency:
         return sum(one.residency.lens_bytes(task, version) for one in self._engines.up)
 
 
-class BalancedBatcher:
-    """See `server.batching.batcher.Batcher`. There are as many queues as engines; a request is promised a place in some
-    of them, and its rows get it where their seats are. Each engine has the last word."""
+class BalancedBatcher(Queue):
+    """The queues of several engines as one. A request reserves places in all of them together; its rows take places
+    where their seats are, and each engine has the last word."""
 
     def __init__(self, engines: EnginePool) -> None:
-        self._engines = engines
-        one = engines.all[0].batcher
-        self.max_queue, self.clock = one.max_queue, one.clock  # of one queue: a request must fit into any
-        self._kept = 0  # places promised
-        self._open = 0  # requests that were promised some and have not ended
-        self._closing = self._stopped = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        first = engines.all[0].batcher
+        super().__init__(max_queue=first.max_queue, max_batch=first.max_batch, clock=first.clock)
+        self._engines = engines  # `max_queue` is of one queue: a request must fit into any
 
     def __len__(self) -> int:
-        return sum(len(one.batcher) for one in self._engines.up)
+        return sum(len(engine.batcher) for engine in self._engines.up)
 
     @property
     def places(self) -> int:
-        """Of all queues."""
-        return sum(one.batcher.places for one in self._engines.up)
+        return sum(engine.batcher.places for engine in self._engines.up)
 
-    @contextmanager
-    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> Iterator[Reservation]:
-        """Raises QueueFull, Unavailable (shutting_down, engine_unavailable)."""
-        if self._closing:
-            raise Unavailable("the server is shutting down", code="shutting_down")
-        self._engines.require()
-        if self._free() < 1 and not self._quiet(flow, rows):
-            raise self._full(f"no queue has room for {rows} more rows", rows)
-        room = Reservation(rows, self._enqueue)
-        self._kept += rows
-        self._open += 1
-        self._idle.clear()
-        try:
-            yield room
-        finally:
-            self._kept -= room.places
-            self._open -= 1
-            if not self._open:
-                self._idle.set()
+    @property
+    def trouble(self) -> str:
+        return self._engines.trouble
 
-    def submit(self, rows: Sequence[Row]) -> None:
-        with self.promise(len(rows)) as room:
-            room.submit(rows)
+    @property
+    def most_in_flight(self) -> int:
+        return sum(engine.batcher.most_in_flight for engine in self._engines.up)
 
-    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None:
-        """Raises QueueFull."""
-        up = self._engines.up
-        if self._closing or not up or self._quiet(flow):
-            return
-        if inside >= sum(one.batcher.most_inside for one in up):
-            raise self._full(f"{inside} requests are waiting or being answered")
-        if self._free() < 1:
-            raise self._full("all places of all queues are taken")
+    def under_share(self, flow: FlowKey, rows: int = 1) -> bool:
+        """Whether one of the queues admits so many rows of this flow although it is full."""
+        return any(engine.batcher.under_share(flow, rows) for engine in self._engines.up)
 
-    async def aside(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
-        """Run a work of an engine's, which is a `Named` one."""
-        return await self._engines.all[seat.engine].batcher.aside(work, pixels, seat)
-
-    async def drain(self, timeout_s: float) -> None:
-        """Take no new rows, answer the waiting ones for at most `timeout_s`, refuse the rest (503 shutting_down)."""
-        self._closing = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        self._stopped = True
-        await asyncio.gather(*(one.batcher.drain(0.0) for one in self._engines.all))
+    async def run_exclusive(self, work: Any, pixels: Any, seat: RemoteSeat) -> Any:
+        """Run a `RemoteCall` in the process of the engine that the seat is on."""
+        return await self._engines.all[seat.engine].batcher.run_exclusive(work, pixels, seat)
 
     def check_integrity(self) -> None:
-        assert self._kept >= 0, "places kept"
-        assert all(one.seats >= 0 for one in self._engines.all), "seats taken"
-        for one in self._engines.all:
-            one.batcher.check_integrity()
+        super().check_integrity()
+        assert all(engine.seats >= 0 for engine in self._engines.all), "seats taken"
+        for engine in self._engines.all:
+            engine.batcher.check_integrity()
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- the queues, as admission sees them ---------------------------------------------------------------------------
 
-    def _quiet(self, flow: FlowKey, rows: int = 1) -> bool:
-        return any(one.batcher.quiet(flow, rows) for one in self._engines.up)
+    def _fits(self, rows: int, flow: FlowKey) -> bool:
+        """Each queue checks the size of the request itself."""
+        return self.free >= 1 or self.under_share(flow, rows)
 
-    def _free(self) -> int:
-        return sum(max(0, one.batcher.free) for one in self._engines.up) - self._kept
+    def _taken(self) -> int:
+        return self._reserved + sum(engine.batcher.places - max(0, engine.batcher.free) for engine in self._engines.up)
 
-    def _full(self, detail: str, rows: int = 1) -> QueueFull:
-        metrics.ROWS.labels("refused").inc(rows)
-        waits_s = (float(one.line.mirror.facts.get("retry_after_s", 1.0)) for one in self._engines.up)
-        return QueueFull(detail, retry_after_s=float(min(60, max(1, math.ceil(min(waits_s, default=1.0))))))
+    @property
+    def _counted(self) -> int:
+        return 0  # each engine's queue counts its rows
+
+    def _backlog_s(self) -> float:
+        return min((engine.batcher.retry_after_s() for engine in self._engines.up), default=1.0)
+
+    def _at_rest(self) -> bool:
+        return True  # a request holds its reservation until its rows are answered
+
+    def _sweep(self, *, at_most_every_s: float = 0.0) -> None:
+        """The engine's process drops its rows itself."""
+
+    async def _refuse_waiting(self) -> None:
+        await asyncio.gather(*(engine.batcher.drain(0.0) for engine in self._engines.all))
 
     def _enqueue(self, rows: Sequence[Row]) -> None:
-        """Rows of an ensemble may have seats at several engines. What one of them does not take is answered so."""
-        self._kept -= len(rows)
-        if self._stopped:
-            raise Unavailable("the server is shutting down", code="shutting_down")
-        for engine, own in self._by_engine(rows):
+        """Rows of an ensemble may have seats at several engines. An engine's refusal is the answer of its rows."""
+        for engine, batch in self._by_engine(rows):
             try:
-                engine.batcher.submit(own)
+                engine.batcher.submit(batch)
             except ServiceError as error:
-                for row in own:
+                for row in batch:
                     row.reply.set_exception(error)
                     row.leave()
 

@@ -18,7 +18,7 @@ from contextvars import Context
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from server.batching.batcher import Batcher
 from server.batching.row import Row
@@ -28,6 +28,9 @@ from server.observability import logs
 from . import protocol
 from .protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
 from .shared_memory import PixelReader
+
+if TYPE_CHECKING:  # it loads torch, which front ends need not
+    from server.engine.residency import Residency
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +43,6 @@ MOST_CALLS: Final = 4096
 _PEER: Final = struct.Struct("3i")  # pid, uid, gid
 
 ExclusiveWork = Callable[[Any, Any], Any]  # pixels and a seat to JSON
-
-
-class Residency(Protocol):
-    """`server.engine.residency.Residency`, or what is as good."""
-
-    async def acquire(self, task: str, version: str) -> Any: ...
-    def again(self, seat: Any, times: int) -> None: ...
-    def release(self, seat: Any) -> None: ...
-    async def load(self, task: str, version: str) -> None: ...
-    async def unload(self, task: str, version: str) -> bool: ...
-    async def pin(self, task: str, version: str, on: bool) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -410,7 +402,7 @@ class Session(asyncio.Protocol):
         picture = self._window.picture(slot, Form(form)).copy()  # the front may leave before it is looked at
         hold.share()
         try:
-            return await self._room.batcher.aside(work, picture, hold.seat)
+            return await self._room.batcher.run_exclusive(work, picture, hold.seat)
         finally:
             hold.drop()
 

@@ -20,15 +20,15 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from server.batching.batcher import Reservation
-from server.batching.fair_share import NO_FLOW, common_flow
+from server.batching.admission import Queue, Reservation
+from server.batching.fair_share import common_flow
 from server.batching.row import Row
 from server.batching.scheduler import FlowKey
 from server.engine.images.decode import Geometry
@@ -49,24 +49,10 @@ from .answers import (
 )
 from .decoding import Fitted, Image, ImageBatch
 from .quarantine import Quarantine
-from .resolver import ENSEMBLE_SIGN, Catalogue, Rack, Ref, Resolver
+from .residency import Residency
+from .resolver import ENSEMBLE_SIGN, Catalogue, Ref, Resolver
 
 T = TypeVar("T")
-
-
-class Queue(Protocol):
-    """Where rows go: `server.batching.batcher.Batcher`, or the one of `server.rpc.engine_client`."""
-
-    max_queue: int
-
-    @property
-    def places(self) -> int: ...
-    def __len__(self) -> int: ...
-    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
-    @property
-    def clock(self) -> Callable[[], float]: ...
-    def promise(self, rows: int, flow: FlowKey = NO_FLOW) -> AbstractContextManager[Reservation]: ...
-    async def aside(self, work: Callable[[Any, Any], T], pixels: Any, seat: Any) -> T: ...
 
 
 def versions_in(text: str) -> int:
@@ -90,7 +76,7 @@ class _Request:
     """What belongs to a request rather than to one of its tasks."""
 
     pictures: ImageBatch
-    room: Reservation
+    reservation: Reservation
     key: str
     tenant: str
     deadline: float  # of the batcher's clock
@@ -102,7 +88,7 @@ class Predictor:
     def __init__(
         self,
         store: Catalogue,
-        residency: Rack,
+        residency: Residency,
         batcher: Queue,
         pool: Executor,
         *,
@@ -117,7 +103,7 @@ class Predictor:
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
         self._asked: dict[str, Counter[str]] = {}
 
-    def within(self, store: Catalogue, residency: Rack) -> Predictor:
+    def within(self, store: Catalogue, residency: Residency) -> Predictor:
         """The same predictor as who may see only a part of store and rack is to have it."""
         narrowed = copy.copy(self)
         narrowed._seating = self._seating.within(store, residency)
@@ -158,14 +144,14 @@ class Predictor:
         with self._asking(images, 1, "", (tenant, ""), timeout_s) as asking:
             return await within_timeout(timeout_s, self._embed(asking))
 
-    async def aside(
+    async def run_exclusive(
         self, task_ref: str, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
     ) -> tuple[str, Any, T]:
         """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
         the seat. For what is no prediction, such as where the network looks."""
         ref = Ref.parse(task_ref)
         with self._asking([image], 1, key, (tenant, ref.task), timeout_s) as asking:
-            return await within_timeout(timeout_s, self._aside(ref, work, asking))
+            return await within_timeout(timeout_s, self._run_exclusive(ref, work, asking))
 
     def asked(self, task: str) -> Counter[str]:
         """How often each version of a task has been asked since the start."""
@@ -208,7 +194,7 @@ class Predictor:
                 members.append((seat, hold))
             require_same_labels([seat for seat, _ in members], versions)
             rows = await self._all_rows(refs[0].task, members, asking)
-            logits = await _submit_and_wait(rows, asking.room)
+            logits = await _submit_and_wait(rows, asking.reservation)
         labels = [seat.labels for seat, _ in members]
         return _EngineOutput(tuple(versions), labels, logits, _timings(asking, rows))
 
@@ -230,18 +216,18 @@ class Predictor:
         asking.pictures.show(rows)
         return rows
 
-    async def _aside(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Request) -> tuple[str, Any, T]:
+    async def _run_exclusive(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Request) -> tuple[str, Any, T]:
         version, seat = await self._seating.take(ref, asking.key)
         try:
             [pixels] = await asking.pictures.fitted(seat.geometry)
-            return version, seat, await self._batcher.aside(work, pixels, seat)
+            return version, seat, await self._batcher.run_exclusive(work, pixels, seat)
         finally:
             self._seating.release(seat)
 
     async def _embed(self, asking: _Request) -> Features:
         pixels = await asking.pictures.fitted(self._geometry)
         rows = [self._row("", None, image, _SeatLease(_nothing), asking) for image in pixels]
-        vectors = np.stack(await _submit_and_wait(rows, asking.room))
+        vectors = np.stack(await _submit_and_wait(rows, asking.reservation))
         check_finite(vectors)
         return Features(self._fingerprint, vectors, _timings(asking, rows))
 
@@ -269,10 +255,10 @@ class Predictor:
     ) -> Iterator[_Request]:
         """A request's room in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)
-        with self._batcher.promise(len(images) * tasks, flow) as room:
+        with self._batcher.reserve(len(images) * tasks, flow) as reservation:
             shown = ImageBatch(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
             try:
-                yield _Request(shown, room, key, flow[0], self._batcher.clock() + timeout_s)
+                yield _Request(shown, reservation, key, flow[0], self._batcher.clock() + timeout_s)
             finally:
                 shown.close()
                 if shown.decode_s:
@@ -300,10 +286,10 @@ def _nothing() -> None:
     """There is no seat to give back."""
 
 
-async def _submit_and_wait(rows: Sequence[Row], room: Reservation) -> list[np.ndarray[Any, Any]]:
+async def _submit_and_wait(rows: Sequence[Row], reservation: Reservation) -> list[np.ndarray[Any, Any]]:
     """Queue rows and wait for all replies; on the way out, whatever the reason, nobody waits for one any more."""
     try:
-        room.submit(rows)
+        reservation.submit(rows)
     except BaseException:
         _release_all(rows)
         raise

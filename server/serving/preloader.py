@@ -13,25 +13,21 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator, Set
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from prompts_store import Store
 
+if TYPE_CHECKING:  # it loads torch
+    from server.engine.residency import Residency
+
 log = logging.getLogger(__name__)
-
-
-class Rack(Protocol):
-    """Where successors are loaded: `server.engine.residency.Residency`."""
-
-    def resident_versions(self, task: str) -> Set[str]: ...
-    async def load(self, task: str, version: str) -> None: ...
 
 
 class Preloader:
     """Watches a store for a rack. Belongs to the event loop; one thread of its own waits for changes."""
 
-    def __init__(self, store: Store, rack: Rack) -> None:
-        self._store, self._rack = store, rack
+    def __init__(self, store: Store, residency: Residency) -> None:
+        self._store, self._residency = store, residency
         self._stop = threading.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._followed: dict[tuple[str, str], int] = {}  # the revision of an alias that was looked at last
@@ -58,16 +54,16 @@ class Preloader:
             one.cancel()
 
     def _changed(self, task: str) -> None:
-        if self._rack.resident_versions(task):
+        if self._residency.resident_versions(task):
             following = asyncio.ensure_future(self._follow(task))
             self._under_way.add(following)
             following.add_done_callback(self._under_way.discard)
 
     async def _follow(self, task: str) -> None:
-        resident = self._rack.resident_versions(task)
+        resident = self._residency.resident_versions(task)
         try:
             wanted = await asyncio.to_thread(lambda: set(self._successors(task, resident)))
-            await asyncio.gather(*(self._rack.load(task, version) for version in wanted - resident))
+            await asyncio.gather(*(self._residency.load(task, version) for version in wanted - resident))
         except Exception as error:  # whatever it is, it is for those to be told of who ask for the version
             log.info("task %s: its next version is not loaded ahead: %s: %s", task, type(error).__name__, error)
 

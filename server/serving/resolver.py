@@ -22,19 +22,13 @@ from prompts_store import Alias, AliasNotFound, StoreError, StoreUnavailable, Ta
 from server.errors import BadRequest
 
 from .quarantine import Quarantine
+from .residency import Residency
 
 TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ENSEMBLE_SIGN = "+"  # between the versions of an ensemble
 MOST_TRIED: Final = 4  # earlier versions, before the request is told why its own could not be loaded
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{8,63}")
-
-
-class Rack(Protocol):
-    """Where seats come from: `server.engine.residency.Residency`."""
-
-    async def acquire(self, task: str, version: str) -> Any: ...
-    def release(self, seat: Any) -> None: ...
 
 
 class Catalogue(Protocol):
@@ -82,11 +76,11 @@ class Ref:
 class Resolver:
     """Resolves references and takes seats. Belongs to the event loop."""
 
-    def __init__(self, store: Catalogue, residency: Rack, quarantine: Quarantine) -> None:
+    def __init__(self, store: Catalogue, residency: Residency, quarantine: Quarantine) -> None:
         self._store, self._residency, self._quarantine = store, residency, quarantine
         self._last: dict[Ref, str] = {}  # what an alias was last answered by
 
-    def within(self, store: Catalogue, residency: Rack) -> Resolver:
+    def within(self, store: Catalogue, residency: Residency) -> Resolver:
         """The same as who may see only a part of store and rack is to have it."""
         narrowed = copy.copy(self)
         narrowed._store, narrowed._residency = store, residency

@@ -151,7 +151,7 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)
-        assert turnstile.inside == 0
+        assert turnstile.in_flight == 0
         await batcher.drain(5)
         return told
 

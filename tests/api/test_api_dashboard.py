@@ -188,7 +188,7 @@ async def test_a_seat_stays_until_the_engine_is_done_although_its_client_has_lef
     floor = Floor(open_store("memory://"))
     version = publish(floor.store, "left")
     floor.engine.gate.clear()
-    work = floor.predictor.aside("left", png(), floor.engine.look, key="", tenant="", timeout_s=20)
+    work = floor.predictor.run_exclusive("left", png(), floor.engine.look, key="", tenant="", timeout_s=20)
     asked = asyncio.ensure_future(work)
     assert await asyncio.to_thread(floor.engine.entered.wait, 10)
     for _ in range(3):  # gone, and gone again

@@ -50,7 +50,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def nothing_is_left(api: Api) -> bool:
     batcher = api.floor.batcher
-    return (len(batcher), len(batcher._promised), api.floor.shelf.in_use) == (0, 0, 0)
+    return (len(batcher), len(batcher._reservations), api.floor.shelf.in_use) == (0, 0, 0)
 
 
 def answered() -> float:
@@ -152,7 +152,7 @@ def test_who_leaves_takes_the_row_along(narrow: Api, stage: str, monkeypatch: py
     for sock in clients:
         sock.close()
     if stage in ("the seat", "decoding"):
-        until(lambda: len(narrow.floor.batcher._promised) == 0, "room is kept for nobody while the step goes on")
+        until(lambda: len(narrow.floor.batcher._reservations) == 0, "room is kept for nobody while the step goes on")
     gate.set()
     until(lambda: nothing_is_left(narrow), f"a row is left by who left in {stage}")
     assert narrow.http.post("/predict/fish", content=body, headers=HEADERS).status_code == 200

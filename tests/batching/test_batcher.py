@@ -247,14 +247,14 @@ async def test_retry_after_follows_the_measured_rate():
 
 async def test_promised_room_counts_and_comes_back():
     async with batching(max_queue=4) as (batcher, _):
-        with batcher.promise(3, ("", "fish")) as room:
+        with batcher.reserve(3, ("", "fish")) as room:
             with pytest.raises(QueueFull):
                 batcher.submit([row(batcher, 0), row(batcher, 0)])
             room.submit([first := row(batcher, 5)])
-            with pytest.raises(ValueError, match="kept for 2 rows, 3 came"):
+            with pytest.raises(ValueError, match="2 places were reserved, 3 rows came"):
                 room.submit([row(batcher, 0)] * 3)
         await first.reply
-        with batcher.promise(4):
+        with batcher.reserve(4):
             pass
 
 
@@ -364,7 +364,7 @@ async def test_a_drain_answers_what_waits_and_takes_nothing_new():
 
 async def test_a_drain_serves_rows_that_had_been_promised_room():
     async with batching() as (batcher, _):
-        with batcher.promise(1) as room:
+        with batcher.reserve(1) as room:
             draining = asyncio.create_task(batcher.drain(10))
             await asyncio.sleep(0.01)
             assert not draining.done()

@@ -174,7 +174,7 @@ class Site:
     def left(self) -> dict[str, int]:
         batcher, residency = self.server.room.batcher, self.server.room.residency
         return {
-            "rows": len(batcher), "promises": len(batcher._promised), "inside": len(batcher._inside),
+            "rows": len(batcher), "promises": len(batcher._reservations), "inside": len(batcher._inside),
             "loads": sum(not entry.ready.done() for entry in residency._entries.values()),
             "seats in use": sum(entry.pins for entry in residency._sitting.values()),
         }  # fmt: skip

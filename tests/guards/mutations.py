@@ -222,7 +222,7 @@ MUTATIONS = (
     Mutation(
         "A seat is given back although its rows were never queued",
         "server/serving/predictor.py",
-        "        _let_go(rows)\n        raise\n    try:",
+        "        _release_all(rows)\n        raise\n    try:",
         "        raise\n    try:",
         "tests/serving/test_predictor.py::test_seats_are_given_back_where_the_engine_is_away_when_rows_are_ready",
     ),
@@ -251,7 +251,7 @@ MUTATIONS = (
         "A loud tenant's quiet tasks leave room for quiet tenants",
         "server/batching/fair_share.py",
         "most + math.ceil(most / 8)",
-        "room_for(most)",
+        "with_reserve(most)",
         "tests/batching/test_batcher.py::test_a_full_queue_of_one_tasks_still_lets_the_tenants_others_in",
     ),
     Mutation(
@@ -263,7 +263,7 @@ MUTATIONS = (
     ),
     Mutation(
         "A server that drains takes no new rows",
-        "server/rpc/engine_client.py",
+        "server/batching/admission.py",
         "        self._closing = True\n        try:",
         "        try:",
         "tests/e2e/test_drain.py::test_who_comes_while_others_are_still_being_answered_is_told_to_go_elsewhere",

@@ -42,7 +42,7 @@ def room(floor: Floor) -> EngineBackend:
     def facts() -> dict[str, Any]:
         batcher = floor.batcher
         told = {"waiting": len(batcher), "places": batcher.places, "retry_after_s": 1.0}
-        return {**told, "trouble": batcher.suspended}
+        return {**told, "trouble": batcher.trouble}
 
     async def rack() -> Any:
         return {"slots": 8}

@@ -179,7 +179,7 @@ async def test_one_request_may_have_seats_at_both():
         features = await built.front.predictor.embed([png(9)] * 3, tenant="", timeout_s=60.0)
         assert [vector[0] for vector in features.vectors] == [9, 9, 9]
         for task, version in versions.items():
-            seen = await built.front.predictor.aside(task, png(9), LOOK, key="", tenant="", timeout_s=60)
+            seen = await built.front.predictor.run_exclusive(task, png(9), LOOK, key="", tenant="", timeout_s=60)
             assert (seen[0], seen[2][0]) == (version, 9)
 
 
@@ -336,7 +336,7 @@ async def test_rows_whose_engine_has_left_are_answered_and_let_go_of():
     async with two() as built:
         version = publish(built.floors[0].store)
         left: list[Row] = []
-        with built.front.batcher.promise(1) as room:
+        with built.front.batcher.reserve(1) as room:
             seat = await built.front.residency.acquire("fish", version)
             await built.leave(seat.engine)
             reply = asyncio.get_running_loop().create_future()

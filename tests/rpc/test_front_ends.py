@@ -296,7 +296,7 @@ async def test_a_drain_answers_who_waits_or_tells_them():
 
 async def test_works_beside_predictions_are_asked_by_name():
     async with house() as (floor, _, path), front(floor, path) as built:
-        version, _, seen = await built.predictor.aside("fish", png(9), LOOK, key="", tenant="", timeout_s=60)
+        version, _, seen = await built.predictor.run_exclusive("fish", png(9), LOOK, key="", tenant="", timeout_s=60)
         assert (len(version), seen) == (64, [9, 0])
 
 
@@ -343,9 +343,9 @@ async def test_who_does_not_say_hello_is_not_let_in(said: bytes):
 
 STRANGER = """
 import os, socket, sys
-from server.rpc.shared_memory import Slots
+from server.rpc.shared_memory import PixelWriter
 folder, name, user, said = sys.argv[1:]
-shared = Slots(4, SIZE)
+shared = PixelWriter(4, SIZE)
 os.chdir(folder)  # the folders above are nobody's business
 os.setuid(int(user))
 with socket.socket(socket.AF_UNIX) as sock:

@@ -1,23 +1,22 @@
-"""Predictions are sent away before anything is done for them while the queue could not hold them anyway.
+"""Admission before anything is done: predictions that a full queue could not hold get 429 before their body is read.
 
-    who asks is known (Door) ─► no room ─► 429 queue_full, before the body, the route and what the route depends on
-                                  └ room ─► route ─► `Batcher.promise`, which says no to who finds the last place taken
+    the key is known (AuthMiddleware) ─► no room ─► 429 queue_full, before the body, the route and its dependencies
+                                          └ room ─► route ─► `Queue.reserve`, which refuses whoever finds no place left
 
-A refusal that costs as much as an answer is no refusal: asked for three times what the engine can do, a server would
-spend its time on saying no. A request is inside from the end of its body to its answer: a slow sender takes no place.
-Whose tenant, or whose task, has less than its share in the queue passes even then (`server.batching.fair_share`). The
-task is read off the path: what names tasks elsewhere is let in as its tenant is, and asked again where places are
-promised.
+A refusal must cost far less than an answer: asked for three times what the engine can do, a server would spend its time
+on refusals. A request is in flight from the end of its body to its answer: a slow sender takes no place. A tenant or a
+task with less than its share of the queue passes even then (`server.batching.fair_share`). The task is read from the
+path; a request that names its tasks elsewhere is admitted by its tenant, and checked again when places are reserved.
 """
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.batching.fair_share import NO_FLOW
+from server.batching.admission import Queue
 from server.batching.scheduler import FlowKey
 from server.errors import QueueFull
 from server.keys.key import Key
@@ -40,35 +39,29 @@ _TASK_AT: Final = {
 }  # in which part of the path
 
 
-class Queue(Protocol):
-    """What is asked for room: `server.batching.batcher.Batcher`."""
-
-    def require_room(self, inside: int, flow: FlowKey = NO_FLOW) -> None: ...
-
-
 class AdmissionMiddleware:
     """Middleware between the limits of a body and the routes."""
 
     def __init__(self, app: ASGIApp, queue: Queue) -> None:
         self.app, self._queue = app, queue
-        self.inside = 0
+        self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["state"][TEMPLATE] not in ROWS_COME_BY:
             await self.app(scope, receive, send)
             return
         try:
-            self._queue.require_room(self.inside, _flow(scope))
+            self._queue.require_room(self.in_flight, _flow(scope))
         except QueueFull as error:
             scope["route"] = RefusedRoute(scope["state"][TEMPLATE])
             await problems.answer(error, scope)(scope, receive, send)
             return
-        passage = _InFlight(self, receive)
+        in_flight = _InFlight(self, receive)
         try:
-            await passage.begin()
-            await self.app(scope, passage.receive, send)
+            await in_flight.begin()
+            await self.app(scope, in_flight.receive, send)
         finally:
-            passage.leave()
+            in_flight.leave()
 
 
 def _flow(scope: Scope) -> FlowKey:
@@ -81,8 +74,8 @@ def _flow(scope: Scope) -> FlowKey:
 class _InFlight:
     """One request on its way through."""
 
-    def __init__(self, turnstile: AdmissionMiddleware, receive: Receive) -> None:
-        self._turnstile, self._receive = turnstile, receive
+    def __init__(self, middleware: AdmissionMiddleware, receive: Receive) -> None:
+        self._middleware, self._receive = middleware, receive
         self._first: Message | None = None
         self._counted = False
 
@@ -97,9 +90,9 @@ class _InFlight:
         message = await self._receive()
         if not self._counted and message["type"] == "http.request" and not message.get("more_body", False):
             self._counted = True
-            self._turnstile.inside += 1
+            self._middleware.in_flight += 1
         return message
 
     def leave(self) -> None:
-        self._turnstile.inside -= self._counted
+        self._middleware.in_flight -= self._counted
         self._counted = False

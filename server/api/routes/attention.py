@@ -24,7 +24,7 @@ async def attention(request: Request, services: ServicesOf, task: str) -> wire.A
     images = await predict.read_images(request, services)
     if len(images) != 1:
         raise Unprocessable(f"images: expected 1, got {len(images)}")
-    work = services.predictor.aside(
+    work = services.predictor.run_exclusive(
         task,
         images[0],
         services.look,

@@ -1,0 +1,23 @@
+"""The one protocol of residency: which versions are on the device, and leases on them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Residency(Protocol):
+    """`server.engine.residency.Residency` in this process, or an engine's in another: `server.rpc`.
+
+    A seat is a pinned lease on a rack slot: until it is released, its version cannot be evicted.
+    """
+
+    async def acquire(self, task: str, version: str) -> Any:
+        """A seat. The version is loaded first where it is not resident. Raises what the loader raises."""
+
+    def release(self, seat: Any) -> None: ...
+    async def load(self, task: str, version: str) -> None: ...
+    async def unload(self, task: str, version: str) -> bool: ...
+    async def pin(self, task: str, version: str, on: bool) -> bool: ...
+    def pinned(self, task: str, version: str) -> bool: ...
+    def resident(self, task: str, version: str) -> bool: ...
+    def lens_bytes(self, task: str, version: str) -> int: ...

@@ -1,12 +1,12 @@
-"""How many rows a forward may have so that 99 in 100 are answered in time, learned from how long forwards take.
+"""The adaptive batch size: the most rows of a forward for which 99 in 100 rows are answered within a target latency.
 
-A row whose turn has come waits for the batch under way and then for its own: twice the time of a forward at the worst.
-The limit is the most rows for which twice the 99th percentile of that is within the target. What a forward of n rows
-takes is fitted to the last ones as a + c·n (least squares); the percentile adds what 99 in 100 of them took beyond.
+A row whose turn has come waits for the batch under way and then for its own: at worst two forwards. The limit is the
+most rows for which twice the 99th percentile of a forward's duration is within the target. The duration is fitted to
+the last forwards as a + c·n seconds for n rows; the percentile is of what they took beyond that.
 
-Smaller batches cost throughput where a forward of many rows takes little more than that of one. So the limit never
-falls below what reaches half of the throughput of the largest batch: behind that, what the rows lose by waiting for
-their turn is more than what they win by small batches. It says nothing about how long the queue is.
+Smaller batches cost throughput where a forward of many rows takes little longer than one of a single row. So the limit
+never falls below the batch that reaches half of the largest batch's throughput: below it, rows lose more by waiting for
+their turn than they win by small batches. The limit does not bound the queue.
 
 Pure policy: no clock, no torch.
 """
@@ -18,14 +18,14 @@ from typing import Final
 
 from .latency_model import LatencyModel
 
-EVERY: Final = 8  # forwards between two looks at them; so a limit stays for a while
+EVERY: Final = 8  # forwards between two updates of the limit
 PERCENTILE: Final = 0.99
-BATCHES: Final = 2  # that a row waits for: the one under way and its own
+BATCHES: Final = 2  # that a row waits for: the batch under way and its own
 LEAST_SHARE: Final = 0.5  # of the largest batch's throughput
 
 
 class BatchLimit:
-    """`rows` is the limit now; `learn` is told each forward. most: what it never exceeds; target_s: 0 sets no limit."""
+    """`rows` is the limit now. most: the configured maximum; target_s: 0 keeps the maximum."""
 
     def __init__(self, most: int, target_s: float = 0.0) -> None:
         if most < 1 or target_s < 0:
@@ -36,16 +36,16 @@ class BatchLimit:
         self._since = 0
 
     def learn(self, rows: int, seconds: float) -> None:
-        """A forward of so many rows took so long."""
+        """Learn from a forward of this many rows and its duration."""
         if not self._target_s:
             return
         self._times.learn(rows, seconds)
         self._since += 1
         if self._since >= EVERY:
             self._since = 0
-            self.rows = self._found()
+            self.rows = self._largest_in_time()
 
-    def _found(self) -> int:
+    def _largest_in_time(self) -> int:
         start, each = self._times.line()
         beyond = sorted(seconds - start - each * rows for rows, seconds in self._times.seen)
         late = max(0.0, beyond[math.ceil(PERCENTILE * len(beyond)) - 1])
@@ -63,5 +63,5 @@ class BatchLimit:
         whole = start + each * self._most
         if not whole:
             return 1
-        wanted = LEAST_SHARE * self._most / whole
-        return math.ceil(wanted * start / (1 - wanted * each))
+        rate = LEAST_SHARE * self._most / whole
+        return math.ceil(rate * start / (1 - rate * each))

@@ -1,11 +1,11 @@
-"""The one bounded queue between the event loop and the engine's thread.
+"""The queue in the engine's process: from the event loop to the engine's thread and back.
 
-    submit(rows) ─▶ scheduler ─▶ one batch ─▶ engine thread ─▶ replies
-        │               │                          └ engine_failed 500 (only the row that caused it)
-        │               └ deadline_exceeded 504; rows that nobody waits for are dropped
+    admission ─▶ scheduler ─▶ one batch ─▶ engine thread ─▶ replies
+        │            │                          └ engine_failed 500 (only the row that caused it)
+        │            └ deadline_exceeded 504; rows whose client has left are dropped
         └ queue_full 429, shutting_down 503; engine_unavailable 503 while the watchdog has suspended it
 
-Work-conserving: while the engine is busy rows gather, when it is free it takes what is there. The event loop owns the
+Work-conserving: while the engine is busy, rows gather; when it is free, it takes what waits. The event loop owns the
 queue, so there are no locks; a batch costs one hand-over to the engine's thread and one back.
 """
 
@@ -70,8 +70,8 @@ class Batcher(Queue):
         self._busy = False
         self._suspended = ""
         self._swept_at = -math.inf
-        self._inside: list[Row] = []  # the rows of batches under way that have not been let go of
-        self._finished_at = -math.inf  # the last batch
+        self._inside: list[Row] = []  # rows of batches under way that have not left the engine
+        self._finished_at = -math.inf  # when the last batch did
         self._rows_per_s = 0.0  # measured while busy; 0 until the first batch
 
     def __len__(self) -> int:
@@ -89,9 +89,9 @@ class Batcher(Queue):
         return self._suspended
 
     def suspend(self, why: str) -> None:
-        """Refuse (503 engine_unavailable) what comes, what waits and what is inside the engine, until `resume`.
+        """Refuse rows (503 engine_unavailable) until `resume`: new ones, waiting ones and those inside the engine.
 
-        Rows inside are answered and keep their seats until the engine lets go of them.
+        Rows inside are refused at once, but keep their seats until the engine is done with them.
         """
         self._suspended = why
         for row in self._scheduler.clear():
@@ -114,7 +114,7 @@ class Batcher(Queue):
         self.thread.close()
 
     def oldest_s(self) -> float:
-        """How long the oldest waiting row has waited; 0 when none waits. For the event loop's thread."""
+        """Seconds that the oldest waiting row has waited; 0 when none waits. For the event loop's thread."""
         arrived = self._scheduler.oldest()
         return 0.0 if arrived is None else max(0.0, self.clock() - arrived)
 
@@ -150,24 +150,24 @@ class Batcher(Queue):
         self._busy = True
         self._arrived.set()
         if self._serving is None or self._serving.done():
-            # in a context of its own: it serves everybody, not the request that happened to be the first
+            # in a context of its own: it serves all requests, not only the one that happened to be the first
             loop = asyncio.get_running_loop()
             self._serving = loop.create_task(self._serve(), name="batcher", context=Context())
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        """Every row is let go of, whatever goes wrong, and the queue goes on."""
+        """Serve batches for ever. Every row leaves and is answered, whatever goes wrong."""
         try:
             await self._serve_in_turn()
-        finally:  # a drain that ran out of time, as a rule: nobody may be left waiting
+        finally:  # usually a drain that ran out of time: no client may be left waiting
             why: ServiceError = Internal("the engine could not answer this image", code="engine_failed")
             if self._stopped:
                 why = shutting_down()
             self._give_up(list(self._inside), why)
 
     async def _serve_in_turn(self) -> None:
-        """A batch is taken; then the one before is answered, if the engine could be put to the new one meanwhile."""
+        """Take a batch, then finish the one before it, where the engine can compute one batch ahead."""
         before: _Batch | None = None
         while True:
             if before is None:
@@ -226,7 +226,7 @@ class Batcher(Queue):
             self._settle(row, outcome, "failed" if isinstance(outcome, ServiceError) else "answered")
 
     def _learn(self, rows: int, seconds: float) -> None:
-        """From a forward of so many rows that took so long."""
+        """Learn from a forward of this many rows and its duration."""
         self._measure(rows, seconds)
         self._limit.learn(rows, seconds)
         self._places.learn(rows, seconds)
@@ -244,7 +244,7 @@ class Batcher(Queue):
         metrics.QUEUE_ROWS.set(len(self._scheduler))
 
     def _settle(self, row: Row, outcome: Outcome | None, how: str) -> None:
-        """Answer a row that still has a listener, let go of it, and count it."""
+        """Answer a row if its client still waits, release it, and count it."""
         self._shares.give_back(row.flow, 1)
         if not row.reply.done():
             if isinstance(outcome, ServiceError):
@@ -254,11 +254,11 @@ class Batcher(Queue):
         for work in (row.leave, partial(_count, row, how)):
             try:
                 work()
-            except Exception:  # neither a seat nor a metric must cost the rows behind this one their answers
+            except Exception:  # a failing seat or metric must not cost the rows behind this one their answers
                 log.exception("a row of task %s could not let go of its seat, or be counted", row.task)
 
 
 def _count(row: Row, how: str) -> None:
     metrics.ROWS.labels(how).inc()
-    if row.task:  # features are nobody's
+    if row.task:  # rows for features have no task
         metrics.TASK_ROWS.labels(metrics.TASKS.count(row.task), how).inc()

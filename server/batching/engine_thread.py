@@ -1,11 +1,10 @@
-"""The one thread in which the engine runs: what a batch costs, what it answers, and what becomes of a batch that fails.
+"""The one thread in which the engine runs: forwards, their answers, and what happens to a batch that fails.
 
 rows ─▶ forward ─▶ an outcome for each row
-          └ fails, for want of memory or because of a row ─▶ halves, each for itself ─▶ … ─▶ the culprit alone
+          └ fails, out of memory or because of a row ─▶ halves, each for itself ─▶ … ─▶ the culprit alone
 
-A device that computes while the host goes on is put to the next batch before the answers of the one before are waited
-for: `begin(n) · begin(n+1) · finish(n) · begin(n+2) · finish(n+1) …`. Where the host computes, a batch is begun when it
-is finished.
+A device that computes while the host goes on gets the next batch before the answers of the one before are waited for:
+`begin(n) · begin(n+1) · finish(n) · begin(n+2) · finish(n+1) …`. Where the host computes, `finish` does all the work.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Outcome = np.ndarray[Any, Any] | ServiceError
-Span = tuple[float, float]  # when a forward began and ended
-Logits = Callable[[], Sequence[np.ndarray[Any, Any]]]  # waits for them
+Span = tuple[float, float]  # start and end of a forward
+Logits = Callable[[], Sequence[np.ndarray[Any, Any]]]  # waits for the device
 
 
 class Engine(Protocol):
-    """What runs a batch. Both calls block and are made from one thread only."""
+    """Runs batches. Both calls block, and come from one thread only."""
 
     def run(self, work: Sequence[tuple[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         """Logits [C] for each (image uint8 [S, S, 3], seat)."""
@@ -46,18 +45,19 @@ class Engine(Protocol):
 
 
 class PipelinedEngine(Engine, Protocol):
-    """An engine on a device of its own: `ahead` is whether a batch can be begun while the one before is computed."""
+    """An engine on a device that computes by itself. `ahead`: a batch can begin while the one before is computed."""
 
     ahead: bool
 
     def begin(self, work: Sequence[tuple[Any, Any]]) -> Logits:
-        """What is returned waits for the logits that `run` would give. The pixels have been read by then."""
+        """Launch a batch. The returned call waits for the logits that `run` would return, and pixels are read
+        by then."""
         ...
 
 
 @dataclass(eq=False)
 class BatchUnderWay:
-    """Rows that the engine may be at: `logits` waits for those of the rows with a seat, None where it has not begun."""
+    """A batch that may be computing. `logits` waits for the rows with a seat; None where the forward has not begun."""
 
     rows: Sequence[Row]
     since: float | None = None
@@ -65,7 +65,7 @@ class BatchUnderWay:
 
 
 class EngineThread:
-    """Batches and other works, one at a time. Its methods belong to the event loop, but for `busy_s`."""
+    """Runs batches and exclusive works, one at a time. Its methods belong to the event loop, except `busy_s`."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
@@ -73,22 +73,22 @@ class EngineThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._one_exclusive = asyncio.Lock()
         self._entered_at: float | None = None
-        self.failures = 0  # rows that it could not answer since it last answered one
+        self.failures = 0  # rows that failed since the last answered row
 
     async def begin(self, rows: Sequence[Row]) -> BatchUnderWay:
-        """Put a batch under way, where the engine can be ahead of its answers; elsewhere nothing happens yet."""
+        """Launch a batch where the engine can compute ahead; elsewhere nothing happens until `finish`."""
         if not self.ahead:
             return BatchUnderWay(rows)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._begin, rows)
 
     async def finish(self, begun: BatchUnderWay) -> tuple[list[Outcome], Span]:
-        """Every row's outcome, and when the forward began and ended."""
+        """Every row's outcome, and the start and end of the forward."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._finish, begun)
 
     async def run_exclusive(self, work: Callable[[], T]) -> T:
-        """Run something else between two batches; of several such works one at a time, so that batches get their turn.
+        """Run other work between two batches. Works run one at a time, so that batches get their turn.
 
-        It never returns while the work is under way, even when cancelled: what the work uses must stay where it is.
+        Does not return while the work runs, even when cancelled: the pixels and the seat that it uses must stay.
         """
         async with self._one_exclusive:
             running = asyncio.get_running_loop().run_in_executor(self._pool, self._entered, work)
@@ -100,22 +100,24 @@ class EngineThread:
                         await asyncio.wait([running])
 
     def busy_s(self) -> float:
-        """How long it has been at what it is doing; 0 when it is idle."""
+        """Seconds since the call under way began; 0 when the engine is idle."""
         entered_at = self._entered_at
         return 0.0 if entered_at is None else max(0.0, self._clock() - entered_at)
 
     def close(self) -> None:
-        """Nothing more is begun. What is under way goes on: a thread cannot be ended."""
+        """Begin nothing more. The call under way goes on, since a thread cannot be ended."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # --- in the thread ----------------------------------------------------------------------------------------------
 
     def _begin(self, rows: Sequence[Row]) -> BatchUnderWay:
         begun = BatchUnderWay(rows, self._clock())
-        asked = [(row.image, row.seat) for row in rows if row.seat is not None]
+        with_seat = [(row.image, row.seat) for row in rows if row.seat is not None]
         try:
-            begun.logits = self._entered(lambda: cast(PipelinedEngine, self._engine).begin(asked)) if asked else None
-        except Exception as error:  # it is tried again as a whole when its turn to be answered comes, and told then
+            begun.logits = (
+                self._entered(lambda: cast(PipelinedEngine, self._engine).begin(with_seat)) if with_seat else None
+            )
+        except Exception as error:  # `finish` tries the whole batch again, and reports the error
             log.warning("a batch of %d rows could not be begun: %s", len(rows), type(error).__name__)
         return begun
 
@@ -131,8 +133,8 @@ class EngineThread:
         return outcomes
 
     def _attempt(self, rows: Sequence[Row], logits: Logits | None) -> list[Outcome] | None:
-        """None for several rows that failed together. The error is gone then, and with it what its traceback kept:
-        halves that are tried beside the tensors of a forward that ran out of memory would run out of it, too."""
+        """Outcomes, or None for several rows that failed together. The error and its traceback are dropped by then:
+        the tensors that a traceback keeps alive would make the halves run out of memory as well."""
         try:
             answers: list[Outcome] = self._entered(lambda: self._run(rows, logits))
         except Exception as error:
@@ -149,14 +151,14 @@ class EngineThread:
 
     def _run(self, rows: Sequence[Row], logits: Logits | None) -> list[Outcome]:
         answers: list[Any] = [None] * len(rows)
-        asked = [i for i, row in enumerate(rows) if row.seat is not None]
-        plain = [i for i, row in enumerate(rows) if row.seat is None]
-        if asked:
-            found = logits() if logits else self._engine.run([(rows[i].image, rows[i].seat) for i in asked])
-            answers = _scatter(answers, asked, found)
-        if plain:
-            features = self._engine.embed([rows[i].image for i in plain])
-            answers = _scatter(answers, plain, list(features))
+        with_seat = [i for i, row in enumerate(rows) if row.seat is not None]
+        for_features = [i for i, row in enumerate(rows) if row.seat is None]
+        if with_seat:
+            values = logits() if logits else self._engine.run([(rows[i].image, rows[i].seat) for i in with_seat])
+            answers = _scatter(answers, with_seat, values)
+        if for_features:
+            features = self._engine.embed([rows[i].image for i in for_features])
+            answers = _scatter(answers, for_features, list(features))
         return answers
 
     def _entered(self, work: Callable[[], T]) -> T:

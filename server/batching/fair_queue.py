@@ -1,4 +1,4 @@
-"""Whose turn it is among keys that share one thing: start-time fair queueing.
+"""Start-time fair queueing among keys that share one resource.
 
 Every key has a start tag, the virtual time at which it may be served next. The waking key with the smallest tag is
 served, virtual time moves to that tag, and the key's tag grows by 1 / weight. A key that wakes up starts at the present
@@ -24,7 +24,7 @@ class _Tag:
 
 
 class FairQueue:
-    """Knows keys and their tags, not what waits: its owner says when a key wakes and sleeps."""
+    """Keys and their start tags. The owner holds what waits, and says when a key begins and ceases to wait."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
@@ -34,7 +34,8 @@ class FairQueue:
         self._now = 0.0  # virtual time
 
     def wait(self, key: str, head: int) -> None:
-        """`head` is what waits first of this key now; equal tags go by it, so what came together is served together."""
+        """The key waits; `head` is the arrival number of its first item. It breaks ties, so that items of one
+        request are served together."""
         turn = self._keys.get(key) or self._open(key)
         if turn.head is None:
             self._awake += 1
@@ -43,12 +44,12 @@ class FairQueue:
         heapq.heappush(self._heap, (turn.start, head, key))
 
     def sleep(self, key: str) -> None:
-        """Nothing of this key waits any more."""
+        """The key waits no more."""
         self._awake -= 1
         self._keys[key].head = None
 
     def first(self) -> str | None:
-        """Whose turn it is; None when all sleep."""
+        """The key to serve next; None when none waits."""
         while self._heap:
             start, head, key = self._heap[0]
             turn = self._keys.get(key)
@@ -58,23 +59,24 @@ class FairQueue:
         return None
 
     def serve(self, key: str, *, early: bool = False) -> None:
-        """Charge the key for one service; `wait` or `sleep` must follow. early: it was not its turn, time stays."""
+        """Charge the key for one service; `wait` or `sleep` must follow. `early`: ahead of its turn, virtual time
+        stays."""
         turn = self._keys[key]
         if not early:
             self._now = max(self._now, turn.start)
         turn.start += turn.step
 
     def near(self, key: str) -> bool:
-        """Whether its turn is no more than one service of its own away."""
+        """Whether the key's turn is at most one service of its own away."""
         turn = self._keys[key]
         return turn.start <= self._now + turn.step
 
     def alone(self, key: str) -> bool:
-        """Whether nobody else waits."""
+        """Whether this key alone waits."""
         return self._awake == 1 and self._keys[key].head is not None
 
     def forget_idle(self) -> list[str]:
-        """A sleeping key whose tag virtual time has passed is like a new one; returns those that were forgotten."""
+        """Forget the keys that do not wait and whose tag is past: they are like new keys. Returns them."""
         idle = [key for key, turn in self._keys.items() if turn.head is None and turn.start <= self._now]
         for key in idle:
             del self._keys[key]

@@ -1,13 +1,13 @@
-"""A full queue lets in who has less than a share of it: a flood is no reason to send somebody else away.
+"""Fair admission: a full queue still admits tenants and tasks below their share, so a flood refuses only itself.
 
-    fewer rows taken than there are places                                     everybody
-    other tenants have rows, and this one less than an equal share             up to a quarter more: `with_reserve`
-    other tasks of the tenant have rows, and this one less than an equal       half as many: a loud tenant's quiet
-    share of what an equal share of the tenant is                              tasks leave room for quiet tenants
+    fewer rows are taken than there are places                                  everybody is admitted
+    other tenants have rows, and this tenant has less than an equal share       up to a quarter more: `with_reserve`
+    other tasks of the tenant have rows, and this task has less than an equal   up to an eighth more: a loud tenant's
+    share of the tenant's equal share                                           quiet tasks leave room for quiet tenants
 
-Taking turns (`scheduler`) makes a quiet row the next one; without this it would not get to wait at all. Who holds what
-counts from the promise of a place to the answer. A request for several tasks is none's, and rows for the backbone's
-features are no task's: they are let in as their tenant is.
+Fair queueing (`scheduler`) serves a quiet row next; without this it would not get into the queue at all. A row counts
+from the reservation of its place to its answer. A request for several tasks belongs to no task, nor do rows for the
+backbone's features: they are admitted by their tenant.
 
 Pure policy: no asyncio.
 """
@@ -23,17 +23,17 @@ from .scheduler import FlowKey
 
 RowsByFlow = Mapping[str, Mapping[str, int]]  # rows by tenant and task
 
-NO_FLOW: Final[FlowKey] = ("", "")  # no tenant's and no task's
+NO_FLOW: Final[FlowKey] = ("", "")  # of no tenant and no task
 NO_ROWS: Final[RowsByFlow] = {}
 
 
 def with_reserve(most: int) -> int:
-    """Rows that there must be room for where `most` may wait: those of the quiet come on top."""
+    """The queue's capacity where `most` rows may wait: the reserve for tenants and tasks under their share on top."""
     return most + math.ceil(most / 4)
 
 
 class FairShares:
-    """Rows by tenant, and in each by task; "" is no task. `beside`: rows that are counted elsewhere."""
+    """Rows reserved or in the queue, by tenant and task; "" is no task. `beside`: rows that are counted elsewhere."""
 
     def __init__(self) -> None:
         self._held: dict[str, Counter[str]] = {}
@@ -57,21 +57,24 @@ class FairShares:
     def admits(
         self, flow: FlowKey, rows: int, *, taken: int, most: int, places: int, beside: RowsByFlow = NO_ROWS
     ) -> bool:
-        """Whether a full queue takes so many rows more. taken: places that are; places: those that may be as things
-        are, `most` ever."""
+        """Whether a full queue admits so many rows more.
+
+        `taken`: rows in the queue; `places`: today's limit; `most`: the configured maximum.
+        """
         if self.tenant_under_share(flow[0], rows, places, beside):
             return taken + rows <= with_reserve(most)
         return taken + rows <= most + math.ceil(most / 8) and self.task_under_share(flow, rows, places, beside)
 
     def tenant_under_share(self, tenant: str, rows: int, places: int, beside: RowsByFlow = NO_ROWS) -> bool:
-        """Whether it has, with so many rows more, no more than its share beside others that have some."""
+        """Whether a tenant with so many rows more has at most an equal share beside the other tenants with rows."""
         tenants = self._held.keys() | beside.keys()
         others = len(tenants) - (tenant in tenants)
         held = sum(self._held.get(tenant, {}).values()) + sum(beside.get(tenant, {}).values())
         return others > 0 and (held + rows) * (others + 1) <= places
 
     def task_under_share(self, flow: FlowKey, rows: int, places: int, beside: RowsByFlow = NO_ROWS) -> bool:
-        """The same of a task beside others of its tenant, in what would be the tenant's share."""
+        """Whether a task with so many rows more has at most an equal share, among its tenant's tasks, of the
+        tenant's."""
         tenant, task = flow
         own: Mapping[str, int] = self._held.get(tenant, {})
         elsewhere = beside.get(tenant, {})
@@ -87,7 +90,7 @@ class FairShares:
 
 
 def common_flow(flows: set[FlowKey]) -> FlowKey:
-    """Under which a request is let in: its task's, where it is for one."""
+    """The flow that admits a request: its task's where it is for one task, else its tenant's."""
     if len(flows) == 1:
         return next(iter(flows))
     tenants = {tenant for tenant, _ in flows}

@@ -1,4 +1,4 @@
-"""How long forwards take by their rows, from the last ones: a + c·n seconds for n rows, by least squares.
+"""A latency model of the forward, fitted to the last ones by least squares: a + c·n seconds for n rows.
 
 Pure policy: no clock, no torch.
 """
@@ -12,17 +12,17 @@ WINDOW: Final = 256  # forwards that are remembered
 
 
 class LatencyModel:
-    """`learn` is told each forward."""
+    """Remembers the last forwards, and fits them when asked."""
 
     def __init__(self) -> None:
         self.seen: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def learn(self, rows: int, seconds: float) -> None:
-        """A forward of so many rows took so long."""
+        """Remember a forward of this many rows and its duration."""
         self.seen.append((rows, seconds))
 
     def line(self) -> tuple[float, float]:
-        """Seconds of a forward with no rows, and of each row. From forwards of one size: all of it is the rows'.
+        """(a, c): seconds of an empty forward, and of each row. With forwards of one size only, a is 0.
 
         Raises ZeroDivisionError before the first forward.
         """
@@ -33,10 +33,10 @@ class LatencyModel:
         if not spread:
             return 0.0, mean_s / mean_rows
         slope = sum((rows - mean_rows) * (seconds - mean_s) for rows, seconds in self.seen) / spread
-        each = min(max(slope, 0.0), mean_s / mean_rows)  # no forward costs less than nothing before its first row
+        each = min(max(slope, 0.0), mean_s / mean_rows)  # an empty forward cannot take negative time
         return mean_s - each * mean_rows, each
 
     def rate(self, rows: int) -> float:
-        """Rows a second in forwards of so many. Raises ZeroDivisionError before the first forward."""
+        """Rows per second in forwards of this many rows. Raises ZeroDivisionError before the first forward."""
         start, each = self.line()
         return rows / max(start + each * rows, 1e-9)

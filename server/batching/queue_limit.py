@@ -1,10 +1,10 @@
-"""How many rows may wait: what the engine works off within `wait_s`, as measured, and not more than `most`.
+"""The adaptive queue limit: as many rows may wait as the engine answers within `wait_s`, as measured; `most` at most.
 
-A queue of a fixed length is seconds on a slow machine and milliseconds on a fast one. Bounded in time, who is let in
-waits about as long whatever the machine and however many more are asking; the others are told at once to come again.
+A queue of fixed length takes seconds on a slow machine and milliseconds on a fast one. With a limit in time, an
+admitted row waits about as long on any machine and under any load; the rest is refused at once.
 
-Two full batches may wait always: forwards under load are to be full, and a client that sends as many at once is no
-flood, however slow the engine is. Before anything has been measured it is `most`.
+Two full batches may always wait: forwards under load should be full, and a client that sends as many rows at once is no
+flood, however slow the engine. Before the first measurement the limit is `most`.
 
 Pure policy: no clock, no torch.
 """
@@ -16,12 +16,12 @@ from typing import Final
 
 from .latency_model import LatencyModel
 
-EVERY: Final = 8  # forwards between two looks at them
+EVERY: Final = 8  # forwards between two updates of the limit
 LEAST_BATCHES: Final = 2
 
 
 class QueueLimit:
-    """`rows` is how many may wait now. most: the most ever; batch: a full one; wait_s: 0 leaves it at `most`."""
+    """`rows` may wait now. most: the configured maximum; batch: rows of a full batch; wait_s: 0 keeps the maximum."""
 
     def __init__(self, most: int, batch: int, wait_s: float) -> None:
         if most < 1 or batch < 1 or wait_s < 0:
@@ -32,7 +32,7 @@ class QueueLimit:
         self._since = 0
 
     def learn(self, rows: int, seconds: float) -> None:
-        """A forward of so many rows took so long."""
+        """Learn from a forward of this many rows and its duration."""
         if not self._wait_s:
             return
         self._times.learn(rows, seconds)

@@ -1,9 +1,9 @@
-"""Who goes next: tenants take turns, and inside a tenant its tasks do; first in first out inside a task.
+"""The scheduler: fair over tenants, inside a tenant over its tasks, and first in first out inside a task.
 
-    whose turn? ─► tenant ─► task ─► its oldest row          both by start-time fair queueing, see `fair_queue.py`
+    next tenant ─► its next task ─► its oldest row          both by start-time fair queueing, see `fair_queue.py`
 
-So a tenant with a hundred tasks gets what a tenant with one gets, and beside a task with a thousand rows waiting, a
-lone row of another task is in the next batch. Weights divide the service otherwise than evenly.
+So a tenant with a hundred tasks gets as much as a tenant with one, and a lone row of a task is in the next batch
+although another task has a thousand rows waiting. Weights make the shares unequal.
 
 Pure policy: no torch, no asyncio, the clock is passed in.
 """
@@ -22,11 +22,11 @@ Flow = deque[tuple[int, Row]]  # (order of arrival, row)
 
 
 class Full(Exception):
-    """The queue holds as many rows as it may."""
+    """The queue is full."""
 
 
 def equal_weights(flow: FlowKey) -> float:
-    """Of a task among its tenant's."""
+    """The weight of a task among its tenant's tasks."""
     return 1.0
 
 
@@ -35,7 +35,7 @@ def equal_shares(tenant: str) -> float:
 
 
 class Tenant:
-    """A tenant's tasks, as far as they have rows or have had their turn early."""
+    """A tenant's tasks that have rows waiting, or were served ahead of their turn."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self.turns = FairQueue(weight)
@@ -43,13 +43,13 @@ class Tenant:
 
     @property
     def head(self) -> int | None:
-        """The order of arrival of the row that goes next; None when none waits."""
+        """The arrival number of the row that goes next; None when none waits."""
         task = self.turns.first()
         return None if task is None else self.flows[task][0][0]
 
 
 class Scheduler:
-    """The waiting rows, and the order in which they are served. `len()` counts rows, departed ones included."""
+    """The waiting rows and their order. `len()` counts rows, including rows whose clients have left."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Scheduler:
         """weight: of a task inside its tenant; share: of a tenant."""
         self.max_rows = max_rows
         self._weight, self._share = weight, share
-        self._departed: list[Row] = []  # dropped, until the owner asks for them
+        self._departed: list[Row] = []  # dropped, until `pop_departed`
         self._arrivals = count()
         self._reset()
 
@@ -75,11 +75,11 @@ class Scheduler:
 
     @property
     def set_aside(self) -> int:
-        """Rows that were dropped and that nobody has asked for yet."""
+        """Dropped rows that `pop_departed` has not returned yet."""
         return len(self._departed)
 
     def offer(self, row: Row) -> None:
-        """Queue a row. Raises Full; rows that nobody waits for make room first."""
+        """Queue a row; where the queue is full, rows whose clients have left are dropped first. Raises Full."""
         if self._rows >= self.max_rows and not self.sweep():
             raise Full
         name, task = row.flow
@@ -95,7 +95,7 @@ class Scheduler:
                 self._turns.wait(name, order)
 
     def take(self, now: float, max_rows: int) -> tuple[list[Row], list[Row]]:
-        """Remove and return (the next batch, the rows found past their deadline); departed rows are set aside."""
+        """Remove and return (the next batch, the rows past their deadline); departed rows are set aside."""
         batch: list[Row] = []
         expired: list[Row] = []
         while len(batch) < max_rows and (name := self._turns.first()) is not None:
@@ -108,7 +108,7 @@ class Scheduler:
         return batch, expired
 
     def sweep(self) -> int:
-        """Drop the rows nobody waits for, to make room; returns how many there were."""
+        """Drop the rows whose clients have left; returns how many."""
         before = self._rows
         for (name, task), flow in list(self._flows()):
             gone = [row for _, row in flow if row.departed]
@@ -128,12 +128,12 @@ class Scheduler:
         return min((flow[0][1].arrived for _, flow in self._flows()), default=None)
 
     def pop_departed(self) -> list[Row]:
-        """The rows that were dropped since the last call because nobody waited for them any more."""
+        """The rows dropped since the last call because their clients had left."""
         departed, self._departed = self._departed, []
         return departed
 
     def clear(self) -> list[Row]:
-        """Remove and return everything that waits, in order of arrival."""
+        """Remove and return all waiting rows, in order of arrival."""
         entries = sorted((entry for _, flow in self._flows() for entry in flow), key=lambda entry: entry[0])
         self._reset()
         return [row for _, row in entries]
@@ -157,7 +157,7 @@ class Scheduler:
         return tenant
 
     def _flows(self) -> Iterator[tuple[FlowKey, Flow]]:
-        """Those with rows."""
+        """Flows with rows."""
         for name, tenant in self._tenants.items():
             for task, flow in tenant.flows.items():
                 if flow:
@@ -166,8 +166,8 @@ class Scheduler:
     def _take_head(
         self, key: FlowKey, now: float, batch: list[Row], expired: list[Row], *, early: bool = False
     ) -> Row | None:
-        """Take the flow's head into the batch and charge tenant and task; a row that is dropped instead costs nothing.
-        early: neither's turn has come."""
+        """Take the flow's first row into the batch and charge tenant and task; a dropped row is not charged.
+        `early`: ahead of the turn of both."""
         name, task = key
         tenant = self._tenants[name]
         row = tenant.flows[task].popleft()[1]
@@ -185,7 +185,7 @@ class Scheduler:
         return row if served else None
 
     def _note_head(self, key: FlowKey) -> None:
-        """Another row, or none, goes first in this flow, and so perhaps in its tenant."""
+        """Update the queues after the first row of a flow, and so perhaps of its tenant, has changed."""
         name, task = key
         tenant = self._tenants[name]
         if flow := tenant.flows[task]:
@@ -199,8 +199,8 @@ class Scheduler:
             self._turns.wait(name, head)
 
     def _take_companions(self, row: Row, now: float, max_rows: int, batch: list[Row], expired: list[Row]) -> None:
-        """Let the same image's rows for other tasks come along, none more than one row ahead of its turn, and its
-        tenant no more than that where others wait."""
+        """Take the same image's rows for other tasks along: each at most one row ahead of its task's turn, and of its
+        tenant's where other tenants wait."""
         tenant = self._tenants[row.tenant]
         for other in row.companions:
             flow = tenant.flows.get(other.task) if other.tenant == row.tenant else None
@@ -211,7 +211,7 @@ class Scheduler:
                 self._take_head(other.flow, now, batch, expired, early=True)
 
     def _forget_idle(self) -> None:
-        """With nothing waiting, everybody is like new."""
+        """Forget the tags of tenants and tasks that have caught up; all of them when nothing waits."""
         if not self._rows:
             self._reset()
             return

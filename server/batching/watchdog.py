@@ -1,12 +1,12 @@
-"""The watchdog: a server whose engine hangs, or fails at everything, ends itself, so that it is started anew.
+"""The watchdog: a process whose engine hangs, or fails at everything, ends itself, to be started again.
 
     fine ──► one batch takes longer than `timeout_s`      ┐             │ longer than `grace_s`
-      ▲      rows failed, and a picture of zeros, too ────┴► trouble ───┴──► lost: the server leaves with EXIT_CODE
+      ▲      rows failed, and a picture of zeros, too ────┴► trouble ───┴──► lost: the process ends with EXIT_CODE
       └──────────── the engine answers again ─────────────────┘
                                         not ready, rows are refused (503 engine_unavailable)
 
-A thread that hangs cannot be ended, only its process can; whoever supervises that starts it again. Should the whole
-interpreter hang, so that nothing here runs either, a thread of C ends it: see `HardKill`.
+A thread that hangs cannot be ended, only its process can; the process manager starts it again. Where the whole
+interpreter hangs, so that the watchdog cannot run either, a C thread ends the process: see `HardKill`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAILS = "the engine fails at everything that it is asked"
 
 
 class HardKill:
-    """Ends the process, with the stacks of all threads on stderr, unless it is armed again in time; needs no Python."""
+    """Ends the process unless armed again in time, with all stacks on stderr. Runs in a C thread, without the GIL."""
 
     def arm(self, seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True)
@@ -41,8 +41,10 @@ class HardKill:
 
 
 class Watchdog:
-    """`probe` asks the engine for something that it must be able to do, in its own thread. `timeout_s` 0: no watch is
-    kept. `on_lost` is called once. Belongs to the event loop of the batcher."""
+    """Watches one engine. Belongs to the event loop of the batcher.
+
+    `probe`: a forward that must succeed, run in the engine's thread · `timeout_s`: 0 turns the watchdog off ·
+    `on_lost`: called once, when the engine is given up."""
 
     def __init__(
         self,
@@ -51,10 +53,10 @@ class Watchdog:
         *,
         timeout_s: float,
         grace_s: float,
-        deadman: HardKill | None = None,
+        hard_kill: HardKill | None = None,
     ) -> None:
         self._batcher, self._probe, self._timeout_s, self._grace_s = batcher, probe, timeout_s, grace_s
-        self._deadman = deadman or HardKill()
+        self._hard_kill = hard_kill or HardKill()
         self._task: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[bool] | None = None
         self._since = 0.0
@@ -68,26 +70,26 @@ class Watchdog:
             self._task = asyncio.create_task(self._run(), name="watchdog")
 
     async def stop(self) -> None:
-        """The watch ends. The deadman of a lost server stays: leaving must not hang either."""
+        """Stop watching. The hard kill of a lost process stays armed: its shutdown must not hang either."""
         for task in (self._task, self._probing):
             if task is not None:
                 task.cancel()
         await asyncio.gather(*filter(None, [self._task]), return_exceptions=True)
         if self._task is not None and not self.lost:
-            self._deadman.disarm()
+            self._hard_kill.disarm()
 
     async def _run(self) -> None:
         while not self.lost:
-            self._deadman.arm(2 * self._timeout_s + self._grace_s)
+            self._hard_kill.arm(2 * self._timeout_s + self._grace_s)
             self.look()
             await asyncio.sleep(min(LONGEST_PAUSE_S, self._timeout_s / 8))
 
     def look(self) -> None:
-        """Decide once. Never waits for the engine."""
-        was, self.trouble = self.trouble, self._diagnosis()
-        if self.trouble and not was:
+        """Check once. Never waits for the engine."""
+        before, self.trouble = self.trouble, self._diagnosis()
+        if self.trouble and not before:
             self._begin_trouble()
-        elif was and not self.trouble:
+        elif before and not self.trouble:
             log.warning("the engine answers again")
             metrics.ENGINE_UP.set(1)
             self._batcher.resume()
@@ -108,7 +110,7 @@ class Watchdog:
         return self.trouble
 
     async def _try_out(self) -> bool:
-        """Whether the engine does what it must be able to do. If it does, earlier failures were their rows' own."""
+        """Run the probe. Where it succeeds, the earlier failures were caused by their rows."""
         try:
             await self._batcher.thread.run_exclusive(self._probe)
         except Exception as error:
@@ -125,13 +127,13 @@ class Watchdog:
 
     def _give_up(self) -> None:
         self.lost = True
-        log.critical("%s: the server ends itself (%d), to be started again", self.trouble, EXIT_CODE)
-        self._deadman.arm(3 * self._grace_s + 10)  # an orderly end is tried first
+        log.critical("%s: this process ends itself (%d), to be started again", self.trouble, EXIT_CODE)
+        self._hard_kill.arm(3 * self._grace_s + 10)  # an orderly shutdown comes first
         self.on_lost()
 
 
 def _stack(name: str) -> str:
-    """Where the threads are whose names begin so."""
+    """The stacks of the threads whose names begin with `name`."""
     frames = sys._current_frames()
     wanted = [thread for thread in threading.enumerate() if thread.name.startswith(name) and thread.ident in frames]
     return "\n".join(

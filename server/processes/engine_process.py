@@ -79,7 +79,7 @@ def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
         batcher=room.batcher,
         residency=room.residency,
         size=room.facts.spec.image_size,
-        asides={LOOK: partial(_look, room)},
+        exclusive_works={LOOK: partial(_look, room)},
         facts=facts,
         residents=residents,
         revision=lambda: room.residency.revision,

@@ -69,10 +69,10 @@ class RemoteEngines:
     async def warm_up(self) -> None:
         """An engine that is away is told of; one that is there is not to be missed."""
         for engine in self.engines.all:
-            engine.line.start()
+            engine.connection.start()
         with suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.gather(*(engine.line.connected() for engine in self.engines.all))
+                await asyncio.gather(*(engine.connection.connected() for engine in self.engines.all))
 
     def start(self) -> None:
         self._writing = asyncio.create_task(self.ledger.keep_writing())
@@ -82,7 +82,7 @@ class RemoteEngines:
 
     async def stop(self) -> None:
         for engine in self.engines.all:
-            await engine.line.stop()
+            await engine.connection.stop()
         if self._writing is not None:
             self._writing.cancel()
         self.ledger.write()
@@ -118,7 +118,7 @@ def build_front(
 
 
 def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings) -> wire.Ready:
-    workers = sum(int(one.line.mirror.facts.get("workers", 0)) for one in engines.all)
+    workers = sum(int(one.connection.state.facts.get("workers", 0)) for one in engines.all)
     away = [] if len(engines.all) == 1 else engines.troubles
     return readiness(facts, settings, engines.trouble, workers, away)
 
@@ -127,19 +127,19 @@ async def _counted(engines: EnginePool) -> None:
     """What engines have counted so far is in the ledger, as far as they answer."""
     with suppress(TimeoutError, ServiceError):
         async with asyncio.timeout(COUNTS_S):
-            await engines.each(lambda one: one.line.call("view", name=COUNTS))
+            await engines.each(lambda one: one.connection.call("view", name=COUNTS))
 
 
 def _far_engines(settings: Settings, facts: BackboneInfo, folder: Path) -> EnginePool:
     def far(number: int, device: str) -> RemoteEngine:
         slots = PixelWriter(with_reserve(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
-        line = EngineConnection(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
-        batcher = RemoteBatcher(line, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
-        return RemoteEngine(number, device, line, RemoteResidency(line, number), batcher)
+        connection = EngineConnection(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
+        batcher = RemoteBatcher(connection, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
+        return RemoteEngine(number, device, connection, RemoteResidency(connection, number), batcher)
 
     engines = EnginePool([far(*one) for one in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
     for one in engines.all:
-        one.line.on_state = lambda _: take_over_tasks([one.line.mirror for one in engines.all])
+        one.connection.on_state = lambda _: take_over_tasks([one.connection.state for one in engines.all])
     return engines
 
 

@@ -1,13 +1,13 @@
-"""Several engines before one front end, each on a device of its own: a pair of residency and batcher over all of them.
+"""Load balancing over several engines, each on its own device: one residency and one queue over all of them.
 
-    a seat    ─► engines that can be asked ─► no queue a batch longer than the shortest ─► where the lens is, and of
-                 several the one with the least to do; where it is nowhere, where its name belongs
-    its rows  ─► where their seat is              rows without one, features ─► the least to do
+    a seat    ─► engines that are up ─► queue at most one batch longer than the shortest ─► where the lens is resident,
+                 and of several such the least loaded; where it is resident nowhere, the engine that its name hashes to
+    its rows  ─► the engine of their seat              rows without a seat (features) ─► the least loaded
 
-So what is asked a little is on one device, and each device's rack holds others; what is asked so much that rows gather
-spreads. Where names belong follows from them alone (rendezvous hashing: Thaler and Ravishankar, 1998), so front ends
-that do not talk to each other agree. An engine that is away is asked nothing, and what it had, it alone has lost.
-"""
+So a task with little traffic is on one device, and the racks add up; a task with so much traffic that rows queue
+spreads over devices. The home engine follows from the name alone (rendezvous hashing: Thaler and Ravishankar, 1998),
+so front ends agree without talking to each other. An engine that is away gets no requests; only its own rows are
+lost."""
 
 from __future__ import annotations
 
@@ -32,138 +32,138 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class RemoteEngine:
-    """One of them, as a front end knows it. `seats`: those that it has taken there, or is about to."""
+    """One engine, as a front end knows it. `seats`: seats acquired there or about to be."""
 
     number: int
     device: str
-    line: EngineConnection
+    connection: EngineConnection
     residency: RemoteResidency
     batcher: RemoteBatcher
     seats: int = 0
 
     @property
     def load(self) -> int:
-        """Rows that it has before it, as far as they are known; whoever has a seat is about to send some."""
+        """Rows that the engine has to answer, as far as known; a seat without rows yet counts as one row."""
         return max(self.seats, self.batcher.sent) + self.batcher.others
 
 
 class EnginePool:
-    """All of them, in the order of their devices."""
+    """All engines, in the order of their devices."""
 
     def __init__(self, engines: Sequence[RemoteEngine], *, max_batch: int) -> None:
         self.all, self.max_batch = tuple(engines), max_batch
 
     @property
     def up(self) -> list[RemoteEngine]:
-        return [one for one in self.all if not one.line.trouble]
+        return [engine for engine in self.all if not engine.connection.trouble]
 
     @property
     def troubles(self) -> list[str]:
-        """What is wrong with those that cannot be asked."""
-        told = ((one, one.line.trouble) for one in self.all)
-        return [f"engine {one.number} ({one.device}): {trouble}" for one, trouble in told if trouble]
+        """What is wrong, for each engine that is away."""
+        pairs = ((engine, engine.connection.trouble) for engine in self.all)
+        return [f"engine {engine.number} ({engine.device}): {trouble}" for engine, trouble in pairs if trouble]
 
     @property
     def trouble(self) -> str:
-        """Why nothing can be asked just now; "" when one of them can."""
-        return "" if self.up else self.all[0].line.trouble or AWAY
+        """Why no engine can be called now; "" when one can."""
+        return "" if self.up else self.all[0].connection.trouble or AWAY
 
     def require(self) -> list[RemoteEngine]:
-        """Those that are up. Raises Unavailable (engine_unavailable)."""
+        """The engines that are up. Raises Unavailable (engine_unavailable)."""
         if up := self.up:
             return up
         raise engine_unavailable(self.trouble)
 
     def for_seat(self, task: str, version: str, among: Sequence[RemoteEngine]) -> RemoteEngine:
-        def rank(one: RemoteEngine) -> tuple[bool, int, bytes]:
-            resident = one.residency.resident(task, version)
-            return not resident, one.load if resident else 0, _home_hash(task, version, one.number)
+        def rank(engine: RemoteEngine) -> tuple[bool, int, bytes]:
+            resident = engine.residency.resident(task, version)
+            return not resident, engine.load if resident else 0, _home_hash(task, version, engine.number)
 
         return min(self._not_behind(among), key=rank)
 
     def for_features(self) -> RemoteEngine:
-        return min(self._not_behind(self.require()), key=lambda one: one.load)
+        return min(self._not_behind(self.require()), key=lambda engine: engine.load)
 
     def _not_behind(self, among: Sequence[RemoteEngine]) -> list[RemoteEngine]:
-        """Those that have not more than a batch more before them than the one with the least, and room."""
-        roomy = [one for one in among if one.batcher.free > 0] or among
-        least = min(one.load for one in roomy)
-        return [one for one in roomy if one.load <= least + self.max_batch]
+        """Engines with room whose load is at most one batch above the smallest."""
+        with_room = [engine for engine in among if engine.batcher.free > 0] or among
+        shortest = min(engine.load for engine in with_room)
+        return [engine for engine in with_room if engine.load <= shortest + self.max_batch]
 
     async def each(self, ask: Callable[[RemoteEngine], Awaitable[T]]) -> list[T]:
-        """What those that are up answer; one that leaves meanwhile is left out. Raises what `ask` raises, and
-        Unavailable where nobody answers."""
-        answers = await asyncio.gather(*(ask(one) for one in self.require()), return_exceptions=True)
-        given = []
+        """The answers of the engines that are up; an engine that goes away meanwhile is left out. Raises what `ask`
+        raises, and Unavailable where no engine answers."""
+        answers = await asyncio.gather(*(ask(engine) for engine in self.require()), return_exceptions=True)
+        values = []
         for answer in answers:
             if not isinstance(answer, BaseException):
-                given.append(answer)
-            elif not _has_left(answer):
+                values.append(answer)
+            elif not _is_away(answer):
                 raise answer
-        if not given:
+        if not values:
             self.require()
             raise engine_unavailable(AWAY)
-        return given
+        return values
 
     async def rack(self) -> wire.Rack:
-        """All racks as one: slots are numbered through."""
+        """All racks as one, slots numbered consecutively."""
 
-        async def view(one: RemoteEngine) -> wire.Rack:
-            return wire.Rack.model_validate(await one.line.call("view", name="rack"))
+        async def view(engine: RemoteEngine) -> wire.Rack:
+            return wire.Rack.model_validate(await engine.connection.call("view", name="rack"))
 
         racks = await self.each(view)
         return racks[0] if len(racks) == 1 else _merged_rack(racks)
 
 
 class BalancedResidency:
-    """See `server.engine.residency.Residency`. A lens that is asked for is made resident on one device; one that is
-    pinned, on every one, so that no question for it ever waits for a load."""
+    """Residency over all engines. A lens is loaded on one device; a pinned one on every device, so that no request for
+    it waits for a load."""
 
     def __init__(self, engines: EnginePool) -> None:
         self._engines = engines
 
     async def acquire(self, task: str, version: str) -> RemoteSeat:
         """Raises what the loader raises, and Unavailable (engine_unavailable) where no engine is left to ask."""
-        left = self._engines.require()
+        candidates = self._engines.require()
         while True:
-            engine = self._engines.for_seat(task, version, left)
+            engine = self._engines.for_seat(task, version, candidates)
             try:
-                return await _seated(engine, task, version)
+                return await _acquire(engine, task, version)
             except Unavailable as error:
-                left = [one for one in left if one is not engine and not one.line.trouble]
-                if not left or not _has_left(error):
+                candidates = [other for other in candidates if other is not engine and not other.connection.trouble]
+                if not candidates or not _is_away(error):
                     raise
 
     def release(self, seat: RemoteSeat) -> None:
-        _give_back(self._engines.all[seat.engine], seat)
+        _release(self._engines.all[seat.engine], seat)
 
     async def load(self, task: str, version: str) -> None:
         self.release(await self.acquire(task, version))
 
     async def unload(self, task: str, version: str) -> bool:
-        return any(await self._engines.each(lambda one: one.residency.unload(task, version)))
+        return any(await self._engines.each(lambda engine: engine.residency.unload(task, version)))
 
     async def pin(self, task: str, version: str, on: bool) -> bool:
-        async def at(one: RemoteEngine) -> bool:
+        async def at(engine: RemoteEngine) -> bool:
             if not on:
-                return await one.residency.pin(task, version, on)
-            seat = await _seated(one, task, version)  # while it is held, nothing can evict it
+                return await engine.residency.pin(task, version, on)
+            seat = await _acquire(engine, task, version)  # while it is held, nothing can evict it
             try:
-                return await one.residency.pin(task, version, on)
+                return await engine.residency.pin(task, version, on)
             finally:
-                _give_back(one, seat)
+                _release(engine, seat)
 
         return any(await self._engines.each(at))
 
     def resident(self, task: str, version: str) -> bool:
-        return any(one.residency.resident(task, version) for one in self._engines.up)
+        return any(engine.residency.resident(task, version) for engine in self._engines.up)
 
     def pinned(self, task: str, version: str) -> bool:
-        return any(one.residency.pinned(task, version) for one in self._engines.up)
+        return any(engine.residency.pinned(task, version) for engine in self._engines.up)
 
     def lens_bytes(self, task: str, version: str) -> int:
-        """On all devices."""
-        return sum(one.residency.lens_bytes(task, version) for one in self._engines.up)
+        """Bytes on all devices together."""
+        return sum(engine.residency.lens_bytes(task, version) for engine in self._engines.up)
 
 
 class BalancedBatcher(Queue):
@@ -240,16 +240,16 @@ class BalancedBatcher(Queue):
                     row.leave()
 
     def _by_engine(self, rows: Sequence[Row]) -> list[tuple[RemoteEngine, list[Row]]]:
-        found: dict[RemoteEngine, list[Row]] = {}
+        batches: dict[RemoteEngine, list[Row]] = {}
         for row in rows:
             if row.seat is not None:
-                found.setdefault(self._engines.all[row.seat.engine], []).append(row)
+                batches.setdefault(self._engines.all[row.seat.engine], []).append(row)
         if features := [row for row in rows if row.seat is None]:
-            found.setdefault(self._engines.for_features(), []).extend(features)
-        return list(found.items())
+            batches.setdefault(self._engines.for_features(), []).extend(features)
+        return list(batches.items())
 
 
-async def _seated(engine: RemoteEngine, task: str, version: str) -> RemoteSeat:
+async def _acquire(engine: RemoteEngine, task: str, version: str) -> RemoteSeat:
     engine.seats += 1
     try:
         return await engine.residency.acquire(task, version)
@@ -258,7 +258,7 @@ async def _seated(engine: RemoteEngine, task: str, version: str) -> RemoteSeat:
         raise
 
 
-def _give_back(engine: RemoteEngine, seat: RemoteSeat) -> None:
+def _release(engine: RemoteEngine, seat: RemoteSeat) -> None:
     engine.seats -= 1
     engine.residency.release(seat)
 
@@ -267,7 +267,7 @@ def _home_hash(task: str, version: str, engine: int) -> bytes:
     return hashlib.blake2b(f"{task}@{version}@{engine}".encode(), digest_size=8).digest()
 
 
-def _has_left(error: BaseException) -> bool:
+def _is_away(error: BaseException) -> bool:
     return isinstance(error, Unavailable) and error.code == "engine_unavailable"
 
 

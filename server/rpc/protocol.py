@@ -1,11 +1,11 @@
-"""What front ends and the engine's process say to each other over a unix socket, to the byte.
+"""The wire format between front ends and the engine's process on a unix socket, to the byte.
 
     frame     length of the payload u32 · kind u8 · number u64 · payload            all numbers big-endian
     HELLO     front: JSON; beside it the descriptor of the shared memory that its pixels lie in
     CALL      front: JSON {"do": …}; answered by one RETURN of the same number: JSON {"value": …} or {"fault": …}
     SUBMIT    front: rows, each ROW and its tenant and request id; answered by one ANSWER each
     CANCEL    front: row numbers, u64 each
-    RELEASE   front: seats, each its number u64 · how often it was taken again without asking u64
+    RELEASE   front: seats, each its number u64 · how often the front end shared it without a call u64
     ANSWER    engine: of the row `number`: REPLY, then logits [C] float64, features [D] float32, or a fault in JSON
     LEFT      engine: the row `number`, answered before, has left the engine: its pixels may be overwritten
     STATE     engine: JSON, what has changed
@@ -45,7 +45,7 @@ SEAT: Final = struct.Struct(">QQ")  # number, times
 
 
 class ProtocolError(Exception):
-    """The other end says what nobody who speaks this protocol says."""
+    """The peer broke the protocol."""
 
 
 class Kind(IntEnum):
@@ -77,7 +77,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SentRow:
-    """A row as it travels. `seat` 0: the backbone's features are asked for. Times are of the monotonic clock."""
+    """A row on the wire. `seat` 0: a row for the backbone's features. Times are of the monotonic clock."""
 
     number: int
     seat: int
@@ -91,7 +91,8 @@ class SentRow:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A row's answer: numbers, or what went wrong."""
+    """A row's answer: numbers, or an error. `left`: the row has left the engine too, so its pixels may be
+    overwritten."""
 
     outcome: NDArray[Any] | ServiceError
     left: bool
@@ -122,21 +123,23 @@ def read_message(payload: bytes) -> dict[str, Any]:
 
 
 class FrameReader:
-    """Frames out of whatever pieces a socket gives. `kinds`: those that may come; `most`: bytes of a payload."""
+    """Splits a socket's bytes into frames. `kinds`: the kinds that are accepted; `most`: bytes of a payload."""
 
     def __init__(self, kinds: Sequence[Kind], most: int) -> None:
         self._kinds, self._most = frozenset(kinds), most
         self._got = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Raises ProtocolError, as soon as a header says what may not be."""
+        """The frames that are complete. Raises ProtocolError as soon as a header is not acceptable."""
         self._got += data
         at = 0
         try:
             while len(self._got) - at >= HEADER.size:
                 length, kind, number = HEADER.unpack_from(self._got, at)
                 if kind not in self._kinds or length > self._most:
-                    raise ProtocolError(f"no frame that may come: kind {kind}, {length} bytes")
+                    raise ProtocolError(
+                        f"expected a frame of an accepted kind and size, got kind {kind}, {length} bytes"
+                    )
                 end = at + HEADER.size + length
                 if len(self._got) < end:
                     return
@@ -200,7 +203,7 @@ def read_numbers(payload: bytes) -> list[int]:
 
 
 def released(seats: Mapping[int, int]) -> bytes:
-    return frame(Kind.RELEASE, 0, b"".join(SEAT.pack(*one) for one in seats.items()))
+    return frame(Kind.RELEASE, 0, b"".join(SEAT.pack(*seat) for seat in seats.items()))
 
 
 def read_released(payload: bytes) -> list[tuple[int, int]]:
@@ -212,7 +215,7 @@ def read_released(payload: bytes) -> list[tuple[int, int]]:
 def answer(number: int, reply: Reply) -> bytes:
     outcome = reply.outcome
     if isinstance(outcome, ServiceError):
-        form, body = Form.FAULT, json.dumps(told(outcome)).encode()
+        form, body = Form.FAULT, json.dumps(to_wire(outcome)).encode()
     elif outcome.dtype == np.float32:
         form, body = Form.FLOATS, outcome.tobytes()
     else:
@@ -252,18 +255,18 @@ _SERVICE: Final = _kinds(ServiceError, errors)
 _STORED: Final = _kinds(stored.StoreError, stored)
 
 
-def told(error: Exception) -> dict[str, Any]:
-    """A failure as it travels; what was not foreseen says nothing of itself."""
+def to_wire(error: Exception) -> dict[str, Any]:
+    """An error as JSON; an unforeseen one is replaced by a general one that tells nothing of the inside."""
     if not isinstance(error, ServiceError | stored.StoreError):
         error = Internal("the server failed unexpectedly; its log has the details under this request id")
-    known: dict[str, Any] = {"class": type(error).__name__, "detail": error.detail, "code": error.code}
+    fault: dict[str, Any] = {"class": type(error).__name__, "detail": error.detail, "code": error.code}
     if isinstance(error, ServiceError):
-        known |= {"retry_after_s": error.retry_after_s, "extra": error.extra}
-    return json.loads(json.dumps(known, default=str))  # type: ignore[no-any-return]
+        fault |= {"retry_after_s": error.retry_after_s, "extra": error.extra}
+    return json.loads(json.dumps(fault, default=str))  # type: ignore[no-any-return]
 
 
 def failure(fault: dict[str, Any]) -> Exception:
-    """The failure that `told` told of, of the same class. Raises ProtocolError."""
+    """The error that `to_wire` described, of the same class. Raises ProtocolError."""
     kind = _STORED.get(str(fault.get("class")))
     if kind is None:
         return service_error(fault)

@@ -1,9 +1,8 @@
-"""A front end's seats at an engine. Taking one is a way there and back; requests for the same task share one instead.
+"""A front end's cache of seats at an engine: requests for the same version share a seat instead of calling for each.
 
-A seat on which nobody sits any more is kept for a moment, in case that the next request is for the same task. None is
-shared for long, however much it is asked for: the engine evicts nobody who is seated, and another task may wait for the
-place. What is not on the rack any more, as the engine told last, is not shared either.
-"""
+A seat without users is kept for a moment, for the next request for the same version. No seat is shared for long,
+however busy: the engine cannot evict a version whose seat is held, and another task may wait for its slot. A version
+that is no longer resident, by the engine's last state, is not shared either."""
 
 from __future__ import annotations
 
@@ -16,13 +15,14 @@ from typing import Final
 from server.engine.images.decode import Geometry
 
 Key = tuple[str, str]
-KEPT_S: Final = 0.005  # a seat on which nobody sits, once to twice as long
-SHARED_S: Final = 0.03  # since it was taken; then it goes back with the last who sit on it
+UNUSED_S: Final = 0.005  # an unused seat is kept once to twice as long
+SHARED_S: Final = 0.03  # from its acquisition; afterwards it is released with its last user
 
 
 @dataclass(frozen=True)
 class RemoteSeat:
-    """`number` is the engine's, for connection `epoch`; `slot` is its place on the rack; `engine`: which of several."""
+    """A seat at an engine. `number`: the engine's name for it on connection `epoch`; `slot`: its rack slot; `engine`:
+    which of several."""
 
     epoch: int
     number: int
@@ -36,17 +36,17 @@ class RemoteSeat:
 
 @dataclass(eq=False)
 class _CachedSeat:
-    """`users` sit on it; it was taken `again` so many times without asking the engine, which counts them."""
+    """A seat with its users. `hits`: how often it was given out without a call, for the engine's hit count."""
 
     seat: RemoteSeat
     until: float
     users: int = 1
-    again: int = 0
+    hits: int = 0
 
 
 class SeatCache:
-    """`give_back` gets seat numbers, each with how often it was taken again; `epoch` says which connection there is: to
-    another one seats mean nothing. Belongs to one event loop."""
+    """Seats by version. `give_back` gets the numbers of released seats, each with its hits; `epoch` returns the current
+    connection, on which alone a seat is valid. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -57,61 +57,62 @@ class SeatCache:
         self._give_back, self._epoch, self._clock = give_back, epoch, clock
         self._shared: dict[Key, _CachedSeat] = {}
         self._all: dict[int, _CachedSeat] = {}  # by the identity of the seat
-        self._empty: dict[int, _CachedSeat] = {}
-        self._empty_before: dict[int, _CachedSeat] = {}  # when it was looked last, and since
-        self._look: asyncio.TimerHandle | None = None
+        self._unused: dict[int, _CachedSeat] = {}
+        self._unused_before: dict[int, _CachedSeat] = {}  # unused since before the last timer
+        self._timer: asyncio.TimerHandle | None = None
 
-    def again(self, key: Key) -> RemoteSeat | None:
-        """One that somebody has, or has just had; to be left like any other."""
-        taken = self._shared.get(key)
-        if taken is None or taken.seat.epoch != self._epoch() or self._clock() > taken.until:
+    def reuse(self, key: Key) -> RemoteSeat | None:
+        """A seat of this version that is in use or was just now; None where there is none. To be released like any
+        other."""
+        cached = self._shared.get(key)
+        if cached is None or cached.seat.epoch != self._epoch() or self._clock() > cached.until:
             return None
-        taken.users += 1
-        taken.again += 1
-        self._empty.pop(id(taken.seat), None)
-        self._empty_before.pop(id(taken.seat), None)
-        return taken.seat
+        cached.users += 1
+        cached.hits += 1
+        self._unused.pop(id(cached.seat), None)
+        self._unused_before.pop(id(cached.seat), None)
+        return cached.seat
 
     def add(self, key: Key, seat: RemoteSeat) -> None:
-        """It has been taken at the engine, by one who sits on it."""
+        """Cache a seat that was just acquired, with one user."""
         self.forget(key)
         self._shared[key] = self._all[id(seat)] = _CachedSeat(seat, self._clock() + SHARED_S)
 
-    def leave(self, seat: RemoteSeat) -> None:
-        taken = self._all[id(seat)]
-        taken.users -= 1
-        if taken.users:
+    def release(self, seat: RemoteSeat) -> None:
+        cached = self._all[id(seat)]
+        cached.users -= 1
+        if cached.users:
             return
-        if self._shared.get((seat.task, seat.version)) is taken and self._clock() <= taken.until:
-            self._keep(taken)
+        if self._shared.get((seat.task, seat.version)) is cached and self._clock() <= cached.until:
+            self._keep(cached)
         else:
-            self._part([taken])
+            self._release([cached])
 
     def forget(self, key: Key) -> None:
-        """Nobody new is to sit on it."""
-        taken = self._shared.pop(key, None)
-        if taken is not None and not taken.users:
-            self._part([taken])
+        """Share this version's seat no longer."""
+        cached = self._shared.pop(key, None)
+        if cached is not None and not cached.users:
+            self._release([cached])
 
-    def _keep(self, taken: _CachedSeat) -> None:
-        self._empty[id(taken.seat)] = taken
-        if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(KEPT_S, self._look_round)
+    def _keep(self, cached: _CachedSeat) -> None:
+        self._unused[id(cached.seat)] = cached
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(UNUSED_S, self._release_unused)
 
-    def _look_round(self) -> None:
-        """Those on which nobody has sat since it was looked last go back, all at once."""
-        self._look = None
-        gone, self._empty_before, self._empty = self._empty_before, self._empty, {}
-        self._part(list(gone.values()))
-        if self._empty_before:
-            self._look = asyncio.get_running_loop().call_later(KEPT_S, self._look_round)
+    def _release_unused(self) -> None:
+        """Release, in one call, the seats that were unused for a whole period."""
+        self._timer = None
+        expired, self._unused_before, self._unused = self._unused_before, self._unused, {}
+        self._release(list(expired.values()))
+        if self._unused_before:
+            self._timer = asyncio.get_running_loop().call_later(UNUSED_S, self._release_unused)
 
-    def _part(self, gone: Sequence[_CachedSeat]) -> None:
-        for taken in gone:
-            seat = taken.seat
-            for known in (self._all, self._empty, self._empty_before):
-                known.pop(id(seat), None)
-            if self._shared.get((seat.task, seat.version)) is taken:
+    def _release(self, expired: Sequence[_CachedSeat]) -> None:
+        for cached in expired:
+            seat = cached.seat
+            for table in (self._all, self._unused, self._unused_before):
+                table.pop(id(seat), None)
+            if self._shared.get((seat.task, seat.version)) is cached:
                 del self._shared[seat.task, seat.version]
-        if here := {one.seat.number: one.again for one in gone if one.seat.epoch == self._epoch()}:
-            self._give_back(here)
+        if counts := {cached.seat.number: cached.hits for cached in expired if cached.seat.epoch == self._epoch()}:
+            self._give_back(counts)

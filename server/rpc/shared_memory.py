@@ -1,8 +1,8 @@
-"""Pixels in shared memory: slots that a front end fills and the engine reads.
+"""Pixels in shared memory: slots that a front end writes and the engine reads.
 
-A front makes the memory, seals its size (or whoever holds it could cut it off under the engine's feet) and hands its
-descriptor over once. A slot holds one picture in the larger of its two forms; pages that nobody writes take no memory,
-and the slot freed last is filled next. A slot is free again when the engine has let go of every row that shows it.
+A front end creates the memory, seals its size (memory that shrinks would crash its reader) and passes its descriptor
+once. A slot holds one image in the larger of its two forms; unwritten pages take no memory, and the slot freed last is
+used next. A slot is free again when every row that shows its image has left the engine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _WrittenImage:
 
 
 class PixelWriter:
-    """The front's side. An image that several rows show, the same array object, lies there once."""
+    """The front end's side. An image that several rows show, the same array object, is written once."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
@@ -56,43 +56,43 @@ class PixelWriter:
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
         self._memory = mmap.mmap(self.descriptor, count * slot_bytes(size))
         self._free = list(range(count - 1, -1, -1))
-        self._shown: dict[int, _WrittenImage] = {}
+        self._written: dict[int, _WrittenImage] = {}
 
     def put(self, image: NDArray[Any]) -> tuple[int, Form]:
-        """Where a row's image lies. Raises QueueFull, ValueError for what the engine would not take."""
+        """Write a row's image, and return its slot and form. Raises QueueFull, and ValueError for a wrong array."""
         form = Form.FLOATS if image.dtype == np.float32 else Form.BYTES
         if image.dtype != _FORMS[form] or image.shape != shape(form, self.size):
             raise ValueError(f"expected uint8 {list(shape(Form.BYTES, self.size))}, got {image.dtype} {image.shape}")
-        shown = self._shown.get(id(image))
-        if shown is None:
+        written = self._written.get(id(image))
+        if written is None:
             if not self._free:
                 raise QueueFull(f"all {self.count} places for pixels are taken")
-            shown = self._shown[id(image)] = _WrittenImage(image, self._free.pop(), 0)
-            _view(self._memory, shown.slot, form, self.size)[:] = image
-        shown.rows += 1
-        return shown.slot, form
+            written = self._written[id(image)] = _WrittenImage(image, self._free.pop(), 0)
+            _view(self._memory, written.slot, form, self.size)[:] = image
+        written.rows += 1
+        return written.slot, form
 
     def drop(self, image: NDArray[Any]) -> None:
-        """A row that showed it has left the engine."""
-        shown = self._shown[id(image)]
-        shown.rows -= 1
-        if not shown.rows:
-            del self._shown[id(image)]
-            self._free.append(shown.slot)
+        """A row that shows this image has left the engine: free the slot with its last row."""
+        written = self._written[id(image)]
+        written.rows -= 1
+        if not written.rows:
+            del self._written[id(image)]
+            self._free.append(written.slot)
 
     @property
     def used(self) -> int:
-        return len(self._shown)
+        return len(self._written)
 
     def close(self) -> None:
         os.close(self.descriptor)
 
 
 class PixelReader:
-    """The engine's side: the same array object for a slot and form whenever it is asked for."""
+    """The engine's side: the same array object each time for the same slot and form."""
 
     def __init__(self, descriptor: int, count: int, size: int) -> None:
-        """Raises ProtocolError for a memory that is not what was said, or may change its size."""
+        """Raises ProtocolError for a memory of another size, or one whose size is not sealed."""
         expected = count * slot_bytes(size)
         try:
             sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS

@@ -30,7 +30,7 @@ class Clock:
 
 
 class Armed:
-    """A deadman that only remembers."""
+    """A hard kill that only remembers."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -46,10 +46,10 @@ class Guarded:
     """A batcher with its engine, and the watchdog over them; the clock stands until it is set forward."""
 
     def __init__(self) -> None:
-        self.clock, self.engine, self.deadman = Clock(), PlainEngine(), Armed()
+        self.clock, self.engine, self.hard_kill = Clock(), PlainEngine(), Armed()
         self.batcher = Batcher(self.engine, max_batch=4, max_queue=8, clock=self.clock)
         self.dog = Watchdog(
-            self.batcher, self.probe, timeout_s=TIMEOUT_S, grace_s=GRACE_S, deadman=self.deadman  # type: ignore[arg-type]
+            self.batcher, self.probe, timeout_s=TIMEOUT_S, grace_s=GRACE_S, hard_kill=self.hard_kill  # type: ignore[arg-type]
         )  # fmt: skip
         self.ended = 0
         self.dog.on_lost = self._end
@@ -151,12 +151,12 @@ async def test_an_engine_that_does_not_come_back_ends_the_server_once() -> None:
         built.clock.now += TIMEOUT_S + 1
         built.dog.start()
         await soon(lambda: built.dog.trouble)
-        assert built.deadman.seconds[-1] == 2 * TIMEOUT_S + GRACE_S
+        assert built.hard_kill.seconds[-1] == 2 * TIMEOUT_S + GRACE_S
         built.clock.now += GRACE_S
         await soon(lambda: built.ended)
         assert (built.dog.lost, built.ended) == (True, 1)
         await built.dog.stop()
-        assert built.deadman.seconds[-1] == 3 * GRACE_S + 10, "leaving must not hang either"
+        assert built.hard_kill.seconds[-1] == 3 * GRACE_S + 10, "leaving must not hang either"
         assert isinstance(inside.reply.exception(), Unavailable)
 
 

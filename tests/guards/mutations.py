@@ -208,14 +208,14 @@ MUTATIONS = (
     Mutation(
         "A task that is asked much does not wait at one engine while another has nothing to do",
         "server/rpc/engine_pool.py",
-        "if one.load <= least + self.max_batch]",
-        "if one]",
+        "if engine.load <= shortest + self.max_batch]",
+        "if engine]",
         "tests/rpc/test_engine_pool.py::test_a_task_that_is_asked_much_spreads",
     ),
     Mutation(
         "An engine that leaves before it has given a seat costs nobody the answer of another",
         "server/rpc/engine_pool.py",
-        "if not left or not _has_left(error):",
+        "if not candidates or not _is_away(error):",
         "if True:",
         "tests/rpc/test_engine_pool.py::test_who_waits_for_a_seat_at_an_engine_that_leaves_gets_one_at_the_other",
     ),

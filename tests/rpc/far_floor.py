@@ -26,14 +26,14 @@ LOOK = RemoteCall("look", lambda told: told)
 class Front:
     """A front end: its line, its pair, and a predictor over it."""
 
-    line: EngineConnection
+    connection: EngineConnection
     slots: PixelWriter
     batcher: RemoteBatcher
     residency: RemoteResidency
     predictor: Predictor
 
 
-def room(floor: Floor) -> EngineBackend:
+def backend(floor: Floor) -> EngineBackend:
     def residents() -> dict[str, Any]:
         return {
             f"{seat.task}@{version}": [1024, version in floor.shelf.held] for version, seat in floor.shelf.seats.items()
@@ -51,7 +51,7 @@ def room(floor: Floor) -> EngineBackend:
         batcher=floor.batcher,
         residency=floor.shelf,
         size=SIZE,
-        asides={"look": lambda pixels, seat: [int(pixels[0, 0, 0]), seat.slot]},
+        exclusive_works={"look": lambda pixels, seat: [int(pixels[0, 0, 0]), seat.slot]},
         facts=facts,
         residents=residents,
         revision=lambda: hash((frozenset(floor.shelf.seats), frozenset(floor.shelf.held))),
@@ -60,10 +60,10 @@ def room(floor: Floor) -> EngineBackend:
 
 
 @asynccontextmanager
-async def desk(floor: Floor) -> AsyncIterator[tuple[EngineServer, Path]]:
+async def server(floor: Floor) -> AsyncIterator[tuple[EngineServer, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "engine"
-        opened = EngineServer(path, room(floor))
+        opened = EngineServer(path, backend(floor))
         await opened.start()
         try:
             yield opened, path
@@ -96,9 +96,9 @@ def predictor(floor: Floor, residency: Any, batcher: Any) -> Predictor:
 
 def far_engine(floor: Floor, path: Path, *, number: int = 0, slots: int = 128) -> RemoteEngine:
     shared = PixelWriter(slots, SIZE)
-    line = EngineConnection(path, shared)
-    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
-    return RemoteEngine(number, "cpu", line, RemoteResidency(line, number), batcher)
+    connection = EngineConnection(path, shared)
+    batcher = RemoteBatcher(connection, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
+    return RemoteEngine(number, "cpu", connection, RemoteResidency(connection, number), batcher)
 
 
 @asynccontextmanager
@@ -108,40 +108,40 @@ async def several(floors: Sequence[Floor], paths: Sequence[Path]) -> AsyncIterat
     engines = EnginePool(far, max_batch=floors[0].max_batch)
     residency, batcher = BalancedResidency(engines), BalancedBatcher(engines)
     for one in far:
-        one.line.start()
+        one.connection.start()
     try:
         async with asyncio.timeout(60):
-            await asyncio.gather(*(one.line.connected() for one in far))
+            await asyncio.gather(*(one.connection.connected() for one in far))
         yield SeveralFront(engines, residency, batcher, predictor(floors[0], residency, batcher))
         await settled(lambda: not any(one.batcher.sent or one.seats for one in far))
         batcher.check_integrity()
     finally:
         for one in far:
-            await one.line.stop()
-            one.line._slots.close()
+            await one.connection.stop()
+            one.connection._writer.close()
 
 
 @asynccontextmanager
 async def front(floor: Floor, path: Path, *, slots: int = 128) -> AsyncIterator[Front]:
     shared = PixelWriter(slots, SIZE)
-    line = EngineConnection(path, shared)
-    batcher = RemoteBatcher(line, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
-    residency = RemoteResidency(line)
-    line.start()
+    connection = EngineConnection(path, shared)
+    batcher = RemoteBatcher(connection, shared, max_batch=floor.max_batch, max_queue=floor.max_queue)
+    residency = RemoteResidency(connection)
+    connection.start()
     try:
         async with asyncio.timeout(60):
-            await line.connected()
-        yield Front(line, shared, batcher, residency, predictor(floor, residency, batcher))
+            await connection.connected()
+        yield Front(connection, shared, batcher, residency, predictor(floor, residency, batcher))
         batcher.check_integrity()
     finally:
-        await line.stop()
+        await connection.stop()
         shared.close()
 
 
 @asynccontextmanager
 async def far(floor: Floor) -> AsyncIterator[Front]:
     """The floor's own predictor is the front's as long as this lasts."""
-    async with desk(floor) as (_, path), front(floor, path) as built:
+    async with server(floor) as (_, path), front(floor, path) as built:
         near, floor.predictor = floor.predictor, built.predictor
         try:
             yield built
@@ -154,7 +154,7 @@ async def far(floor: Floor) -> AsyncIterator[Front]:
 @asynccontextmanager
 async def spread(floor: Floor) -> AsyncIterator[SeveralFront]:
     """As `far`, with the pair that several engines have, over this one."""
-    async with desk(floor) as (_, path), several([floor], [path]) as built:
+    async with server(floor) as (_, path), several([floor], [path]) as built:
         near, floor.predictor = floor.predictor, built.predictor
         try:
             yield built

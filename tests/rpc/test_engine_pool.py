@@ -22,7 +22,7 @@ from server.batching.row import Row
 from server.errors import QueueFull, Unavailable
 from server.rpc.engine_server import EngineServer
 from server.settings import Settings
-from tests.rpc.far_floor import LOOK, SeveralFront, desk, settled, several
+from tests.rpc.far_floor import LOOK, SeveralFront, server, settled, several
 from tests.serving.floor import SIZE, Floor, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -34,7 +34,7 @@ class Two:
     """Two engines that have one store, and a front end before them."""
 
     floors: list[Floor]
-    desks: list[EngineServer]
+    servers: list[EngineServer]
     paths: list[Path]
     front: SeveralFront
 
@@ -59,13 +59,13 @@ class Two:
         return number, asked
 
     async def leave(self, number: int) -> None:
-        await self.desks[number].stop()
-        await settled(lambda: self.front.engines.all[number].line.trouble)
+        await self.servers[number].stop()
+        await settled(lambda: self.front.engines.all[number].connection.trouble)
 
     async def come_back(self, number: int) -> None:
-        self.desks[number] = EngineServer(self.paths[number], self.desks[number].room)
-        await self.desks[number].start()
-        await settled(lambda: not self.front.engines.all[number].line.trouble)
+        self.servers[number] = EngineServer(self.paths[number], self.servers[number].backend)
+        await self.servers[number].start()
+        await settled(lambda: not self.front.engines.all[number].connection.trouble)
 
 
 @asynccontextmanager
@@ -73,14 +73,14 @@ async def two(**changes: Any) -> AsyncIterator[Two]:
     store = open_store("memory://")
     floors = [Floor(store, **changes), Floor(store, **changes)]
     try:
-        async with desk(floors[0]) as (one, at), desk(floors[1]) as (other, there):
+        async with server(floors[0]) as (one, at), server(floors[1]) as (other, there):
             async with several(floors, [at, there]) as front:
                 built = Two(floors, [one, other], [at, there], front)
                 yield built
                 for floor in floors:
                     floor.engine.gate.set()
                     await settled(lambda floor=floor: floor.shelf.in_use == 0)
-            for opened in built.desks:
+            for opened in built.servers:
                 await opened.stop()
     finally:
         for floor in floors:
@@ -212,7 +212,7 @@ async def test_who_waits_for_a_seat_at_an_engine_that_leaves_gets_one_at_the_oth
         home = built.home(version)
         async with built.floors[home].shelf.loading:
             asked = asyncio.create_task(built.ask())
-            await settled(lambda: built.front.engines.all[home].line._calls)
+            await settled(lambda: built.front.engines.all[home].connection._calls)
             await built.leave(home)
             assert (await asked).version == version
         assert built.asked(1 - home) == {"fish"}
@@ -285,7 +285,7 @@ async def test_a_pin_is_on_those_that_are_there():
         version = publish(built.floors[0].store)
         async with built.floors[0].shelf.loading:
             pinning = asyncio.create_task(built.front.residency.pin("fish", version, True))
-            await settled(lambda: built.front.engines.all[0].line._calls)
+            await settled(lambda: built.front.engines.all[0].connection._calls)
             await built.leave(0)
             assert await pinning
         assert built.floors[1].shelf.held == {version}
@@ -336,14 +336,14 @@ async def test_rows_whose_engine_has_left_are_answered_and_let_go_of():
     async with two() as built:
         version = publish(built.floors[0].store)
         left: list[Row] = []
-        with built.front.batcher.reserve(1) as room:
+        with built.front.batcher.reserve(1) as backend:
             seat = await built.front.residency.acquire("fish", version)
             await built.leave(seat.engine)
             reply = asyncio.get_running_loop().create_future()
             picture = np.zeros((SIZE, SIZE, 3), np.uint8)
             row = Row("fish", "", seat, picture, deadline=1e9, arrived=0.0, reply=reply)
             row.leave = partial(left.append, row)
-            room.submit([row])
+            backend.submit([row])
         assert left == [row]
         with pytest.raises(Unavailable):
             await reply

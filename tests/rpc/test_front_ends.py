@@ -27,7 +27,7 @@ from server.rpc.connection import FROM_ENGINE
 from server.rpc.engine_server import FROM_FRONTS, EngineServer
 from server.rpc.protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
 from server.rpc.shared_memory import PixelReader, PixelWriter, slot_bytes
-from tests.rpc.far_floor import LOOK, Front, desk, front, settled
+from tests.rpc.far_floor import LOOK, Front, front, server, settled
 from tests.serving.floor import SIZE, Floor, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -38,12 +38,12 @@ async def house(**changes: Any) -> AsyncIterator[tuple[Floor, EngineServer, Path
     floor = Floor(open_store("memory://"), **changes)
     publish(floor.store)
     try:
-        async with desk(floor) as (opened, path):
+        async with server(floor) as (opened, path):
             yield floor, opened, path
             floor.engine.gate.set()
             await settled(
                 lambda: (
-                    not any(guest.rows for guest in opened.guests)
+                    not any(session.rows for session in opened.sessions)
                     and not len(floor.batcher)
                     and floor.shelf.in_use == 0
                 )
@@ -107,12 +107,12 @@ async def test_a_front_end_that_leaves_takes_its_rows_and_seats_along(shared_lon
             asked = [await inside(floor, built), *(asyncio.create_task(ask(built)) for _ in range(3))]
             await settled(lambda: len(floor.batcher) == 3)
             assert floor.shelf.in_use == 1, "they sit on one seat"
-            await built.line.stop()
+            await built.connection.stop()
             for one in asked:
                 with pytest.raises(Unavailable) as caught:
                     await one
                 assert caught.value.code == "engine_unavailable"
-            await settled(lambda: len(opened.guests) == 1)
+            await settled(lambda: len(opened.sessions) == 1)
             assert floor.shelf.in_use == 1, "the engine is still at a row of it"
         floor.engine.gate.set()
         await settled(lambda: floor.shelf.in_use == 0)
@@ -123,7 +123,7 @@ async def test_a_front_end_that_leaves_takes_its_rows_and_seats_along(shared_lon
 async def test_an_engine_that_leaves_is_told_of_and_found_again():
     floor = Floor(open_store("memory://"), max_batch=1)
     publish(floor.store)
-    async with desk(floor) as (first, path), front(floor, path) as built:
+    async with server(floor) as (first, path), front(floor, path) as built:
         asked = await inside(floor, built)
         await first.stop()
         with pytest.raises(Unavailable) as caught:
@@ -134,9 +134,9 @@ async def test_an_engine_that_leaves_is_told_of_and_found_again():
         assert built.predictor.quarantine.count() == 0, "nothing is known of the version itself"
         assert built.slots.used == 0
         floor.engine.gate.set()
-        second = EngineServer(path, first.room)
+        second = EngineServer(path, first.backend)
         await second.start()
-        await settled(lambda: not built.line.trouble)
+        await settled(lambda: not built.connection.trouble)
         assert (await ask(built)).version
         await second.stop()
     await floor.close()
@@ -145,12 +145,12 @@ async def test_an_engine_that_leaves_is_told_of_and_found_again():
 async def test_seats_of_an_earlier_engine_are_void():
     floor = Floor(open_store("memory://"))
     version = publish(floor.store)
-    async with desk(floor) as (first, path), front(floor, path) as built:
+    async with server(floor) as (first, path), front(floor, path) as built:
         old = await built.residency.acquire("fish", version)
         await first.stop()
-        second = EngineServer(path, first.room)
+        second = EngineServer(path, first.backend)
         await second.start()
-        await settled(lambda: not built.line.trouble and built.line.epoch == 2)
+        await settled(lambda: not built.connection.trouble and built.connection.epoch == 2)
         new = await built.residency.acquire("fish", version)
         built.residency.release(old)  # which is nobody's any more
         assert old.number == new.number
@@ -167,7 +167,7 @@ async def test_a_seat_that_comes_when_nobody_waits_any_more_is_given_back():
         [version] = [info.version for info in floor.store.versions("fish")]
         async with floor.shelf.loading:
             waiting = asyncio.create_task(built.residency.acquire("fish", version))
-            await settled(lambda: built.line._calls)
+            await settled(lambda: built.connection._calls)
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
         await built.residency.load("fish", version)
@@ -276,10 +276,10 @@ async def test_a_suspended_engine_answers_those_who_wait_and_keeps_their_pixels(
             with pytest.raises(Unavailable, match="it hangs"):
                 await one
         assert built.slots.used == 1, "the engine may still read what it is at"
-        await settled(lambda: built.line.trouble == "it hangs")
+        await settled(lambda: built.connection.trouble == "it hangs")
         floor.engine.gate.set()
         floor.batcher.resume()
-        await settled(lambda: not built.slots.used and not built.line.trouble)
+        await settled(lambda: not built.slots.used and not built.connection.trouble)
         assert (await ask(built)).version
 
 
@@ -519,13 +519,13 @@ def test_answers_keep_every_bit(values: list[float], left: bool, dtype: type):
 
 
 def test_failures_are_of_the_same_class_on_the_other_side():
-    full = protocol.failure(protocol.told(QueueFull("no room", retry_after_s=7.0, places=3)))
+    full = protocol.failure(protocol.to_wire(QueueFull("no room", retry_after_s=7.0, places=3)))
     assert isinstance(full, QueueFull)
     assert (full.detail, full.retry_after_s, full.extra, full.status) == ("no room", 7.0, {"places": 3}, 429)
-    gone = protocol.failure(protocol.told(VersionNotFound("fish", "0" * 64)))
+    gone = protocol.failure(protocol.to_wire(VersionNotFound("fish", "0" * 64)))
     assert isinstance(gone, VersionNotFound)
     assert gone.code == "version_not_found"
-    unforeseen = protocol.failure(protocol.told(RuntimeError("secret path /etc/passwd")))
+    unforeseen = protocol.failure(protocol.to_wire(RuntimeError("secret path /etc/passwd")))
     assert isinstance(unforeseen, ServiceError)
     assert (unforeseen.status, "secret" in unforeseen.detail) == (500, False)
 

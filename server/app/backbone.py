@@ -1,4 +1,4 @@
-"""The backbone that the settings name: loaded, and as facts, which are all that HTTP and imports need of it."""
+"""Loads the backbone that the settings name, and describes it for HTTP and imports, which need no weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNTRAINED_NOTE = (
 def load_backbone(
     settings: Settings, threads: int, device: str | None = None, *, training: bool = False
 ) -> backbones.Backbone:
-    """On LENSRACK_DEVICE unless another is given. `training`: never in 8 bits."""
+    """The backbone, on `device` or else LENSRACK_DEVICE. `training`: never in 8 bits."""
     torch.set_num_threads(threads)
     return backbones.load(
         settings.backbone,
@@ -40,7 +40,7 @@ def load_backbone(
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What the HTTP side needs to know of the backbone, and no more: `names` are its parameters' shapes."""
+    """What HTTP needs to know of the backbone. `names`: its parameters' shapes by name."""
 
     spec: Spec
     device: str
@@ -65,7 +65,7 @@ class BackboneInfo:
         return json.dumps(asdict(self))
 
     def on(self, devices: Sequence[str]) -> BackboneInfo:
-        """Of several engines, which differ in their devices alone."""
+        """The same for several engines, which differ only in their devices."""
         return replace(self, device=",".join(devices)) if len(devices) > 1 else self
 
 

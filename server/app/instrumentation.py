@@ -1,8 +1,7 @@
-"""What feeds the metrics from floors that know of none: gauges read at a scrape, hooks, caches that count.
+"""Feeds the metrics from rooms that know of none: gauges read at a scrape, hooks, caches that count.
 
-The engine and training run on machines without the service's packages, so they offer hooks and protocols, and here is
-who uses them.
-"""
+The engine and training run on machines without the service's packages, so they only offer hooks and protocols; this
+file connects these with `server.observability.metrics`."""
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ from server.training.caches.pixel_cache import PixelCache, Pixels
 
 from .worker_pool import WorkerPool
 
-Found = TypeVar("Found")
+Entry = TypeVar("Entry")
 
 
 def process(settings: Settings, backbone: Backbone) -> None:
-    """What is true of a server and of a worker alike."""
+    """Metrics of a server and of a worker alike: the build, GPU memory."""
     metrics.TASKS.limit(settings.metrics_tasks)
     device, dtype = backbone.device.type, backbone.precision
     metrics.build(version=__version__, backbone=backbone.spec.arch, device=device, dtype=dtype)
@@ -37,7 +36,7 @@ def process(settings: Settings, backbone: Backbone) -> None:
 
 
 def engine_runtime(settings: Settings, batcher: Batcher, rack: Rack, workers: WorkerPool) -> None:
-    """What a server's gauges say when they are read. A process has one engine at most."""
+    """Gauges of the engine: queue, rack, workers. A process has one engine at most."""
     metrics.bind_gauge(metrics.QUEUE_PLACES, lambda: batcher.places)
     metrics.bind_gauge(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
     metrics.RACK_SLOTS.set(rack.slots)
@@ -84,19 +83,19 @@ def evicted(task: str) -> None:
 
 
 class CountedPixels(PixelCache):
-    """A cache of decoded pictures that counts who asks in vain."""
+    """A cache of decoded pictures that counts hits and misses."""
 
     def get(self, sha256: str, cut: str) -> Pixels | None:
         return _counted("pixels", super().get(sha256, cut))
 
 
 class CountedFeatures(FeatureCache):
-    """A cache of frozen features that counts who asks in vain."""
+    """A cache of frozen features that counts hits and misses."""
 
     def get(self, key: FeatureKey) -> Array | None:
         return _counted("features", super().get(key))
 
 
-def _counted(cache: str, found: Found) -> Found:
-    metrics.CACHE.labels(cache, "miss" if found is None else "hit").inc()
-    return found
+def _counted(cache: str, entry: Entry) -> Entry:
+    metrics.CACHE.labels(cache, "miss" if entry is None else "hit").inc()
+    return entry

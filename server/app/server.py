@@ -1,9 +1,9 @@
-"""A server: HTTP and gRPC before an engine room, in this process or in others; and the whole of it in one process.
+"""Builds a server: HTTP and gRPC in front of an engine, in this process or in others.
 
-    build_before   an engine room, wherever it is ─► stores · keys · predictor · api · gRPC
-    build_server   the engine room of this process, and what is before it
+    build_server_over   an engine, wherever it runs ─► stores · keys · predictor · api · gRPC
+    build_server        all of it in this process
 
-Workers are `server.app.worker`'s; engine rooms in other processes are `server.processes.front_process`'s.
+Workers are built in `server.app.worker`, front ends of engines in other processes in `server.processes.front_process`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ log = logging.getLogger(__name__)
 
 
 class EngineHandle(Protocol):
-    """What a server asks of the engine room behind it: `server.app.engine_runtime.EngineRuntime`, or
+    """The engine behind a server: `server.app.engine_runtime.EngineRuntime`, or
     `server.processes.front_process.RemoteEngines`."""
 
     @property
     def lost(self) -> bool:
-        """Whether it will answer nothing any more, so that nobody need wait for it."""
+        """Whether the engine will answer nothing any more, so that a drain need not wait for it."""
 
     async def warm_up(self) -> None:
-        """Before the first request is accepted."""
+        """Make the engine ready, before the first request is accepted."""
 
     def start(self) -> None: ...
     async def drain(self, timeout_s: float) -> None: ...
@@ -60,7 +60,7 @@ AnyEngine = TypeVar("AnyEngine", bound=EngineHandle)
 
 @dataclass
 class Server(Generic[AnyEngine]):
-    """Everything that a process which speaks HTTP holds. `running` brings it up and takes it down."""
+    """All parts of a process that serves HTTP. `running` starts and stops them."""
 
     settings: Settings
     room: AnyEngine
@@ -75,7 +75,7 @@ class Server(Generic[AnyEngine]):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Warm the engine room up and start it; afterwards drain the queue, stop the room, close the stores."""
+        """Warm up and start the engine; afterwards drain the queue, stop the engine, close the stores."""
         await self.room.warm_up()
         if self.grpc is not None:
             log.info("gRPC on port %d", await self.grpc.start())
@@ -95,7 +95,7 @@ class Server(Generic[AnyEngine]):
             await close_all(self.store, self.jobs, self.ring)
 
     def leave(self) -> None:
-        """Somebody asked the process to end: from now on nothing new is begun, and who waits is answered or told."""
+        """The process was asked to end: accept nothing new, and answer or refuse what waits."""
         self.app.state.leaving = True
         self._drain = asyncio.ensure_future(self.room.drain(self.settings.drain_timeout_s))
 
@@ -114,8 +114,8 @@ def build_server_over(
     store: Store,
     first: bool = True,
 ) -> Server[AnyEngine]:
-    """`store` is a cache over `bundles`. `first`: of several, the one that does what one alone must do (gRPC's port,
-    looking at the stores)."""
+    """A server over an engine. `store` is a cache over `bundles`. `first`: of several front ends, the one that does
+    what only one may do (gRPC's port, probing the stores)."""
     jobs = open_jobs(settings)
     services, decoding = build_services(settings, side, registry=registry, store=store, jobs=jobs)
     app, watch = create_app(services, ring), StoreProbe(bundles, jobs, settings.watch_s) if first else None
@@ -124,9 +124,9 @@ def build_server_over(
 
 
 def build_server(settings: Settings) -> Server[EngineRuntime]:
-    """Raises UnsafeBind before anything that takes time."""
+    """A whole server in this process. Raises UnsafeBind before anything that takes time."""
     if len(settings.engine_devices) > 1:
-        raise ValueError("LENSRACK_DEVICES: several devices need front ends before them: LENSRACK_FRONTS, got 0")
+        raise ValueError("LENSRACK_DEVICES: several devices need LENSRACK_FRONTS of 1 or more, got 0")
     ring = open_authenticator(settings)
     require_safe_bind(settings, locked=ring.locked)
     room = build_engine_runtime(settings, ring)

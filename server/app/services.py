@@ -1,4 +1,4 @@
-"""All that routes call, and gRPC beside them, over an engine room in this process or in another."""
+"""Builds the services that routes call, and the gRPC server, over an engine in this process or in another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ if TYPE_CHECKING:  # its packages are an extra's
 
 @dataclass(frozen=True)
 class EngineBindings:
-    """The engine's side as HTTP sees it, in this process or in another; `look`, `rack` and `ready` go with it."""
+    """What HTTP needs of an engine, wherever it runs.
+
+    `look`: the exclusive work of attention maps · `rack`: what `GET /rack` shows · `ready`: what `GET /readyz` answers.
+    """
 
     facts: BackboneInfo
     residency: Residency
@@ -46,7 +49,7 @@ class EngineBindings:
 def build_services(
     settings: Settings, side: EngineBindings, *, registry: Registry, store: Store, jobs: JobStore
 ) -> tuple[Services, ThreadPoolExecutor]:
-    """All that routes call, and the threads that decode."""
+    """The services that routes call, and the thread pool that decodes."""
     facts = side.facts
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     predictor = Predictor(
@@ -89,12 +92,13 @@ def build_services(
 def readiness(
     facts: BackboneInfo, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()
 ) -> wire.Ready:
-    """What /readyz says: what is seen with, and whether everything that should run does; `trouble` is the engine's.
+    """What `/readyz` answers: the backbone, and whether engine and workers run. `trouble`: what is wrong with the
+    engine.
     `away`: what is wrong with some of several engines, while others answer."""
     spec = facts.spec
     notes = [note for note in (trouble, *away, "" if spec.trained else UNTRAINED_NOTE) if note]
     if settings.scaled_decode:
-        notes.append(f"JPEGs are decoded at reduced size, from {settings.scaled_decode:g} times what is needed on")
+        notes.append(f"JPEGs larger than {settings.scaled_decode:g} times the needed size are decoded at reduced size")
     if workers < settings.workers:
         notes.append(f"{workers} of {settings.workers} workers are running: training may wait")
     return wire.Ready(
@@ -115,12 +119,12 @@ def readiness(
 
 
 def build_grpc(services: Services, ring: Authenticator) -> GrpcServer | None:
-    """None where no port is set. Raises NotInstalled."""
+    """The gRPC server; None where no port is set. Raises NotInstalled."""
     settings = services.settings
     if not settings.grpc_port:
         return None
     try:
         from server.api.oip.grpc.server import GrpcServer
     except ImportError as error:
-        raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
+        raise NotInstalled(f"LENSRACK_GRPC_PORT needs {error.name}: install the extra `lensrack[grpc]`") from error
     return GrpcServer(scoping(services), ring, settings, settings.grpc_port)

@@ -1,7 +1,7 @@
-"""The gauges that somebody has to look at: do the stores answer, and how many jobs are in which state.
+"""Probes the stores for metrics: do they answer, and how many jobs are in which state.
 
-Looked at every few seconds rather than whenever Prometheus asks: a store that is away answers after its own time-out,
-and a scrape must neither wait for it nor pile up threads that do.
+Probed every few seconds rather than at each scrape: a store that is away answers only after its own time-out, and a
+scrape must neither wait for it nor pile up threads that do.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from server.observability import metrics
 
 log = logging.getLogger(__name__)
 
-ABSENT_TASK = "0"  # a task's name: that it is not there is an answer, too
+ABSENT_TASK = "0"  # no such task; "not found" is an answer, too
 
 
 class StoreProbe:
-    """Looks every `period_s`. `bundles` must be the store itself, not a cache in front of it."""
+    """Probes every `period_s` seconds. `bundles` must be the store itself, not a cache over it."""
 
     def __init__(self, bundles: Store, jobs: JobStore, period_s: float) -> None:
         self._bundles, self._jobs, self._period_s = bundles, jobs, period_s
@@ -43,15 +43,15 @@ class StoreProbe:
             await asyncio.sleep(self._period_s)
 
     def look(self) -> None:
-        """Set all gauges once. Blocks as long as the stores do."""
-        self._note("bundles", self._look_at_bundles)
-        self._note("jobs", self._look_at_jobs)
+        """Probe once and set all gauges. Blocks as long as the stores do."""
+        self._record("bundles", self._probe_bundles)
+        self._record("jobs", self._probe_jobs)
 
-    def _note(self, store: str, look: Callable[[], None]) -> None:
+    def _record(self, store: str, look: Callable[[], None]) -> None:
         try:
             look()
             up = True
-        except Exception as error:  # whatever it is, the store does not answer; and this task must go on
+        except Exception as error:  # any error means that the store does not answer; the probe goes on
             up = False
             if self._up.get(store, True):
                 log.error("the store of %s does not answer: %s", store, getattr(error, "detail", repr(error)))
@@ -60,11 +60,11 @@ class StoreProbe:
         self._up[store] = up
         metrics.STORE_UP.labels(store).set(up)
 
-    def _look_at_bundles(self) -> None:
+    def _probe_bundles(self) -> None:
         with suppress(TaskNotFound):
             self._bundles.versions(ABSENT_TASK)
 
-    def _look_at_jobs(self) -> None:
+    def _probe_jobs(self) -> None:
         counts = self._jobs.counts()
         for state in STATES:
             metrics.JOBS.labels(state).set(counts.get(state, 0))

@@ -1,4 +1,4 @@
-"""Opens what the settings name: stores of jobs, datasets, uploads and feedback, keys and what is counted of them."""
+"""Opens the stores that the settings name: jobs, data sets, uploads, feedback, keys and their limits."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def open_jobs(settings: Settings) -> JobStore:
 
 
 def open_authenticator(settings: Settings) -> Authenticator:
-    """The keys that this server asks for, read once. Raises ValueError and ServiceError."""
+    """The authenticator over the configured keys, read once. Raises ValueError and ServiceError."""
     file = KeysFile(settings.keys_file) if settings.keys_file is not None else None
-    ring = Authenticator(open_keys(settings.keys_url), file)
-    ring.load()
-    return ring
+    authenticator = Authenticator(open_keys(settings.keys_url), file)
+    authenticator.load()
+    return authenticator
 
 
 def open_meter(settings: Settings) -> Meter:
-    """Limits are counted where the keys are."""
+    """The counter of keys' limits, kept where the keys are: in Redis, else in memory."""
     url = settings.keys_url
     return Meter(url if url.startswith(("redis://", "rediss://")) else None)
 
@@ -73,6 +73,6 @@ class Closable(Protocol):
 
 
 async def close_all(*stores: Closable) -> None:
-    """A store that hangs is not waited for: whoever asked this process to end has a deadline."""
-    closing = [asyncio.ensure_future(asyncio.to_thread(one.close)) for one in stores]
+    """Close stores in threads. A store that hangs is not waited for, since the process must end by a deadline."""
+    closing = [asyncio.ensure_future(asyncio.to_thread(store.close)) for store in stores]
     await asyncio.wait(closing, timeout=CLOSE_S)

@@ -14,10 +14,10 @@ from server.engine import bundled
 from server.engine.backbone import load_weights
 
 from . import photos
-from .run import Phase, Place, Run
+from .run import Phase, Run, RunFolder
 
 ARCH = "vit_tiny_patch16_224"
-SEEN_AS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # the teacher's, and so the student's
+SEEN_AS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # the student keeps the teacher's values
 PHASES = ("whole:112:32:3600", "whole:160:32:1000", "whole:224:32:700")
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    timm.layers.set_fused_attn(enable=options.device != "cpu")  # on a CPU it does not multiply in bfloat16
+    timm.layers.set_fused_attn(enable=options.device != "cpu")  # on a CPU the fused kernel has no bfloat16 products
     teacher = timm.create_model(options.teacher_arch, dynamic_img_size=True)
     load_weights(teacher, options.teacher)
     student = timm.create_model(ARCH, num_classes=0, dynamic_img_size=True)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher,
         pictures,
         [Phase.of(text) for text in options.phase or PHASES],
-        Place(options.out),
+        RunFolder(options.out),
         rate=options.rate,
         seed=options.seed,
         keep_every=options.keep_every,

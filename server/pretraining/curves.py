@@ -1,4 +1,4 @@
-"""`python -m server.pretraining.curves RUN PICTURE`: the curves of a run, drawn."""
+"""`python -m server.pretraining.curves RUN PICTURE`: draws the curves of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(points: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Against the views that were learned from: the error of some states, and what held-out views say."""
+    """Draw against the number of training views: the error of some states, and the figures of held-out views."""
     import matplotlib as mpl
 
     mpl.use("Agg")

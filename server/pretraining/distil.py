@@ -2,15 +2,15 @@
 
 Both are plain timm ViTs of one width and depth; the student starts from random weights. Two objectives:
 
-`blocks`  every block of the student gets the teacher's state before it and is to give the teacher's state behind it.
+`blocks`  every block of the student gets the teacher's state before it and must produce the teacher's state behind it.
           Twelve small problems at once, each with a target for every token and channel: this converges within
           thousands of pictures where learning from labels takes millions.
-`whole`   the student runs by itself. The loss is the error of every state and of the features, those of the class
-          token once more, and the divergence between what the teacher's classifier makes of either's, which tells
-          how much an error matters.
+`whole`   the student runs by itself. The loss is the error of every state and of the features, that of the class token
+          once more, and the divergence between the teacher's classifier on both networks' tokens, which weighs errors
+          by their effect.
 
 An error is measured in units of the teacher's own variance in that channel: residual streams have a few channels that
-are a hundred times larger than the others and would otherwise be all that is learned.
+are a hundred times larger than the others and would otherwise dominate the loss.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 OBJECTIVES = ("blocks", "whole")
-STATES_WEIGHT = 4.0  # of the mean error of the states: what early blocks get wrong, no later one can mend
+STATES_WEIGHT = 4.0  # of the mean error of the states: later blocks cannot repair the errors of early ones
 CLASS_TOKEN_WEIGHT = 0.25
 HEAD_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Teacher's variance of each state's channels: depth + 1 tensors [D], the last one of the normed features."""
+    """The teacher's variance of each state's channels: depth + 1 tensors [D]; `features`: that of the normed
+    features."""
 
     states: Sequence[Tensor]
     features: Tensor
 
 
 def pixels(batch: NDArray[np.uint8], model: VisionTransformer, device: torch.device) -> Tensor:
-    """uint8 [B, S, S, 3] → normalised [B, 3, S, S] as the model was taught."""
+    """uint8 [B, S, S, 3] → [B, 3, S, S], normalised as in the model's pretraining."""
     config = model.pretrained_cfg
     mean, std = (torch.tensor(config[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
     raw = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 255
@@ -54,43 +55,44 @@ def embed(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def states(model: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """What enters the first block and what leaves each: depth + 1 tensors [B, N, D]."""
-    found = [embed(model, images)]
+    """The input of the first block and the output of each: depth + 1 tensors [B, N, D]."""
+    states = [embed(model, images)]
     for block in model.blocks:
-        found.append(block(found[-1]))
-    return found
+        states.append(block(states[-1]))
+    return states
 
 
 @torch.no_grad()
 def scale(teacher: VisionTransformer, images: Tensor) -> Scale:
-    found = states(teacher, images)
-    return Scale([_variance(state) for state in found], _variance(teacher.norm(found[-1])))
+    teacher_states = states(teacher, images)
+    return Scale([_variance(state) for state in teacher_states], _variance(teacher.norm(teacher_states[-1])))
 
 
 def _variance(state: Tensor) -> Tensor:
-    own = state.float().var(dim=(0, 1))
-    return own + 0.05 * own.median()  # a channel that hardly varies is not worth more than others
+    variance = state.float().var(dim=(0, 1))
+    return variance + 0.05 * variance.median()  # a channel that hardly varies must not outweigh the others
 
 
 def loss(
-    objective: str, student: VisionTransformer, teacher: VisionTransformer, images: Tensor, own: Scale
+    objective: str, student: VisionTransformer, teacher: VisionTransformer, images: Tensor, scale: Scale
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the states of the relative squared error, with what else the objective adds; and the error of each."""
+    """Mean over the states of the relative squared error, plus the objective's other terms; and the error of each
+    state."""
     with torch.no_grad():
-        wanted = states(teacher, images)
+        targets = states(teacher, images)
     if objective == "blocks":
-        blocks = zip(student.blocks, wanted, strict=False)
-        given = [embed(student, images), *(block(state.float()) for block, state in blocks)]
+        blocks = zip(student.blocks, targets, strict=False)
+        outputs = [embed(student, images), *(block(state.float()) for block, state in blocks)]
     else:
-        given = states(student, images)
+        outputs = states(student, images)
     errors = torch.stack(
-        [_error(mine, target, unit) for mine, target, unit in zip(given, wanted, own.states, strict=True)]
+        [_error(mine, target, unit) for mine, target, unit in zip(outputs, targets, scale.states, strict=True)]
     )
     if objective == "blocks":
         return errors.mean(), errors
-    mine, target = student.norm(given[-1]), teacher.norm(wanted[-1])
-    features = _error(mine, target, own.features)
-    token = _error(mine[:, :1], target[:, :1], own.features)
+    mine, target = student.norm(outputs[-1]), teacher.norm(targets[-1])
+    features = _error(mine, target, scale.features)
+    token = _error(mine[:, :1], target[:, :1], scale.features)
     total = STATES_WEIGHT * errors.mean() + features + CLASS_TOKEN_WEIGHT * token
     return total + HEAD_WEIGHT * divergence(teacher, mine, target), errors
 
@@ -100,18 +102,23 @@ def _error(mine: Tensor, target: Tensor, unit: Tensor) -> Tensor:
 
 
 def divergence(teacher: VisionTransformer, mine: Tensor, target: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of the teacher's classifier on normed tokens [B, N, D], mean over the batch."""
-    given, wanted = (teacher.forward_head(tokens.to(target.dtype)).float() for tokens in (mine, target))
-    return F.kl_div(given.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+    """KL(teacher ‖ student) of the teacher's classifier on normed tokens [B, N, D], averaged over the batch."""
+    student_logits, teacher_logits = (
+        teacher.forward_head(tokens.to(target.dtype)).float() for tokens in (mine, target)
+    )
+    return F.kl_div(
+        student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
 
 
 @torch.no_grad()
-def agreement(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, own: Scale) -> dict[str, float]:
-    """On pictures that were not learned from: relative error of the features, their cosine, the classifier's votes."""
+def agreement(student: VisionTransformer, teacher: VisionTransformer, images: Tensor, scale: Scale) -> dict[str, float]:
+    """Figures on held-out pictures: relative error of the features, their cosine, agreement of the classifier's
+    labels."""
     mine, target = student.norm(states(student, images)[-1]), teacher.norm(states(teacher, images)[-1])
     votes = [teacher.forward_head(tokens.to(target.dtype)).argmax(-1) for tokens in (mine, target)]
     return {
-        "error": _error(mine, target, own.features).item(),
+        "error": _error(mine, target, scale.features).item(),
         "cosine": F.cosine_similarity(mine[:, 0].float(), target[:, 0].float()).mean().item(),
         "votes": (votes[0] == votes[1]).float().mean().item(),
         "divergence": divergence(teacher, mine, target).item(),

@@ -1,6 +1,6 @@
-"""Pictures drawn from formulas: fractals, contours, textures, dead leaves, and things on a ground.
+"""Pictures drawn from formulas: fractals, contours, textures, dead leaves, and objects on a ground.
 
-Each is known by its number: the same number is the same picture on every machine, whenever it is drawn. Such pictures
+Each is identified by its number: the same number gives the same picture on every machine, at any time. Such pictures
 teach a network a surprising share of what photographs do (Kataoka et al., "Pre-training without Natural Images", ACCV
 2020, for iterated function systems; Kataoka et al., "Replacing Labeled Real-image Datasets", CVPR 2022, for radial
 contours; Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, for dead leaves and spectra).
@@ -23,7 +23,7 @@ FRACTAL_POINTS, FRACTAL_STEPS = 2_500, 60
 
 
 class Drawings:
-    """`photos` give the textures that leaves and things are cut from; without any, drawn textures do."""
+    """`photos` give the textures of leaves and objects; without any, drawn textures do."""
 
     def __init__(self, photos: Sequence[Image.Image], *, seed: int) -> None:
         self._photos, self._seed = photos, seed
@@ -35,7 +35,7 @@ class Drawings:
         return kinds[number % len(kinds)](random)
 
     def _leaves(self, random: Random) -> Image.Image:
-        """Dead leaves: shapes of sizes that follow a power law, each over the one before."""
+        """Dead leaves: shapes whose sizes follow a power law, each over the previous ones."""
         surfaces = [self._surface(random) for _ in range(6)]
         image = surfaces[0].copy()
         for leaf in range(int(random.integers(15, 60))):
@@ -45,7 +45,7 @@ class Drawings:
         return image
 
     def _things(self, random: Random) -> Image.Image:
-        """One to four shaded things with their shadows, on a calm ground: what most photographs of objects are."""
+        """One to four shaded objects with their shadows, on a calm ground, as in most photographs of objects."""
         image = _gradient(random) if random.random() < 0.6 else self._surface(random)
         for _ in range(int(random.integers(1, 5))):
             radius = SIDE * random.uniform(0.1, 0.35)
@@ -54,7 +54,7 @@ class Drawings:
         return image
 
     def _surface(self, random: Random) -> Image.Image:
-        """What things are made of: a piece of a photograph, a drawn texture or one colour."""
+        """The texture of an object: a piece of a photograph, a drawn texture or one colour."""
         choice = random.random()
         if choice < 0.5 and self._photos:
             photo = self._photos[int(random.integers(len(self._photos)))]
@@ -93,7 +93,7 @@ def fractal(random: Random) -> Image.Image:
         chosen = random.choice(count, FRACTAL_POINTS, p=weight / weight.sum())
         points = np.einsum("nij,nj->ni", maps[chosen, :, :2], points) + maps[chosen, :, 2]
         hue = (hue + chosen / count) / 2
-        if step > 10:  # by then on the attractor
+        if step > 10:  # the points are on the attractor now
             seen.append(points)
             hues.append(hue)
     return _plot(random, np.concatenate(seen), np.concatenate(hues))
@@ -146,7 +146,7 @@ def contours(random: Random) -> Image.Image:
 
 
 def texture(random: Random) -> Image.Image:
-    """Two colours mixed by a pattern: noise of a given spectrum, gratings, cells, checks or stripes, bent a little."""
+    """Two colours mixed by a pattern: noise of a given spectrum, gratings, cells, checks or stripes, slightly bent."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     bend = random.uniform(0, 0.05)
     x, y = x + bend * np.sin(2 * math.pi * (y * random.uniform(1, 4))), y + bend * np.sin(2 * math.pi * x * 3)
@@ -174,8 +174,8 @@ def _spectral(random: Random) -> Floats:
     along, across = fx * math.cos(turn) + fy * math.sin(turn), fy * math.cos(turn) - fx * math.sin(turn)
     size = np.hypot(along * stretch, across) + 1 / SIDE
     noise = random.normal(size=(2, *size.shape))
-    found: Floats = np.fft.irfft2((noise[0] + 1j * noise[1]) / size ** random.uniform(0.5, 2.2), (SIDE, SIDE))
-    return found
+    field: Floats = np.fft.irfft2((noise[0] + 1j * noise[1]) / size ** random.uniform(0.5, 2.2), (SIDE, SIDE))
+    return field
 
 
 def _cells(random: Random, x: Floats, y: Floats) -> Floats:
@@ -189,12 +189,12 @@ def _cells(random: Random, x: Floats, y: Floats) -> Floats:
 def _colours(random: Random, count: int) -> Floats:
     """[count, 3], mostly muted, as surfaces are."""
     vivid = 20 if random.random() < 0.5 else 70
-    found: Floats = (random.uniform(0, 255, (count, 1)) + random.normal(0, vivid, (count, 3))).clip(0, 255)
-    return found
+    colours: Floats = (random.uniform(0, 255, (count, 1)) + random.normal(0, vivid, (count, 3))).clip(0, 255)
+    return colours
 
 
 def _gradient(random: Random) -> Image.Image:
-    """From one colour to another like it, as light falls on a wall."""
+    """From one colour to a similar one, as light falls on a wall."""
     (first,) = _colours(random, 1)
     second = first + random.normal(0, 25, 3)
     turn, axis = random.uniform(0, 2 * math.pi), np.linspace(-1, 1, SIDE)

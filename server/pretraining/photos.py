@@ -19,19 +19,19 @@ SHIPPED = {
     ),
     "sklearn": ("datasets/images", "china flower"),
 }
-HELD_OUT = ("rocket", "chelsea")  # never trained on: the curves are of these
-LONG_SIDE = 640  # pixels; larger ones are scaled down, so that a crop is a part of a scene and not a blur
+HELD_OUT = ("rocket", "chelsea")  # never trained on: the curves show these
+LONG_SIDE = 640  # pixels; larger ones are scaled down, so that a crop shows a part of a scene and not a blur
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class NoPhotos(ValueError):
-    """There is nothing to crop; the message says what to install or to give."""
+    """There are no photographs to crop; the message says what to install or to pass."""
 
 
 def load(folder: Path | None = None, *, held_out: bool = False) -> list[Image.Image]:
-    """RGB pictures, in the order of their names. `held_out`: those that are kept from training, and no others.
+    """RGB pictures, ordered by name. `held_out`: only those that are kept from training.
 
-    folder: pictures of one's own in place of the shipped ones; every tenth of them is held out.
+    folder: your own pictures in place of the shipped ones; every tenth of them is held out.
     """
     files = _shipped() if folder is None else sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     kept_back = {path for path in files if path.stem in HELD_OUT} if folder is None else set(files[::10])

@@ -1,4 +1,4 @@
-"""One pretraining run: phases of steps, resumable at any time, curves beside the weights."""
+"""One pretraining run: phases of steps, resumable at any time, with curves beside the weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .views import DRAWINGS, Views
 
 HELD_OUT_VIEWS = 128
 SCALE_VIEWS = 64
-WARM_UP = 0.01  # of a run's work
+WARM_UP = 0.01  # share of a run's work
 WEIGHT_DECAY = 0.02
-VECTOR_SHARE = 0.5  # of the matrices' rate: for norms and biases
-POSITION_SHARE = 2.0  # and for positions and class token, which end up twenty times as large as they begin
+VECTOR_SHARE = 0.5  # rate of norms and biases, as a share of the matrices' rate
+POSITION_SHARE = 2.0  # that of positions and class token, which grow to twenty times their initial size
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Phase:
 
     @classmethod
     def of(cls, text: str) -> Phase:
-        """From OBJECTIVE:SIZE:BATCH:STEPS. Raises ValueError where it is something else."""
+        """Parse OBJECTIVE:SIZE:BATCH:STEPS. Raises ValueError for anything else."""
         objective, *numbers = text.split(":")
         if objective not in OBJECTIVES or len(numbers) != 3 or not all(number.isdigit() for number in numbers):
             raise ValueError(f"expected {'|'.join(OBJECTIVES)}:SIZE:BATCH:STEPS, got {text!r}")
@@ -56,13 +56,13 @@ class Phase:
 
     @property
     def work(self) -> int:
-        """Pixels: what a phase costs, nearly."""
+        """Pixels in all views, roughly proportional to the phase's cost."""
         return self.steps * self.batch * self.size**2
 
 
 @dataclass(frozen=True)
 class Step:
-    """Step `number` of a run shows the views from `first` on; `done` is the share of the run's work before it."""
+    """Step `number` of a run uses the views from `first` on; `done` is the share of the run's work before it."""
 
     number: int
     phase: Phase
@@ -71,10 +71,10 @@ class Step:
 
     @property
     def rate(self) -> float:
-        """Of the highest: a short way up, then a straight line down to nothing.
+        """The learning rate relative to the highest: a short warm-up, then a linear decay to zero.
 
-        Where the rate stays high the error stays, too: 1,000 steps at 4e-3 left a loss of 2.5, of which 100 steps at
-        1e-3 took a fifth.
+        While the rate stays high, the error does too: 1,000 steps at 4e-3 left a loss of 2.5, of which 100 steps at
+        1e-3 removed a fifth.
         """
         return min((self.done + 1e-4) / WARM_UP, 1 - self.done)
 
@@ -90,8 +90,8 @@ def plan(phases: Sequence[Phase]) -> list[Step]:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run's files lie."""
+class RunFolder:
+    """The files of a run."""
 
     folder: Path
 
@@ -109,8 +109,8 @@ class Place:
 
 
 class Run:
-    """A student on its way to a teacher. The same arguments and thread count give the same bits, however often it was
-    interrupted. `keep_every`: steps between two checkpoints, at which the held-out views are looked at, too."""
+    """The distillation of a student. The same arguments and thread count give the same bits, however often the run was
+    interrupted. `keep_every`: steps between two checkpoints; each also evaluates the held-out views."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Run:
         teacher: VisionTransformer,
         photos: tuple[list[Image.Image], list[Image.Image]],
         phases: Sequence[Phase],
-        place: Place,
+        place: RunFolder,
         *,
         rate: float,
         seed: int,
@@ -134,12 +134,12 @@ class Run:
         others = Views(photos[1], seed=seed + 1, first_drawing=DRAWINGS)
         self._held_out = self._pixels(others.batch(0, HELD_OUT_VIEWS, largest))
         with self._cheaply():
-            own = self._pixels(self._views.batch(0, SCALE_VIEWS, largest))
-            self._scale = scale(self._teacher, own)
+            sample = self._pixels(self._views.batch(0, SCALE_VIEWS, largest))
+            self._scale = scale(self._teacher, sample)
         self._optimizers = _optimizers(self._student)
 
     def go(self, metadata: dict[str, str]) -> None:
-        """From the last checkpoint, or from the beginning, to the end; then writes the weights in float16 with this
+        """Run from the last checkpoint, or from the beginning, to the end; then write the weights in float16 with this
         metadata."""
         done = self._resume()
         with tqdm(total=len(self._plan), initial=done, unit="step", smoothing=0.05) as bar:
@@ -153,7 +153,7 @@ class Run:
         save_file(weights, self._place.weights, metadata)
 
     def _batches(self, done: int) -> Iterator[tuple[Step, NDArray[np.uint8]]]:
-        """Every step that is left with its views, which are drawn while the step before is taken."""
+        """Every remaining step with its views, which are drawn during the step before."""
         left = self._plan[done:]
         with ThreadPoolExecutor(1) as ahead:
             drawn = [ahead.submit(self._draw, step) for step in left[:1]]
@@ -190,7 +190,7 @@ class Run:
         done = step.number + 1
         self._student.eval()
         with self._cheaply():
-            found = agreement(self._student, self._teacher, self._held_out, self._scale)
+            figures = agreement(self._student, self._teacher, self._held_out, self._scale)
         self._student.train()
         tensors = {
             f"{number}/{name}": value
@@ -198,31 +198,31 @@ class Run:
             for name, value in optimizer_tensors(optimizer).items()
         }
         checkpoint.write(self._place.state, Checkpoint(done, dict(self._student.state_dict()), tensors))
-        told = {"step": done, "views": step.first + step.phase.batch, "size": step.phase.size, "loss": lost, **found}
+        point = {"step": done, "views": step.first + step.phase.batch, "size": step.phase.size, "loss": lost, **figures}
         states = [round(error, 4) for error in errors.tolist()]
         with self._place.curves.open("a") as file:
-            file.write(json.dumps({**told, "states": states, "cpu_seconds": round(time.process_time())}) + "\n")
-        tqdm.write(f"{done}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+            file.write(json.dumps({**point, "states": states, "cpu_seconds": round(time.process_time())}) + "\n")
+        tqdm.write(f"{done}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
     def _resume(self) -> int:
-        found = checkpoint.read(self._place.state)
-        if found is None:
+        saved = checkpoint.read(self._place.state)
+        if saved is None:
             self._place.folder.mkdir(parents=True, exist_ok=True)
             self._place.curves.unlink(missing_ok=True)
             return 0
-        self._student.load_state_dict(found.params)
+        self._student.load_state_dict(saved.params)
         for number, (optimizer, _) in enumerate(self._optimizers):
             begin = f"{number}/"
-            own = {name.removeprefix(begin): v for name, v in found.optimizer.items() if name.startswith(begin)}
-            restore_optimizer(optimizer, own)
-        return found.epoch
+            tensors = {name.removeprefix(begin): v for name, v in saved.optimizer.items() if name.startswith(begin)}
+            restore_optimizer(optimizer, tensors)
+        return saved.epoch
 
 
 def _optimizers(student: VisionTransformer) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices (Jordan et al., 2024: about half the steps of AdamW), AdamW for everything else.
 
-    The patch embedding is a matrix that is stored as a convolution: Muon gets it flat. Neighbouring pixels are so alike
-    that AdamW takes thousands of steps for it, and every block behind it waits.
+    The patch embedding is a matrix stored as a convolution: Muon gets it flat. Neighbouring pixels are so alike that
+    AdamW takes thousands of steps for it, and every block behind it waits.
     """
     matrices = [value for name, value in student.named_parameters() if name.startswith("blocks.") and value.ndim == 2]
     filters = student.patch_embed.proj.weight
@@ -240,20 +240,21 @@ def _optimizers(student: VisionTransformer) -> list[tuple[torch.optim.Optimizer,
 
 
 class _Muon(torch.optim.Muon):
-    """torch's, for filters as well: a parameter [O, I, h, w] is stepped as the matrix [O, I·h·w] that it is."""
+    """torch's Muon, for convolutions as well: a parameter [O, I, h, w] is stepped as the matrix [O, I·h·w] that it
+    is."""
 
     def __init__(self, parameters: list[Tensor], **options: Any) -> None:
         self._stored = parameters
         flat = [nn.Parameter(value.detach().flatten(1)) for value in parameters]  # views of the same memory
-        assert all(one.data_ptr() == other.data_ptr() for one, other in zip(flat, parameters, strict=True))
+        assert all(view.data_ptr() == stored.data_ptr() for view, stored in zip(flat, parameters, strict=True))
         super().__init__(flat, **options)
 
     def step(self, closure: Any = None) -> Any:
         for flat, stored in zip(self.param_groups[0]["params"], self._stored, strict=True):
             flat.grad = None if stored.grad is None else stored.grad.flatten(1)
-        found = super().step(closure)  # type: ignore[no-untyped-call]
+        result = super().step(closure)  # type: ignore[no-untyped-call]
         self.zero_grad()
-        return found
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -1,7 +1,7 @@
-"""What the network is shown: crops of photographs and drawings, varied in light, colour, sharpness and mixture.
+"""The network's training views: crops of photographs and drawings, varied in light, colour, sharpness and mixture.
 
-A view is known by its number: everything random in it is drawn from the seed and that number, so that a run that was
-interrupted goes on with the very pictures that it would have seen.
+A view is identified by its number: everything random in it is drawn from the seed and that number, so that a run that
+was interrupted continues with exactly the same pictures.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from .drawings import Drawings
 Random = np.random.Generator
 Bytes = NDArray[np.uint8]
 
-DRAWINGS = 4_000  # different ones in a run
+DRAWINGS = 4_000  # different drawings in a run
 PHOTO_SHARE = 0.6
-MIXED_SHARE = 0.3  # of the views have a piece of another pasted in (Yun et al., "CutMix", ICCV 2019)
+MIXED_SHARE = 0.3  # share of views with a piece of another pasted in (Yun et al., "CutMix", ICCV 2019)
 GREY = (0.299, 0.587, 0.114)
 
 
 class Views:
-    """`photos` are RGB pictures of any size. `first_drawing`: other drawings for other uses."""
+    """`photos` are RGB pictures of any size. `first_drawing`: the number of the first drawing, so that other uses get
+    others."""
 
     def __init__(self, photos: Sequence[Image.Image], *, seed: int, first_drawing: int = 0) -> None:
         self._photos, self._seed, self._first = photos, seed, first_drawing
@@ -34,7 +35,7 @@ class Views:
         self._drawn: OrderedDict[int, Image.Image] = OrderedDict()
 
     def view(self, number: int, size: int) -> Bytes:
-        """[size, size, 3]."""
+        """View `number`: [size, size, 3]."""
         random = np.random.default_rng((self._seed, number, 1))
         pixels = self._crop(random, size)
         if random.random() < MIXED_SHARE:

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from server.pretraining import photos
 from server.pretraining.distil import agreement, loss, scale, states
-from server.pretraining.run import Phase, Place, Run, plan
+from server.pretraining.run import Phase, Run, RunFolder, plan
 
 PHASES = (Phase("blocks", 16, 4, 3), Phase("whole", 16, 4, 5), Phase("whole", 32, 4, 4))
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -37,7 +37,15 @@ def pictures() -> tuple[list[Image.Image], list[Image.Image]]:
 def run(place: Path, pictures: tuple[list[Image.Image], list[Image.Image]], rate: float = 1e-3) -> Run:
     teacher, student = vit(0, 5), vit(1, 0)
     return Run(
-        student, teacher, pictures, PHASES, Place(place), rate=rate, seed=2, keep_every=3, device=torch.device("cpu")
+        student,
+        teacher,
+        pictures,
+        PHASES,
+        RunFolder(place),
+        rate=rate,
+        seed=2,
+        keep_every=3,
+        device=torch.device("cpu"),
     )
 
 

@@ -1,8 +1,8 @@
-"""A task as one ONNX model: normalisation, backbone, lens and head, any number of pictures at once.
+"""A task as one ONNX model: normalisation, backbone, lens and head, for any number of pictures at once.
 
-What is exported is the forward that serves (`vit.forward`), traced with the task's own lens. Input `pixels` is uint8
-[B, S, S, 3], pictures cut as the manifest's `preprocess` says, or with `Input.FLOAT` what normalisation makes of them,
-float32 [B, 3, S, S]; output `logits` is float32 [B, C]. The model's metadata has labels and preprocessing.
+The exported graph is the serving forward (`vit.forward`), traced with the task's own lens. Input `pixels` is uint8 [B,
+S, S, 3], pictures cut as the manifest's `preprocess` says; with `Input.FLOAT` it is normalised pixels, float32 [B, 3,
+S, S]. Output `logits` is float32 [B, C]. The model's metadata has labels and preprocessing.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from server.engine.reader import Reads
 from server.errors import NotInstalled
 from server.methods.registry import Registry
 
-MAX_BATCH = 4096  # torch.export wants a bound
-EXAMPLE = 2  # pictures in the traced batch: one alone would be taken for a constant
+MAX_BATCH = 4096  # torch.export needs a bound
+EXAMPLE = 2  # pictures in the traced batch: torch.export treats a size of 1 as a constant
 OPSET = 18
 
 
 class Input(Enum):
-    """What the model takes."""
+    """The model's input: uint8 pictures or normalised float32 ones."""
 
     UINT8 = "uint8"
     FLOAT = "float"
 
 
 def to_onnx(bundle: Bundle, backbone: Backbone, registry: Registry, takes: Input = Input.UINT8) -> bytes:
-    """The model's file. `backbone`: on the CPU, float32, not packed.
+    """The bytes of the model's file. `backbone`: on the CPU, float32, not packed.
 
     Raises ServiceError: wrong_backbone, bad_bundle, not_installed.
     """
@@ -53,14 +53,14 @@ def to_onnx(bundle: Bundle, backbone: Backbone, registry: Registry, takes: Input
 
 
 class OneTask(nn.Module):
-    """Pixels to logits by one lens."""
+    """Pixels to logits through one lens."""
 
     def __init__(self, bundle: Bundle, backbone: Backbone, registry: Registry, takes: Input) -> None:
         super().__init__()
-        how = bundle.manifest.preprocess
+        preprocess = bundle.manifest.preprocess
         self._backbone, self._takes = backbone, takes
         self._lens = registry.lower(bundle, backbone)
-        self._mean, self._std = torch.tensor([how.mean]), torch.tensor([how.std])
+        self._mean, self._std = torch.tensor([preprocess.mean]), torch.tensor([preprocess.std])
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self._takes is Input.UINT8:
@@ -69,7 +69,7 @@ class OneTask(nn.Module):
         return vit.classify(vit.forward_lanes(self._backbone, [self._lane(x)])[0], self._lens)
 
     def _lane(self, x: Tensor) -> vit.Lane:
-        """Readers behind a trunk that has been run: lanes side by side would be cut at sizes that the trace holds for
+        """Readers use a recorded trunk: lanes side by side would be split at sizes that the trace treats as
         constants."""
         rows = condition(self._lens, x.shape[0])
         if rows.reads_from is None:
@@ -85,7 +85,7 @@ def _example(backbone: Backbone, takes: Input) -> Tensor:
 
 
 def _exported(module: OneTask, example: Tensor) -> Any:
-    """torch's exporter, whose own chatter is about itself."""
+    """torch's exporter, without its log messages and warnings."""
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:

@@ -150,7 +150,7 @@ class Bench:
         rack, seats = self.seated(backbone, lenses)
         engine = Engine(backbone, rack, None if graphs is None else graphs(backbone, rack))
         if not pinned:
-            engine._crossings = Unpinned(backbone.device)
+            engine._transfers = Unpinned(backbone.device)
         work: list[Work] = list(zip(self.pictures, seats, strict=True))
         return lambda: torch.from_numpy(np.stack(engine.run(work)))
 

@@ -70,10 +70,10 @@ class OwnTensors:
     def __init__(self, lenses: dict[int, Lens]) -> None:
         self._lenses = lenses
 
-    def gather(self, places: Sequence[Place], crossing: Transfer | None = None) -> Condition:
+    def gather(self, places: Sequence[Place], transfer: Transfer | None = None) -> Condition:
         return Stacked([self._lenses[place.slot] for place in places])
 
-    def logits(self, features: Tensor, places: Sequence[Place], crossing: Transfer | None = None) -> Tensor:
+    def logits(self, features: Tensor, places: Sequence[Place], transfer: Transfer | None = None) -> Tensor:
         lenses = [self._lenses[place.slot] for place in places]
         weight, bias = (torch.stack([getattr(lens, name) for lens in lenses]) for name in ("head_weight", "head_bias"))
         return torch.baddbmm(bias.unsqueeze(-1), weight, features.unsqueeze(-1)).squeeze(-1)
@@ -144,13 +144,13 @@ def end_to_end(varlen: Varlen) -> Attention:
 class Unpadded(PrefixAlone):
     """Prefixes of a batch's rows end to end: the slab's vectors that there are, and how many each row has."""
 
-    def __init__(self, slab: Tensor, slots: Sequence[Slot], crossing: Transfer) -> None:
+    def __init__(self, slab: Tensor, slots: Sequence[Slot], transfer: Transfer) -> None:
         self._slab = slab
         self._lengths = np.stack([slot.lengths for slot in slots], axis=1)  # [L, B]
         numbers = np.stack([_end_to_end(slots, "keys"), _end_to_end(slots, "values")])
-        self._numbers = crossing.send(numbers).split(self._lengths.sum(axis=1).tolist(), dim=1)  # of each layer [2, Σp]
+        self._numbers = transfer.send(numbers).split(self._lengths.sum(axis=1).tolist(), dim=1)  # of each layer [2, Σp]
         ends = self._lengths.cumsum(axis=1)
-        self._starts = crossing.send(np.pad(ends, ((0, 0), (1, 0))).astype(np.int32))  # [L, B + 1]
+        self._starts = transfer.send(np.pad(ends, ((0, 0), (1, 0))).astype(np.int32))  # [L, B + 1]
 
     def rows(self, layer: int) -> list[tuple[Tensor, ...]]:
         """Keys and values, of each row [p, D]."""
@@ -173,9 +173,9 @@ class Unpadded(PrefixAlone):
 
 @contextmanager
 def attending_unpadded(attention: Attention) -> Iterator[None]:
-    def gather(rack: Rack, places: Sequence[Place], crossing: Transfer | None = None) -> Condition:
+    def gather(rack: Rack, places: Sequence[Place], transfer: Transfer | None = None) -> Condition:
         slots = [rack._check(place) for place in places]
-        return Unpadded(rack.slab, slots, crossing or DirectTransfer(rack.slab.device))
+        return Unpadded(rack.slab, slots, transfer or DirectTransfer(rack.slab.device))
 
     with mock.patch.object(Rack, "gather", gather), mock.patch.object(vit, "_attention", attention):
         yield

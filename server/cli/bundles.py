@@ -24,7 +24,7 @@ def backbones() -> None:
     from server.engine.architectures import architectures, table
 
     found = list(architectures())
-    served = sum(one.refusal is None for one in found)
+    served = sum(one.incompatibility is None for one in found)
     typer.echo(table(found) + f"\n{served} of {len(found)} architectures are served.")
 
 

@@ -1,18 +1,18 @@
-"""What a row may bring to a block besides a prefix.
+"""Additions: what a row may bring to a block besides a prefix.
 
     shift    bias vectors, added where the block adds its own
     cross    prompts under a softmax of their own, behind the block's attention
     qkv      low-rank rows: x · downᵀ · up, added to queries, keys and values
     query    low-rank rows, added to the queries alone
-    beside   low-rank rows with an activation that read what the MLP reads
-    behind   low-rank rows with an activation that read what the MLP gives
+    beside   low-rank rows with an activation that read the MLP's input
+    behind   low-rank rows with an activation that read the MLP's output
 
-Tensors have a leading batch axis [B] where rows differ; without it one lens stands for all rows. On the rack all of it
-is D-wide vectors: `parts` takes an addition apart, `gathered` puts those of a batch together. Zero vectors, the rack's
-padding, add nothing: a zero bias is none, and whatever a zero `down` row gives ends in a zero `up` row. Only a softmax
-needs a mask.
+Tensors have a leading batch axis [B] if rows differ; without it one lens serves all rows. On the rack every addition is
+stored as D-wide vectors: `parts` splits an addition into them, `gathered` builds a batch's addition from them. Zero
+vectors, the rack's padding, add nothing: a zero bias has no effect, and the output of a zero `down` row is multiplied
+by a zero `up` row. Only a softmax needs a mask.
 
-What is added in place is added to sums that nothing else has read yet, so autograd has nothing to object to.
+Additions in place go to sums that nothing else has read yet, so autograd does not object.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .block import FrozenBlock
 
 @dataclass(frozen=True)
 class Part:
-    """Vectors [n, D] as they lie on the rack, and a scalar [n] beside each where something reads it."""
+    """Vectors [n, D] as the rack stores them, and a scalar [n] beside each vector if something reads it."""
 
     vectors: Tensor
     scalars: Tensor | None = None
 
 
-class Found(Protocol):
-    """A part of each of a batch's rows, padded with zero vectors to the longest."""
+class BatchPart(Protocol):
+    """One part for each row of a batch, padded with zero vectors to the longest."""
 
     @property
     def vectors(self) -> Tensor:
@@ -49,14 +49,14 @@ class Found(Protocol):
         """[B, n]"""
         ...
 
-    def of_rows_with_any(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Vectors [b, n, D] of those rows that have any, their mask [b, n] (None where lengths are equal), and which
-        rows these are (None where all)."""
+    def nonempty_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Vectors [b, n, D] of the rows that have any, their mask [b, n] (None if lengths are equal), and the numbers
+        of these rows (None if all rows have some)."""
         ...
 
 
 Parts = dict[str, Part]
-Find = Callable[[str], Found | None]
+PartLookup = Callable[[str], BatchPart | None]
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class Shift:
         return {"shift": Part(torch.cat((self.qkv, self.attention, self.mlp, hidden)).view(-1, width))}
 
     @classmethod
-    def gathered(cls, find: Find) -> Shift | None:
-        found = find("shift")
-        if found is None:
+    def gathered(cls, lookup: PartLookup) -> Shift | None:
+        part = lookup("shift")
+        if part is None:
             return None
-        width, vectors = found.vectors.shape[-1], found.vectors.flatten(1)
+        width, vectors = part.vectors.shape[-1], part.vectors.flatten(1)
         qkv, attention, mlp, hidden = vectors.split([3 * width, width, width, vectors.shape[1] - 5 * width], dim=1)
         return cls(qkv, attention, hidden, mlp)
 
 
 @dataclass(frozen=True)
 class Cross:
-    """Keys and values [p, D] that only this softmax sees; `rows` [b]: which rows have any, None where all have."""
+    """Keys and values [p, D] that only this softmax sees; `rows` [b]: the rows that have any, None if all have."""
 
     keys: Tensor
     values: Tensor
@@ -98,15 +98,15 @@ class Cross:
         return {"cross.keys": Part(self.keys), "cross.values": Part(self.values)}
 
     @classmethod
-    def gathered(cls, find: Find) -> Cross | None:
-        keys, values = find("cross.keys"), find("cross.values")
+    def gathered(cls, lookup: PartLookup) -> Cross | None:
+        keys, values = lookup("cross.keys"), lookup("cross.values")
         if keys is None or values is None:
             return None
-        own, mask, rows = keys.of_rows_with_any()
-        return cls(own, values.of_rows_with_any()[0], mask, rows)
+        key_rows, mask, rows = keys.nonempty_rows()
+        return cls(key_rows, values.nonempty_rows()[0], mask, rows)
 
     def add_to(self, block: FrozenBlock, x: Tensor) -> None:
-        """x [B, N, D] + what the block's own attention makes of these prompts, for each token by itself."""
+        """Add the block's own attention over these prompts to x [B, N, D], for each token separately."""
         reading = x if self.rows is None else x[self.rows]
         keys, values = (part.expand(reading.shape[0], -1, -1) for part in (self.keys, self.values))
         mask = None if self.mask is None else self.mask[:, None, None]
@@ -129,26 +129,26 @@ class LowRank:
 
     def inner(self, x: Tensor) -> Tensor:
         """[B, N, D] → [B, N, r]"""
-        found = x @ self.down.mT
-        return found if self.bias is None else found + self.bias.unsqueeze(-2)
+        product = x @ self.down.mT
+        return product if self.bias is None else product + self.bias.unsqueeze(-2)
 
     def outer(self, inner: Tensor) -> Tensor:
-        found = inner @ self.up
-        return found if self.offset is None else found + self.offset.unsqueeze(-2)
+        product = inner @ self.up
+        return product if self.offset is None else product + self.offset.unsqueeze(-2)
 
     def parts(self, name: str) -> Parts:
         none = self.down.new_zeros(len(self.down))
-        found = {
+        parts = {
             f"{name}.down": Part(self.down, none if self.bias is None else self.bias),
             f"{name}.up": Part(self.up.reshape(-1, self.down.shape[-1])),
         }
         if self.offset is not None:
-            found[f"{name}.offset"] = Part(self.offset.view(1, -1))
-        return found
+            parts[f"{name}.offset"] = Part(self.offset.view(1, -1))
+        return parts
 
     @classmethod
-    def gathered(cls, name: str, find: Find, *, biased: bool = True) -> LowRank | None:
-        down, up, offset = find(f"{name}.down"), find(f"{name}.up"), find(f"{name}.offset")
+    def gathered(cls, name: str, lookup: PartLookup, *, biased: bool = True) -> LowRank | None:
+        down, up, offset = lookup(f"{name}.down"), lookup(f"{name}.up"), lookup(f"{name}.offset")
         if down is None or up is None:
             return None
         return cls(
@@ -161,7 +161,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Additions:
-    """All that one block is brought. See the module's first lines."""
+    """Everything that rows bring to one block. See the module's docstring."""
 
     shift: Shift | None = None
     cross: Cross | None = None
@@ -172,26 +172,26 @@ class Additions:
 
     @property
     def parts(self) -> Parts:
-        found: Parts = {}
+        parts: Parts = {}
         for whole in (self.shift, self.cross):
-            found |= {} if whole is None else whole.parts
+            parts |= {} if whole is None else whole.parts
         for name, low in (("qkv", self.qkv), ("beside", self.beside), ("behind", self.behind), ("query", self.query)):
-            found |= {} if low is None else low.parts(name)
-        return found
+            parts |= {} if low is None else low.parts(name)
+        return parts
 
     @classmethod
-    def gathered(cls, find: Find) -> Additions:
+    def gathered(cls, lookup: PartLookup) -> Additions:
         return cls(
-            Shift.gathered(find),
-            Cross.gathered(find),
-            LowRank.gathered("qkv", find, biased=False),
-            LowRank.gathered("beside", find),
-            LowRank.gathered("behind", find),
-            LowRank.gathered("query", find, biased=False),
+            Shift.gathered(lookup),
+            Cross.gathered(lookup),
+            LowRank.gathered("qkv", lookup, biased=False),
+            LowRank.gathered("beside", lookup),
+            LowRank.gathered("behind", lookup),
+            LowRank.gathered("query", lookup, biased=False),
         )
 
     def to_qkv(self, normed: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """normed, keys, values: [B, N, D]; query: [B, Q, D] of the first Q tokens."""
+        """Query, keys, values with the additions. normed, keys, values: [B, N, D]; query: [B, Q, D], first Q tokens."""
         if self.shift is not None:
             to_query, to_keys, to_values = self.shift.qkv.unsqueeze(-2).chunk(3, dim=-1)
             query, keys, values = query + to_query, keys + to_keys, values + to_values
@@ -212,12 +212,12 @@ class Additions:
             self.cross.add_to(block, x)
 
     def to_hidden(self, hidden: Tensor) -> None:
-        """Add to what the activation reads, [B, N, H], in place."""
+        """Add to the activation's input [B, N, H] in place."""
         if self.shift is not None:
             hidden += self.shift.hidden[..., : hidden.shape[-1]].unsqueeze(-2)
 
     def after_mlp(self, block: FrozenBlock, x: Tensor, normed: Tensor, out: Tensor) -> None:
-        """Add to the tokens x [B, N, D] in place. `normed` went into the MLP, `out` came out."""
+        """Add to the tokens x [B, N, D] in place. `normed` is the MLP's input, `out` its output."""
         if self.shift is not None:
             x += block.ls2(self.shift.mlp.unsqueeze(-2))
         if self.beside is not None:

@@ -1,7 +1,7 @@
-"""Every ViT architecture that timm lists: which of them can be a backbone, and what keeps the others from it.
+"""Every ViT architecture that timm lists: which of them can be a backbone, and why the others cannot.
 
-Each is built without weights on the meta device, one block deep, and looked at by `plain.refusal`; nothing is
-downloaded. timm's blocks of one model are all of one kind.
+Each is built without weights on the meta device, one block deep, and checked by `compatibility.incompatibility`;
+nothing is downloaded. All blocks of one timm model have the same structure.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Final
 import timm
 import torch
 
-from .compatibility import refusal
+from .compatibility import incompatibility
 
 PREFIXES: Final = ("vit_*", "deit*")
-# What a name says of size and resolution; what is left is the family.
+# The words of a name that give size and resolution; the others are the family.
 _SIZE: Final = re.compile(
     r"\d+|patch\d+|so\d+m\d?|\d+b|[sr]\d+|p\d+|tiny|xsmall|small|medium|base|betwixt|large|huge|giant|giantopt|gigantic"
     r"|plus|wee|little|resnet\d+d|r"
@@ -29,17 +29,17 @@ _HYBRID: Final = re.compile(r"_(r\d*|resnet\d+d)_")
 
 @dataclass(frozen=True)
 class Architecture:
-    """`refusal`: why it cannot be served, None where it can."""
+    """A timm architecture. `incompatibility`: why it cannot be served, None if it can."""
 
     name: str
     family: str
-    refusal: str | None
+    incompatibility: str | None
 
 
 def architectures(patterns: Iterable[str] = PREFIXES) -> Iterator[Architecture]:
-    """Of all timm architectures that match one of `patterns`, in order of their names."""
+    """Yield all timm architectures that match one of `patterns`, ordered by name."""
     for name in sorted({name for pattern in patterns for name in timm.list_models(pattern)}):
-        yield Architecture(name, family(name), _refusal(name))
+        yield Architecture(name, family(name), _incompatibility(name))
 
 
 def family(name: str) -> str:
@@ -49,24 +49,24 @@ def family(name: str) -> str:
     return " ".join([first, *(["hybrid"] if _HYBRID.search(name) else []), *kept])
 
 
-def table(found: Iterable[Architecture]) -> str:
-    """A Markdown table: of each family how many are served and one of them, and why the others are not."""
+def table(items: Iterable[Architecture]) -> str:
+    """A Markdown table: per family the number that are served, an example, and why the others are not."""
     rows = ["| family | served | for example | not served | because of |", "| --- | ---: | --- | ---: | --- |"]
-    for name, group in groupby(sorted(found, key=lambda one: (one.family, one.name)), key=lambda one: one.family):
+    for name, group in groupby(sorted(items, key=lambda a: (a.family, a.name)), key=lambda a: a.family):
         members = list(group)
-        served = [one.name for one in members if one.refusal is None]
-        reasons = sorted({one.refusal for one in members if one.refusal is not None})
+        served = [member.name for member in members if member.incompatibility is None]
+        reasons = sorted({member.incompatibility for member in members if member.incompatibility is not None})
         example = f"`{served[0]}`" if served else ""
         because = "; ".join(f"`{reason}`" for reason in reasons)
         rows.append(f"| {name} | {len(served)} | {example} | {len(members) - len(served)} | {because} |")
     return "\n".join(rows) + "\n"
 
 
-def _refusal(name: str) -> str | None:
+def _incompatibility(name: str) -> str | None:
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # names that timm has given up
+        warnings.simplefilter("ignore")  # deprecated names
         try:
             model = timm.create_model(name, num_classes=0, depth=1)
-        except AssertionError:  # a list with an entry a block: whole, then
+        except AssertionError:  # its options list one entry per block: build it at full depth
             model = timm.create_model(name, num_classes=0)
-    return refusal(model)
+    return incompatibility(model)

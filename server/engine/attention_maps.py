@@ -1,13 +1,13 @@
-"""Where the network looked: the one forward of one row, with every softmax written out and kept.
+"""Attention maps: the forward of one row, with every softmax computed explicitly and recorded.
 
-    last      what the pooled feature reads in the last block: the class token's attention, the mean over its heads
+    last      the attention that the pooled feature pays in the last block: the class token's, averaged over heads
     rollout   attention followed through all blocks, half of each block being the residual path (Abnar & Zuidema,
               Quantifying Attention Flow in Transformers, ACL 2020, section 3)
 
-It is the forward that answers, so whatever a lens brings is in it. Prompts have a share where they stand in the block's
-own softmax, as a prefix or as tokens; prompts with a softmax of their own take nothing from it. A head that reads more
-than the class token has no single reader: there the attention of all tokens that it reads is averaged. Where the pooled
-feature is a reader's (`reader.py`), it is the reader that is followed, through the trunk that it reads.
+This is the forward that answers, so everything that a lens brings is included. Prompts have a share where they are in
+the block's own softmax, as a prefix or as tokens; prompts with a softmax of their own take nothing from it. A head that
+reads more than the class token has no single reader: the attention of all tokens that it reads is averaged. Where the
+pooled feature is a reader's (`reader.py`), the reader is followed, through the trunk that it reads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """`features` [D] are the pooled ones, so that somebody can check whose attention this is."""
+    """`features` [D] are the pooled ones, so that callers can check which forward this attention belongs to."""
 
     last: AttentionMap
     rollout: AttentionMap
@@ -54,7 +54,8 @@ class AttentionMaps:
 
 @torch.inference_mode()
 def look(engine: Engine, pixels: Pixels, seat: Seat) -> AttentionMaps:
-    """What the seat's lens makes of one picture, uint8 [S, S, 3]. Runs in the engine's thread, as `Engine.run` does."""
+    """Attention maps of the seat's lens on one picture, uint8 [S, S, 3]. Runs in the engine's thread, as `Engine.run`
+    does."""
     backbone = engine.backbone
     stack = torch.from_numpy(pixels[None]).to(backbone.device)
     mean, std = (torch.tensor([each], device=backbone.device) for each in (seat.mean, seat.std))
@@ -63,30 +64,30 @@ def look(engine: Engine, pixels: Pixels, seat: Seat) -> AttentionMaps:
 
 
 def trace(backbone: Backbone, x: Tensor, condition: Condition) -> AttentionMaps:
-    """Image tokens x [1, N, D] that enter the first block, under a condition of one row."""
-    watched = [RecordedBlock(block) for block in backbone.blocks]
-    watching = copy.copy(backbone)  # the same weights; the blocks of the one that serves stay as they are
-    watching.blocks = list(watched)
-    features = vit.forward(watching, x, condition)
+    """Attention maps for image tokens x [1, N, D] that enter the first block, under a condition of one row."""
+    recorded = [RecordedBlock(block) for block in backbone.blocks]
+    recording = copy.copy(backbone)  # the same weights; the serving backbone keeps its blocks
+    recording.blocks = list(recorded)
+    features = vit.forward(recording, x, condition)
     if condition.reads_from is not None:
-        return _trace_reader(backbone.spec, watched, features, condition.reads_from)
+        return _trace_readers(backbone.spec, recorded, features, condition.reads_from)
     carried = 0 if condition.tokens is None else condition.tokens.shape[1]
     flow = last = Flow.at_start(backbone.spec.tokens)
-    for layer, block in enumerate(watched):
+    for layer, block in enumerate(recorded):
         if layer == condition.enters:
             flow = flow.with_fresh(carried)
         last = Flow.of(block.shares, flow.tokens.shape[1])
         flow = flow.through(last)
-    at_last, in_all = (_looked(own, backbone.spec, condition.pool) for own in (last, flow))
+    at_last, in_all = (_pooled_map(followed, backbone.spec, condition.pool) for followed in (last, flow))
     return AttentionMaps(at_last, in_all, features[0].double().cpu().numpy())
 
 
 class RecordedBlock(FrozenBlock):
-    """A block of the same weights that keeps its attention: `shares` [Q, P + M] of the one row, the prefix first, the
-    mean over the heads."""
+    """A block with the same weights that records its attention: `shares` [Q, P + M] of the one row, the prefix first,
+    averaged over the heads."""
 
     shares: Tensor
-    read: Tensor  # of the readers [Q, P + T + N], where there are any: prefix, their own tokens, the trunk's
+    read: Tensor  # of the readers [Q, P + T + N], if there are any: prefix, their own tokens, the trunk's
 
     def __init__(self, block: FrozenBlock) -> None:
         self.__dict__.update(block.__dict__)
@@ -96,7 +97,7 @@ class RecordedBlock(FrozenBlock):
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         shares = scores.softmax(dim=-1)  # [1, H, Q, P + M]
-        if "shares" not in self.__dict__:  # whatever attends after the block's own attention has a softmax of its own
+        if "shares" not in self.__dict__:  # a later attention in this block (`Cross`) has a softmax of its own
             self.shares = shares[0].mean(0).double().cpu()
         return (shares @ values).transpose(1, 2).flatten(2)
 
@@ -108,8 +109,8 @@ class RecordedBlock(FrozenBlock):
 
 @dataclass(frozen=True)
 class Flow:
-    """Where each token's content comes from: `tokens` [Q, M], from each token; `prefix` [Q], from prefixes. Rows add
-    up to 1. Q is M, or less where only the first tokens, which a head reads, are followed."""
+    """The origin of each token's content: `tokens` [Q, M], shares from each token; `prefix` [Q], from prefixes. Rows
+    sum to 1. Q is M, or less if only the first tokens, which a head reads, are followed."""
 
     tokens: Tensor
     prefix: Tensor
@@ -125,55 +126,57 @@ class Flow:
         return cls(shares[:, prefix:], shares[:, :prefix].sum(1))
 
     def with_fresh(self, tokens: int) -> Flow:
-        """So many tokens more, behind the others, that come from nowhere but themselves."""
+        """Append `tokens` tokens whose content comes from themselves alone."""
         return Flow(torch.block_diag(self.tokens, torch.eye(tokens).double()), F.pad(self.prefix, (0, tokens)))
 
     def through(self, block: Flow) -> Flow:
-        """One block later: half attention, half residual. A prefix is fresh in each block, so nothing flows into it."""
+        """The flow after one more block: half attention, half residual. A prefix is fresh in each block, so nothing
+        flows into it."""
         mix = 0.5 * block.tokens + 0.5 * torch.eye(*block.tokens.shape, dtype=torch.float64)
         return Flow(mix @ self.tokens, mix @ self.prefix + 0.5 * block.prefix)
 
 
-def _trace_reader(spec: Spec, watched: Sequence[RecordedBlock], features: Tensor, start: int) -> AttentionMaps:
+def _trace_readers(spec: Spec, recorded: Sequence[RecordedBlock], features: Tensor, start: int) -> AttentionMaps:
     hidden, trunk = hidden_tokens(spec), Flow.at_start(spec.tokens)
-    for block in watched[:start]:
+    for block in recorded[:start]:
         trunk = trunk.through(Flow.of(block.shares, spec.tokens))
-    carried = watched[start].read.shape[0] - 1
-    own = _reader_at_start(spec, trunk, carried)
-    for block in watched[start:]:
+    carried = recorded[start].read.shape[0] - 1
+    reader = _reader_at_start(spec, trunk, carried)
+    for block in recorded[start:]:
         prefix, among, read = _shares_of(block, 1 + carried, spec.tokens - hidden)
         seen = F.pad(read @ trunk.tokens[hidden:], (0, carried))
         queries = len(among)  # in the last block CLS' alone
-        own = Flow(
-            0.5 * own.tokens[:queries] + 0.5 * (among @ own.tokens + seen),
-            0.5 * own.prefix[:queries] + 0.5 * (prefix + among @ own.prefix),
+        reader = Flow(
+            0.5 * reader.tokens[:queries] + 0.5 * (among @ reader.tokens + seen),
+            0.5 * reader.prefix[:queries] + 0.5 * (prefix + among @ reader.prefix),
         )
         trunk = trunk.through(Flow.of(block.shares, spec.tokens))
     last = Flow(torch.cat((F.pad(read, (hidden, 0)), among[:, 1:]), dim=1), prefix)
-    return AttentionMaps(_looked_reader(last, spec), _looked_reader(own, spec), features[0].double().cpu().numpy())
+    return AttentionMaps(_reader_map(last, spec), _reader_map(reader, spec), features[0].double().cpu().numpy())
 
 
 def _reader_at_start(spec: Spec, trunk: Flow, carried: int) -> Flow:
-    """[1 + T, N + T]: CLS' comes from where what it is a copy of comes from, a carried token from itself."""
+    """[1 + T, N + T]: CLS' has the origin of the state that it copies, a carried token comes from itself."""
     first = trunk.tokens[:1] if spec.pool == "cls" else trunk.tokens[spec.prefix_tokens :].mean(0, keepdim=True)
     return Flow(torch.block_diag(first, torch.eye(carried, dtype=torch.float64)), torch.zeros(1 + carried).double())
 
 
-def _shares_of(block: RecordedBlock, own: int, trunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the readers' queries [Q]: to the prefix in all, to their own tokens [Q, T], to the trunk's [Q, N]."""
-    prefix, among, read = block.read.split([block.read.shape[1] - own - trunk, own, trunk], dim=1)
+def _shares_of(block: RecordedBlock, reader_tokens: int, trunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of the readers' queries [Q]: to the prefix as a whole, to their own tokens [Q, T], to the trunk's [Q,
+    N]."""
+    prefix, among, read = block.read.split([block.read.shape[1] - reader_tokens - trunk, reader_tokens, trunk], dim=1)
     return prefix.sum(1), among, read
 
 
-def _looked_reader(flow: Flow, spec: Spec) -> AttentionMap:
-    """What a reader's first token reads. Flow's tokens: those of the image, then the carried ones."""
+def _reader_map(flow: Flow, spec: Spec) -> AttentionMap:
+    """The shares of a reader's first token. The flow's tokens: those of the image, then the carried ones."""
     tokens, side = flow.tokens[0], spec.image_size // spec.patch_size
     patches, prompts = tokens[spec.prefix_tokens : spec.tokens], float(flow.prefix[0] + tokens[spec.tokens :].sum())
     return AttentionMap(patches.view(side, side).numpy(), prompts, float(1 - patches.sum()) - prompts)
 
 
-def _looked(flow: Flow, spec: Spec, pool: Pool | None) -> AttentionMap:
-    """What the pooled feature reads: the mean over the rows of the tokens that the head reads."""
+def _pooled_map(flow: Flow, spec: Spec, pool: Pool | None) -> AttentionMap:
+    """The shares of the pooled feature: the mean over the tokens that the head reads."""
     first = 0 if (pool or spec.pool) == "cls" else spec.prefix_tokens
     stop = tokens_read(pool or spec.pool, spec, len(flow.tokens))
     tokens, prefix = flow.tokens[first:stop].mean(0), flow.prefix[first:stop].mean()

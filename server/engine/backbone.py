@@ -1,7 +1,7 @@
 """The one frozen ViT: loaded, checked, fingerprinted, never changed.
 
-The blocks stay timm's own modules, so the one forward in `vit.py` serves every ViT that `plain.refusal` lets through:
-layer scale, qk-norm, pre-norm, register tokens, gated MLPs, with or without class token, whatever the pooling.
+The blocks stay timm's own modules, so the one forward in `vit.py` serves every ViT that `compatibility.incompatibility`
+accepts: layer scale, qk-norm, pre-norm, register tokens, gated MLPs, with or without class token, with any pooling.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from prompts_store import Preprocess
 from . import bundled
 from .block import FrozenBlock
 from .bundled import BUNDLED
-from .compatibility import GLOBAL_POOLS, refusal
-from .float8 import refusal as float8_refusal
-from .float8 import unfit
+from .compatibility import GLOBAL_POOLS, incompatibility
+from .float8 import unsupported_device, unsupported_widths
 from .packed import can_pack
 from .spec import Spec
 
 UNTRAINED = "untrained"
-FLOAT8 = "float8"  # the dtype setting's word: the blocks' products in 8 bits, all else in bfloat16
+FLOAT8 = "float8"  # value of the dtype setting: the blocks' products in 8 bits, all else in bfloat16
 UNTRAINED_CONFIG: dict[str, Any] = {
     "img_size": 96,
     "patch_size": 12,
@@ -51,8 +50,8 @@ class Backbone:
     """A frozen timm `VisionTransformer` on one device in one dtype.
 
     Shape: `model` maps pixels [B, 3, S, S] to tokens; prompts never enter it, see `vit.py`. `blocks` are its blocks as
-    the forward takes them; `packed` says whether their weights are packed, `float8` whether they multiply in 8 bits,
-    whatever `dtype` the rest is in.
+    the forward uses them; `packed` says whether their weights are packed, `float8` whether they multiply in 8 bits;
+    `dtype` is that of everything else.
     """
 
     def __init__(
@@ -73,8 +72,8 @@ class Backbone:
         self.blocks = [FrozenBlock(block, packed=self.packed, float8=float8) for block in self.model.blocks]
 
     def free_unpacked_weights(self) -> None:
-        """Free the blocks' weights as the model has them, where packed copies multiply in their place. For a process
-        that only serves: `model` can no longer be run, copied or exported, by whoever tries."""
+        """Free the model's block weights where packed copies replace them. For a process that only serves: afterwards
+        `model` can no longer be run, copied or exported."""
         if not self.packed:
             return
         for block in self.model.blocks:
@@ -83,7 +82,7 @@ class Backbone:
 
     @property
     def precision(self) -> str:
-        """What the blocks multiply in, as LENSRACK_DTYPE has it."""
+        """The precision of the blocks' products, as LENSRACK_DTYPE names it."""
         return FLOAT8 if self.float8 else str(self.dtype).removeprefix("torch.")
 
     @classmethod
@@ -98,16 +97,19 @@ class Backbone:
         packed: bool = True,
         float8: bool = False,
     ) -> Backbone:
-        """Wrap a timm model. `packed`: pack the blocks' weights where the machine can multiply them, see `packed.py`;
+        """Wrap a timm model. `packed`: pack the blocks' weights if the machine can multiply them, see `packed.py`;
         `float8`: multiply in 8 bits, see `float8.py`.
 
-        Raises BackboneError, saying why, where the model's forward is not the plain one, or not in 8 bits.
+        Raises BackboneError, with the reason, if the model's forward is not the plain one or cannot run in 8 bits.
         """
-        reason = refusal(model)
+        reason = incompatibility(model)
         if reason is not None:
             raise BackboneError(f"backbone {arch!r} cannot be served: {reason}")
         spec = _spec(arch, model, trained)
-        if float8 and (reason := unfit({spec.dim, spec.hidden, model.blocks[0].mlp.fc2.in_features})) is not None:
+        if (
+            float8
+            and (reason := unsupported_widths({spec.dim, spec.hidden, model.blocks[0].mlp.fc2.in_features})) is not None
+        ):
             raise BackboneError(f"backbone {arch!r} cannot be served in float8: {reason}")
         return cls(spec, model, torch.device(device), dtype, packed, float8=float8)
 
@@ -120,14 +122,14 @@ def load(
     dtype: str = "auto",
     packed: bool = True,
 ) -> Backbone:
-    """The backbone that a setting names.
+    """Load the backbone that a setting names.
 
-    `name` is `bundled`, the one that ships with the project; or a timm architecture, with a tag for timm's own weights
-    (downloaded once), without one together with `weights`, a safetensors file of timm keys; or `untrained`, a small
-    seeded stand-in that has seen nothing.
+    `name` is `bundled`, the backbone that ships with the project; or a timm architecture, with a tag for timm's own
+    weights (downloaded once), without one together with `weights`, a safetensors file of timm keys; or `untrained`, a
+    small seeded stand-in without training. Raises BackboneError.
     """
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "device": target,
         "dtype": _dtype(dtype, target),
         "packed": packed,
@@ -136,13 +138,13 @@ def load(
     if name == UNTRAINED:
         if weights is not None:
             raise BackboneError("backbone 'untrained' takes no weights: name the timm architecture of the file")
-        return Backbone.of(name, _stand_in(), trained=False, **how)
+        return Backbone.of(name, _stand_in(), trained=False, **options)
     if name == BUNDLED:
-        return Backbone.of(*_bundled(weights), **how)
+        return Backbone.of(*_bundled(weights), **options)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
         raise BackboneError(f"unknown backbone {name!r}: expected {BUNDLED!r}, {UNTRAINED!r} or a timm architecture")
     model = _create(name, weights)
-    return Backbone.of(name.split(".", maxsplit=1)[0], model, **how)
+    return Backbone.of(name.split(".", maxsplit=1)[0], model, **options)
 
 
 def _bundled(weights: Path | None) -> tuple[str, VisionTransformer]:
@@ -159,7 +161,7 @@ def _bundled(weights: Path | None) -> tuple[str, VisionTransformer]:
 def _create(name: str, weights: Path | None) -> VisionTransformer:
     try:
         model = timm.create_model(name, pretrained=weights is None, num_classes=0)
-    except Exception as error:  # the hub's errors are of many kinds; all mean the same to whoever starts a server
+    except Exception as error:  # the hub raises many kinds of errors; the operator needs only the message
         raise BackboneError(f"backbone {name!r} could not be loaded: {error}") from error
     if weights is not None:
         load_weights(model, weights)
@@ -167,20 +169,20 @@ def _create(name: str, weights: Path | None) -> VisionTransformer:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a safetensors file of timm keys strictly; a classifier `head.*` in it is left out."""
+    """Load a safetensors file of timm keys strictly, except that a classifier `head.*` in it is ignored."""
     try:
-        found = load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise BackboneError(f"backbone weights {file} cannot be read as safetensors: {error}") from error
     expected = model.state_dict()
-    found = {key: tensor for key, tensor in found.items() if key in expected or not key.startswith("head")}
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    tensors = {key: tensor for key, tensor in tensors.items() if key in expected or not key.startswith("head")}
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise BackboneError(
-            f"backbone weights {file} do not fit: expected {len(expected)} tensors, found {len(found)}; "
+            f"backbone weights {file} do not fit: expected {len(expected)} tensors, found {len(tensors)}; "
             f"missing {missing[:3]}, unknown {unknown[:3]}"
         )
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         if tensor.shape != expected[key].shape:
             raise BackboneError(
                 f"backbone weights {file} do not fit: "
@@ -188,7 +190,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise BackboneError(f"backbone weights {file}: {key} holds NaN or infinity")
-    model.load_state_dict({key: tensor.float() for key, tensor in found.items()}, strict=True)
+    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True)
 
 
 def fingerprint(arch: str, state: Mapping[str, Tensor]) -> str:
@@ -225,7 +227,7 @@ def _class_tokens(model: VisionTransformer) -> int:
 
 
 def _preprocess(model: VisionTransformer, size: int) -> Preprocess:
-    """How this backbone saw images in pretraining: the default of new bundles, which carry their own copy."""
+    """The preprocessing of this backbone's pretraining: the default of new bundles, which carry their own copy."""
     config = getattr(model, "pretrained_cfg", None) or {}
     mean, std = config.get("mean", (0.5, 0.5, 0.5)), config.get("std", (0.5, 0.5, 0.5))
     return Preprocess(
@@ -244,7 +246,7 @@ def _stand_in() -> VisionTransformer:
     bits = np.random.PCG64(20_261)  # raw PCG64 outputs are the stream that NumPy keeps stable across versions
     state = {}
     for key, tensor in sorted(model.state_dict().items()):
-        if tensor.ndim == 1:  # norms and biases at their neutral values
+        if tensor.ndim == 1:  # norms and biases: neutral values
             state[key] = (
                 torch.ones_like(tensor) if "norm" in key and key.endswith("weight") else torch.zeros_like(tensor)
             )
@@ -261,7 +263,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name == FLOAT8:
-        if (reason := float8_refusal(device)) is not None:
+        if (reason := unsupported_device(device)) is not None:
             raise BackboneError(f"dtype float8: {reason}")
         return torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -1,6 +1,6 @@
-"""One frozen block of the backbone as the forward takes it: timm's own norms, scales and activation; our products.
+"""One frozen block of the backbone for the forward: timm's own norms, scales and activation, with our products.
 
-How the products are computed is decided once, when the backbone is loaded: plainly, or on a CPU with packed weights.
+The kind of product is chosen once, when the backbone is loaded: plain, packed (on a CPU) or in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 class FrozenBlock:
-    """The parts of a pre-norm block of width D. What goes in is [..., D]; rows do not see each other but in `attend`.
+    """The parts of a pre-norm block of width D. Inputs are [..., D]; only `attend` mixes tokens, and no method mixes
+    rows.
 
-    Queries are a product of their own where weights are packed: prompts and the last layer need keys and values alone,
-    and a weight packed for each use would be in memory twice. Elsewhere slices cost nothing and one launch is saved.
-    In 8 bits (`float8.py`) they are a product of their own as well: each weight is there once.
+    Where weights are packed, queries are a separate product: prompts and the last layer need keys and values alone, and
+    a weight packed for each use would be in memory twice. Elsewhere a slice costs nothing and one product saves a
+    launch. In 8 bits (`float8.py`) queries are a separate product as well, so that each weight is stored once.
     """
 
     def __init__(self, block: Block, *, packed: bool, float8: bool = False) -> None:
@@ -54,7 +55,7 @@ class FrozenBlock:
         return keys, values
 
     def prompts(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., D] of prompts, found once for each lens: never in 8 bits."""
+        """Keys and values [..., D] of prompts, computed once per lens and never in 8 bits."""
         linear = self._keys_values
         keys, values = (linear.exact(normed) if isinstance(linear, Float8Linear) else linear(normed)).chunk(2, dim=-1)
         return keys, values
@@ -62,52 +63,56 @@ class FrozenBlock:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, before: Pair | None = None
     ) -> Tensor:
-        """Queries [B, Q, D], keys and values [B, N, D] → [B, Q, D]. before: keys and values [B, P, D] that come before
-        these; mask: [B, 1, 1, P + N], True where a key may be seen."""
+        """Queries [B, Q, D] over keys and values [B, N, D] → [B, Q, D]. before: keys and values [B, P, D] that precede
+        these; mask: [B, 1, 1, P + N], True where a key is visible."""
         keys, values = self._heads(keys), self._heads(values)
-        if before is not None:  # joined head by head, as products want them: [B, N, D] joined would be copied once more
+        if (
+            before is not None
+        ):  # joined per head, the layout that the products read: joining [B, N, D] would cost another copy
             keys, values = (
                 torch.cat((self._heads(first), rest), dim=2) for first, rest in zip(before, (keys, values), strict=True)
             )
         return self.mix(self._heads(query), keys, values, mask)
 
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """See `attention.py`."""
+        """Attention on tensors split into heads, see `attention.py`."""
         return self._attend(query, keys, values, mask)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Of readers: scores [B, H, Q, N] → what each query gives to each key, 1 in all."""
+        """Attention weights of readers: scores [B, H, Q, N] → weights that sum to 1 over the keys."""
         return scores.softmax(dim=-1)
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """x + what attention made of it, both [..., D]."""
+        """x plus the projected attention output `mixed`, both [..., D]."""
         return self.project.onto(x, mixed) if _nothing(self.ls1) else x + self.ls1(self.project(mixed))
 
     def after_mlp(self, x: Tensor) -> Tensor:
-        """x + what the MLP makes of it, [..., D]: where no row has a say in between."""
+        """x plus its MLP output, [..., D], for lanes without additions to the MLP."""
         hidden = self.hidden.gelu(self.norm2(x)) if self._gelu else self._activated(self.hidden(self.norm2(x)))
         hidden = self._mlp_norm(hidden)
         return self._fc2.onto(x, hidden) if _nothing(self.ls2) else x + self.ls2(self._fc2(hidden))
 
     def behind_hidden(self, hidden: Tensor) -> Tensor:
-        """The MLP's other half: what `hidden` gave [..., H] → [..., D]."""
+        """The second half of the MLP: output of `hidden` [..., H] → [..., D]."""
         return self._fc2(self._mlp_norm(self._activated(hidden)))
 
     def _activated(self, hidden: Tensor) -> Tensor:
-        """Of a gated MLP (Shazeer, GLU Variants Improve Transformer, 2020) one half opens the other: [..., H / 2]."""
+        """The activation. In a gated MLP (Shazeer, GLU Variants Improve Transformer, 2020) one half gates the other:
+        [..., H / 2]."""
         if self._gate_last is None:
             return self.act(hidden)
         first, second = hidden.chunk(2, dim=-1)
         return first * self.act(second) if self._gate_last else self.act(first) * second
 
     def per_head(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """The query or key norm, which works on each head by itself (identity in most backbones)."""
+        """Apply the query or key norm, which works on each head separately (identity in most backbones)."""
         if _nothing(norm):
             return x
         return norm(x.unflatten(-1, (self.heads, -1))).flatten(-2)
 
     def qkv_product(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., 3·D] without biases: what a difference behind `norm1` makes of queries, keys and values."""
+        """Product [..., D] → [..., 3·D] without biases: the change of queries, keys and values that a change behind
+        `norm1` causes."""
         return torch.cat((self.query.product(x), self._keys_values.product(x)), dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:

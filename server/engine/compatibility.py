@@ -1,7 +1,7 @@
-"""Which of timm's models the one forward of `vit.py` equals, and why it does not equal the others.
+"""Which timm models the one forward of `vit.py` equals, and why it does not equal the others.
 
-A model is let in for what it is made of, not for its name: each check names the attribute, what it is expected to be
-and what it is.
+A model is accepted for its structure, not for its name: each check names the attribute, the expected value and the
+actual one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .spec import Pool
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 MLPS = (Mlp, GluMlp)
-# timm's words and ours
+# timm's names → ours
 GLOBAL_POOLS: Final[Mapping[str, Pool]] = {"token": "cls", "avg": "image", "map": "attention"}
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why this model's forward is not the plain ViT forward of `vit.py`; None where it is."""
+def incompatibility(model: nn.Module) -> str | None:
+    """Return why this model's forward is not the plain ViT forward of `vit.py`; None if it is."""
     return next(_reasons(model), None)
 
 
@@ -57,7 +57,7 @@ def _block_reasons(block: Any) -> Iterator[str]:
         return
     if not isinstance(attention.norm, nn.Identity):
         yield _unlike(".attn.norm", "Identity", type(attention.norm).__name__)
-    if (gate := getattr(attention, "gate", None)) is not None:  # younger than the oldest timm that we take
+    if (gate := getattr(attention, "gate", None)) is not None:  # absent in the oldest timm version that we support
         yield _unlike(".attn.gate", "None", type(gate).__name__)
     if attention.qkv.out_features != 3 * attention.qkv.in_features:
         yield _unlike(".attn.qkv", f"{3 * attention.qkv.in_features} features", f"{attention.qkv.out_features}")

@@ -1,4 +1,4 @@
-"""How full a CUDA device is."""
+"""Memory use of a CUDA device."""
 
 from __future__ import annotations
 

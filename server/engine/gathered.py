@@ -1,7 +1,7 @@
-"""What a batch's seats bring, gathered from the rack by number: prefixes, carried tokens, additions.
+"""Gathering: what a batch's seats bring, read from the rack by vector number: prefixes, carried tokens, additions.
 
-Rows bring different amounts: what is gathered is padded to the longest with vector 0, which is zero for ever, and comes
-with a mask where a softmax would notice.
+Rows bring different amounts: gathered tensors are padded to the longest row with vector 0, which is always zero, and
+have a mask where padding would change a softmax.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ NOTHING: Indices = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Lane:
+    """Properties that rows need in common to share a lane; see `Slot.lane`."""
+
     carries: bool
     enters: int
     pool: Pool | None
@@ -35,8 +37,8 @@ class Lane:
 
 @dataclass
 class Slot:
-    """Numbers of the vectors of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]; parts: by layer and
-    name, as `Lens.parts` has them; hidden: of each hidden layer of the head; reads, enters, pool: as the lens says."""
+    """Vector numbers of one lens. keys, values: [L, p_max], padded with 0; lengths: [L]; parts: by layer and name, as
+    in `Lens.parts`; hidden: of each hidden layer of the head; reads, enters, pool: as in the lens."""
 
     generation: int = 0
     used: bool = False
@@ -53,9 +55,9 @@ class Slot:
 
     @cached_property
     def lane(self) -> Lane:
-        """What the rows of one lane have in common: carried tokens make it longer from their layer on, the pooling
-        says how much of the last block is read, each kind of addition costs all of its rows the same, and readers
-        start in the same layer. Asked of a slot in use only; freeing makes a new one."""
+        """What rows of one lane have in common: carried tokens lengthen it from their layer on, the pooling decides how
+        much of the last block is computed, each kind of addition costs all of its rows the same, and readers start in
+        the same layer. Call it only for a slot in use; freeing creates a new slot."""
         return Lane(len(self.tokens) > 0, self.enters, self.pool, self.kinds, self.reads_from)
 
     @property
@@ -64,20 +66,20 @@ class Slot:
 
     @cached_property
     def prefix_only(self) -> bool:
-        """Whether prefixes are all that it brings to the trunk, and the backbone's own pooling all that it reads. Asked
-        of a slot in use only."""
+        """Whether the lens brings only prefixes to the trunk and reads only the backbone's own pooling. Call it only
+        for a slot in use."""
         return not len(self.tokens) and not self.parts and self.pool is None and self.reads_from is None
 
     @cached_property
     def reads_from(self) -> int | None:
-        """As `Lens.reads_from`. Asked of a slot in use only."""
+        """As `Lens.reads_from`. Call it only for a slot in use."""
         if not self.reads or self.head_only:
             return None
         return 0 if len(self.tokens) else min({*np.flatnonzero(self.lengths).tolist(), *self.layers})
 
     @cached_property
     def kinds(self) -> frozenset[str]:
-        """Names of the parts, whatever their layer. Asked as `lane` is."""
+        """Names of the parts in all layers. Call it only for a slot in use."""
         return frozenset(name for _, name in self.parts)
 
     @cached_property
@@ -93,22 +95,24 @@ class Slot:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The rack's memory: slab [V, D], and a scalar [V] beside each vector; and how numbers of a batch come to it."""
+    """The rack's memory: slab [V, D], and a scalar [V] beside each vector; and the transfer for a batch's vector
+    numbers."""
 
     slab: Tensor
     scalars: Tensor
-    crossing: Transfer
+    transfer: Transfer
 
     def index(self, numbers: NDArray[np.generic]) -> Tensor:
-        return self.crossing.send(numbers)
+        return self.transfer.send(numbers)
 
     def at(self, index: Tensor) -> Tensor:
-        """[…] → […, D]: `slab[index]`, whose kernel on a CPU copies number by number; this one vector by vector."""
+        """Numbers […] → vectors […, D]. On a CPU the kernel of `slab[index]` copies element by element; this one copies
+        whole vectors."""
         return F.embedding(index, self.slab)
 
 
 class Gathered:
-    """What a batch's seats bring (a `lens.Condition`). Raises ValueError unless they may share a lane."""
+    """What a batch's seats bring (a `lens.Condition`). Raises ValueError unless the seats may share a lane."""
 
     def __init__(self, memory: Vectors, slots: Sequence[Slot]) -> None:
         self._memory, self._slots = memory, slots
@@ -123,7 +127,7 @@ class Gathered:
             self._numbers = memory.index(self._prompts.numbers)
             self._seen = memory.index(self._prompts.seen) if self._prompts.ragged.any() else None
         self._layers = frozenset[int]().union(*(slot.layers for slot in slots))
-        self.reads_from = slots[0].reads_from  # rows of a lane have it in common
+        self.reads_from = slots[0].reads_from  # the same for all rows of a lane
         self.tokens, self.token_mask = self._carried()
         entry = self._part(ENTRY, "entry")
         self.entry = None if entry is None else entry.vectors
@@ -132,7 +136,7 @@ class Gathered:
         longest = int(self._longest[layer])
         if longest == 0 or self._prompts is None or self._numbers is None:
             return None
-        keys, values = (self._memory.at(own[layer, :, :longest]) for own in self._numbers)
+        keys, values = (self._memory.at(numbers[layer, :, :longest]) for numbers in self._numbers)
         return Prefix(keys, values, self._mask(layer))
 
     def additions(self, layer: int) -> Additions | None:
@@ -141,7 +145,7 @@ class Gathered:
         return Additions.gathered(lambda name: self._part(layer, name))
 
     def _mask(self, layer: int) -> Tensor | None:
-        """[B, longest], None where all rows have as many."""
+        """[B, longest], True where a row has a vector; None if all rows have the same length."""
         if self._seen is None or self._prompts is None or not self._prompts.ragged[layer]:
             return None
         return self._seen[layer, :, : int(self._longest[layer])]
@@ -163,7 +167,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Numbers of a batch's prompts, one array for all layers, so that they cross at once.
+    """Numbers of a batch's prompts, one array for all layers, so that one transfer sends them.
 
     numbers: [2, L, B, P], of keys and of values, 0 where a row has fewer; seen: [L, B, P], False there.
     """
@@ -173,15 +177,15 @@ class Prompts:
 
     @classmethod
     def of(cls, slots: Sequence[Slot], longest: int | None = None, rows: int | None = None) -> Prompts:
-        """`longest`: P, and `rows`: B, where more than these slots have: of the rows behind them nothing is seen."""
+        """`longest`: P, and `rows`: B, if they exceed what these slots have; rows beyond the slots see no prompt."""
         lengths = np.stack([slot.lengths for slot in slots])  # [B, L]
         wide = int(lengths.max()) if longest is None else longest
         count = len(slots) if rows is None else rows
         numbers = np.zeros((2, lengths.shape[1], count, wide), np.int64)
         seen = np.zeros(numbers.shape[1:], np.bool_)
         for row, slot in enumerate(slots):
-            own = slot.keys.shape[1]
-            numbers[0, :, row, :own], numbers[1, :, row, :own] = slot.keys, slot.values
+            most = slot.keys.shape[1]
+            numbers[0, :, row, :most], numbers[1, :, row, :most] = slot.keys, slot.values
         seen[:, : len(slots)] = np.arange(wide) < lengths.T[:, :, None]
         return cls(numbers, seen)
 
@@ -189,12 +193,12 @@ class Prompts:
     def ragged(self) -> NDArray[np.bool_]:
         """[L]: whether a layer's rows have different lengths."""
         lengths = self.seen.sum(axis=2)
-        found: NDArray[np.bool_] = (lengths != lengths[:, :1]).any(axis=1)
-        return found
+        ragged: NDArray[np.bool_] = (lengths != lengths[:, :1]).any(axis=1)
+        return ragged
 
 
 class GatheredPart:
-    """A part of each row, an `additions.Found`. numbers: of each row's vectors; one of them at least has some."""
+    """One part of each row, an `additions.BatchPart`. numbers: of each row's vectors; at least one row has some."""
 
     def __init__(self, memory: Vectors, numbers: Sequence[Indices]) -> None:
         self._memory, self._numbers = memory, numbers
@@ -211,8 +215,8 @@ class GatheredPart:
     def scalars(self) -> Tensor:
         return self._memory.scalars[self._index]
 
-    def of_rows_with_any(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        lengths = np.array([len(own) for own in self._numbers])
+    def nonempty_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        lengths = np.array([len(vectors) for vectors in self._numbers])
         rows = np.flatnonzero(lengths)
         if len(rows) == len(lengths):
             return self.vectors, _mask(self._memory, lengths), None
@@ -223,8 +227,8 @@ class GatheredPart:
 def padded(numbers: Sequence[Indices]) -> Indices:
     """[B, longest], 0 where a row has fewer."""
     table = np.zeros((len(numbers), max(map(len, numbers))), np.int64)
-    for row, own in zip(table, numbers, strict=True):
-        row[: len(own)] = own
+    for row, vectors in zip(table, numbers, strict=True):
+        row[: len(vectors)] = vectors
     return table
 
 

@@ -1,4 +1,4 @@
-"""Records the forward as CUDA graphs, and checks them against the ordinary forward."""
+"""Records the forward as CUDA graphs, and compares each graph with the ordinary forward."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def record_buckets(
-    backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], wanted: Sequence[Bucket]
+    backbone: Backbone, rack: Rack, recorder: Callable[[], Recorder], buckets: Sequence[Bucket]
 ) -> Graphs:
-    """A graph for each bucket that can be recorded and answers as the ordinary forward does.
+    """Record a graph for each bucket; keep those that answer as the ordinary forward does.
 
-    What cannot be recorded, or answers otherwise, is logged and counted, and its rows go the ordinary way. The rack is
-    to have room for two lenses of the longest prompts; buckets of longer ones than it can hold are left out.
+    A bucket that cannot be recorded, or that answers differently, is logged and counted, and its rows use the ordinary
+    forward. The rack must have room for two lenses with the longest prompts; buckets with more prompts than it can hold
+    are left out.
     """
     graphs = Graphs(rack, rack.slab)
     try:
-        using = recorder()
+        active = recorder()
     except RuntimeError as error:
-        graphs.counts.refused = len(wanted)
+        graphs.counts.refused = len(buckets)
         log.warning("no CUDA graphs are recorded: %s", error)
         return graphs
-    for bucket in wanted:
-        _add(graphs, backbone, bucket, using)
+    for bucket in buckets:
+        _add(graphs, backbone, bucket, active)
     log.info("%d CUDA graphs serve, %d were refused", len(graphs.graphs), graphs.counts.refused)
     return graphs
 
@@ -48,12 +49,12 @@ def record_buckets(
 def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder) -> None:
     rows, prompts = bucket
     try:
-        with _SampleRows(backbone, graphs.rack, bucket) as made:
-            if not made.seats:
+        with _SampleRows(backbone, graphs.rack, bucket) as sample:
+            if not sample.seats:
                 log.info("no CUDA graph for %d prompts: the rack holds no lens of so many", prompts)
                 return
             graph = Graph(backbone, graphs.slab, bucket, recorder)
-            drift = made.drift(graph)
+            drift = sample.drift(graph)
     except RuntimeError as error:
         graphs.counts.refused += 1
         log.warning("no CUDA graph of %d rows and %d prompts: %s", rows, prompts, str(error).splitlines()[0])
@@ -67,7 +68,7 @@ def _add(graphs: Graphs, backbone: Backbone, bucket: Bucket, recorder: Recorder)
 
 
 class _SampleRows:
-    """Made lenses on the rack and made pictures: rows that fill a bucket, with prompts of three lengths."""
+    """Random lenses on the rack and random pictures: rows that fill a bucket, with prompts of three lengths."""
 
     def __init__(self, backbone: Backbone, rack: Rack, bucket: Bucket) -> None:
         self._backbone, self._rack, self._bucket = backbone, rack, bucket
@@ -78,7 +79,7 @@ class _SampleRows:
         for length in sorted({longest, longest // 3, 0}, reverse=True):
             lens = _lens(self._backbone, length)
             if self._rack.can_allocate(lens):
-                self.seats.append(_seated(self._backbone.spec, self._rack, lens))
+                self.seats.append(_seat(self._backbone.spec, self._rack, lens))
             elif length == longest:
                 break
         return self
@@ -88,12 +89,16 @@ class _SampleRows:
             self._rack.free(seat.place)
 
     def drift(self, graph: Graph) -> float:
-        """From the ordinary forward, in a full batch and in one with padding: of the row that is furthest off, the
-        difference's length as a share of the features'. Infinite where a feature is not a number."""
+        """Difference from the ordinary forward, in a full batch and in one with padding: of the worst row, the norm of
+        the difference relative to the norm of the features. Infinite if a feature is not a number."""
         alone = Graphs(self._rack, self._rack.slab, {graph.bucket: graph})
         plain, by_graph = Engine(self._backbone, self._rack), Engine(self._backbone, self._rack, alone)
         pairs = [(plain.run(work), by_graph.run(work)) for work in self._batches()]
-        return max(_relative_difference(one, other) for pair in pairs for one, other in zip(*pair, strict=True))
+        return max(
+            _relative_difference(plain_row, graph_row)
+            for pair in pairs
+            for plain_row, graph_row in zip(*pair, strict=True)
+        )
 
     def _batches(self) -> Iterator[list[Work]]:
         most, size = self._bucket[0], self._backbone.spec.image_size
@@ -103,19 +108,19 @@ class _SampleRows:
             yield [(pictures[row], self.seats[(row + rows) % len(self.seats)]) for row in range(rows)]
 
 
-def _relative_difference(wanted: np.ndarray, got: np.ndarray) -> float:
-    apart = float(np.linalg.norm(got - wanted)) / max(float(np.linalg.norm(wanted)), 1e-12)
+def _relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    apart = float(np.linalg.norm(actual - expected)) / max(float(np.linalg.norm(expected)), 1e-12)
     return apart if math.isfinite(apart) else float("inf")
 
 
 def _lens(backbone: Backbone, length: int) -> Lens:
-    """Prompts that no row can overlook, and the features themselves as logits."""
+    """A lens with large random prompts, whose logits are the features themselves."""
     dim, generator = backbone.spec.dim, torch.Generator().manual_seed(length)
     keys, values = ([torch.randn(length, dim, generator=generator) for _ in range(backbone.spec.depth)] for _ in "kv")
     return Lens(tuple(keys), tuple(values), torch.zeros(0, dim), torch.eye(dim), torch.zeros(dim))
 
 
-def _seated(spec: Spec, rack: Rack, lens: Lens) -> Seat:
+def _seat(spec: Spec, rack: Rack, lens: Lens) -> Seat:
     place = rack.allocate(lens)
     rack.write(place, lens)
     geometry = Geometry(spec.image_size, "bicubic", 1.0, "center")

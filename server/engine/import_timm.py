@@ -1,9 +1,10 @@
-"""timm without what serving never uses: the compiler behind `torch.compile`, and the client of a hub of weights.
+"""Imports timm without two parts that serving never uses: the compiler behind `torch.compile`, and the client of the
+weights hub.
 
-Their import takes time and much memory. timm and torchvision each touch `torch._dynamo` once while they are imported:
-one marks a function as not to be compiled, one takes a function that asks whether something can be. While they are,
-stand-ins answer that put both off until they are called; whoever wants more of the compiler gets the real one at once,
-as everybody does afterwards. The hub's client is optional to timm, which looks once whether it is installed.
+Their import takes time and much memory. timm and torchvision each touch `torch._dynamo` once during their import: one
+marks a function as not to be compiled, the other takes a function that checks whether something can be compiled. During
+the import, stand-ins defer both until they are called; any other use of the compiler loads the real one at once, as
+every use after the import does. The hub's client is optional to timm, which checks once whether it is installed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ HUB = "huggingface_hub"
 
 
 def import_timm(*, hub: bool = True) -> None:
-    """Import torch and timm. hub: whether timm is to find weights by itself; without, it takes the client of its hub
-    for not installed, for good."""
-    import torch  # noqa: F401 - before the stand-ins: it is not theirs to answer what torch asks of itself
+    """Import torch and timm. hub: whether timm may fetch weights by itself; if False, timm treats its hub client as not
+    installed, permanently."""
+    import torch  # noqa: F401 - before the stand-ins: torch itself needs the real modules
 
     with _put_off(), nullcontext() if hub else _hidden(HUB):
         import timm  # noqa: F401
@@ -30,12 +31,12 @@ def import_timm(*, hub: bool = True) -> None:
 
 @contextmanager
 def _hidden(name: str) -> Iterator[None]:
-    """An import of it fails meanwhile, unless it has been imported before."""
+    """Make an import of `name` fail meanwhile, unless it has been imported before."""
     if name in sys.modules:
         yield
         return
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-    modules[name] = None  # what import takes for "not found"
+    modules[name] = None  # `import` reads None as "not found"
     try:
         yield
     finally:
@@ -49,7 +50,7 @@ def _put_off() -> Iterator[None]:
         return
     stand_ins = {COMPILER: _StandIn(COMPILER), PARTS: _StandIn(PARTS)}
     stand_ins[COMPILER].__dict__.update(disable=_disable, utils=stand_ins[PARTS], __path__=[])
-    stand_ins[PARTS].__dict__.update(is_compile_supported=_asked_later("is_compile_supported"))
+    stand_ins[PARTS].__dict__.update(is_compile_supported=_deferred("is_compile_supported"))
     sys.modules.update(stand_ins)
     try:
         yield
@@ -78,7 +79,7 @@ def _dismiss() -> None:
 
 
 def _disable(fn: Any = None, *rest: Any, **options: Any) -> Any:
-    """`torch._dynamo.disable`: the function, marked when it is first called."""
+    """Stand-in of `torch._dynamo.disable`: marks the function when it is first called."""
     if not isinstance(fn, FunctionType):
         return _real(COMPILER).disable(fn, *rest, **options)
 
@@ -89,8 +90,8 @@ def _disable(fn: Any = None, *rest: Any, **options: Any) -> Any:
     return marked
 
 
-def _asked_later(name: str) -> Callable[..., Any]:
-    def asked(*args: Any, **kwargs: Any) -> Any:
+def _deferred(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(_real(PARTS), name)(*args, **kwargs)
 
-    return asked
+    return call

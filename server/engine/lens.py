@@ -1,18 +1,18 @@
-"""A lens: a bundle lowered to what the one forward needs.
+"""A lens: a bundle lowered to the inputs of the one forward.
 
 The forward knows primitives, not methods:
 
-    keys, values   prompts as keys and values of each layer's attention (prefix); exact wherever a method throws its
-                   prompts' outputs away, because then prompts act on the image tokens in no other way
+    keys, values   prompts as keys and values of each layer's attention (prefix); exact for every method that discards
+                   its prompts' outputs, because then prompts act on the image tokens in no other way
     tokens         prompts carried as real tokens, from the layer where they enter through all that follow
     additions      bias vectors, prompts under a softmax of their own, low-rank rows: see `additions.py`
     entry          a vector added to each image token before the first block
-    reads          all of that for tokens of the task's own, which read the trunk and leave it as it is: see `reader.py`
+    reads          all of that for tokens of the task's own, which read the trunk and do not change it: see `reader.py`
     pool           which tokens the head reads: see `pooling.py`
-    head           the linear classifier on the pooled feature, with hidden layers before it if need be
+    head           the linear classifier on the pooled feature, after hidden layers if the method has any
 
-A `Condition` is what a batch of rows brings to the forward. Training expands one lens over its batch (`condition`),
-serving gathers many lenses by slot (`rack.Rack.gather`); the forward cannot tell which.
+A `Condition` is what the rows of a batch bring to the forward. Training expands one lens over its batch (`condition`),
+serving gathers many lenses by slot (`rack.Rack.gather`); the forward cannot tell the difference.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor
 from .additions import Additions, Part
 from .spec import Pool
 
-ENTRY = -1  # the layer that parts before the first block go under
+ENTRY = -1  # the layer number of parts before the first block
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A hidden layer of a head, with a ReLU behind it. weight: [H, I], bias: [H]; H and I are D at the most."""
+    """A hidden layer of a head, followed by a ReLU. weight: [H, I], bias: [H]; H and I are at most D."""
 
     weight: Tensor
     bias: Tensor
@@ -41,13 +41,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class Lens:
-    """Shapes, with an optional leading batch axis [B] where prompt dropout makes them differ from row to row:
+    """Shapes, with an optional leading batch axis [B] if prompt dropout makes rows differ:
 
-    keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C].
-    What few methods have is empty unless given. additions[l]: of layer l · entry: [2, D], for the tokens that are no
+    keys[l], values[l]: [p_l, D] (heads side by side) · tokens: [T, D] · head_weight: [C, D] · head_bias: [C]. Fields
+    that few methods use are empty by default. additions[l]: of layer l · entry: [2, D], for the tokens that are no
     patches and for the patches · hidden: layers between the feature and the head, which then reads the last one's H ·
-    enters: the layer before which the tokens come in · pool: None for the backbone's own · reads: whether all this is
-    for a copy of the class token and the carried tokens alone, see `reader.py`.
+    enters: the layer before which the tokens are appended · pool: None for the backbone's own · reads: whether all this
+    applies only to a copy of the class token and the carried tokens, see `reader.py`.
     """
 
     keys: tuple[Tensor, ...]
@@ -74,17 +74,17 @@ class Lens:
 
     @property
     def head_only(self) -> bool:
-        """Whether the plain frozen ViT's feature is all that is asked for: it can be shared with every such lens."""
+        """Whether the lens needs only the plain frozen ViT's feature, which all such lenses can share."""
         return self.first_layer == len(self.keys)
 
     @property
     def reads_from(self) -> int | None:
-        """The layer at which the task's own tokens start to read the trunk; None where the lens is no reader's."""
+        """The layer at which the task's own tokens start to read the trunk; None if the lens has no readers."""
         return self.first_layer if self.reads and not self.head_only else None
 
     @property
     def first_layer(self) -> int:
-        """The first layer at which anything differs from the plain frozen ViT: the number of layers if none does."""
+        """The first layer at which anything differs from the plain frozen ViT; the number of layers if nothing does."""
         if self.entry is not None:
             return 0
         lengths = self.prefix_lengths
@@ -98,12 +98,12 @@ class Lens:
 
     @cached_property
     def parts(self) -> Mapping[tuple[int, str], Part]:
-        """What the rack keeps besides prefixes, tokens and head: parts by layer and name."""
-        found = {} if self.entry is None else {(ENTRY, "entry"): Part(self.entry)}
-        for layer, own in enumerate(self.additions):
-            if own is not None:
-                found |= {(layer, name): part for name, part in own.parts.items()}
-        return found
+        """What the rack stores besides prefixes, tokens and head: parts by layer and name."""
+        parts = {} if self.entry is None else {(ENTRY, "entry"): Part(self.entry)}
+        for layer, additions in enumerate(self.additions):
+            if additions is not None:
+                parts |= {(layer, name): part for name, part in additions.parts.items()}
+        return parts
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Prefix:
 
 
 class Condition(Protocol):
-    """What rows bring besides their image. Every tensor's first axis is the rows' order."""
+    """What rows bring besides their image. The first axis of every tensor is the rows' order."""
 
     def prefix(self, layer: int) -> Prefix | None: ...
 
@@ -124,7 +124,7 @@ class Condition(Protocol):
 
     @property
     def reads_from(self) -> int | None:
-        """The layer at which the rows start to read the trunk; None where they are no readers."""
+        """The layer at which the rows start to read the trunk; None if they are no readers."""
         ...
 
     @property
@@ -139,12 +139,12 @@ class Condition(Protocol):
 
     @property
     def token_mask(self) -> Tensor | None:
-        """[B, T], True where a token is real; None where all are."""
+        """[B, T], True where a token is real; None if all are."""
         ...
 
     @property
     def enters(self) -> int:
-        """The layer before which the tokens come in."""
+        """The layer before which the tokens are appended."""
         ...
 
     @property
@@ -172,7 +172,7 @@ class Plain:
 
 
 class Expanded:
-    """One lens for a whole batch, differentiable: how `fit` asks the forward."""
+    """One lens for a whole batch, differentiable: the condition that `fit` uses."""
 
     token_mask: Tensor | None = None
 

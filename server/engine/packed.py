@@ -1,9 +1,9 @@
 """Frozen linear layers. On a CPU their weights are packed once, in the layout that oneDNN multiplies fastest.
 
-`F.linear` lays the weight out anew in every call, and in float32 it takes MKL's slow path on CPUs that are not Intel's.
-A frozen weight can be laid out once: same products to float32 rounding, about twice the speed in float32. What it
-costs is memory: a packed weight is a second copy, so a process that only serves frees the first
-(`Backbone.free_unpacked_weights`); the first backward makes another, packed the other way round.
+`F.linear` converts the weight's layout in every call, and in float32 it takes MKL's slow path on CPUs that are not
+Intel's. A frozen weight can be converted once: same products up to float32 rounding, about twice the speed in float32.
+The cost is memory: a packed weight is a second copy, so a process that only serves frees the first
+(`Backbone.free_unpacked_weights`); the first backward makes another copy, packed transposed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def product(self, x: Tensor) -> Tensor:
-        """Without the bias: what becomes of a difference. For a few vectors, when a lens is made."""
+        """The product without the bias, for differences. For a few vectors, when a lens is made."""
         ...
 
     def onto(self, base: Tensor, x: Tensor) -> Tensor:
-        """base [..., O] + the product; base stays as it is."""
+        """base [..., O] + the product; `base` is not changed."""
         ...
 
     def gelu(self, x: Tensor) -> Tensor:
-        """The exact GELU of the product (Hendrycks & Gimpel, 2016; by the error function, as ViTs have it)."""
+        """The exact GELU of the product (Hendrycks & Gimpel, 2016; with the error function, as in ViTs)."""
         ...
 
 
 class PlainLinear:
-    """As PyTorch multiplies, on any device in any dtype."""
+    """PyTorch's product, on any device in any dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -56,15 +56,14 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """By oneDNN, with the weight packed. One layout is right for any number of rows. Where no gradient is asked for, a
-    sum or a GELU behind the product is done while its rows are still in the cache; in bfloat16 it is then rounded once
-    instead of twice.
-    """
+    """oneDNN's product with the packed weight. One layout serves any number of rows. Without gradients, a sum or a GELU
+    behind the product is computed while its rows are still in the cache; in bfloat16 it is then rounded once instead of
+    twice."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._bias = bias
         self._packed = _pack(weight)
-        self._turned: Tensor | None = None  # weightᵀ: training alone needs it
+        self._transposed: Tensor | None = None  # weightᵀ, which only training needs
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._multiply(x, self._bias)
@@ -85,14 +84,14 @@ class PackedLinear:
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Gradient of the output [..., O] → of the input [..., D]: a product with the transposed weight."""
-        if self._turned is None:
-            self._turned = _pack(self._packed.to_dense().t())
-        return multiply(gradient, self._turned, None)
+        if self._transposed is None:
+            self._transposed = _pack(self._packed.to_dense().t())
+        return multiply(gradient, self._transposed, None)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if recorded(x):
             return _Product.apply(x, self, bias)
-        return self.forward(x, bias)  # the same bits; serving small models, autograd's book-keeping would be felt
+        return self.forward(x, bias)  # the same bits; with small models autograd's overhead is noticeable
 
 
 class _Product(torch.autograd.Function):
@@ -108,7 +107,7 @@ class _Product(torch.autograd.Function):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build of PyTorch on this machine multiplies packed weights of this kind."""
+    """Whether this build of PyTorch on this machine multiplies packed weights of this dtype."""
     if device.type != "cpu" or dtype not in WIDTHS or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -124,12 +123,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _pack(weight: Tensor) -> Tensor:
-    """[O, D] → the same numbers in oneDNN's layout; only `multiply` can read it."""
+    """[O, D] → the same numbers in oneDNN's layout, which only `multiply` can read."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """By oneDNN: x [..., D] · weightᵀ + bias [O]. weight: packed, or [O, D] with one of its strides 1."""
+    """oneDNN's x [..., D] · weightᵀ + bias [O]. weight: packed, or [O, D] with one of its strides 1."""
     x = x.contiguous()  # oneDNN takes strided rows too, at a third of the speed
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
 
@@ -139,5 +138,5 @@ def _multiply_onto(base: Tensor, x: Tensor, packed: Tensor, bias: Tensor | None)
 
 
 def recorded(*inputs: Tensor) -> bool:
-    """Whether autograd will want what is done to them."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)

@@ -1,15 +1,15 @@
-"""The rack: fixed memory on the device that lenses sit in.
+"""The rack: fixed memory on the device that holds lenses.
 
-One slab of D-wide vectors holds everything a lens consists of: the key and the value of each prompt of each layer, its
-carried tokens, its additions' parts, the rows of its head. A lens takes any free vectors; its slot remembers their
+One slab of D-wide vectors holds everything that a lens consists of: the key and the value of each prompt of each layer,
+its carried tokens, its additions' parts, the rows of its head. A lens takes any free vectors; its slot stores their
 numbers. So ragged prompt lengths (1 … 200, or 0 in some layers) and class counts waste nothing, and the slab's address
-never moves: what a batch needs is a list of numbers. Vector 0 is zero for ever and stands in for padding, behind a mask
-wherever zeros would count.
+never changes: a batch needs only lists of numbers. Vector 0 is always zero and serves as padding, behind a mask
+wherever zeros would change the result.
 
-    allocate(lens) ─► seat ─► write(seat, lens) ─► … gather(seats) … ─► free(seat)
+    allocate(lens) ─► place ─► write(place, lens) ─► … gather(places) … ─► free(place)
 
-A slot's generation grows whenever its tenant changes, so a seat that outlived its lens is noticed, never answered with
-somebody else's. Writing touches vectors that no living seat names; hence it may run beside a forward.
+A slot's generation grows whenever its lens changes, so a place that outlived its lens raises an error and is never
+answered with another lens. Writing touches only vectors that no living place names; hence it may run beside a forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .transfer import DirectTransfer, Transfer
 
 
 class RackFullError(RuntimeError):
-    """The lens does not fit now; the message says what it takes and what is free."""
+    """The lens does not fit now; the message gives what it needs and what is free."""
 
 
 class StaleSeatError(RuntimeError):
@@ -39,14 +39,14 @@ class StaleSeatError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a lens sits: a slot of the rack in one of its generations."""
+    """The position of a lens: a slot of the rack and its generation."""
 
     slot: int
     generation: int
 
 
 class Rack:
-    """`slots` lenses at the most, in `vectors` vectors of width `dim`."""
+    """At most `slots` lenses, in `vectors` vectors of width `dim`."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Rack:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dim, self.capacity = dim, vectors
-        self._straight = DirectTransfer(torch.device(device))
+        self._direct = DirectTransfer(torch.device(device))
         self._slab = _zeros(vectors + 1, dim, device=device, dtype=dtype)
-        self._bias = _zeros(vectors + 1, device=device, dtype=dtype)  # of a head's or a part's row: its scalar
+        self._bias = _zeros(vectors + 1, device=device, dtype=dtype)  # the scalar of a head's or a part's vector
         self._slots = [Slot() for _ in range(slots)]
         self._free_slots = list(range(slots - 1, -1, -1))
         self._free = np.arange(vectors, 0, -1, dtype=np.int64)  # a stack: the free numbers are _free[:_left]
@@ -69,7 +69,7 @@ class Rack:
 
     @classmethod
     def sized(cls, *, dim: int, slots: int, size_bytes: int, device: torch.device | str, dtype: torch.dtype) -> Rack:
-        """As many vectors as fit into `size_bytes` of device memory."""
+        """A rack with as many vectors as fit into `size_bytes` of device memory."""
         per_vector = (dim + 1) * dtype.itemsize
         return cls(dim=dim, slots=slots, vectors=max(1, size_bytes // per_vector), device=device, dtype=dtype)
 
@@ -82,7 +82,7 @@ class Rack:
         return demand(lens) <= self._left and bool(self._free_slots)
 
     def allocate(self, lens: Lens) -> Place:
-        """Reserve a slot and vectors. Raises RackFullError; then nothing is taken."""
+        """Reserve a slot and vectors. Raises RackFullError; then nothing is reserved."""
         with self._lock:
             if not self.can_allocate(lens):
                 raise RackFullError(
@@ -118,7 +118,7 @@ class Rack:
                 self._put(slot.parts[name], part.vectors, part.scalars)
 
     def free(self, place: Place) -> None:
-        """Take the lens out. The caller sees to it that no row needs it any more."""
+        """Remove the lens. The caller guarantees that no row needs it any more."""
         with self._lock:
             slot = self._check(place)
             vectors = slot.vectors()
@@ -127,61 +127,56 @@ class Rack:
             self._slots[place.slot] = Slot(generation=slot.generation)
             self._free_slots.append(place.slot)
 
-    # --- what a forward asks -----------------------------------------------------------------------------------------
+    # --- for the forward ---------------------------------------------------------------------------------------------
 
-    def gather(self, places: Sequence[Place], crossing: Transfer | None = None) -> Gathered:
-        """The prompts of these seats, in their order."""
-        memory = Vectors(self._slab, self._bias, crossing or self._straight)
+    def gather(self, places: Sequence[Place], transfer: Transfer | None = None) -> Gathered:
+        """What the lenses at these places bring, in their order."""
+        memory = Vectors(self._slab, self._bias, transfer or self._direct)
         return Gathered(memory, [self._check(place) for place in places])
 
-    def heads(self, features: Tensor, places: Sequence[Place]) -> list[Tensor]:
-        """Features [R, D], one seat a row → logits [C_r] of each row."""
-        rows = zip(self.logits(features, places), places, strict=True)
-        return [row[: self.classes(place)] for row, place in rows]
-
-    def logits(self, features: Tensor, places: Sequence[Place], crossing: Transfer | None = None) -> Tensor:
-        """Features [R, D], one seat a row → logits [R, most classes]; of each row its first `classes` count."""
-        slots, crossing = [self._check(place) for place in places], crossing or self._straight
-        hidden = self._hidden(features.to(self._slab.dtype), slots, crossing)
-        return self._dense(hidden, [slot.head for slot in slots], crossing)
+    def logits(self, features: Tensor, places: Sequence[Place], transfer: Transfer | None = None) -> Tensor:
+        """Features [R, D], one place per row → logits [R, most classes]; the first `classes` of each row count."""
+        slots, transfer = [self._check(place) for place in places], transfer or self._direct
+        hidden = self._hidden(features.to(self._slab.dtype), slots, transfer)
+        return self._dense(hidden, [slot.head for slot in slots], transfer)
 
     def classes(self, place: Place) -> int:
         return len(self._check(place).head)
 
     def prompts(self, places: Sequence[Place], rows: int, longest: int) -> Prompts:
-        """Numbers of these seats' prefixes, padded to `rows` rows of `longest` prompts."""
+        """Numbers of the prefixes at these places, padded to `rows` rows of `longest` prompts."""
         return Prompts.of([self._check(place) for place in places], longest, rows)
 
     def prefix_only(self, place: Place) -> bool:
-        """Whether the seat's lens brings prefixes or nothing to the trunk, and reads what the backbone pools."""
+        """Whether the lens brings only prefixes to the trunk, or nothing, and reads the backbone's own pooling."""
         return self._check(place).prefix_only
 
     def longest(self, place: Place) -> int:
-        """The most prompts that the seat's lens has in a layer."""
+        """The largest number of prompts that the lens has in a layer."""
         return self._check(place).keys.shape[1]
 
     def head_only(self, place: Place) -> bool:
-        """Whether the seat's lens asks for no more than the plain trunk's feature."""
+        """Whether the lens needs only the plain trunk's feature."""
         return self._check(place).head_only
 
     def plain(self, place: Place) -> bool:
-        """Whether that is the feature as the backbone itself pools it."""
+        """Whether the lens needs only the plain trunk's feature, pooled as the backbone pools."""
         slot = self._check(place)
         return slot.head_only and slot.pool is None
 
     def reads(self, place: Place) -> bool:
-        """Whether the seat's lens brings readers of the plain trunk."""
+        """Whether the lens brings readers of the plain trunk."""
         return self._check(place).reads_from is not None
 
     def lane(self, place: Place) -> Hashable:
-        """Seats with equal ones may share a lane."""
+        """The lane key: rows whose places have equal keys may share a lane."""
         return self._check(place).lane
 
     # --- facts -------------------------------------------------------------------------------------------------------
 
     @property
     def slab(self) -> Tensor:
-        """[V, D]: all vectors, where they stay as long as the rack does."""
+        """[V, D]: all vectors; the address stays the same for the life of the rack."""
         return self._slab
 
     @property
@@ -204,7 +199,7 @@ class Rack:
         return len(self._check(place).vectors()) * self.vector_bytes
 
     def check_integrity(self) -> None:
-        """Every vector belongs to exactly one lens or is free, and vector 0 is still zero."""
+        """Check that every vector belongs to exactly one lens or is free, and that vector 0 is still zero."""
         with self._lock:
             owned = [slot.vectors() for slot in self._slots if slot.used]
             everything = np.sort(np.concatenate([*owned, self._free[: self._left]]))
@@ -236,41 +231,42 @@ class Rack:
         return table
 
     def _put(self, numbers: Indices, vectors: Tensor, scalars: Tensor | None = None) -> None:
-        """Vectors [n, D]; narrower ones are filled up with zeros, as is what lies before a narrower layer of a head."""
-        index = self._straight.send(numbers)
+        """Write vectors [n, D]; narrower ones, and those of a head's narrower layers, are padded with zeros."""
+        index = self._direct.send(numbers)
         self._slab[index] = F.pad(vectors, (0, self.dim - vectors.shape[-1])).to(self._slab)
         if scalars is not None:
             self._bias[index] = scalars.to(self._bias)
 
-    def _hidden(self, features: Tensor, slots: Sequence[Slot], crossing: Transfer) -> Tensor:
-        """Features [R, D], behind the hidden layers of those rows' heads that have any."""
+    def _hidden(self, features: Tensor, slots: Sequence[Slot], transfer: Transfer) -> Tensor:
+        """Features [R, D] after the hidden layers of the heads that have any."""
         depth = 0
         while rows := [row for row, slot in enumerate(slots) if len(slot.hidden) > depth]:
-            index = crossing.send(np.array(rows))
-            found = self._dense(features[index], [slots[row].hidden[depth] for row in rows], crossing).relu()
-            features = features.index_copy(0, index, F.pad(found, (0, self.dim - found.shape[1])))
+            index = transfer.send(np.array(rows))
+            hidden = self._dense(features[index], [slots[row].hidden[depth] for row in rows], transfer).relu()
+            features = features.index_copy(0, index, F.pad(hidden, (0, self.dim - hidden.shape[1])))
             depth += 1
         return features
 
-    def _dense(self, features: Tensor, numbers: Sequence[Indices], crossing: Transfer) -> Tensor:
-        """Features [R, D], a layer a row → [R, longest], 0 where a row's layer is shorter."""
-        index = crossing.send(padded(numbers))  # [R, C]
-        found = torch.baddbmm(self._bias[index].unsqueeze(-1), F.embedding(index, self._slab), features.unsqueeze(-1))
-        return found.squeeze(-1)
+    def _dense(self, features: Tensor, numbers: Sequence[Indices], transfer: Transfer) -> Tensor:
+        """Features [R, D], one layer per row → [R, longest], 0 where a row's layer is shorter."""
+        index = transfer.send(padded(numbers))  # [R, C]
+        dense = torch.baddbmm(self._bias[index].unsqueeze(-1), F.embedding(index, self._slab), features.unsqueeze(-1))
+        return dense.squeeze(-1)
 
 
 def demand(lens: Lens) -> int:
-    """How many vectors a lens takes: two a prompt and layer, one a token, one a class, and those of its parts."""
+    """The number of vectors that a lens needs: two per prompt and layer, one per token, one per class, and those of its
+    parts."""
     prompts = 2 * sum(lens.prefix_lengths) + int(lens.tokens.shape[-2])
     head = lens.classes + sum(len(layer.weight) for layer in lens.hidden)
     return prompts + head + sum(len(part.vectors) for part in lens.parts.values())
 
 
 def _zeros(*shape: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """As `torch.zeros`, but host memory is the operating system's zero pages until a lens is written there.
+    """As `torch.zeros`, but host memory stays the operating system's zero pages until a lens is written there.
 
-    `torch.zeros` writes all of it: an empty rack of 256 MiB would take 256 MiB. Free vectors are taken from one end, so
-    what was never needed is never touched.
+    `torch.zeros` writes all of it: an empty rack of 256 MiB would use 256 MiB. Free vectors are taken from one end, so
+    memory that was never needed is never touched.
     """
     if torch.device(device).type != "cpu":
         return torch.zeros(*shape, device=device, dtype=dtype)

@@ -1,15 +1,16 @@
 """Readers: a task's own tokens, which read the trunk's keys and values at every layer and are seen by no image token.
 
-    trunk    [CLS  | patches]    the plain frozen ViT: one pass a picture, whoever reads it
+    trunk    [CLS  | patches]    the plain frozen ViT: one pass per picture, however many readers it has
                   │ keys and values of each layer
     reader   [CLS' | prompts]    attends to the trunk's patches, to itself and to its prefix
 
-CLS' starts as a copy of the class token and stands in its place: the class token itself is hidden from it, so that a
-reader that brings nothing is the class token. Where a backbone pools by averaging, CLS' starts as the mean of the
-patches, and all image tokens are read. (Read-only prompts: Lee et al., ICCV 2023, for vision-language models.)
+CLS' starts as a copy of the class token and replaces it: the class token itself is hidden from the reader, so a reader
+that brings nothing else equals the class token. Where a backbone pools by averaging, CLS' starts as the mean of the
+patches, and the reader sees all image tokens. (Read-only prompts: Lee et al., ICCV 2023, for vision-language models.)
 
-All else that rows bring works for readers as for anybody: prefixes, carried tokens, additions, on their tokens alone.
-No gradient flows into the trunk, and it is the same in each epoch: what is read can be kept (`Recorded`).
+Everything else that rows bring (prefixes, carried tokens, additions) works for readers as for other rows, on their own
+tokens alone. No gradient flows into the trunk, and it is the same in each epoch, so its keys and values can be cached
+(`Recorded`).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from .transfer import Transfer
 
 
 class Trunk(Protocol):
-    """What readers read of n pictures."""
+    """The keys and values of n pictures that readers read."""
 
     def entering(self) -> Tensor:
-        """[n, D]: what CLS' starts as, in the layer that the readers start at."""
+        """The initial state of CLS' [n, D], in the layer where the readers start."""
         ...
 
     def keys_values(self, layer: int) -> Pair:
@@ -41,39 +42,39 @@ class Trunk(Protocol):
 
 
 def stand_in(spec: Spec, x: Tensor) -> Tensor:
-    """What CLS' starts as, of the image tokens x [n, N, D] that enter a layer: [n, D]."""
+    """The initial state of CLS' [n, D], computed from the image tokens x [n, N, D] that enter a layer."""
     return x[:, 0] if spec.pool == "cls" else x[:, spec.prefix_tokens : spec.tokens].mean(dim=1)
 
 
 def hidden_tokens(spec: Spec) -> int:
-    """How many of the first image tokens readers do not see: the class token, where CLS' stands for it."""
+    """How many of the first image tokens are hidden from readers: the class token, where CLS' replaces it."""
     return 1 if spec.pool == "cls" else 0
 
 
 @dataclass
-class Passing:
-    """A trunk under way in the same forward, layer by layer: the forward leaves here what a layer gives."""
+class LiveTrunk:
+    """A trunk that runs in the same forward: after each layer the forward stores the layer's keys and values here."""
 
-    hidden: int  # tokens that are not read
+    hidden: int  # first tokens that readers do not see
     first: Tensor | None = None
     pair: Pair | None = None
 
     def entering(self) -> Tensor:
-        assert self.first is not None, "the trunk has not come to the layer that readers start at"
+        assert self.first is not None, "the trunk has not reached the layer where readers start"
         return self.first
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         self.pair = keys[:, self.hidden :], values[:, self.hidden :]
 
     def keys_values(self, layer: int) -> Pair:
-        assert self.pair is not None, "the trunk's lane comes before its readers'"
+        assert self.pair is not None, "the trunk's lane must come before its readers'"
         return self.pair
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A trunk that has been run. first: [n, D] · keys[l], values[l]: [n, N, D] of layer `start` + l · index: which of
-    the n are meant, all where it is None."""
+    """A trunk that ran before. first: [n, D] · keys[l], values[l]: [n, N, D] of layer `start` + l · index: the pictures
+    that are selected of the n; None for all."""
 
     start: int
     first: Tensor
@@ -88,18 +89,18 @@ class Recorded:
         return replace(self, index=index.to(self.first.device))
 
     def entering(self) -> Tensor:
-        return self._meant(self.first)
+        return self._selected(self.first)
 
     def keys_values(self, layer: int) -> Pair:
-        return self._meant(self.keys[layer - self.start]), self._meant(self.values[layer - self.start])
+        return self._selected(self.keys[layer - self.start]), self._selected(self.values[layer - self.start])
 
-    def _meant(self, x: Tensor) -> Tensor:
+    def _selected(self, x: Tensor) -> Tensor:
         return x if self.index is None else x.index_select(0, self.index)  # several times as fast as x[index] on a CPU
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Two trunks as one: row i is row order[i] of the first's rows with the second's behind them."""
+    """Two trunks as one: row i of the result is row order[i] of the first trunk's rows followed by the second's."""
 
     parts: tuple[Trunk, Trunk]
     order: Tensor
@@ -114,34 +115,34 @@ class Joined:
 
 @dataclass(frozen=True)
 class Reads:
-    """Readers [R, ·] and the pictures of a trunk that they read. `pieces` is None where reader i reads picture i."""
+    """Readers [R, ·] and the pictures of a trunk that they read. `pieces` is None if reader i reads picture i."""
 
     trunk: Trunk
     pieces: Pieces | None = None
 
     def start(self, tokens: Tensor | None) -> Tensor:
-        """The readers' tokens [R, 1 + T, D]: CLS' and what they carry, [R, T, D]."""
+        """The readers' first tokens [R, 1 + T, D]: CLS' and their carried tokens [R, T, D]."""
         first = self.trunk.entering()
         first = (first if self.pieces is None else first[self.pieces.picture])[:, None]
         return first if tokens is None else torch.cat((first, tokens.to(first.dtype)), dim=1)
 
-    def attend(self, block: FrozenBlock, layer: int, query: Tensor, own: Pair, mask: Tensor | None) -> Tensor:
+    def attend(self, block: FrozenBlock, layer: int, query: Tensor, reader_pair: Pair, mask: Tensor | None) -> Tensor:
         """Queries [R, Q, D] over the readers' own keys and values [R, M, D] and those of their pictures: [R, Q, D].
-        mask: [R, 1, 1, M], True where an own key may be seen.
+        mask: [R, 1, 1, M], True where one of the readers' own keys is visible.
 
-        One softmax over both, but the pictures' keys are never laid out reader by reader: the queries of all readers
-        of a picture are multiplied with them at once.
+        One softmax covers both, but the pictures' keys are never copied per reader: the queries of all readers of a
+        picture are multiplied with them in one product.
         """
-        keys, values = (_heads(block, part) for part in own)  # [R, H, M, d]
+        keys, values = (_heads(block, part) for part in reader_pair)  # [R, H, M, d]
         trunk_keys, trunk_values = (_heads(block, part) for part in self._pair(layer))  # [G, H, N, d]
         query = _heads(block, query) * (query.shape[-1] // block.heads) ** -0.5  # [R, H, Q, d]
         among = query @ keys.mT  # [R, H, Q, M]
         if mask is not None:
             among = among.masked_fill(~mask, -torch.inf)
-        over = (trunk_keys @ self._together(query).mT).mT  # [G, H, C·Q, N]; in this order the keys need not be copied
-        scores = torch.cat((self._together(among), over), dim=-1)
+        over = (trunk_keys @ self._by_piece(query).mT).mT  # [G, H, C·Q, N]; in this order the keys need not be copied
+        scores = torch.cat((self._by_piece(among), over), dim=-1)
         among, read = block.softmax(scores).split([keys.shape[2], trunk_keys.shape[2]], dim=-1)  # [G, H, C·Q, ·]
-        mixed = self._apart(among, query.shape[2]) @ values + self._apart(read @ trunk_values, query.shape[2])
+        mixed = self._by_reader(among, query.shape[2]) @ values + self._by_reader(read @ trunk_values, query.shape[2])
         return mixed.transpose(1, 2).flatten(2)
 
     def _pair(self, layer: int) -> Pair:
@@ -150,11 +151,11 @@ class Reads:
             return keys, values
         return self.pieces.of_pictures(keys), self.pieces.of_pictures(values)
 
-    def _together(self, x: Tensor) -> Tensor:
+    def _by_piece(self, x: Tensor) -> Tensor:
         """[R, H, Q, ·] → [G, H, C·Q, ·]"""
         return x if self.pieces is None else x[self.pieces.readers].transpose(1, 2).flatten(2, 3)
 
-    def _apart(self, x: Tensor, queries: int) -> Tensor:
+    def _by_reader(self, x: Tensor, queries: int) -> Tensor:
         """[G, H, C·Q, ·] → [R, H, Q, ·]"""
         if self.pieces is None:
             return x
@@ -163,11 +164,11 @@ class Reads:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Readers by picture, cut into G pieces of at most C, the mean number of a picture's readers: no piece is shared by
-    two pictures, and what is filled up is less than the readers and pictures together.
+    """Readers grouped by picture and cut into G pieces of at most C, the mean number of readers per picture. A piece
+    belongs to one picture, and padding stays below the number of readers and pictures together.
 
-    picture [R] of each reader · readers [G, C], filled up with any · pictures [G], None where these are all in order ·
-    place [R] of each reader in the pieces.
+    picture [R]: the picture of each reader · readers [G, C], padded with repeated readers · pictures [G], None if these
+    are all in order · place [R]: position of each reader in the pieces.
     """
 
     picture: Tensor
@@ -176,8 +177,8 @@ class Pieces:
     place: Tensor
 
     @classmethod
-    def of(cls, picture: NDArray[np.int64], pictures: int, crossing: Transfer) -> Pieces:
-        """picture [R]: which of the trunk's `pictures` each reader reads."""
+    def of(cls, picture: NDArray[np.int64], pictures: int, transfer: Transfer) -> Pieces:
+        """picture [R]: which of the trunk's `pictures` pictures each reader reads."""
         order = np.argsort(picture, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(picture[order])) + 1)
         most = -(-len(picture) // len(groups))
@@ -186,10 +187,10 @@ class Pieces:
         place = np.empty(len(picture), np.int64)
         for number, piece in enumerate(pieces):
             place[piece] = number * most + np.arange(len(piece))
-        own = picture[readers[:, 0]]
-        in_order = len(own) == pictures and (own == np.arange(pictures)).all()
-        pictures_read = None if in_order else crossing.send(own)
-        return cls(crossing.send(picture), crossing.send(readers), pictures_read, crossing.send(place))
+        first_pictures = picture[readers[:, 0]]
+        in_order = len(first_pictures) == pictures and (first_pictures == np.arange(pictures)).all()
+        pictures_read = None if in_order else transfer.send(first_pictures)
+        return cls(transfer.send(picture), transfer.send(readers), pictures_read, transfer.send(place))
 
     def of_pictures(self, x: Tensor) -> Tensor:
         """[n, ·] → [G, ·]"""

@@ -1,4 +1,4 @@
-"""Who records a piece of work on a device, so that it is launched as one."""
+"""Recording work on a device, so that it can be replayed with one launch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any, Protocol
 
 import torch
 
-WARM_UP = 3  # runs before a capture: what libraries set up when they are first used must be there
+WARM_UP = 3  # runs before a capture, so that libraries have done their lazy initialisation
 
 Work = Callable[[], object]
 
 
 class Recorder(Protocol):
     def record(self, work: Work) -> Work:
-        """Run `work`, which reads and writes memory that stays where it is, and return what does the same again.
+        """Run `work`, which reads and writes memory at fixed addresses, and return a function that does the same again.
 
-        Raises RuntimeError where the device cannot.
+        Raises RuntimeError if the device cannot record.
         """
         ...
 
 
 class Rerun:
-    """Records nothing: the work itself is what is run again. For devices without graphs, and for tests."""
+    """Records nothing: a replay runs the work itself. For devices without graphs, and for tests."""
 
     def record(self, work: Work) -> Work:
         work()
@@ -30,10 +30,10 @@ class Rerun:
 
 
 class CudaRecorder:
-    """CUDA graphs out of one memory pool: they are never replayed at the same time, so what one of them needs in
-    between the others may use. Record the largest first, and those after it find their memory in the pool.
+    """CUDA graphs that share one memory pool: they are never replayed at the same time, so each may reuse the others'
+    intermediate memory. Record the largest first; the smaller ones then fit into its pool.
 
-    Other threads may go on with CUDA meanwhile, as the loader of lenses does.
+    Other threads may use CUDA during a capture, as the loader of lenses does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class CudaRecorder:
             raise RuntimeError("there are no graphs on this device")
         self._device = device
         self._side = torch.cuda.Stream(device)  # the default stream cannot be captured
-        self._pool: Any = None  # what PyTorch calls a pool's handle
+        self._pool: Any = None  # PyTorch's handle of the pool
 
     def record(self, work: Work) -> Work:
         with torch.cuda.device(self._device), torch.inference_mode():

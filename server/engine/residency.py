@@ -1,11 +1,11 @@
-"""Which lenses are on the rack: loading once, pinning while rows need them, evicting the least recently used.
+"""Which lenses are on the rack: each is loaded once, pinned while rows need it, and evicted when least recently used.
 
     acquire ─► on the rack? ─► pinned seat
                   │ no
                   └► loader thread: store → bundle → lens ─► make room ─► write ─► pinned seat
 
-Lives on the event loop, which owns all of its state; only loading and copying happen in the loader thread. Loads are
-single-flight per version: whoever asks meanwhile waits for the same load.
+Lives on the event loop, which owns all of its state; only loading and copying run in the loader thread. Loads are
+single-flight per version: concurrent requests for a version wait for the same load.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rack import Place, Rack
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader makes of a stored version."""
+    """A stored version after loading: what a seat needs besides its place."""
 
     lens: Lens
     labels: tuple[str, ...]
@@ -38,7 +38,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Seat:
-    """A resident version, as rows carry it: where it sits, how its pictures are cut and how they are normalised."""
+    """A resident version, as rows carry it: its place on the rack, and how its pictures are cut and normalised."""
 
     task: str
     version: str
@@ -63,23 +63,23 @@ Loader = Callable[[str, str], Loaded]
 
 @dataclass(eq=False)
 class _Entry:
-    """A version on its way to the rack or on it. Whoever waits for it has pinned it already."""
+    """A version that is loading or resident. Each waiting request has pinned it already."""
 
     ready: asyncio.Task[Seat] = field(init=False)
     pins: int = 0
     held: bool = False
-    gone: bool = False  # unloaded: freed with its last pin
+    gone: bool = False  # unloaded: freed when the last pin is released
 
     @property
     def seat(self) -> Seat | None:
-        """The seat once there is one."""
+        """The seat; None while the version is loading."""
         done = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
         return self.ready.result() if done else None
 
 
 @dataclass(frozen=True)
 class Occupant:
-    """A seat, how many requests are using it, whether it is pinned by hand, and its device memory."""
+    """A seat, how many requests use it, whether it is pinned by hand, and its device memory."""
 
     seat: Seat
     in_use: int
@@ -89,7 +89,7 @@ class Occupant:
 
 @dataclass
 class Counts:
-    """What an operator wants to know; the metrics read it."""
+    """Totals for the metrics."""
 
     hits: int = 0
     loads: int = 0
@@ -99,8 +99,8 @@ class Counts:
 class Residency:
     """Seats by (task, version). All methods belong to the event loop's thread.
 
-    The hooks for metrics: `on_load(task, seconds)` after each load, `on_hit(task, times)` when a load is not needed or
-    under way already, `on_evict(task)`.
+    Hooks for metrics: `on_load(task, seconds)` after each load, `on_hit(task, times)` when the version is resident or
+    already loading, `on_evict(task)`.
     """
 
     def __init__(
@@ -116,18 +116,19 @@ class Residency:
         self._rack, self._loader, self._executor = rack, loader, executor
         self._on_load, self._on_hit, self._on_evict = on_load, on_hit, on_evict
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # least recently used first
-        self._sitting: dict[Place, _Entry] = {}  # also those unloaded whose rows are not answered yet
+        self._occupied: dict[Place, _Entry] = {}  # includes unloaded versions whose rows are not answered yet
         self._freed = asyncio.Event()
         self.counts = Counts()
-        self.revision = 0  # grows with every change of who is resident or pinned
+        self.revision = 0  # grows whenever the set of resident or pinned versions changes
 
     async def acquire(self, task: str, version: str) -> Seat:
-        """A pinned seat; give it back with `release`. Raises what the loader raises, or Unavailable (rack_full)."""
+        """Return a pinned seat; the caller must `release` it. Raises the loader's errors, or Unavailable
+        (rack_full)."""
         entry = self._entries.get((task, version))
         if entry is None:
             entry = self._entries[task, version] = _Entry()
             entry.ready = asyncio.create_task(self._load(task, version, entry))
-            entry.ready.add_done_callback(partial(self._arrived, entry))
+            entry.ready.add_done_callback(partial(self._loaded_or_failed, entry))
         else:
             self._hit(task, version)
         entry.pins += 1
@@ -137,36 +138,36 @@ class Residency:
             self._unpin(entry)
             raise
 
-    def again(self, seat: Seat, times: int) -> None:
-        """Whoever has acquired it gave it to others so many times: had they asked, it would have been there."""
+    def count_shared_hits(self, seat: Seat, times: int) -> None:
+        """Count `times` hits of a seat that a front end shared locally."""
         self._hit(seat.task, seat.version, times)
 
     def release(self, seat: Seat) -> None:
-        self._unpin(self._sitting[seat.place])
+        self._unpin(self._occupied[seat.place])
 
     async def load(self, task: str, version: str) -> None:
-        """Make resident without asking anything of it."""
+        """Make a version resident without using it."""
         self.release(await self.acquire(task, version))
 
     async def unload(self, task: str, version: str) -> bool:
-        """Take it off the rack; returns when no row needs it any more and its memory is free. False where it was not
-        resident."""
+        """Remove a version from the rack. Returns when no row needs it any more and its memory is free; False if it was
+        not resident."""
         entry = self._entries.pop((task, version), None)
         if entry is None:
             return False
-        entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile
+        entry.gone = True  # before anything is awaited: the caller may be cancelled meanwhile
         self.revision += 1
         await asyncio.wait([entry.ready])
-        if entry.seat is None:  # the load failed: its waiters are told why, and there is nothing to free
+        if entry.seat is None:  # the load failed: its waiters get the error, and there is nothing to free
             return False
         self._settle(entry)
-        while entry.seat.place in self._sitting:
+        while entry.seat.place in self._occupied:
             self._freed.clear()
             await self._freed.wait()
         return True
 
     async def pin(self, task: str, version: str, on: bool) -> bool:
-        """Keep a resident version from being evicted, or no longer. False where it is not resident."""
+        """Keep a resident version from being evicted (`on`), or allow eviction again. False if it is not resident."""
         entry = self._entries.get((task, version))
         if entry is None:
             return False
@@ -182,7 +183,7 @@ class Residency:
         return entry is not None and entry.seat is not None
 
     def resident_versions(self, task: str) -> set[str]:
-        """On the rack, or on their way to it."""
+        """Versions on the rack, or loading."""
         return {version for name, version in self._entries if name == task}
 
     def pinned(self, task: str, version: str) -> bool:
@@ -190,18 +191,18 @@ class Residency:
         return entry is not None and entry.held
 
     def lens_bytes(self, task: str, version: str) -> int:
-        """Device memory of a resident version, 0 where it is not resident."""
+        """Device memory of a resident version, 0 if it is not resident."""
         entry = self._entries.get((task, version))
         if entry is None or entry.seat is None:
             return 0
         return self._rack.size_bytes(entry.seat.place)
 
     def seats(self) -> list[Seat]:
-        """Everybody on the rack, least recently used first."""
+        """All resident seats, least recently used first."""
         return [entry.seat for entry in self._entries.values() if entry.seat is not None]
 
     def occupants(self) -> list[Occupant]:
-        """Everybody on the rack with what keeps them there, least recently used first."""
+        """All resident seats with what keeps them on the rack, least recently used first."""
         return [
             Occupant(entry.seat, entry.pins, entry.held, self._rack.size_bytes(entry.seat.place))
             for entry in self._entries.values()
@@ -210,10 +211,10 @@ class Residency:
 
     def check_integrity(self) -> None:
         self._rack.check_integrity()
-        if any(entry.pins < 0 for entry in self._sitting.values()):
+        if any(entry.pins < 0 for entry in self._occupied.values()):
             raise AssertionError("a seat was released more often than acquired")
-        if len(self._sitting) != self._rack.used_slots:
-            raise AssertionError("the rack holds lenses that nobody knows of")
+        if len(self._occupied) != self._rack.used_slots:
+            raise AssertionError("the rack holds lenses that residency does not know of")
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -233,15 +234,16 @@ class Residency:
             if self._entries.get((task, version)) is entry:
                 del self._entries[task, version]
             raise
-        self._sitting[place] = entry
-        asyncio.get_running_loop().call_soon(self._changed)  # the seat is there when this task has ended
+        self._occupied[place] = entry
+        asyncio.get_running_loop().call_soon(self._changed)  # the seat exists once this task has ended
         self.counts.loads += 1
         if self._on_load is not None:
             self._on_load(task, time.perf_counter() - started)
         return Seat(task, version, place, loaded.labels, loaded.geometry, loaded.mean, loaded.std)
 
-    def _arrived(self, entry: _Entry, ready: asyncio.Task[Seat]) -> None:
-        """Nobody may wait any more: a failure is nobody's error then, and what was unloaded meanwhile leaves."""
+    def _loaded_or_failed(self, entry: _Entry, ready: asyncio.Task[Seat]) -> None:
+        """Retrieve the task's error, since possibly no request waits any more, and free a version that was unloaded
+        meanwhile."""
         if not ready.cancelled() and ready.exception() is None:
             self._settle(entry)
 
@@ -257,7 +259,7 @@ class Residency:
         return self._rack.allocate(lens)
 
     def _evict_until(self, lens: Lens) -> bool:
-        """Evict the least recently used until the lens fits. False where pinned ones leave too little room."""
+        """Evict the least recently used versions until the lens fits. False if pinned ones leave too little room."""
         for key, entry in list(self._entries.items()):
             if self._rack.can_allocate(lens):
                 break
@@ -276,7 +278,7 @@ class Residency:
         self.counts.hits += times
         if self._on_hit is not None:
             self._on_hit(task, times)
-        if (task, version) in self._entries:  # else it has been unloaded meanwhile
+        if (task, version) in self._entries:  # otherwise it has been unloaded meanwhile
             self._entries.move_to_end((task, version))
 
     def _changed(self) -> None:
@@ -287,11 +289,11 @@ class Residency:
         self._settle(entry)
 
     def _settle(self, entry: _Entry) -> None:
-        """After a pin fell: an unloaded lens leaves with its last one, and loads that wait for room look again."""
+        """After a pin was released: free an unloaded lens with its last pin, and wake loads that wait for room."""
         if entry.pins == 0 and entry.gone:
             self._free(entry)
         self._freed.set()
 
     def _free(self, entry: _Entry) -> None:
-        if entry.seat is not None and self._sitting.pop(entry.seat.place, None) is not None:
+        if entry.seat is not None and self._occupied.pop(entry.seat.place, None) is not None:
             self._rack.free(entry.seat.place)

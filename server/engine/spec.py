@@ -1,4 +1,4 @@
-"""What is known of a backbone without its weights: architecture, geometry, pooling."""
+"""A backbone's description without its weights: architecture, geometry, pooling."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from prompts_store import Preprocess, manifest
 
 from .images.decode import Geometry
 
-Chosen = manifest.Pool
-Pool = Chosen | Literal["attention", "reader"]
-CHOSEN: Final[tuple[Chosen, ...]] = get_args(Chosen)  # what a task can ask for
+TaskPool = manifest.Pool
+Pool = TaskPool | Literal["attention", "reader"]
+TASK_POOLS: Final[tuple[TaskPool, ...]] = get_args(TaskPool)  # poolings that a task can choose
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the floors above need to know of a backbone without touching a tensor.
+    """What layers above the engine need to know of a backbone without touching a tensor.
 
-    `tokens` counts every token of an image's sequence; `prefix_tokens` of them (class, registers) are no patches, and
-    the first `class_tokens` of these are what `cls` pooling reads: 2 with a distillation token, 0 without any.
-    `pool` is the pooling that the backbone was made with.
+    `tokens` counts every token of an image's sequence. The first `prefix_tokens` of them (class token, registers) are
+    not patches, and `cls` pooling reads the first `class_tokens` of these: 2 with a distillation token, 0 without a
+    class token. `pool` is the pooling that the backbone was trained with.
     """
 
     arch: str
@@ -31,7 +31,7 @@ class Spec:
     heads: int
     hidden: int  # width of the MLP's hidden layer
     image_size: int
-    patch_size: int  # pixels of a patch's side; behind a convolutional stem those that a token stands for
+    patch_size: int  # pixels of a patch's side; with a convolutional stem, of the square that a token stands for
     tokens: int
     prefix_tokens: int
     class_tokens: int
@@ -40,6 +40,8 @@ class Spec:
 
     @property
     def geometry(self) -> Geometry:
-        """How pictures are cut for this backbone, where no bundle says otherwise."""
-        own = self.preprocess
-        return Geometry.of(own.size, own.interpolation, own.crop_pct, own.crop_mode, own.mean)
+        """The default geometry of images for this backbone; a bundle may bring another."""
+        preprocess = self.preprocess
+        return Geometry.of(
+            preprocess.size, preprocess.interpolation, preprocess.crop_pct, preprocess.crop_mode, preprocess.mean
+        )

@@ -1,12 +1,13 @@
-"""What crosses between host and device for one batch, so that nobody waits but the one who wants the answers.
+"""Copies between host and device for one batch, arranged so that the host waits only for the answers.
 
     pixels, numbers ─► pinned memory ─copy─► device … one forward … ─copy─► pinned memory ─event─► logits
 
-A copy from memory that the driver has not pinned keeps the host until everything before it on the stream has run, and a
-batch brings dozens of small tables. On CUDA they are therefore laid into pinned memory, which is taken once and used
-again by later batches, and the host goes on. On a CPU nothing crosses: arrays are tensors as they are.
+A copy from memory that the driver has not pinned blocks the host until everything before it on the stream has run, and
+a batch brings dozens of small tables. On CUDA they are therefore staged in pinned memory, which is allocated once and
+reused by later batches, and the host continues. On a CPU nothing is copied: arrays are wrapped as tensors.
 
-A crossing belongs to one batch from `take` to the end of its `arrived`; several may be under way.
+A transfer belongs to one batch, from `take` until the function that `start_fetch` returned has been called; several may
+be in flight.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[Any]
-ALIGNED = 64  # bytes: where each array of a block begins
-SMALLEST = 2**20  # bytes of a block
+ALIGNED = 64  # bytes: each array of a block starts at a multiple
+SMALLEST = 2**20  # bytes of the smallest block
 
 
 class Transfer(Protocol):
-    """One batch's way to the device and back."""
+    """The copies of one batch to the device and back."""
 
     def send(self, array: Array) -> Tensor:
-        """The array on the device. It may be a view of the array itself: leave that as it is."""
+        """Return the array on the device. The tensor may share the array's memory: do not write to it."""
         ...
 
     def stack(self, arrays: Sequence[Array]) -> Tensor:
@@ -37,20 +38,20 @@ class Transfer(Protocol):
         ...
 
     def fill(self, target: Tensor, arrays: Sequence[Array]) -> None:
-        """Copy the stacked arrays into the first of `target`, which lies on the device and stays where it is."""
+        """Copy the stacked arrays into the first rows of `target`, which is on the device and keeps its address."""
         ...
 
     def put(self, target: Tensor, array: Array) -> None:
-        """Copy an array of its shape into `target`, which lies on the device and stays where it is."""
+        """Copy an array of the same shape into `target`, which is on the device and keeps its address."""
         ...
 
-    def arrive(self, found: Tensor) -> Callable[[], Tensor]:
-        """Start to fetch what the device finds. What is returned waits for it; then the batch is over."""
+    def start_fetch(self, result: Tensor) -> Callable[[], Tensor]:
+        """Start copying a result to the host. The returned function waits for the copy and ends the batch."""
         ...
 
 
 class DirectTransfer:
-    """To any device with PyTorch's own copies. On a CPU there are none; elsewhere the host waits for each."""
+    """PyTorch's own copies, to any device. On a CPU there are none; elsewhere the host waits for each."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,12 +68,12 @@ class DirectTransfer:
     def put(self, target: Tensor, array: Array) -> None:
         target.copy_(torch.from_numpy(array))
 
-    def arrive(self, found: Tensor) -> Callable[[], Tensor]:
-        return found.cpu
+    def start_fetch(self, result: Tensor) -> Callable[[], Tensor]:
+        return result.cpu
 
 
 class TransferPool:
-    """Hands out a crossing for each batch, and takes it back when its answers have arrived."""
+    """Lends a transfer to each batch; it comes back when the batch's answers have been fetched."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,7 +87,7 @@ class TransferPool:
 
 @dataclass(frozen=True)
 class Block:
-    """Host memory that the driver has pinned, as bytes: `array` and `tensor` are the same memory."""
+    """Bytes of host memory that the driver has pinned: `array` and `tensor` share the memory."""
 
     array: NDArray[np.uint8]
     tensor: Tensor
@@ -98,13 +99,13 @@ class Block:
 
 
 class StreamEvent:
-    """A place on the device's stream that the host can wait for."""
+    """A point on the device's stream that the host can wait for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._event = device, torch.cuda.Event()
 
     def set(self) -> None:
-        """Behind all that was launched so far."""
+        """Place the event behind everything launched so far."""
         self._event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
@@ -112,60 +113,60 @@ class StreamEvent:
 
 
 class PinnedTransfer:
-    """Through pinned blocks. Where a batch brings more than they hold it gets one more, and the next batch gets one
-    block of that size: after the largest batch nothing is allocated any more.
+    """Copies through pinned blocks. A batch that needs more memory gets an additional block; afterwards one block of
+    the total size replaces them, so that nothing is allocated after the largest batch.
 
-    Nothing of a block is written again before the event behind the batch's last copy, so no copy reads another batch's
-    numbers; on the device every batch has memory of its own, in the order of the stream.
+    No byte of a block is written again before the event behind the batch's last copy, so no copy reads another batch's
+    numbers; on the device every batch has memory of its own, in stream order.
     """
 
-    def __init__(self, device: torch.device, over: Callable[[PinnedTransfer], None]) -> None:
-        self._device, self._over = device, over
-        self._mark = StreamEvent(device)
+    def __init__(self, device: torch.device, give_back: Callable[[PinnedTransfer], None]) -> None:
+        self._device, self._give_back = device, give_back
+        self._event = StreamEvent(device)
         self._blocks: list[Block] = []
         self._used = 0  # bytes of the last block
 
     def send(self, array: Array) -> Tensor:
-        return self._laid(array).to(self._device, non_blocking=True)
+        return self._staged(array).to(self._device, non_blocking=True)
 
     def stack(self, arrays: Sequence[Array]) -> Tensor:
-        return self._stacked(arrays).to(self._device, non_blocking=True)
+        return self._staged_stack(arrays).to(self._device, non_blocking=True)
 
     def fill(self, target: Tensor, arrays: Sequence[Array]) -> None:
-        target[: len(arrays)].copy_(self._stacked(arrays), non_blocking=True)
+        target[: len(arrays)].copy_(self._staged_stack(arrays), non_blocking=True)
 
     def put(self, target: Tensor, array: Array) -> None:
-        target.copy_(self._laid(array), non_blocking=True)
+        target.copy_(self._staged(array), non_blocking=True)
 
-    def arrive(self, found: Tensor) -> Callable[[], Tensor]:
-        size = found.numel() * found.element_size()
-        _, room = self._room((size,), np.dtype(np.uint8))
-        host = room.view(found.dtype).view(found.shape)
-        host.copy_(found, non_blocking=True)
-        self._mark.set()
+    def start_fetch(self, result: Tensor) -> Callable[[], Tensor]:
+        size = result.numel() * result.element_size()
+        _, raw = self._allocate((size,), np.dtype(np.uint8))
+        host = raw.view(result.dtype).view(result.shape)
+        host.copy_(result, non_blocking=True)
+        self._event.set()
         return lambda: self._wait(host)
 
     def _wait(self, host: Tensor) -> Tensor:
-        self._mark.wait()
-        own = host.clone()  # the block is the next batch's
+        self._event.wait()
+        result = host.clone()  # the next batch overwrites the block
         if len(self._blocks) > 1:
             self._blocks = [Block.of(sum(len(block.array) for block in self._blocks))]
         self._used = 0
-        self._over(self)
-        return own
+        self._give_back(self)
+        return result
 
-    def _laid(self, array: Array) -> Tensor:
-        host, tensor = self._room(array.shape, array.dtype)
+    def _staged(self, array: Array) -> Tensor:
+        host, tensor = self._allocate(array.shape, array.dtype)
         host[...] = array
         return tensor
 
-    def _stacked(self, arrays: Sequence[Array]) -> Tensor:
-        host, tensor = self._room((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    def _staged_stack(self, arrays: Sequence[Array]) -> Tensor:
+        host, tensor = self._allocate((len(arrays), *arrays[0].shape), arrays[0].dtype)
         np.stack(arrays, out=host)
         return tensor
 
-    def _room(self, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[Array, Tensor]:
-        """Room for an array, seen from both sides."""
+    def _allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[Array, Tensor]:
+        """Memory for an array in the last block, as an array and as a tensor."""
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         start = -(-self._used // ALIGNED) * ALIGNED
         if not self._blocks or start + size > len(self._blocks[-1].array):

@@ -1,1 +1,1 @@
-"""One file for each method: what a task's parameters are, and how they become a lens."""
+"""One file per method: a task's parameters, and how they become a lens."""

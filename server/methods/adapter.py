@@ -1,8 +1,9 @@
 """Adapters behind the MLP (Pfeiffer et al., AdapterFusion, EACL 2021; the baseline "Adapter" of VPT).
 
-What a block's MLP gives, f, becomes f + up(gelu(down(f))). The official VPT code sets all four tensors to zero, so that
-no gradient ever passes but to the last bias; here `down` starts at random and `up` alone at zero, as others do.
-`prompts` of a recipe is the width between down and up; it may differ from layer to layer, down to 0 for none.
+The output f of a block's MLP becomes f + up(gelu(down(f))). The official VPT code sets all four tensors to zero, so
+that a gradient reaches only the last bias; here `down` starts at random and `up` alone at zero, as in other
+implementations. `prompts` of a recipe is the width between down and up; it may differ from layer to layer, down to 0
+for none.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Adapter:
         return (prompts,) * spec.depth
 
     def shapes(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int) -> Shapes:
-        """`up` has a row for each of `down`: what that row's activation adds. up.bias: one for each layer with any."""
+        """`up` has a row for each row of `down`, the direction that its activation adds. up.bias: one for each layer
+        that has rows."""
         rows, layers = sum(prompt_lengths), sum(width > 0 for width in prompt_lengths)
         return {
             "adapter.down.weight": (rows, spec.dim),

@@ -1,8 +1,8 @@
-"""What a baseline is: a fit that the others are compared with, and that cannot be served.
+"""Baselines: fits that methods are compared with, and that cannot be served.
 
-The baselines of VPT (Jia et al., ECCV 2022, section 4.1) change the backbone itself, or put a network of their own
-beside it. A rack holds what can be added to the one frozen backbone; a changed one would be a second backbone for one
-task. So a baseline is fitted and reported, never stored.
+The baselines of VPT (Jia et al., ECCV 2022, section 4.1) change the backbone itself, or add a network of their own
+beside it. A rack holds what can be added to the one frozen backbone; a changed backbone would be a second one for a
+single task. So a baseline is fitted and reported, never stored.
 """
 
 from __future__ import annotations
@@ -24,47 +24,48 @@ from .method import head_init
 class BaselineModel(nn.Module):
     """`forward(pixels, frozen)` → logits [B, C].
 
-    pixels: [B, 3, S, S], normalised, where the baseline sees pictures · frozen: what the frozen backbone makes of them,
-    as `Baseline.first_layer` says, where that is not 0. What is not asked for is None.
+    pixels: [B, 3, S, S], normalised, if the baseline reads pictures · frozen: the frozen backbone's tokens or features
+    at `Baseline.first_layer`, if that is not 0. An input that the baseline does not read is None.
     """
 
     head: nn.Linear
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What the fit moves, by name."""
+        """The parameters that the fit changes, by name."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
 
 class Baseline(Protocol):
-    """One file a kind, as methods have. Stateless."""
+    """A kind of baseline, one file each, as methods have. Stateless."""
 
     name: str
     meaning: ClassVar[str]
-    why: ClassVar[str]  # it cannot be served: ends a sentence that begins with its name
+    why: ClassVar[str]  # the reason why it cannot be served, as the end of a sentence that begins with its name
     defaults: ClassVar[Mapping[str, object]]
     sees_pixels: ClassVar[bool]
 
     def first_layer(self, spec: Spec) -> int:
-        """The block whose input the frozen backbone gives: 0 if none is frozen, their number for the pooled feature."""
+        """The block whose input comes from the frozen backbone: 0 if none is frozen, the number of blocks for the
+        pooled feature."""
         ...
 
     def model(self, backbone: Backbone, classes: int, generator: torch.Generator) -> BaselineModel:
-        """What is fitted, on the backbone's device, in float32 at least; it begins where the backbone stands."""
+        """The model to fit, on the backbone's device, in float32 at least; it starts from the backbone's weights."""
         ...
 
 
-def own_copy(backbone: Backbone) -> VisionTransformer:
-    """The backbone's network again, to be changed."""
+def trainable_copy(backbone: Backbone) -> VisionTransformer:
+    """A copy of the backbone's network, to be changed."""
     return copy.deepcopy(backbone.model).to(wide(backbone)).requires_grad_(True)
 
 
 def wide(backbone: Backbone) -> torch.dtype:
-    """What weights that move are kept in: steps are smaller than bfloat16 can tell."""
+    """The dtype of trained weights: steps are smaller than bfloat16 resolves."""
     return torch.promote_types(backbone.dtype, torch.float32)
 
 
 def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator) -> nn.Linear:
-    """As every method's head begins."""
+    """A head initialised as every method's head is."""
     drawn = head_init(backbone.spec, classes, generator)
     head = nn.Linear(backbone.spec.dim, classes)
     head.load_state_dict({name.removeprefix("head."): value for name, value in drawn.items()})
@@ -72,7 +73,7 @@ def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator) -> 
 
 
 def pooled(spec: Spec, x: Tensor, attention_pool: nn.Module | None) -> Tensor:
-    """Tokens [B, N, D] behind the last norm → [B, D], as the backbone pools them; `attention_pool` where it has one."""
+    """Pool tokens [B, N, D] after the last norm → [B, D], as the backbone pools; `attention_pool` if it has one."""
     if spec.pool == "cls":
         return x[:, : spec.class_tokens].mean(dim=1)
     patches = x[:, spec.prefix_tokens :]

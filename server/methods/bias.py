@@ -1,11 +1,11 @@
-"""Bias tuning (BitFit: Ben Zaken et al., ACL 2022; the baseline "Bias" of VPT): every bias of the backbone moves.
+"""Bias tuning (BitFit: Ben Zaken et al., ACL 2022; the baseline "Bias" of VPT): every bias of the backbone is trained.
 
-What is learned and stored is how far each bias moves, so a fit starts from the backbone and weight decay leads back to
-it. `entry` is the bias of the last layer before the blocks (the patch embedding's, or the norm's behind it where there
+The parameters are the changes of the biases, so a fit starts from the backbone and weight decay leads back to it.
+`entry` is the bias of the last layer before the blocks (the patch embedding's, or that of the norm behind it if there
 is one), `norm` that of the last norm, or of the attention pooling's last layer. Where a backbone has no bias in one of
-these places it gets one; the norms of queries and keys, where there are any, stay as they are.
+these places it gets one; the norms of queries and keys, if there are any, stay as they are.
 
-The engine needs less than that: a shift behind a norm is one behind the product that follows, and one behind the last
+The engine needs less: a shift behind a norm equals a shift behind the product that follows, and one behind the last
 norm is a part of the head's bias.
 """
 
@@ -63,36 +63,36 @@ class Bias:
 def bias_shapes(spec: Spec) -> Shapes:
     layers, width = spec.depth, spec.dim
     widths = {"norm1": width, "qkv": 3 * width, "proj": width, "norm2": width, "fc1": spec.hidden, "fc2": width}
-    blocks: Shapes = {f"bias.{site}": (layers, own) for site, own in widths.items()}
+    blocks: Shapes = {f"bias.{site}": (layers, size) for site, size in widths.items()}
     return {**blocks, "bias.entry": (width,), "bias.norm": (width,)}
 
 
 def bias_init(spec: Spec) -> Params:
-    """The backbone as it is."""
+    """All changes zero: the backbone unchanged."""
     return {name: torch.zeros(shape) for name, shape in bias_shapes(spec).items()}
 
 
 def shifts(backbone: Backbone, params: Params) -> list[Shift]:
-    """What each block's own biases are short of."""
+    """The shift of each block: the changes of its biases, with those behind norms moved behind the next product."""
     return [_shift(block, params, layer) for layer, block in enumerate(backbone.blocks)]
 
 
 def shifted_head(params: Params) -> Tensor:
-    """The head's bias [C], with what the last norm's shift makes of it."""
+    """The head's bias [C] including the effect of the last norm's shift."""
     return params["head.bias"] + params["head.weight"] @ params["bias.norm"]
 
 
 def entry(model: VisionTransformer, params: Params) -> Tensor:
-    """[2, D]: a patch embedding's bias reaches the patches only; a norm's behind it reaches every token."""
-    own = params["bias.entry"]
-    return torch.stack((torch.zeros_like(own) if isinstance(model.norm_pre, nn.Identity) else own, own))
+    """[2, D]: a patch embedding's bias reaches the patches only; that of a norm behind it reaches every token."""
+    shift = params["bias.entry"]
+    return torch.stack((torch.zeros_like(shift) if isinstance(model.norm_pre, nn.Identity) else shift, shift))
 
 
 def _shift(block: FrozenBlock, params: Params, layer: int) -> Shift:
-    own = {site: params[f"bias.{site}"][layer] for site in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")}
+    moved = {site: params[f"bias.{site}"][layer] for site in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")}
     return Shift(
-        qkv=own["qkv"] + block.qkv_product(own["norm1"]),
-        attention=own["proj"],
-        hidden=own["fc1"] + block.hidden.product(own["norm2"]),
-        mlp=own["fc2"],
+        qkv=moved["qkv"] + block.qkv_product(moved["norm1"]),
+        attention=moved["proj"],
+        hidden=moved["fc1"] + block.hidden.product(moved["norm2"]),
+        mlp=moved["fc2"],
     )

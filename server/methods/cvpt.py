@@ -1,9 +1,9 @@
-"""CVPT (Huang et al., Cross Visual Prompt Tuning, ICCV 2025): each token reads the prompts of its layer by itself.
+"""CVPT (Huang et al., Cross Visual Prompt Tuning, ICCV 2025): each token attends to its layer's prompts separately.
 
-Behind each block's attention comes another one, whose queries are the tokens, whose keys and values are the prompts,
-and whose weights are the block's own, frozen, without a norm before them. Prompts take nothing from the share that
-image tokens have of each other's attention, so many of them do no harm. Where a block scales its attention's output
-(layer scale), this one's is scaled likewise.
+After each block's attention comes a second one, whose queries are the tokens, whose keys and values are the prompts,
+and whose weights are the block's own, frozen, without a norm before them. Prompts take no share of the attention that
+image tokens pay each other, so many of them do no harm. If a block scales its attention's output (layer scale), the
+second output is scaled likewise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cvpt:
         return {"prompts": (sum(prompt_lengths), spec.dim), **head_shapes(spec, classes)}
 
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
-        """Prompts as the official code draws them: Xavier's uniform bound of a tensor [L, p, D]."""
+        """Prompts drawn as in the official code: Xavier's uniform bound of a tensor [L, p, D]."""
         rows = sum(prompt_lengths)
         bound = (6 / (spec.dim * (rows / spec.depth + spec.depth))) ** 0.5
         prompts = torch.empty(rows, spec.dim).uniform_(-bound, bound, generator=generator)
@@ -57,7 +57,7 @@ class Cvpt:
             tokens=nothing[0],
             head_weight=params["head.weight"],
             head_bias=params["head.bias"],
-            additions=tuple(_cross(*own) for own in zip(backbone.blocks, layers, strict=True)),
+            additions=tuple(_cross(*pair) for pair in zip(backbone.blocks, layers, strict=True)),
         )
 
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning, VPT's baseline "Full": every weight of the backbone moves."""
+"""Full fine-tuning, VPT's baseline "Full": every weight of the backbone is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from server.engine.backbone import Backbone
 from server.engine.spec import Spec
 
-from .baseline import BaselineModel, fresh_head, own_copy
+from .baseline import BaselineModel, fresh_head, trainable_copy
 
 
 class Full:
@@ -37,7 +37,7 @@ class Full:
 class _Whole(BaselineModel):
     def __init__(self, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.backbone = own_copy(backbone)
+        self.backbone = trainable_copy(backbone)
         self.head = fresh_head(backbone, classes, generator)
 
     def forward(self, pixels: Tensor, frozen: None) -> Tensor:

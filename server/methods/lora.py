@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., Low-Rank Adaptation, ICLR 2022) on queries, keys and values, in the form that ViTs are tuned with
-(Zhang et al., Neural Prompt Search, 2022): one `down` for all three.
+"""LoRA (Hu et al., Low-Rank Adaptation, ICLR 2022) on queries, keys and values, in the form usual for ViTs (Zhang et
+al., Neural Prompt Search, 2022): one `down` for all three.
 
-With y = x · Wᵀ + b of each block, x · downᵀ · up is added to y, `up` having a part for each of the three. So LoRA with
-a `down` for each of them is the same with as many ranks in all. `prompts` of a recipe is the rank; it may differ from
-layer to layer, down to 0. There is no scale: the learning rate says as much.
+With y = x · Wᵀ + b of each block, x · downᵀ · up is added to y; `up` has a part for each of the three. LoRA with a
+separate `down` for each of them equals this with the sum of the ranks. `prompts` of a recipe is the rank; it may differ
+from layer to layer, down to 0. There is no scale: the learning rate has the same effect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Lora:
         return {"lora.down": (ranks, spec.dim), "lora.up": (ranks, 3 * spec.dim), **head_shapes(spec, classes)}
 
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
-        """Nothing is changed at first: `up` is zero, and what it is to become flows through a random `down`."""
+        """The backbone is unchanged at first: `up` is zero, and its gradient flows through a random `down`."""
         ranks = sum(prompt_lengths)
         down, up = rows_init(spec, ranks, generator), torch.zeros(ranks, 3 * spec.dim)
         return {"lora.down": down, "lora.up": up, **head_init(spec, classes, generator)}

@@ -1,10 +1,10 @@
 """Memory: more rows in each block's MLP, keys beside its first weight's and values beside its second's.
 
-An adaptation. MemVP (Jie et al., Memory-Space Visual Prompting, ICML 2024) hands a *language* model the features of a
-picture as keys and values of its MLPs, since an MLP looks things up: act(x · Kᵀ) · V. Here the backbone sees pictures
-itself, there is no second model, and the keys and values are the task's own: learned, the same for every picture. What
-is kept of the paper is the place and the form; its figures say nothing of this method. The activation is the block's.
-`prompts` of a recipe is the number of rows; it may differ from layer to layer, down to 0.
+An adaptation. MemVP (Jie et al., Memory-Space Visual Prompting, ICML 2024) gives a *language* model the features of a
+picture as keys and values of its MLPs, since an MLP is a lookup: act(x · Kᵀ) · V. Here the backbone sees pictures
+itself, there is no second model, and the keys and values are the task's own: learned, the same for every picture. The
+place and the form are the paper's; its figures say nothing about this method. The activation is the block's. `prompts`
+of a recipe is the number of rows; it may differ from layer to layer, down to 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Memory:
         return {"memory.keys": rows, "memory.values": rows, **head_shapes(spec, classes)}
 
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
-        """Nothing is changed at first: values are zero, keys are drawn as a first weight's rows are."""
+        """The backbone is unchanged at first: values are zero, keys are drawn like the rows of a first weight."""
         keys = rows_init(spec, sum(prompt_lengths), generator)
         return {"memory.keys": keys, "memory.values": torch.zeros_like(keys), **head_init(spec, classes, generator)}
 

@@ -1,7 +1,7 @@
 """What a method is: how a task is fitted and what its bundle holds.
 
-A method says which parameters there are and how they are drawn (`init`), and lowers them to a lens (`lower`). Lowering
-is differentiable, so training optimises the parameters through the very forward that serves them.
+A method defines its parameters and how they are drawn (`init`), and lowers them to a lens (`lower`). Lowering is
+differentiable, so training optimises the parameters through the same forward that serves them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Method(Protocol):
-    """One file a method. Stateless; adding one touches neither engine nor batching nor api."""
+    """One file per method. Stateless; adding one touches neither engine nor batching nor api."""
 
     name: ClassVar[str]
-    meaning: ClassVar[str]  # one line, for people who choose
-    defaults: ClassVar[Mapping[str, object]]  # the recipe fields in which it differs from the general defaults
-    candidates: ClassVar[Sequence[Mapping[str, object]]]  # of these, for a search; the likeliest first
+    meaning: ClassVar[str]  # one line, for users who choose a method
+    defaults: ClassVar[Mapping[str, object]]  # recipe fields that differ from the general defaults
+    candidates: ClassVar[Sequence[Mapping[str, object]]]  # for a search, the most promising first
 
     def prompt_lengths(self, spec: Spec, prompts: int) -> tuple[int, ...]:
-        """Prompts of each layer [L] when `prompts` are asked for."""
+        """The number of prompts of each layer [L] for a recipe with `prompts` prompts."""
         ...
 
     def shapes(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int) -> Shapes:
-        """Every parameter's name and shape: what a bundle of this method must hold, no more and no less."""
+        """Every parameter's name and shape: exactly what a bundle of this method must hold."""
         ...
 
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
@@ -41,7 +41,8 @@ class Method(Protocol):
         ...
 
     def lower(self, backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
-        """Parameters to a lens. `prompts` may have a leading batch axis (prompt dropout differs from row to row)."""
+        """Lower parameters to a lens. `prompts` may have a leading batch axis (prompt dropout differs from row to
+        row)."""
         ...
 
 
@@ -50,7 +51,7 @@ def head_shapes(spec: Spec, classes: int) -> Shapes:
 
 
 def head_init(spec: Spec, classes: int, generator: torch.Generator) -> Params:
-    """A head that starts undecided: small weights, zero bias.
+    """An undecided head: small weights, zero bias.
 
     The official VPT code draws the weight with std sqrt(2/C) and sets the bias to −4.595. The bias cancels in the
     softmax, and a short fit spends its first steps undoing the large weight.

@@ -1,8 +1,8 @@
 """A head with a hidden layer on the frozen backbone's own feature (the baseline MLP-k of VPT, with one hidden layer).
 
-It shares the trunk pass with every other head on the same picture. The official head normalises batches behind the
-hidden layer; on features that a norm gives already that is left out. A fitted batch norm would be a part of the layer
-that follows, so the engine serves such heads as well.
+It shares the trunk pass with every other head on the same picture. The official head has a batch norm behind the hidden
+layer; on features that are normed already it is left out. A fitted batch norm would be a part of the layer that
+follows, so the engine serves such heads as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Partial-k, VPT's baseline: the last k blocks and the norm behind them move. What enters them is computed once."""
+"""Partial-k, VPT's baseline: the last k blocks and the norm behind them are trained. Their input is computed once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from server.engine.backbone import Backbone
 from server.engine.spec import Spec
 
-from .baseline import BaselineModel, fresh_head, own_copy, pooled
+from .baseline import BaselineModel, fresh_head, pooled, trainable_copy
 
 
 class Partial:
-    """`blocks`: k. A backbone with no more blocks keeps its first frozen."""
+    """`blocks`: k. In a backbone of no more than k blocks the first one stays frozen."""
 
     meaning: ClassVar[str] = "the backbone's last blocks, as many as the name says"
     why: ClassVar[str] = "changes the backbone's last blocks, which all tasks share"
@@ -33,7 +33,7 @@ class Partial:
         self._blocks = blocks
 
     def first_layer(self, spec: Spec) -> int:
-        """1 at least: 0 would mean that nothing is frozen."""
+        """At least 1: 0 would mean that nothing is frozen."""
         return max(1, spec.depth - self._blocks)
 
     def model(self, backbone: Backbone, classes: int, generator: torch.Generator) -> BaselineModel:
@@ -43,9 +43,9 @@ class Partial:
 class _LastBlocks(BaselineModel):
     def __init__(self, backbone: Backbone, first: int, classes: int, generator: torch.Generator) -> None:
         super().__init__()
-        own = own_copy(backbone)
-        self.blocks, self.norm, self.fc_norm = own.blocks[first:], own.norm, own.fc_norm
-        self.attn_pool = own.attn_pool
+        copy = trainable_copy(backbone)
+        self.blocks, self.norm, self.fc_norm = copy.blocks[first:], copy.norm, copy.fc_norm
+        self.attn_pool = copy.attn_pool
         self.head = fresh_head(backbone, classes, generator)
         self._spec = backbone.spec
 

@@ -1,5 +1,5 @@
-"""VPT-deep with bias tuning (VPT+bias: Jia et al., ECCV 2022, appendix): prompts pass the norms and projections of the
-blocks whose biases move, so their keys and values move along."""
+"""VPT-deep with bias tuning (VPT+bias: Jia et al., ECCV 2022, appendix): prompts pass the norms and projections whose
+biases are trained, so their keys and values change along."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Readers of the trunk (ours; the idea of read-only prompts: Lee et al., ICCV 2023, taken to serving).
+"""Readers of the trunk (ours; the idea of read-only prompts: Lee et al., ICCV 2023, applied to serving).
 
-A copy of the class token reads the frozen backbone's keys and values at every layer, and with them the prompts of the
-layer; no image token sees any of it. So the trunk is the plain frozen ViT: many tasks on one picture cost one pass and
-a token each, and fitting needs no gradient through the trunk, whose keys and values are the same in every epoch.
+A copy of the class token reads the frozen backbone's keys and values at every layer, together with the layer's prompts;
+no image token sees any of it. So the trunk is the plain frozen ViT: many tasks on one picture cost one pass and one
+token each, and fitting needs no gradient through the trunk, whose keys and values are the same in every epoch.
 
-Since all that is learned acts on one token, it may be more than prompts at hardly any cost: low-rank changes of its
-queries, which say what it reads, and rows in the MLP that it alone goes through, which say what it makes of that. What
-helped and what did not: docs/results/readonly.md. They are in the layers that have prompts.
+All parameters act on one token, so more than prompts costs hardly anything: low-rank changes of its queries, which
+decide what it reads, and rows in the MLP that it alone passes, which decide what it makes of that. Both exist in the
+layers that have prompts. docs/results/readonly.md reports what helped and what did not.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from server.engine.spec import Spec
 from .method import Params, Shapes, head_init, head_shapes, prompt_init, rows_init
 from .vpt_deep import projected
 
-RANK = 8  # of the change of a layer's queries
-ROWS = 8  # of a layer's memory
+RANK = 8  # of the change of each layer's queries
+ROWS = 8  # of each layer's memory
 
 
 class Readonly:
@@ -53,7 +53,7 @@ class Readonly:
         }
 
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
-        """The class token as it is, but for the prompts."""
+        """The class token unchanged, except for the prompts."""
         rank, rows = (sum(_where_prompts(prompt_lengths, each)) for each in (RANK, ROWS))
         return {
             "prompts": prompt_init(spec, sum(prompt_lengths), generator),
@@ -87,6 +87,6 @@ def _additions(params: Params, prompt_lengths: Sequence[int]) -> tuple[Additions
     query = zip(*(params[f"query.{name}"].split(ranks) for name in ("down", "up")), strict=True)
     memory = zip(*(params[f"memory.{name}"].split(rows) for name in ("keys", "values")), strict=True)
     return tuple(
-        Additions(query=LowRank(*own), beside=LowRank(*beside)) if length else None
-        for length, own, beside in zip(prompt_lengths, query, memory, strict=True)
+        Additions(query=LowRank(*low_rank), beside=LowRank(*beside)) if length else None
+        for length, low_rank, beside in zip(prompt_lengths, query, memory, strict=True)
     )

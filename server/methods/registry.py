@@ -1,4 +1,4 @@
-"""Methods by name, and a stored bundle's way to a lens."""
+"""Methods by name, and a stored bundle's path to a lens."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ METHODS: Final[tuple[Method, ...]] = (
     Readonly(),
 )
 BASELINES: Final[tuple[Baseline, ...]] = (Full(), Partial(1), Partial(2), Partial(4), Side())
-# More of them would leave a search's budget too few trials of each; docs/results/accuracy.md tells what these reach.
+# With more methods a search's budget would allow too few trials of each; docs/results/accuracy.md has their accuracy.
 SEARCHED: Final = ("linear", "vpt_shallow", "vpt_deep")
 
 
-COMPARE: Final = "compare"  # the method of a job that compares others
+COMPARE: Final = "compare"  # the method name of a job that compares methods
 ENTRY_POINT: Final = "lensrack.methods"
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_WORDS: Final = ("auto", COMPARE)  # what a job's method can be besides a method's name
+_WORDS: Final = ("auto", COMPARE)  # values of a job's method that are no method's name
 _METHOD_HAS: Final = ("name", "meaning", "defaults", "candidates", "prompt_lengths", "shapes", "init", "lower")
 
 
 def not_servable(name: str, why: str) -> Unprocessable:
-    """For whoever asks to serve or to publish a baseline."""
+    """The error for serving or publishing a baseline."""
     return Unprocessable(
         f"method {name!r} {why}: it can be fitted and reported (publish 'never', or a comparison), not served",
         code="method_not_servable",
@@ -69,7 +69,8 @@ def not_servable(name: str, why: str) -> Unprocessable:
 
 
 class Registry:
-    """The methods this process knows, and the baselines they are compared with. `register` adds one from outside."""
+    """The methods of this process, and the baselines that they are compared with. `register` adds a method from
+    outside."""
 
     def __init__(self, methods: tuple[Method, ...] = METHODS, baselines: tuple[Baseline, ...] = BASELINES) -> None:
         self._methods = {method.name: method for method in methods}
@@ -77,22 +78,24 @@ class Registry:
 
     @classmethod
     def installed(cls) -> Registry:
-        """With the methods of every installed package that names one under the entry point `lensrack.methods`.
+        """A registry with the methods of every installed package that names one under the entry point
+        `lensrack.methods`.
 
-        Raises ValueError for one that is no method, or takes a name that is taken.
+        Raises ValueError for an object that is no method, or whose name is taken.
         """
         registry = cls()
-        for point in sorted(entry_points(group=ENTRY_POINT), key=lambda one: one.name):
+        for point in sorted(entry_points(group=ENTRY_POINT), key=lambda entry_point: entry_point.name):
             try:
-                found = point.load()
-                method = found() if isinstance(found, type) else found
-            except Exception as error:  # somebody else's code, that may fail in any way
+                loaded = point.load()
+                method = loaded() if isinstance(loaded, type) else loaded
+            except Exception as error:  # third-party code may raise anything
                 raise ValueError(f"the method {point.name!r} ({point.value}) cannot be loaded: {error}") from error
             registry.register(method)
         return registry
 
     def register(self, method: Method) -> None:
-        """Raises ValueError for what is no method, and for a name that is no method's or is taken."""
+        """Add a method. Raises ValueError for an object that is no method, and for a name that is malformed or
+        taken."""
         if missing := [name for name in _METHOD_HAS if not hasattr(method, name)]:
             raise ValueError(f"{method!r} is no method: it has no {', '.join(missing)}")
         if not NAME.fullmatch(method.name):
@@ -102,7 +105,8 @@ class Registry:
         self._methods[method.name] = method
 
     def get(self, name: str) -> Method:
-        """Raises Unprocessable (unknown_method) naming what there is; (method_not_servable) for a baseline."""
+        """Return the method. Raises Unprocessable: unknown_method, listing the known ones; method_not_servable for a
+        baseline."""
         if name in self._baselines:
             raise not_servable(name, self._baselines[name].why)
         if name not in self._methods:
@@ -112,11 +116,11 @@ class Registry:
         return self._methods[name]
 
     def baseline(self, name: str) -> Baseline | None:
-        """None where the name is no baseline's."""
+        """The baseline of that name, or None."""
         return self._baselines.get(name)
 
     def fittable(self, name: str) -> Method | Baseline:
-        """A method or a baseline. Raises Unprocessable (unknown_method) naming what there is."""
+        """A method or a baseline. Raises Unprocessable (unknown_method), listing the methods."""
         return self._baselines.get(name) or self.get(name)
 
     @property
@@ -125,7 +129,7 @@ class Registry:
 
     @property
     def searched(self) -> tuple[Method, ...]:
-        """What a search chooses among where no method is named."""
+        """The methods of a search that names none."""
         return tuple(self._methods[name] for name in SEARCHED if name in self._methods)
 
     @property
@@ -137,7 +141,7 @@ class Registry:
         return dict(self._baselines)
 
     def check(self, bundle: Bundle, spec: Spec) -> None:
-        """Refuse a bundle that this backbone and its own method cannot serve: wrong_backbone, bad_bundle."""
+        """Raise if this backbone or the bundle's method cannot serve the bundle: wrong_backbone, bad_bundle."""
         manifest = bundle.manifest
         if manifest.backbone.fingerprint != spec.fingerprint:
             raise Conflict(
@@ -163,7 +167,7 @@ class Registry:
                 f"the bundle asks for {manifest.preprocess.size} px images, the backbone takes {spec.image_size} px",
                 code="bad_bundle",
             )
-        if (reason := pooling.refusal(spec, manifest.pool)) is not None:
+        if (reason := pooling.unsupported_pool(spec, manifest.pool)) is not None:
             raise BadRequest(f"the bundle's {reason}", code="bad_bundle")
         self._check_shapes(bundle, spec)
 
@@ -179,34 +183,38 @@ class Registry:
                 code="bad_bundle",
             )
         expected = method.shapes(spec, lengths, len(manifest.labels))
-        found = {name: tuple(array.shape) for name, array in bundle.tensors.items()}
-        if found != expected:
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shapes = {name: tuple(array.shape) for name, array in bundle.tensors.items()}
+        if shapes != expected:
+            wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
             raise BadRequest(
                 f"the bundle's parameters do not fit method {manifest.method}: "
-                + "; ".join(f"{name} is {found.get(name)}, expected {expected.get(name)}" for name in wrong[:4]),
+                + "; ".join(f"{name} is {shapes.get(name)}, expected {expected.get(name)}" for name in wrong[:4]),
                 code="bad_bundle",
             )
 
     def lower(self, bundle: Bundle, backbone: Backbone) -> Lens:
-        """A stored bundle to a lens in the backbone's dtype, on its device."""
+        """Lower a stored bundle to a lens in the backbone's dtype, on its device."""
         params: Params = {
             name: torch.tensor(array, device=backbone.device, dtype=backbone.dtype)
             for name, array in bundle.tensors.items()
         }
         method = self._methods[bundle.manifest.method]
         with torch.inference_mode():
-            return pooling.lowered(method, backbone, params, bundle.manifest.prompt_lengths, bundle.manifest.pool)
+            return pooling.lower_with_pool(
+                method, backbone, params, bundle.manifest.prompt_lengths, bundle.manifest.pool
+            )
 
     def load(self, bundle: Bundle, backbone: Backbone) -> Loaded:
-        """Check and lower: what the rack's loader does with what comes from the store."""
+        """Check and lower a bundle from the store, for the rack's loader."""
         self.check(bundle, backbone.spec)
         manifest = bundle.manifest
-        how = manifest.preprocess
+        preprocess = manifest.preprocess
         return Loaded(
             lens=self.lower(bundle, backbone),
             labels=manifest.labels,
-            geometry=Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean),
-            mean=how.mean,
-            std=how.std,
+            geometry=Geometry.of(
+                preprocess.size, preprocess.interpolation, preprocess.crop_pct, preprocess.crop_mode, preprocess.mean
+            ),
+            mean=preprocess.mean,
+            std=preprocess.std,
         )

@@ -1,9 +1,9 @@
 """Side-tuning (Zhang et al., ECCV 2020), VPT's baseline "Side": a small network beside the frozen backbone.
 
 f = σ(α)·backbone + (1 − σ(α))·side, α = 0 at the start, where `side` is the convolutional half of AlexNet (Krizhevsky,
-arXiv:1404.5997) and a projection of its 9,216 features to the backbone's width. The official code begins with
-AlexNet's ImageNet weights; here it begins at random (He et al., ICCV 2015), so that nothing has to be fetched: expect
-less of it than the paper reports.
+arXiv:1404.5997) and a projection of its 9,216 features to the backbone's width. The official code starts with AlexNet's
+ImageNet weights; here it starts at random (He et al., ICCV 2015), so that nothing has to be downloaded: expect less of
+it than the paper reports.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """VPT-deep (Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2): fresh prompts at every layer.
 
-Each layer's prompt outputs are discarded, so the prompts are served as keys and values: exact, and p prompts cost
-p keys instead of p tokens. Lengths may differ from layer to layer, down to 0.
+Each layer's prompt outputs are discarded, so the prompts are served as keys and values: exact, and a prompt adds a key
+and a value, not a token. Lengths may differ from layer to layer, down to 0.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class VptDeep:
 def projected(
     backbone: Backbone, prompts: Tensor, prompt_lengths: tuple[int, ...], shifts: Sequence[Tensor | None] = ()
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Prompts [..., Σp, D] to each layer's keys and values; shifts[l]: as `vit.project` takes them."""
+    """Prompts [..., Σp, D] → each layer's keys and values; shifts[l]: as `vit.project` takes them."""
     layers = prompts.split(list(prompt_lengths), dim=-2)
     moved = shifts or (None,) * len(layers)
-    pairs = [vit.project(*own) for own in zip(backbone.blocks, layers, moved, strict=True)]
+    pairs = [vit.project(*layer) for layer in zip(backbone.blocks, layers, moved, strict=True)]
     return tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)

@@ -1,7 +1,7 @@
 """VPT-shallow (Jia et al., Visual Prompt Tuning, ECCV 2022, section 3.2): prompts enter before the first layer only.
 
-From then on a prompt's state depends on the image, so there is nothing to compute ahead: the prompts are carried
-through all layers as real tokens.
+From then on a prompt's state depends on the image, so nothing can be computed ahead: the prompts are carried through
+all layers as real tokens.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class Session(asyncio.Protocol):
         else:
             for number, times in protocol.read_released(frame.payload):
                 lease = self._lease(number)
-                self._backend.residency.again(lease.seat, times)
+                self._backend.residency.count_shared_hits(lease.seat, times)
                 self._seats.pop(number).release()
 
     def _lease(self, number: Any) -> _SeatLease:

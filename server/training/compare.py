@@ -170,7 +170,7 @@ class _Comparison:
         params = method.init(spec, lengths, len(self.material.labels), seeded(recipe.seed, 0))
         with torch.inference_mode():
             own = {key: value.to(self.backbone.device, self.backbone.dtype) for key, value in params.items()}
-            lens = pooling.lowered(method, self.backbone, own, lengths, recipe.pool)
+            lens = pooling.lower_with_pool(method, self.backbone, own, lengths, recipe.pool)
         how = spec.preprocess
         return Loaded(lens, self.material.labels, spec.geometry, how.mean, how.std)
 

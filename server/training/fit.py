@@ -96,7 +96,7 @@ def fitting(
     with, instead of fresh ones; without `each_epoch` the validation pictures are looked at once, at the end. Raises
     DivergedError, and Unprocessable for a recipe that does not go with the backbone or the method.
     """
-    if (reason := pooling.refusal(backbone.spec, recipe.pool)) is not None:
+    if (reason := pooling.unsupported_pool(backbone.spec, recipe.pool)) is not None:
         raise Unprocessable(reason)
     lengths = start.prompt_lengths if start else prompt_lengths(backbone.spec, method, recipe)
     run = Fit(backbone, method, recipe, lengths, frozen or FrozenFeatures(backbone), watch, keep)
@@ -364,7 +364,7 @@ class Fit:
 
     def lens(self, params: Params) -> Lens:
         cast = {name: value.to(self.backbone.dtype) for name, value in params.items()}
-        return pooling.lowered(self.method, self.backbone, cast, self.prompt_lengths, self.recipe.pool)
+        return pooling.lower_with_pool(self.method, self.backbone, cast, self.prompt_lengths, self.recipe.pool)
 
 
 def prompt_lengths(spec: Spec, method: Method, recipe: Recipe) -> tuple[int, ...]:

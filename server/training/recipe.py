@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
-from server.engine.spec import CHOSEN, Chosen
+from server.engine.spec import TASK_POOLS, TaskPool
 from server.errors import Unprocessable
 
 from .augment import Augment
@@ -83,7 +83,7 @@ class Recipe:
     class_weights: str = "none"
     augment: Augment = "none"
     patience: int = 0
-    pool: Chosen | None = None
+    pool: TaskPool | None = None
     validation: float = 0.15
     seed: int = 0
     condense: Condense | None = None
@@ -138,8 +138,8 @@ def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe
     for name, choices in _CHOICES.items():
         if (value := getattr(recipe, name)) not in choices:
             raise Unprocessable(f"unknown {name} {value!r}: expected {' or '.join(map(repr, choices))}")
-    if recipe.pool not in (None, *CHOSEN):
-        raise Unprocessable(f"unknown pool {recipe.pool!r}: expected {' or '.join(map(repr, CHOSEN))}")
+    if recipe.pool not in (None, *TASK_POOLS):
+        raise Unprocessable(f"unknown pool {recipe.pool!r}: expected {' or '.join(map(repr, TASK_POOLS))}")
     return replace(
         recipe,
         warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),

@@ -33,7 +33,7 @@ class WaitsError(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    """Counts what crosses, and raises WaitsError at a crossing that keeps the host."""
+    """Counts what crosses, and raises WaitsError at a copy that keeps the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Watch(TorchDispatchMode):
             raise WaitsError(f"{source} {'to' if there else 'from'} the device: the host would wait")
 
 
-class Mark:
-    """Where no device is, none is waited for."""
+class FakeEvent:
+    """A stream event of a device that does not exist: there is nothing to wait for."""
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -94,7 +94,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("begin", "embed"):
         monkeypatch.setattr(Engine, name, torch.no_grad()(getattr(Engine, name).__wrapped__))
     monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape), raising=False)
-    monkeypatch.setattr(transfer, "Mark", Mark)
+    monkeypatch.setattr(transfer, "StreamEvent", FakeEvent)
     monkeypatch.setattr(transfer.Block, "of", block)
     with FakeTensorMode():
         yield

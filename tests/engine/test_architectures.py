@@ -16,7 +16,7 @@ from server.__main__ import cli
 from server.engine import reference, vit
 from server.engine.architectures import Architecture, architectures, family, table
 from server.engine.backbone import Backbone
-from server.engine.compatibility import refusal
+from server.engine.compatibility import incompatibility
 from server.engine.lens import Plain
 from server.methods.method import Params
 from server.methods.registry import Registry
@@ -91,7 +91,7 @@ def close(found: Tensor, expected: Tensor, what: str = "plain") -> None:
 def test_what_is_refused_is_named_with_what_was_expected(arch: str, options: dict[str, object], reason: str) -> None:
 
     with torch.device("meta"):
-        found = refusal(timm.create_model(arch, num_classes=0, depth=1, **options))
+        found = incompatibility(timm.create_model(arch, num_classes=0, depth=1, **options))
     assert found is not None
     assert reason in found
 
@@ -129,5 +129,5 @@ def test_the_page_says_what_the_command_prints() -> None:
 
 def test_no_family_is_left_out() -> None:
     """Cheap, and on any version of timm: plain names are served, under whatever name they come."""
-    served = {one.name for one in architectures(("vit_tiny_*", "deit_*")) if one.refusal is None}
+    served = {one.name for one in architectures(("vit_tiny_*", "deit_*")) if one.incompatibility is None}
     assert {"vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"} <= served

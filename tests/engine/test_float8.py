@@ -139,7 +139,7 @@ def test_what_a_device_must_be_capable_of(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], refused: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert (float8.refusal(torch.device("cuda", 0)) is not None) == refused
+    assert (float8.unsupported_device(torch.device("cuda", 0)) is not None) == refused
 
 
 def test_odd_widths_are_refused() -> None:

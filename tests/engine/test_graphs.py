@@ -94,7 +94,7 @@ def test_every_batch_size_is_answered_as_without_graphs(kept: Both, rows: int) -
 def test_any_batch_is(kept: Both, pairs: list[tuple[int, int]]) -> None:
     pictures = [picture(n) for n in range(4)]
     kept.compare([(pictures[shown], kept.seats[task]) for shown, task in pairs])
-    assert kept.graphs.graphs, "none was given up"
+    assert kept.graphs.graphs, "none was disabled"
 
 
 def test_in_float32_only_the_order_of_sums_differs() -> None:
@@ -147,23 +147,23 @@ def test_lenses_come_and_go_without_a_new_recording(backbone: Backbone) -> None:
 def test_prefixes_and_heads_go_by_graph_and_nothing_else(both: Both) -> None:
     for seat, own in zip(both.seats, TASKS, strict=True):
         expected = [0] if own.method in PREFIXED else []
-        assert both.graphs.takes([(picture(0), seat.mean, seat.std)], [(0, seat)]) == expected, own.method
+        assert both.graphs.rows_by_graph([(picture(0), seat.mean, seat.std)], [(0, seat)]) == expected, own.method
 
 
 def test_heads_stay_with_the_readers_that_they_share_the_trunk_with(both: Both) -> None:
     linear, reader, deep = (of(both, method)[0] for method in ("linear", "readonly", "vpt_deep"))
     shown = [(picture(0), linear.mean, linear.std)]
-    assert both.graphs.takes(shown, [(0, linear), (0, deep)]) == [0, 1]
-    assert both.graphs.takes(shown, [(0, linear), (0, reader), (0, deep)]) == [2]
+    assert both.graphs.rows_by_graph(shown, [(0, linear), (0, deep)]) == [0, 1]
+    assert both.graphs.rows_by_graph(shown, [(0, linear), (0, reader), (0, deep)]) == [2]
 
 
 def test_pictures_that_came_normalised_and_prompts_beyond_the_longest_bucket_do_not(
     both: Both, backbone: Backbone
 ) -> None:
     deep = of(both, "vpt_deep")[0]
-    assert both.graphs.takes([(np.zeros((3, 64, 64), np.float32), deep.mean, deep.std)], [(0, deep)]) == []
+    assert both.graphs.rows_by_graph([(np.zeros((3, 64, 64), np.float32), deep.mean, deep.std)], [(0, deep)]) == []
     longer = both.bench.seat(a_task("vpt_deep", (0, 65, 1, 0), 3, 5).lens(backbone))
-    assert both.graphs.takes([(picture(0), deep.mean, deep.std)], [(0, longer), (0, deep)]) == [1]
+    assert both.graphs.rows_by_graph([(picture(0), deep.mean, deep.std)], [(0, longer), (0, deep)]) == [1]
     both.compare([(picture(0), longer), (picture(0), deep)])
 
 

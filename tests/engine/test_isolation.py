@@ -87,9 +87,9 @@ def test_every_composition_of_a_batch_gives_the_literal_answers(backbone: Backbo
                 np.testing.assert_allclose(row, answers[pair], atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 5])
+@pytest.mark.parametrize("most", [1, 3, 5])
 def test_rows_that_go_some_after_the_others_are_answered_literally(
-    backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a CPU, where all rows at once would not stay in its cache; readers go together, whose trunk is one."""
     bench, parts = Bench(backbone), []
@@ -101,7 +101,7 @@ def test_rows_that_go_some_after_the_others_are_answered_literally(
         return features
 
     monkeypatch.setattr(vit, "forward_lanes", counted)
-    monkeypatch.setattr(bench.engine, "_at_once", at_once)
+    monkeypatch.setattr(bench.engine, "_rows_per_pass", most)
     readers = {at for at, own in enumerate(TASKS) if own.method == "readonly"}
     seats, pictures = [bench.seat(own.lens(backbone)) for own in TASKS], [picture(n) for n in range(2)]
     pairs = list(itertools.product(range(2), range(len(TASKS))))
@@ -112,13 +112,13 @@ def test_rows_that_go_some_after_the_others_are_answered_literally(
             batch, bench.engine.run([(pictures[i], seats[t]) for i, t in batch]), strict=True
         ):
             np.testing.assert_allclose(row, truth(backbone, TASKS[task], pictures[shown]), atol=EXACT, rtol=0)
-    assert max(parts) <= at_once, "without readers"
+    assert max(parts) <= most, "without readers"
     assert len(parts) > 5
 
 
 def test_a_cpu_takes_as_many_rows_at_once_as_its_cache_holds(backbone: Backbone) -> None:
     row = backbone.spec.tokens * backbone.spec.hidden * 8
-    assert Bench(backbone).engine._at_once == torch.get_num_threads() * max(4, int(2.5 * 2**20 // row))
+    assert Bench(backbone).engine._rows_per_pass == torch.get_num_threads() * max(4, int(2.5 * 2**20 // row))
 
 
 def test_pictures_that_came_normalised_are_answered_literally_beside_others(backbone: Backbone) -> None:

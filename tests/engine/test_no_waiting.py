@@ -19,7 +19,7 @@ from server.engine.block import FrozenBlock
 from server.engine.lens import Lens
 from server.engine.transfer import Block, PinnedTransfer
 from server.methods.registry import METHODS
-from tests.engine.fake_cuda import Mark, WaitsError, Watch, fake_cuda, on_fake_cuda
+from tests.engine.fake_cuda import FakeEvent, WaitsError, Watch, fake_cuda, on_fake_cuda
 from tests.engine.golden_cases import Bench, golden_backbone
 from tests.engine.test_isolation import TASKS, picture
 
@@ -77,7 +77,7 @@ def test_a_second_batch_can_be_begun_while_the_first_computes(there: There) -> N
     first, second = there.engine.begin(there.work), there.engine.begin(there.work[:3])
     assert len(second()) == 3
     assert len(first()) == len(there.work)
-    one, other = there.engine._crossings._free
+    one, other = there.engine._transfers._free
     assert one._blocks[0] is not other._blocks[0]
 
 
@@ -110,12 +110,12 @@ def test_whatever_would_wait_is_noticed(there: There, monkeypatch: pytest.Monkey
 
 def test_pinned_memory_is_taken_once(there: There) -> None:
     there.engine.begin(there.work)()
-    [crossing] = there.engine._crossings._free
-    blocks = list(crossing._blocks)
+    [pinned_transfer] = there.engine._transfers._free
+    blocks = list(pinned_transfer._blocks)
     for size in (1, 2, len(there.work)):
         there.engine.begin(there.work[:size])()
-        assert there.engine._crossings._free == [crossing]
-        assert crossing._blocks == blocks
+        assert there.engine._transfers._free == [pinned_transfer]
+        assert pinned_transfer._blocks == blocks
 
 
 # --- pinned blocks themselves, with numbers ---------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PinnedTransfer]:
         tensor = torch.empty(size, dtype=torch.uint8)
         return Block(tensor.numpy(), tensor)
 
-    monkeypatch.setattr(transfer, "Mark", Mark)
+    monkeypatch.setattr(transfer, "StreamEvent", FakeEvent)
     monkeypatch.setattr(Block, "of", block)
     monkeypatch.setattr(transfer, "SMALLEST", 1000)
     return lambda: free.pop() if free else PinnedTransfer(torch.device("cpu"), free.append)
@@ -149,7 +149,7 @@ def test_what_is_sent_arrives(pinned: Callable[[], PinnedTransfer], batches: lis
     for batch in batches:
         way = pinned()
         sent = [way.send(array) for array in batch]  # on this device views of the block: they show what overlaps
-        wait = way.arrive(torch.arange(7).to(torch.bfloat16))
+        wait = way.start_fetch(torch.arange(7).to(torch.bfloat16))
         for array, tensor in zip(batch, sent, strict=True):
             np.testing.assert_array_equal(tensor.numpy(), array)
         assert wait().tolist() == list(range(7))
@@ -168,4 +168,4 @@ def test_the_blocks_of_a_large_batch_become_one(pinned: Callable[[], PinnedTrans
         for _ in range(3):
             way.send(np.zeros(900, np.uint8))
         assert len(way._blocks) == expected
-        way.arrive(torch.zeros(1))()
+        way.start_fetch(torch.zeros(1))()

@@ -15,11 +15,11 @@ from server.engine import attention_maps, reference, vit
 from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 from server.engine.lens import Lens, Plain, condition
-from server.engine.spec import CHOSEN, Pool
+from server.engine.spec import TASK_POOLS, Pool
 from server.errors import ServiceError
 from server.methods.method import Params
 from server.methods.partial import Partial
-from server.methods.pooling import lowered
+from server.methods.pooling import lower_with_pool
 from server.methods.registry import Registry
 from server.training import frozen
 from tests.engine.golden_cases import Bench, golden_backbone
@@ -49,7 +49,7 @@ def a_backbone(kind: str) -> Backbone:
 
 
 def pools_of(backbone: Backbone) -> list[Pool | None]:
-    return [None, *(pool for pool in CHOSEN if pool != "cls" or backbone.spec.class_tokens)]
+    return [None, *(pool for pool in TASK_POOLS if pool != "cls" or backbone.spec.class_tokens)]
 
 
 def drawn(backbone: Backbone, method: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Params, tuple[int, ...]]:
@@ -63,7 +63,7 @@ def drawn(backbone: Backbone, method: str, lengths: tuple[int, ...] = LENGTHS) -
 
 def a_lens(backbone: Backbone, method: str, pool: Pool | None, lengths: tuple[int, ...] = LENGTHS) -> Lens:
     params, own = drawn(backbone, method, lengths)
-    return lowered(Registry().get(method), backbone, params, own, pool)
+    return lower_with_pool(Registry().get(method), backbone, params, own, pool)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -101,7 +101,7 @@ def test_prompts_that_are_pooled_may_be_ragged(kind: str) -> None:
 def test_the_gradients_are_the_literal_ones(kind: str, method: str) -> None:
     backbone, pixels, (params, lengths) = a_backbone(kind), images(2).double(), drawn(a_backbone(kind), method)
     found, expected = ({k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2))
-    lens = lowered(Registry().get(method), backbone, found, lengths, "image_and_prompts")
+    lens = lower_with_pool(Registry().get(method), backbone, found, lengths, "image_and_prompts")
     logits = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 2)), lens)
     (logits**2).sum().backward()
     (reference.logits(method, backbone, pixels, expected, lengths, pool="image_and_prompts") ** 2).sum().backward()
@@ -121,7 +121,7 @@ def test_it_is_what_the_official_code_makes_of_mae() -> None:
             x = torch.cat((x[:, :1], prompts.expand(3, -1, -1), x[:, 1 + 4 * (index > 0) :]), dim=1)
             x = block(x)
         truth = model.fc_norm(x[:, 1:].mean(1)) @ params["head.weight"].T + params["head.bias"]
-        lens = lowered(Registry().get("vpt_deep"), backbone, params, lengths, "image_and_prompts")
+        lens = lower_with_pool(Registry().get("vpt_deep"), backbone, params, lengths, "image_and_prompts")
         found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
         own = vit.classify(
             vit.forward(backbone, vit.embed(backbone, pixels), condition(replace(lens, pool="image"), 3)), lens
@@ -137,7 +137,7 @@ def test_prompt_dropout_reaches_the_prompts_that_are_pooled() -> None:
     keep = torch.rand(3, *params["prompts"].shape, generator=torch.Generator().manual_seed(1)) > 0.3
     rows = {**params, "prompts": params["prompts"] * keep}
     with torch.inference_mode():
-        lens = lowered(Registry().get("vpt_deep"), backbone, rows, lengths, "image_and_prompts")
+        lens = lower_with_pool(Registry().get("vpt_deep"), backbone, rows, lengths, "image_and_prompts")
         found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
         for row in range(3):
             alone = {**params, "prompts": rows["prompts"][row]}
@@ -184,7 +184,7 @@ def test_seats_of_different_lanes_cannot_be_gathered_together() -> None:
         bench.rack.gather([seat.place for seat in seats])
 
 
-@pytest.mark.parametrize("pool", CHOSEN)
+@pytest.mark.parametrize("pool", TASK_POOLS)
 @pytest.mark.parametrize("method", ["linear", "vpt_deep", "vpt_shallow", "prompt_bias"])
 def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool: Pool) -> None:
     backbone = a_backbone("registers")

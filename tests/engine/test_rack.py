@@ -58,8 +58,9 @@ def test_a_gathered_prefix_is_what_was_written_padded_and_masked() -> None:
 def test_heads_of_ragged_class_counts() -> None:
     rack = Rack(dim=DIM, slots=4, vectors=200)
     places = [seated(rack, lens(classes=classes, fill=fill)) for classes, fill in ((2, 1.0), (5, 2.0))]
-    logits = rack.heads(torch.ones(2, DIM), places)
-    assert [row.tolist() for row in logits] == [[DIM + 1.0] * 2, [2 * DIM + 2.0] * 5]
+    logits = rack.logits(torch.ones(2, DIM), places)
+    rows = [row[: rack.classes(place)].tolist() for row, place in zip(logits, places, strict=True)]
+    assert rows == [[DIM + 1.0] * 2, [2 * DIM + 2.0] * 5]
 
 
 def test_a_full_rack_says_what_is_missing_and_takes_nothing() -> None:
@@ -82,7 +83,7 @@ def test_a_seat_that_outlived_its_lens_is_noticed() -> None:
     assert new.slot == old.slot
     assert new.generation > old.generation
     with pytest.raises(StaleSeatError, match="generation"):
-        rack.heads(torch.ones(1, DIM), [old])
+        rack.logits(torch.ones(1, DIM), [old])
     with pytest.raises(StaleSeatError):
         rack.free(old)
 
@@ -167,7 +168,7 @@ class RackMachine(RuleBasedStateMachine):
                 expected = own.additions[1]
                 for part in ("down", "up", "bias"):
                     assert torch.equal(getattr(added.behind, part)[0], getattr(expected.behind, part))
-            (logits,) = self.rack.heads(torch.ones(1, DIM), [place])
+            (logits,) = self.rack.logits(torch.ones(1, DIM), [place])
             assert logits.tolist() == [fill * DIM + fill] * own.classes
 
 

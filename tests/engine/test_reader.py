@@ -147,8 +147,8 @@ def test_rows_of_other_methods_cost_what_they_did(backbone: Backbone, monkeypatc
     bench.engine.run([(picture(0), seat) for seat in (deep, head)])
     bench.engine.run([(picture(0), seat) for seat in (deep, head, reading)])
     without, with_ = lanes
-    assert [lane.passing for lane in without] == [None]
-    assert [(lane.passing is not None, lane.reads is not None) for lane in with_] == [
+    assert [lane.live_trunk for lane in without] == [None]
+    assert [(lane.live_trunk is not None, lane.reads is not None) for lane in with_] == [
         (True, False),
         (False, False),
         (False, True),

@@ -70,8 +70,8 @@ async def test_a_seat_that_is_given_to_others_counts_as_if_they_had_asked(shelf:
         rack = Rack(dim=DIM, slots=3, vectors=12)
         residency = Residency(rack, shelf.load, pool, on_hit=lambda task, times: told.append((task, times)))
         seats = [await residency.acquire(name, "1") for name in "abc"]
-        residency.again(seats[0], 5)
-        residency.again(seats[1], 0)
+        residency.count_shared_hits(seats[0], 5)
+        residency.count_shared_hits(seats[1], 0)
         for seat in seats:
             residency.release(seat)
         await residency.load("d", "1")
@@ -80,7 +80,7 @@ async def test_a_seat_that_is_given_to_others_counts_as_if_they_had_asked(shelf:
         gone = await residency.acquire("c", "1")
         leaving = asyncio.create_task(residency.unload("c", "1"))
         await asyncio.sleep(0)
-        residency.again(gone, 2)
+        residency.count_shared_hits(gone, 2)
         residency.release(gone)
         assert await leaving
         assert residency.counts.hits == 8

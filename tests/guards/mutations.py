@@ -20,8 +20,8 @@ MUTATIONS = (
     Mutation(
         "A row is answered with its own task's lens, whoever shares its batch",
         "server/engine/engine.py",
-        "own = features[crossing.send(np.array(trunk.index))]",
-        "own = features[crossing.send(np.array(sorted(trunk.index)[::-1]))]",
+        "per_row = features[transfer.send(np.array(trunk.index))]",
+        "per_row = features[transfer.send(np.array(sorted(trunk.index)[::-1]))]",
         "tests/engine/test_isolation.py::test_every_composition_of_a_batch_gives_the_literal_answers",
     ),
     Mutation(
@@ -200,7 +200,7 @@ MUTATIONS = (
     Mutation(
         "An unload whose client leaves frees the memory as well",
         "server/engine/residency.py",
-        "        entry.gone = True  # before anything is awaited: whoever asked for it may leave meanwhile\n"
+        "        entry.gone = True  # before anything is awaited: the caller may be cancelled meanwhile\n"
         "        self.revision += 1\n        await asyncio.wait([entry.ready])\n",
         "        self.revision += 1\n        await asyncio.wait([entry.ready])\n        entry.gone = True\n",
         "tests/engine/test_residency.py::test_an_unload_that_its_client_left_frees_the_memory_as_well",

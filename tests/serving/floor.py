@@ -121,7 +121,7 @@ class Shelf:
         slot = len(self.loads)
         return Seat(slot, 1, bundle.manifest.task, bundle.version, bundle.manifest.labels, geometry)
 
-    def again(self, seat: Seat, times: int) -> None:
+    def count_shared_hits(self, seat: Seat, times: int) -> None:
         self.shared[seat.version] += times
 
     def release(self, seat: Seat) -> None:

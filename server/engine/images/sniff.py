@@ -1,11 +1,11 @@
-"""What an image file is and where its parts lie, read by hand before a decoder sees a byte of it.
+"""The format of an image file and the position of its parts, parsed by hand before a decoder sees a byte of it.
 
     bytes ── sniff ──> its format            UnsupportedMedia unsupported_image: not one of FORMATS
           ── strip ──> its pixels' segments  BadRequest bad_image: truncated or damaged, TooLarge image_too_large
 
-`strip` drops everything that does not decide a pixel: EXIF (after reading the orientation from it), ICC profiles, text,
-thumbnails, animation, whatever is appended. Hostile metadata so never reaches a decoder, which also keeps Pillow from
-issuing warnings about it: warnings cannot be silenced for one thread alone.
+`strip` drops everything that does not affect pixels: EXIF (after reading the orientation from it), ICC profiles, text,
+thumbnails, animation, appended data. So hostile metadata never reaches a decoder, which also keeps Pillow from issuing
+warnings about it: warnings cannot be silenced for one thread alone.
 
 Sources: ITU-T T.81 annex B (JPEG), W3C PNG third edition, RFC 9649 (WebP), Exif 2.32 section 4.6 (orientation).
 """
@@ -22,8 +22,8 @@ from server.errors import BadRequest, TooLarge, UnsupportedMedia
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 32_768
-MAX_SEGMENTS = 65_536  # a 32 MB PNG in the usual 8 KB chunks has 4,096; a million of them would only cost time
-MAX_SCANS = 64  # progressive encoders write about ten; every scan visits every block of the picture again
+MAX_SEGMENTS = 65_536  # a 32 MB PNG in the usual 8 KB chunks has 4,096
+MAX_SCANS = 64  # progressive encoders write about ten; each scan visits every block of the picture
 
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -39,19 +39,20 @@ class Stripped:
     orientation: int = 1
 
 
-def truncated(what: str) -> BadRequest:
-    return BadRequest(f"the {what} image is truncated: its data ends too early", code="bad_image")
+def truncated(image_format: str) -> BadRequest:
+    return BadRequest(f"the {image_format} image is truncated: its data ends too early", code="bad_image")
 
 
-def damaged(what: str, why: str) -> BadRequest:
-    return BadRequest(f"the {what} image is damaged: {why}", code="bad_image")
+def damaged(image_format: str, why: str) -> BadRequest:
+    return BadRequest(f"the {image_format} image is damaged: {why}", code="bad_image")
 
 
 # --- which format -----------------------------------------------------------------------------------------------------
 
 
 def sniff(data: bytes) -> str:
-    """One of FORMATS. Errors: bad_image for nothing or a mere beginning, unsupported_image for anything else."""
+    """One of FORMATS. Errors: bad_image for an empty file or an incomplete header, unsupported_image for anything
+    else."""
     if not data:
         raise BadRequest("the image has 0 bytes", code="bad_image")
     if data.startswith(_JPEG):
@@ -116,7 +117,7 @@ def _looks_like(data: bytes) -> str:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Refuse what would not fit: raised from the header alone, before any pixel is decoded."""
+    """Raise for a size that is not accepted; from the header alone, before any pixel is decoded."""
     if width < 1 or height < 1:
         raise BadRequest(f"the image is {width}×{height} pixels: both sides must be at least 1", code="bad_image")
     if width > MAX_SIDE or height > MAX_SIDE:
@@ -138,13 +139,13 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 # --- stripping --------------------------------------------------------------------------------------------------------
 
 
-def strip(data: bytes, what: str, *, max_pixels: int) -> Stripped:
-    """`data` of format `what` without its metadata, its declared size checked where the header can be read here."""
-    if what == "JPEG":
+def strip(data: bytes, image_format: str, *, max_pixels: int) -> Stripped:
+    """Return the file without its metadata, after checking its declared size if the header can be read here."""
+    if image_format == "JPEG":
         return _strip_jpeg(data, max_pixels)
-    if what == "PNG":
+    if image_format == "PNG":
         return _strip_png(data, max_pixels)
-    if what == "WEBP":
+    if image_format == "WEBP":
         return _strip_webp(data, max_pixels)
     if len(data) < 14 + int.from_bytes(data[14:18], "little"):
         raise truncated("BMP")
@@ -153,7 +154,9 @@ def strip(data: bytes, what: str, *, max_pixels: int) -> Stripped:
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, without DHT, JPG and DAC
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
-_DROPPED = (frozenset(range(0xE0, 0xF0)) - {0xE0, 0xEE}) | {0xFE}  # APPn and comments, but JFIF and Adobe name colours
+_DROPPED = (frozenset(range(0xE0, 0xF0)) - {0xE0, 0xEE}) | {
+    0xFE
+}  # APPn and comments, except JFIF and Adobe, which define colours
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # not a stuffed zero, TEM, RSTn or fill byte
 
 
@@ -177,7 +180,8 @@ def _strip_jpeg(data: bytes, max_pixels: int) -> Stripped:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Marker, payload and whole segment, up to the end of the picture; a scan's segment includes its coded data."""
+    """Yield marker, payload and whole segment, up to the end of the picture; a scan's segment includes its coded
+    data."""
     at = 2
     for _ in range(MAX_SEGMENTS):
         start = _next_marker(data, at)
@@ -193,10 +197,10 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def _next_marker(data: bytes, at: int) -> int:
-    found = _NEXT_MARKER.search(data, at)
-    if found is None:
+    match = _NEXT_MARKER.search(data, at)
+    if match is None:
         raise truncated("JPEG")
-    return found.start()
+    return match.start()
 
 
 def _jpeg_payload(data: bytes, start: int) -> bytes:
@@ -240,7 +244,7 @@ def _strip_png(data: bytes, max_pixels: int) -> Stripped:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and whole chunk, from IHDR to IEND."""
+    """Yield kind and whole chunk, from IHDR to IEND."""
     at = len(_PNG)
     for _ in range(MAX_SEGMENTS):
         kind, chunk = _png_chunk(data, at)
@@ -254,7 +258,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _png_chunk(data: bytes, at: int) -> tuple[bytes, bytes]:
-    """The kind of the chunk at `at`, and all of it: length, kind, payload, checksum."""
+    """Kind and bytes of the chunk at `at`: length, kind, payload, checksum."""
     end = at + 12 + int.from_bytes(data[at : at + 4], "big")
     kind = data[at + 4 : at + 8]
     if len(kind) == 4 and not kind.isalpha():
@@ -277,7 +281,8 @@ def _check_sum(kind: bytes, chunk: bytes) -> None:
 
 
 def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
-    """Metadata stays, for libwebp only carries it about; the canvas is allocated on opening, so it is checked here."""
+    """Metadata stays, because libwebp does not interpret it; the canvas is allocated on opening, so its size is checked
+    here."""
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data) or len(data) < 30:
         raise truncated("WEBP")
@@ -313,7 +318,7 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 
 def orientation(exif: bytes) -> int:
-    """EXIF's orientation, 1 to 8; 1 (upright) where there is none or the block cannot be read."""
+    """EXIF's orientation, 1 to 8; 1 (upright) if there is none or the block cannot be read."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
@@ -325,6 +330,6 @@ def orientation(exif: bytes) -> int:
             tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
             if tag == _ORIENTATION:
                 return value if kind == _SHORT and 1 <= value <= 8 else 1
-    except struct.error:  # the block ends before what it promises: broken EXIF is ignored
+    except struct.error:  # the block is shorter than it declares: broken EXIF is ignored
         return 1
     return 1

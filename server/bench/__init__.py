@@ -1,1 +1,1 @@
-"""`python -m server bench NAME`: a file for each benchmark; they report, and assert nothing."""
+"""`python -m server bench NAME`: one file per benchmark; benchmarks report and assert nothing."""

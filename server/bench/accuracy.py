@@ -1,9 +1,9 @@
-"""`python -m server bench accuracy`: what each method, and a search among them, reaches on folders of pictures.
+"""`python -m server bench accuracy`: the accuracy of each method, and of a search among them, on folders of pictures.
 
 A data folder holds train/ and test/ with a folder for each class. Every cell is the mean over the seeds; a seed draws
-the validation pictures (a share of train/), the initial parameters and every order. The test pictures are looked at
-once, after a fit; nothing is chosen by them. `auto` searches once, with the first seed, and its full fit is repeated
-for each. Finished cells are kept in the output, so that a run that was interrupted goes on.
+the validation pictures (a share of train/), the initial parameters and every order. The test pictures are used once,
+after a fit; nothing is chosen by them. `auto` searches once, with the first seed, and its full fit is repeated for each
+seed. Finished cells are kept in the output, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Bench:
                 recipe = resolve(method.defaults, {"seed": seed})
                 self._cell(name, seed, lambda splits, name=name, recipe=recipe: self._fit(name, recipe, splits))  # type: ignore[misc]
             first = self._cells.get(f"{AUTO} {self._seeds[0]}")
-            self._cell(AUTO, seed, self._search if first is None else self._again(first, seed))
+            self._cell(AUTO, seed, self._search if first is None else self._refit(first, seed))
 
     def _cell(self, name: str, seed: int, fit: Callable[[Splits], Fitted]) -> None:
         key = f"{name} {seed}"
@@ -70,21 +70,21 @@ class _Bench:
             return
         train, val = hold_out(self._train, Recipe().validation, seed)
         started, cpu = time.perf_counter(), time.process_time()
-        found = fit(Splits(train, val, self._test))
-        own = found.metrics
+        fitted = fit(Splits(train, val, self._test))
+        metrics = fitted.metrics
         self._cells[key] = {
-            "fitted": found.method.name,
-            "recipe": found.recipe.to_json(),
-            "test_accuracy": own["test_accuracy"],
-            "test_macro_accuracy": own["test"]["macro_accuracy"],
-            "test_ece": own["test"]["ece"],
-            "val_accuracy": own["val_accuracy"],
-            "forward_passes": own["forward_passes"],
-            "search": own.get("search"),
+            "fitted": fitted.method.name,
+            "recipe": fitted.recipe.to_json(),
+            "test_accuracy": metrics["test_accuracy"],
+            "test_macro_accuracy": metrics["test"]["macro_accuracy"],
+            "test_ece": metrics["test"]["ece"],
+            "val_accuracy": metrics["val_accuracy"],
+            "forward_passes": metrics["forward_passes"],
+            "search": metrics.get("search"),
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
         }
-        print(f"{self._folder.name}: {key}: test accuracy {own['test_accuracy']:.3f}", flush=True)
+        print(f"{self._folder.name}: {key}: test accuracy {metrics['test_accuracy']:.3f}", flush=True)
         self._write()
 
     def _fit(self, name: str, recipe: Recipe, splits: Splits) -> Fitted:
@@ -97,13 +97,13 @@ class _Bench:
         search = searching(self._backbone, methods, splits, len(self._labels), seed, budget=self._budget)
         return alone(self._backbone, search)
 
-    def _again(self, first: Cell, seed: int) -> Callable[[Splits], Fitted]:
-        """What the search found, fitted with another seed."""
+    def _refit(self, first: Cell, seed: int) -> Callable[[Splits], Fitted]:
+        """The search's result, fitted with another seed."""
         recipe = Recipe(**{**first["recipe"], "seed": seed})
         return lambda splits: self._fit(first["fitted"], recipe, splits)
 
     def _write(self) -> None:
-        told = {
+        results = {
             "data": self._folder.name,
             "classes": len(self._labels),
             "train": len(self._train),
@@ -117,7 +117,7 @@ class _Bench:
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(told, indent=1))
+        temporary.write_text(json.dumps(results, indent=1))
         temporary.replace(self._file)
 
 
@@ -132,13 +132,13 @@ def read(folder: Path, backbone: Backbone) -> tuple[LabelledImages, list[str]]:
     return read_pictures(sources, backbone.spec.geometry, max_pixels=MAX_PIXELS), labels
 
 
-def table(found: Iterable[dict[str, Any]]) -> str:
+def table(reports: Iterable[dict[str, Any]]) -> str:
     """Markdown, one row for each data folder and method."""
     rows = [
         "| data (classes, train / test) | method | test accuracy | forward passes | CPU s |",
         "|---|---|---|---|---|",
     ]
-    for data in found:
+    for data in reports:
         title = f"{data['data']} ({data['classes']}, {data['train']} / {data['test']})"
         for name in (*METHODS, AUTO):
             cells = [cell for seed in data["seeds"] if (cell := data["cells"].get(f"{name} {seed}"))]
@@ -157,8 +157,8 @@ def _row(title: str, name: str, cells: Sequence[Cell]) -> str:
     cpu = f"{statistics.mean(cell['cpu_seconds'] for cell in plain):,.0f}"
     if search:
         recipe = cells[0]["recipe"]
-        wanted = f"{recipe['optimizer']}, lr {recipe['lr']:g}, p {recipe['prompts']}, {recipe['epochs']} epochs"
-        name = f"auto → {cells[0]['fitted']} ({wanted})"
+        summary = f"{recipe['optimizer']}, lr {recipe['lr']:g}, p {recipe['prompts']}, {recipe['epochs']} epochs"
+        name = f"auto → {cells[0]['fitted']} ({summary})"
         passes = f"{search['forward_passes']:,} + {passes}"
         cpu = f"{cells[0]['cpu_seconds'] - float(cpu.replace(',', '')):,.0f} + {cpu}"
     return f"| {title} | {name} | {statistics.mean(accuracies):.1f}{spread} | {passes} | {cpu} |"

@@ -1,10 +1,10 @@
-"""`python -m server bench backbone`: how well backbones see, beside each other.
+"""`python -m server bench backbone`: the quality of backbones, compared.
 
-Each answers every data set twice: with a head on its frozen feature (`linear`, its recipe searched) and with prompts at
-every layer (`vpt_deep`, one default recipe for all). Test accuracy, mean over the seeds; a seed draws the validation
-pictures and the initial parameters. The first `--backbone` is the floor and the last the ceiling: for those between
-them the table says what share of the way from floor to ceiling they reach. Finished cells are kept in --out, so that a
-run goes on where it ended.
+Each backbone answers every data set twice: with a head on its frozen feature (`linear`, its recipe searched) and with
+prompts at every layer (`vpt_deep`, one default recipe for all). Figures are test accuracies, averaged over the seeds; a
+seed draws the validation pictures and the initial parameters. The first `--backbone` is the floor and the last the
+ceiling: for those between them the table gives the share of the distance from floor to ceiling that they reach.
+Finished cells are kept in --out, so that an interrupted run continues.
 
 A data set is a folder with train/ and test/ of class folders, or an npz file like MedMNIST's.
 """
@@ -74,33 +74,33 @@ def _measure(name: str, backbone: Backbone, options: argparse.Namespace) -> None
                 splits = splits or _splits(path, backbone, options.most)
                 started = time.process_time()
                 train, val = hold_out(splits[0], Recipe().validation, seed)
-                asked = {"seed": seed} if method == "linear" else {"seed": seed, "epochs": options.epochs}
-                found = _fit(backbone, method, Splits(train, val, splits[1]), splits[2], asked)
+                fields = {"seed": seed} if method == "linear" else {"seed": seed, "epochs": options.epochs}
+                fitted = _fit(backbone, method, Splits(train, val, splits[1]), splits[2], fields)
                 cell = {
                     "fingerprint": backbone.spec.fingerprint,
                     "dtype": str(backbone.dtype).removeprefix("torch."),
                     "train": len(splits[0]),
                     "test": len(splits[1]),
                     "classes": splits[2],
-                    "recipe": found.recipe.to_json(),
-                    "test_accuracy": found.metrics["test_accuracy"],
+                    "recipe": fitted.recipe.to_json(),
+                    "test_accuracy": fitted.metrics["test_accuracy"],
                     "cpu_seconds": round(time.process_time() - started, 1),
                 }
                 file.write_text(json.dumps(cell, indent=1))
                 print(f"{file.stem}: {cell['test_accuracy']:.3f}, {cell['cpu_seconds']} s", flush=True)
 
 
-def _fit(backbone: Backbone, name: str, splits: Splits, classes: int, asked: dict[str, Any]) -> Fitted:
-    """A head's recipe is searched, which costs nothing but the features; prompts get their default one."""
+def _fit(backbone: Backbone, name: str, splits: Splits, classes: int, fields: dict[str, Any]) -> Fitted:
+    """A head's recipe is searched, which costs only the features; prompts use their default recipe."""
     method = Registry().get(name)
     if name == "linear":
-        return alone(backbone, searching(backbone, [method], splits, classes, asked))
-    recipe = resolve(method.defaults, asked)
+        return alone(backbone, searching(backbone, [method], splits, classes, fields))
+    recipe = resolve(method.defaults, fields)
     return alone(backbone, fitting(backbone, method, splits, classes, recipe))
 
 
 def _splits(path: Path, backbone: Backbone, most: int) -> tuple[LabelledImages, LabelledImages, int]:
-    """Train, test and the number of classes; of train at most about `most`, of each class its share."""
+    """Train, test and the number of classes; about `most` training pictures, with each class's share."""
     if path.is_dir():
         (train, labels), (test, _) = (read(path / part, backbone) for part in ("train", "test"))
         classes = len(labels)
@@ -129,19 +129,21 @@ def table(out: Path, backbones: Sequence[str], data: Sequence[str], seeds: Itera
     means: dict[str, list[float]] = {backbone: [] for backbone in backbones}
     for name in data:
         for method in METHODS:
-            found = {backbone: _accuracies(out, backbone, name, method, seeds) for backbone in backbones}
-            rows.append(f"| {name} | `{method}` | " + " | ".join(map(_told, found.values())) + " |")
-            for backbone, own in found.items():
-                if own:
-                    means[backbone].append(statistics.mean(own))
+            accuracies = {backbone: _accuracies(out, backbone, name, method, seeds) for backbone in backbones}
+            rows.append(f"| {name} | `{method}` | " + " | ".join(map(_cell, accuracies.values())) + " |")
+            for backbone, values in accuracies.items():
+                if values:
+                    means[backbone].append(statistics.mean(values))
     whole = len(data) * len(METHODS)
-    mean = {backbone: statistics.mean(own) if len(own) == whole else None for backbone, own in means.items()}
+    mean = {backbone: statistics.mean(values) if len(values) == whole else None for backbone, values in means.items()}
     rows.append(
-        "| **mean** | | " + " | ".join("–" if own is None else f"**{own:.1f}**" for own in mean.values()) + " |"
+        "| **mean** | | "
+        + " | ".join("–" if values is None else f"**{values:.1f}**" for values in mean.values())
+        + " |"
     )
     floor, ceiling = mean[backbones[0]], mean[backbones[-1]]
     if floor is not None and ceiling is not None and floor != ceiling:
-        shares = ["–" if own is None else f"{(own - floor) / (ceiling - floor):.0%}" for own in mean.values()]
+        shares = ["–" if values is None else f"{(values - floor) / (ceiling - floor):.0%}" for values in mean.values()]
         rows.append(f"| share of the way from {backbones[0]} to {backbones[-1]} | | " + " | ".join(shares) + " |")
     return "\n".join(rows)
 
@@ -151,7 +153,7 @@ def _accuracies(out: Path, backbone: str, data: str, method: str, seeds: Iterabl
     return [100 * json.loads(file.read_text())["test_accuracy"] for file in files if file.exists()]
 
 
-def _told(accuracies: Sequence[float]) -> str:
+def _cell(accuracies: Sequence[float]) -> str:
     if not accuracies:
         return "–"
     spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
@@ -168,8 +170,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="`random`, `bundled`, or a timm architecture=FILE; repeatable",
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
-    parser.add_argument("--epochs", type=int, default=10, help="of vpt_deep")
-    parser.add_argument("--most", type=int, default=1_000, help="training pictures of a data set")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of vpt_deep fits")
+    parser.add_argument("--most", type=int, default=1_000, help="most training pictures of a data set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/backbone"), help="folder of the results")

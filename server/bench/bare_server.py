@@ -1,7 +1,8 @@
-"""The floor under every server in Python: uvicorn as ours runs it, and an application that reads a body and answers.
+"""The lower bound for every server in Python: uvicorn configured as ours, and an application that reads a body and
+answers.
 
-No routes, no checks, no queue, no thread: what a request costs here, no application on uvicorn can save. Run by
-`bench overhead`: `python -m server.bench.bare_server PORT`.
+No routes, no checks, no queue, no thread: no application on uvicorn can cost less per request. Run by `bench overhead`:
+`python -m server.bench.bare_server PORT`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`python -m server bench compare`: what methods and baselines reach and cost on folders of pictures, as a table and a
+"""`python -m server bench compare`: accuracy and cost of methods and baselines on folders of pictures, as a table and a
 picture.
 
-A data folder holds train/ and test/ with a folder for each class. Every fit is one with the method's default recipe but
-for what is given here; a seed draws the validation pictures (a share of train/), the initial parameters and every
-order. The test pictures are looked at once, after a fit; nothing is chosen by them. Finished fits are kept in the
-output, so that a run that was interrupted goes on.
+A data folder holds train/ and test/ with a folder for each class. Every fit uses the method's default recipe, except
+for the options given here; a seed draws the validation pictures (a share of train/), the initial parameters and every
+order. The test pictures are used once, after a fit; nothing is chosen by them. Finished fits are kept in the output, so
+that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backbone = engine_backbone.load(options.backbone, weights=options.weights, dtype=options.dtype)
         for folder in options.data:
             compare(backbone, folder, options)
-    found = [Comparison.model_validate_json(file.read_text()) for file in sorted(options.out.glob("*.json"))]
-    print("\n\n".join(f"{one.title}\n\n{markdown(one)}" for one in found))
+    comparisons = [Comparison.model_validate_json(file.read_text()) for file in sorted(options.out.glob("*.json"))]
+    print("\n\n".join(f"{comparison.title}\n\n{markdown(comparison)}" for comparison in comparisons))
     if options.picture is not None:
-        options.picture.write_text(draw(found))
+        options.picture.write_text(draw(comparisons))
 
 
 def compare(backbone: Backbone, folder: Path, options: argparse.Namespace) -> None:
-    """One data folder's comparison, kept in <out>/<name>.json."""
+    """Compare on one data folder; the result is kept in <out>/<name>.json."""
     file, registry = options.out / f"{folder.name}.json", Registry.installed()
     if file.exists():
         return
@@ -65,30 +65,30 @@ def compare(backbone: Backbone, folder: Path, options: argparse.Namespace) -> No
     train = sample(train, options.pictures, 0) if options.pictures else train
     fields = {"epochs": options.epochs, "batch_size": options.batch_size}
     methods = tuple(options.methods or registry.meanings)
-    wish = ComparisonRequest(methods, tuple(options.seeds), {name: value for name, value in fields.items() if value})
+    request = ComparisonRequest(methods, tuple(options.seeds), {name: value for name, value in fields.items() if value})
     cache = FeatureCache(options.out / "features", FEATURE_BYTES)
-    material = ComparisonInputs(
+    inputs = ComparisonInputs(
         splits=lambda recipe: _split(train, test, recipe),
         labels=tuple(labels),
         bundle=lambda fitted: _bundle(backbone, fitted, labels),
         features=lambda: FrozenFeatures(backbone, cache),
     )
     checkpoints, started, cpu = Checkpoints(options.out / "checkpoints"), time.perf_counter(), time.process_time()
-    found = alone(
+    result = alone(
         backbone,
         comparing(
             backbone,
             registry,
-            wish,
-            material,
-            watch=lambda progress: _tell(folder.name, progress),
+            request,
+            inputs,
+            watch=lambda progress: _show_progress(folder.name, progress),
             keep=checkpoints.keeper(folder.name),
             resume=checkpoints.read(folder.name),
         ),
     )
     spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-    told = {"title": f"{folder.name} ({len(labels)}, {len(train)} / {len(test)})", "task": folder.name, **found}
-    _write(file, {**told, **{name: round(value, 1) for name, value in spent.items()}})
+    title = {"title": f"{folder.name} ({len(labels)}, {len(train)} / {len(test)})", "task": folder.name, **result}
+    _write(file, {**title, **{name: round(value, 1) for name, value in spent.items()}})
     checkpoints.forget(folder.name)
 
 
@@ -115,17 +115,17 @@ def _bundle(backbone: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle
     return Bundle.build(manifest, fitted.params)
 
 
-def _tell(name: str, progress: Progress) -> None:
+def _show_progress(name: str, progress: Progress) -> None:
     if progress.tried is not None:
-        own = progress.tried
-        accuracy = "diverged" if own["test_accuracy"] is None else f"test accuracy {own['test_accuracy']:.3f}"
+        trial = progress.tried
+        accuracy = "diverged" if trial["test_accuracy"] is None else f"test accuracy {trial['test_accuracy']:.3f}"
         done = f"{progress.trial}/{progress.trials}"
-        print(f"{name}: {done} {own['method']} {own['seed']}: {accuracy}, {own['fit_s']} s", flush=True)
+        print(f"{name}: {done} {trial['method']} {trial['seed']}: {accuracy}, {trial['fit_s']} s", flush=True)
 
 
-def _write(file: Path, told: dict[str, Any]) -> None:
+def _write(file: Path, content: dict[str, Any]) -> None:
     temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(told, indent=1))
+    temporary.write_text(json.dumps(content, indent=1))
     temporary.replace(file)
 
 
@@ -137,9 +137,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="safetensors file of the backbone's weights")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16; `auto` is float32 on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--epochs", type=int, help="of every fit but heads alone (default: each method's own)")
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of every fit except heads alone (default: each method's own)"
+    )
     parser.add_argument("--batch-size", type=int, help="default: each method's own")
-    parser.add_argument("--pictures", type=int, help="about so many of train/, of each class its share")
+    parser.add_argument(
+        "--pictures", type=int, help="about how many pictures of train/ to use, with each class's share"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/compare"), help="folder of the results")
     parser.add_argument("--picture", type=Path, help="an SVG file to draw (needs matplotlib)")

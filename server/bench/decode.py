@@ -1,9 +1,10 @@
-"""`python -m server bench decode`: JPEGs decoded at reduced size: what it saves, and how far the logits move.
+"""`python -m server bench decode`: JPEGs decoded at reduced size: the time saved, and the change of the logits.
 
-Contact sheets of real pictures, as large as photographs, are decoded whole and then as `LENSRACK_SCALED_DECODE` has it,
-for each margin, and cut to what the backbone sees. Told are CPU time of a picture, its share of the whole way, the
-largest difference of a pixel, and of each logit of made-up `vpt_deep` tasks in standard deviations of the logits, with
-the share of pictures whose first label stays. One thread, in turns, medians. Nothing is asserted.
+Contact sheets of real pictures, as large as photographs, are decoded at full size and then as `LENSRACK_SCALED_DECODE`
+does, for each margin, and cut to the backbone's input. Reported are CPU time per picture, its share of the full
+decoding, the largest difference of a pixel, and of each logit of synthetic `vpt_deep` tasks in standard deviations of
+the logits, with the share of pictures whose first label stays the same. One thread, variants in turns, medians. Nothing
+is asserted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from server.engine.backbone import Backbone
 from server.engine.images import decode
 from server.settings import Settings
 
-from . import made_tasks
+from . import synthetic_tasks
 from .engine import in_turns
 from .figures import machine
 
@@ -42,16 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings()
     backbone = engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu", packed=False)
     with TemporaryDirectory(prefix="lensrack-bench-") as folder:
-        found = made_tasks.pictures(options.pictures, Path(folder), options.sheets * 16)
+        photos = synthetic_tasks.pictures(options.pictures, Path(folder), options.sheets * 16)
         rows = [
-            row for grid in options.grids for row in _of_size(sheets(found, grid, options.sheets), backbone, options)
+            row for grid in options.grids for row in _of_size(sheets(photos, grid, options.sheets), backbone, options)
         ]
-    told = {name: str(own) if isinstance(own, Path) else own for name, own in vars(options).items()}
+    stated = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     report = {
         "benchmark": "decode",
         "machine": machine(),
         "backbone": backbone.spec.arch,
-        "options": told,
+        "options": stated,
         "rows": rows,
     }
     print(table(report))
@@ -61,22 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def sheets(pictures: Sequence[Path], grid: int, count: int) -> list[bytes]:
     """`count` JPEGs of grid × grid pictures each: the detail of photographs at their size."""
-    made = []
+    files = []
     for number in range(count):
-        own = [Image.open(pictures[(number * 7 + place) % len(pictures)]) for place in range(grid * grid)]
-        width, height = own[0].size
+        images = [Image.open(pictures[(number * 7 + place) % len(pictures)]) for place in range(grid * grid)]
+        width, height = images[0].size
         sheet = Image.new("RGB", (grid * width, grid * height))
-        for place, picture in enumerate(own):
+        for place, picture in enumerate(images):
             sheet.paste(picture.resize((width, height)), (place % grid * width, place // grid * height))
             picture.close()
         out = io.BytesIO()
         sheet.save(out, "JPEG", quality=90)
-        made.append(out.getvalue())
-    return made
+        files.append(out.getvalue())
+    return files
 
 
 def _of_size(files: Sequence[bytes], backbone: Backbone, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each margin, the whole size first."""
+    """One row per margin, full size first."""
     margins = [WHOLE, *options.margins]
     ways: dict[float, Decoding] = {margin: _decoding(backbone, margin) for margin in margins}
     spent = in_turns({str(margin): _all_of(way, files) for margin, way in ways.items()}, options.rounds)
@@ -113,15 +114,15 @@ def _all_of(way: Decoding, files: Sequence[bytes]) -> Callable[[], object]:
 @torch.inference_mode()
 def _logits(backbone: Backbone, cut: np.ndarray[Any, Any], options: argparse.Namespace) -> np.ndarray[Any, Any]:
     """[tasks, pictures, classes], by the literal forward."""
-    how = backbone.spec.preprocess
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (how.mean, how.std))
+    preprocess = backbone.spec.preprocess
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (preprocess.mean, preprocess.std))
     pixels = (torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 255 - mean) / std
-    found = []
-    for seed, task in enumerate(made_tasks.names(options.tasks)):
-        bundle = made_tasks.bundle(backbone.spec, task, "vpt_deep", 10, seed)
+    logits = []
+    for seed, task in enumerate(synthetic_tasks.names(options.tasks)):
+        bundle = synthetic_tasks.bundle(backbone.spec, task, "vpt_deep", 10, seed)
         params = {name: torch.tensor(value) for name, value in bundle.tensors.items()}
-        found.append(reference.vpt_deep(backbone, pixels, params, bundle.manifest.prompt_lengths).double().numpy())
-    return np.stack(found)
+        logits.append(reference.vpt_deep(backbone, pixels, params, bundle.manifest.prompt_lengths).double().numpy())
+    return np.stack(logits)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -145,12 +146,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--pictures", type=Path, help="folder of pictures; without it drawn ones")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures (default: drawn ones)")
     parser.add_argument("--sheets", type=int, default=16, help="JPEGs of each size")
     parser.add_argument("--grids", type=int, nargs="+", default=[4, 8, 16], help="pictures a side of a sheet")
-    parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0], help="of LENSRACK_SCALED_DECODE")
-    parser.add_argument("--tasks", type=int, default=4, help="whose logits are compared")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every way")
+    parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0], help="values of LENSRACK_SCALED_DECODE")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks whose logits are compared")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     return parser.parse_args(arguments)
 

@@ -1,13 +1,12 @@
-"""`python -m server bench device`: does a device give the CPU's answers and gradients, and how fast is it?
+"""`python -m server bench device`: whether a device gives the CPU's answers and gradients, and how fast it is.
 
-First what must hold: one batch with a row of every method, and the gradients of every method's parameters, on the
-device in float64, float32 and bfloat16, beside the literal formulation in float64 on the CPU; and what the engine's own
-CUDA graphs answer, beside its ordinary forward. Then how fast: the plain timm forward of one task, the literal
-formulation, the engine with a task a row, timm and the plain trunk captured as a CUDA graph, and the engine from uint8
-pictures to logits on the host, launched one by one and by its own graphs; with the share that each reaches of the rate
-at which the device multiplies matrices of those sizes. Weights are random.
-Exits with 1 where an answer or a gradient is further off than rounding explains. Needs torch, timm, numpy, Pillow and
-safetensors only.
+First correctness: one batch with a row of every method, and the gradients of every method's parameters, on the device
+in float64, float32 and bfloat16, compared with the literal formulation in float64 on the CPU; and the engine's CUDA
+graphs compared with its ordinary forward. Then speed: the plain timm forward of one task, the literal formulation, the
+engine with one task per row, timm and the plain trunk captured as a CUDA graph, and the engine from uint8 pictures to
+logits on the host, launched one by one and by its own graphs; each with its share of the rate at which the device
+multiplies matrices of those sizes. Weights are random. Exits with 1 if an answer or a gradient differs by more than
+rounding explains. Needs torch, timm, numpy, Pillow and safetensors only.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from server.methods.vpt_deep import VptDeep
 
 CLASSES: Final = 10
 CPU: Final = torch.device("cpu")
-# How far off rounding may bring a logit (in standard deviations of all) or a gradient (in the largest of its tensor).
+# The largest rounding error of a logit (in standard deviations of all) or a gradient (in its tensor's largest value).
 BOUNDS: Final = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 SERVED: Final = "the engine, uint8 to logits on the host"
 BY_GRAPH: Final = f"{SERVED}, by its CUDA graphs"
@@ -57,7 +56,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Check:
-    """`drift`: the largest difference from the literal formulation; `bound`: what rounding explains."""
+    """`drift`: the largest difference from the literal formulation; `bound`: the difference that rounding explains."""
 
     what: str
     dtype: str
@@ -71,7 +70,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Speed:
-    """`share`: of the measured rate of matrix products; None where the variant could not be run, for `why`."""
+    """`share`: of the measured rate of matrix products; None if the variant could not run, for the reason `why`."""
 
     what: str
     batch: int
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if options.json is not None:
         facts = {"device": _name(device), "torch": torch.__version__, "tflops": round(rate / 1e12, 2)}
-        report = {**facts, "checks": [asdict(one) for one in checks], "speeds": [asdict(one) for one in speeds]}
+        report = {**facts, "checks": [asdict(item) for item in checks], "speeds": [asdict(item) for item in speeds]}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.exit(0 if all(check.holds for check in checks) else 1)
 
@@ -107,18 +106,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--check-arch", default="deit_tiny_patch16_224", help="for what must hold (default: %(default)s)"
+        "--check-arch",
+        default="deit_tiny_patch16_224",
+        help="architecture of the correctness checks (default: %(default)s)",
     )
-    parser.add_argument("--arch", default="vit_base_patch16_224", help="for how fast (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="for how fast (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="pictures, a task each")
+    parser.add_argument(
+        "--arch", default="vit_base_patch16_224", help="architecture of the speed measurements (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the speed measurements (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes, each picture with its own task"
+    )
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every variant (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     return parser.parse_args(arguments)
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- correctness ------------------------------------------------------------------------------------------------------
 
 
 def _checks(arch: str, device: torch.device, dtype: torch.dtype, prompts: int) -> Iterator[Check]:
@@ -140,23 +145,23 @@ def _answers_drift(truth: Backbone, backbone: Backbone, pixels: Tensor, prompts:
     params = [_params(truth, method, seed, prompts) for seed, method in enumerate(METHODS)]
     rows = zip(METHODS, params, pixels, strict=True)
     with torch.inference_mode():
-        wanted = torch.stack([_literal(truth, method, own, row[None], prompts)[0] for method, own, row in rows])
+        expected = torch.stack([_literal(truth, method, drawn, row[None], prompts)[0] for method, drawn, row in rows])
         rack = Rack(
             dim=backbone.spec.dim, slots=len(METHODS), vectors=100_000, device=backbone.device, dtype=backbone.dtype
         )
         places = zip(METHODS, params, strict=True)
-        seats = [_seat(backbone, rack, _lens(backbone, method, own, prompts)) for method, own in places]
+        seats = [_seat(backbone, rack, _lens(backbone, method, drawn, prompts)) for method, drawn in places]
         x = vit.embed(backbone, pixels.to(backbone.device, backbone.dtype))
-        got = torch.stack(Engine(backbone, rack).logits(x, list(enumerate(seats)))).double().cpu()
-    return float((got - wanted).abs().max() / wanted.std())
+        actual = torch.stack(Engine(backbone, rack).logits(x, list(enumerate(seats)))).double().cpu()
+    return float((actual - expected).abs().max() / expected.std())
 
 
 def _graphs_drift(backbone: Backbone, prompts: int) -> float:
-    """Of recorded forwards from the ordinary one; infinite where one could not be recorded. On a CPU they are run again
-    instead, in the same buckets and with the same padding."""
+    """Difference of recorded forwards from the ordinary one; infinite if one could not be recorded. On a CPU the work
+    is run again instead, in the same buckets and with the same padding."""
     rack = Rack(dim=backbone.spec.dim, slots=3, vectors=100_000, device=backbone.device, dtype=backbone.dtype)
-    found = record_buckets(backbone, rack, partial(_recorder, backbone.device), buckets(4, (0, prompts)))
-    return float("inf") if found.counts.refused else found.drift
+    recorded = record_buckets(backbone, rack, partial(_recorder, backbone.device), buckets(4, (0, prompts)))
+    return float("inf") if recorded.counts.refused else recorded.drift
 
 
 def _recorder(device: torch.device) -> Recorder:
@@ -164,29 +169,29 @@ def _recorder(device: torch.device) -> Recorder:
 
 
 def _gradients_drift(truth: Backbone, backbone: Backbone, method: Method, pixels: Tensor, prompts: int) -> float:
-    """The largest difference in any parameter's gradient, in that gradient's largest number."""
+    """The largest difference of any parameter's gradient, relative to that gradient's largest value."""
     targets, drawn = torch.arange(len(pixels)), _params(truth, method, 1, prompts)
     exact = {name: value.clone().requires_grad_(True) for name, value in drawn.items()}
     F.cross_entropy(_literal(truth, method, exact, pixels, prompts), targets).backward()
-    own = {name: value.to(backbone.device, backbone.dtype).requires_grad_(True) for name, value in drawn.items()}
-    lens = method.lower(backbone, own, method.prompt_lengths(backbone.spec, prompts))
+    trained = {name: value.to(backbone.device, backbone.dtype).requires_grad_(True) for name, value in drawn.items()}
+    lens = method.lower(backbone, trained, method.prompt_lengths(backbone.spec, prompts))
     x = vit.embed(backbone, pixels.to(backbone.device, backbone.dtype))
     logits = vit.classify(vit.forward(backbone, x, condition(lens, len(x))), lens)
     F.cross_entropy(logits, targets.to(backbone.device)).backward()
-    return max(_apart(own[name].grad, exact[name].grad) for name in drawn)
+    return max(_gradient_difference(trained[name].grad, exact[name].grad) for name in drawn)
 
 
-def _apart(got: Tensor | None, wanted: Tensor | None) -> float:
-    if got is None or wanted is None:
-        return 0.0 if got is wanted else float("inf")
-    return float((got.double().cpu() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+def _gradient_difference(actual: Tensor | None, expected: Tensor | None) -> float:
+    if actual is None or expected is None:
+        return 0.0 if actual is expected else float("inf")
+    return float((actual.double().cpu() - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-# --- how fast ---------------------------------------------------------------------------------------------------------
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def matmul_rate(arch: str, device: torch.device, dtype: torch.dtype, rounds: int, rows: int = 12_608) -> float:
-    """FLOP/s of the widest product of a block, of 64 pictures' tokens on a GPU."""
+    """FLOP/s of the widest product of a block, with the tokens of 64 pictures on a GPU."""
     dim = int(timm.create_model(arch, num_classes=0).num_features)
     rows = rows if device.type == "cuda" else rows // 16
     a, b = torch.randn(rows, dim, device=device, dtype=dtype), torch.randn(dim, 4 * dim, device=device, dtype=dtype)
@@ -203,7 +208,7 @@ def _speeds(
     size = backbone.spec.image_size
     pixels = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
     params = [_params(backbone, method, seed, options.prompts) for seed in range(batch)]
-    lenses = [_lens(backbone, method, own, options.prompts) for own in params]
+    lenses = [_lens(backbone, method, drawn, options.prompts) for drawn in params]
     rack = Rack(dim=backbone.spec.dim, slots=batch, vectors=sum(map(demand, lenses)), device=device, dtype=dtype)
     rows = list(enumerate(_seat(backbone, rack, lens) for lens in lenses))
     engine, plain = Engine(backbone, rack), timm.create_model(options.arch, num_classes=0).to(device, dtype).eval()
@@ -214,10 +219,10 @@ def _speeds(
         "the engine's plain trunk": lambda: vit.forward(backbone, vit.embed(backbone, pixels), Plain()),
     }
     if batch <= 8:
-        at_home = [{name: value.to(device, dtype) for name, value in own.items()} for own in params]
+        at_home = [{name: value.to(device, dtype) for name, value in drawn.items()} for drawn in params]
         runs["literal, task by task"] = lambda: [
-            _literal(backbone, method, own, row[None], options.prompts)
-            for own, row in zip(at_home, pixels, strict=True)
+            _literal(backbone, method, drawn, row[None], options.prompts)
+            for drawn, row in zip(at_home, pixels, strict=True)
         ]
     lacking: dict[str, str] = {}
     for name in ("timm, one task", "the engine's plain trunk"):
@@ -241,20 +246,20 @@ def _speeds(
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """The same work as one launch. Raises RuntimeError where there is no CUDA, or `run` waits for the device inside."""
+    """The same work as one launch. Raises RuntimeError without CUDA, or if `run` waits for the device."""
     return CudaRecorder(device).record(run)
 
 
 def _graphs(backbone: Backbone, rack: Rack, device: torch.device, batch: int, prompts: int) -> Graphs:
-    """The one graph of this batch, or RuntimeError. It is checked with lenses of its own, on a rack of its own."""
+    """The one graph of this batch, or RuntimeError. It is checked with lenses of its own, on a separate rack."""
     CudaRecorder(device)  # or RuntimeError
-    made = Rack(dim=backbone.spec.dim, slots=3, vectors=100_000, device=device, dtype=backbone.dtype)
-    wanted = [(batch, prompts)]
-    if (found := record_buckets(backbone, made, partial(CudaRecorder, device), wanted)).counts.refused:
-        raise RuntimeError(f"the graph was refused, {found.drift:.1e} off")
+    spare = Rack(dim=backbone.spec.dim, slots=3, vectors=100_000, device=device, dtype=backbone.dtype)
+    bucket = (batch, prompts)
+    if (checked := record_buckets(backbone, spare, partial(CudaRecorder, device), [bucket])).counts.refused:
+        raise RuntimeError(f"the graph was refused, {checked.drift:.1e} off")
     with torch.inference_mode():
-        graph = graphs.Graph(backbone, rack.slab, wanted[0], CudaRecorder(device))
-    return Graphs(rack, rack.slab, {wanted[0]: graph})
+        graph = graphs.Graph(backbone, rack.slab, bucket, CudaRecorder(device))
+    return Graphs(rack, rack.slab, {bucket: graph})
 
 
 def _work(size: int, seats: Sequence[Seat]) -> list[Work]:
@@ -268,7 +273,7 @@ def _why(error: RuntimeError) -> str:
 
 
 def _seconds(runs: dict[str, Run], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median wall time of each; turns are taken, and what a turn starts is waited for."""
+    """Median wall time of each run; runs take turns, and each turn waits for the device."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -295,7 +300,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _flops(model: torch.nn.Module, pixels: Tensor) -> int:
-    """Of one picture in the plain network: what every variant has to do, so prompts count as overhead."""
+    """FLOP of one picture in the plain network: the work that every variant has to do, so prompts count as overhead."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixels)
     return int(counter.get_total_flops())
@@ -307,9 +312,9 @@ def _flops(model: torch.nn.Module, pixels: Tensor) -> int:
 def _backbone(
     arch: str, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, *, packed: bool = False
 ) -> Backbone:
-    own = timm.create_model(arch, num_classes=0)
-    own.load_state_dict(model.state_dict())
-    return Backbone.of(arch, own, device=device, dtype=dtype, packed=packed)
+    copy = timm.create_model(arch, num_classes=0)
+    copy.load_state_dict(model.state_dict())
+    return Backbone.of(arch, copy, device=device, dtype=dtype, packed=packed)
 
 
 def _params(backbone: Backbone, method: Method, seed: int, prompts: int) -> Params:
@@ -326,9 +331,9 @@ def _literal(backbone: Backbone, method: Method, params: Params, pixels: Tensor,
 
 
 def _lens(backbone: Backbone, method: Method, params: Params, prompts: int) -> Lens:
-    own = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
+    cast = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
     with torch.inference_mode():
-        return method.lower(backbone, own, method.prompt_lengths(backbone.spec, prompts))
+        return method.lower(backbone, cast, method.prompt_lengths(backbone.spec, prompts))
 
 
 def _seat(backbone: Backbone, rack: Rack, lens: Lens) -> Seat:

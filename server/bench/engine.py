@@ -1,8 +1,9 @@
-"""`python -m server bench engine`: what packed weights and bfloat16 are worth on one CPU thread, and what methods cost.
+"""`python -m server bench engine`: the gain from packed weights and bfloat16 on one CPU thread, and the cost of
+methods.
 
-CPU time, not wall time, so that neighbours on a busy machine count as little as possible; the variants take turns,
-round after round, and the medians are reported with their ratio to the plain timm model. Weights are random: times do
-not depend on them. Nothing is asserted.
+CPU time, not wall time, so that other load on the machine matters as little as possible; the variants take turns, round
+after round, and the medians are reported with their ratio to the plain timm model. Weights are random: times do not
+depend on them. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from server.methods.method import Method, Params
 from server.methods.registry import METHODS
 from server.methods.vpt_deep import VptDeep
 
-from . import telling
+from . import reporting
 from .svg import Panel, bars
 
 ARCHS = ("deit_tiny_patch16_224", "vit_base_patch16_224")
@@ -48,7 +49,7 @@ Variants = dict[str, Callable[[], object]]
 
 
 class Packed(nn.Module):
-    """A packed product in the place of timm's linear layer."""
+    """A packed product in place of timm's linear layer."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reports = []
     for arch in options.arch:
         reports.append(measure(arch, options))
-    told = telling.stated("engine", options, dtype="as the rows say", seeds="0, and of each task its number")
+    header = reporting.provenance("engine", options, dtype="as the rows say", seeds="0, and of each task its number")
     tables = "\n\n".join(table(report) for report in reports)
-    telling.tell({**told, "archs": reports}, tables, options, draw)
+    reporting.emit({**header, "archs": reports}, tables, options, draw)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-batch", type=int, default=32, help="pictures of a training step")
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
     parser.add_argument("--residents", type=int, default=1000, help="tasks on the rack (default: %(default)s)")
-    telling.add_files(parser)
+    reporting.add_file_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -114,12 +115,12 @@ def measure(arch: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_turns(variants: Variants, rounds: int) -> dict[str, float]:
-    """Median CPU time of each, in ms. One turn beforehand pays for set-up."""
+    """Median CPU time of each variant in ms. One turn beforehand pays for set-up."""
     return {name: cpu_ms for name, (cpu_ms, _) in by_both_clocks(variants, rounds).items()}
 
 
 def by_both_clocks(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """As `in_turns`, with the median time by the clock behind it, neighbours and all."""
+    """As `in_turns`, followed by the median wall time, which includes other load on the machine."""
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, run in variants.items():
@@ -127,7 +128,7 @@ def by_both_clocks(variants: Mapping[str, Callable[[], object]], rounds: int) ->
             run()
             if turn:
                 spent[name].append((time.process_time() - started[0], time.perf_counter() - started[1]))
-    return {name: (_median_ms(own, 0), _median_ms(own, 1)) for name, own in spent.items()}
+    return {name: (_median_ms(times, 0), _median_ms(times, 1)) for name, times in spent.items()}
 
 
 def _median_ms(spent: Sequence[tuple[float, float]], clock: int) -> float:
@@ -135,21 +136,21 @@ def _median_ms(spent: Sequence[tuple[float, float]], clock: int) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: times, and how many times faster than the first row of its group each is."""
-    found = []
+    """Markdown: times, and the speed relative to the first row of each group."""
+    tables = []
     for group, times in _groups(report).items():
         first = next(iter(times.values()))
         lines = [f"| {report['arch']}: {group} | CPU ms | × the first |", "|---|---|---|"]
-        found.append("\n".join(lines + [f"| {name} | {ms:,.1f} | {first / ms:.2f} |" for name, ms in times.items()]))
-    return "\n\n".join(found)
+        tables.append("\n".join(lines + [f"| {name} | {ms:,.1f} | {first / ms:.2f} |" for name, ms in times.items()]))
+    return "\n\n".join(tables)
 
 
 def draw(report: Mapping[str, Any]) -> str:
     """SVG: a panel for each group of each architecture."""
     panels = [
-        Panel(f"{own['arch']}: {group}", "CPU ms", times, ours=[name for name in times if not name.startswith("timm")])
-        for own in report["archs"]
-        for group, times in _groups(own).items()
+        Panel(f"{arch['arch']}: {group}", "CPU ms", times, ours=[name for name in times if not name.startswith("timm")])
+        for arch in report["archs"]
+        for group, times in _groups(arch).items()
     ]
     return bars(panels)
 
@@ -159,13 +160,13 @@ def _groups(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _timm_variants(model: VisionTransformer, pixels: Tensor) -> Variants:
-    """timm's own forward for one task, as it comes and with its blocks' products packed."""
-    found = {"timm float32, 1 task": (copy.deepcopy(model), pixels)}
+    """timm's own forward for one task, unchanged and with its blocks' products packed."""
+    variants = {"timm float32, 1 task": (copy.deepcopy(model), pixels)}
     for dtype in (torch.float32, torch.bfloat16):
         if can_pack(torch.device("cpu"), dtype):
             name = str(dtype).removeprefix("torch.")
-            found[f"timm packed {name}, 1 task"] = (packed_model(copy.deepcopy(model).to(dtype)), pixels.to(dtype))
-    return {name: _inferred(own.eval().requires_grad_(False), x) for name, (own, x) in found.items()}
+            variants[f"timm packed {name}, 1 task"] = (packed_model(copy.deepcopy(model).to(dtype)), pixels.to(dtype))
+    return {name: _inferred(variant.eval().requires_grad_(False), x) for name, (variant, x) in variants.items()}
 
 
 def packed_model(model: VisionTransformer) -> VisionTransformer:
@@ -184,26 +185,27 @@ def _inferred(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object
 
 
 def _served(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Callable[[], object]:
-    """One forward whose rows are all of different tasks."""
+    """One forward in which each row has a different task."""
     rack = Rack(dim=backbone.spec.dim, slots=options.tasks, vectors=100_000, dtype=backbone.dtype)
     return _answered(backbone, rack, pixels, [METHOD] * options.tasks, options)
 
 
 def _by_method(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
-    """The plain forward; all rows of one method; and a row of each method that changes the trunk, then of the first
-    again. In float32, packed where the machine can."""
+    """The plain forward; all rows of one method; and a mix with one row per method that changes the trunk, repeated to
+    fill the batch. In float32, packed if the machine can."""
     methods, tasks = METHODS, options.tasks
     rack = Rack(dim=backbone.spec.dim, slots=tasks * (len(methods) + 1), vectors=60_000, dtype=backbone.dtype)
-    found = {"plain": _inferred(lambda x: vit.forward(backbone, vit.embed(backbone, x), Plain()), pixels)}
+    variants = {"plain": _inferred(lambda x: vit.forward(backbone, vit.embed(backbone, x), Plain()), pixels)}
     for method in methods:
-        found[method.name] = _answered(backbone, rack, pixels, [method] * tasks, options)
+        variants[method.name] = _answered(backbone, rack, pixels, [method] * tasks, options)
     changing = [method for method in methods if not _lens(backbone, method, 0, options.prompts).head_only]
     mixed = [changing[task % len(changing)] for task in range(tasks)]
-    return {**found, "mixed": _answered(backbone, rack, pixels, mixed, options)}
+    return {**variants, "mixed": _answered(backbone, rack, pixels, mixed, options)}
 
 
 def _by_residents(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -> Variants:
-    """Every forward draws its rows' tasks anew, uniformly, from all on the rack; the first variant has one to draw."""
+    """Every forward draws its rows' tasks anew, uniformly, from all on the rack; the first variant has a single
+    task."""
     lens = _lens(backbone, METHOD, 0, options.prompts)
     rack = Rack(
         dim=backbone.spec.dim, slots=options.residents, vectors=options.residents * demand(lens), dtype=backbone.dtype
@@ -229,17 +231,17 @@ def _by_heads(backbone: Backbone, pixels: Tensor, options: argparse.Namespace) -
     seats = [_seat(backbone, rack, linear, task, options.prompts) for task in range(most)]
     engine, picture = Engine(backbone, rack), pixels[:1].to(backbone.dtype)
 
-    def asked(tasks: int) -> Callable[[], object]:
+    def answering(tasks: int) -> Callable[[], object]:
         rows = [(0, seat) for seat in seats[:tasks]]
         return _inferred(lambda x: engine.logits(vit.embed(backbone, x), rows), picture)
 
-    return {f"{tasks} task{'s' if tasks > 1 else ''}": asked(tasks) for tasks in (1, 10, most)}
+    return {f"{tasks} task{'s' if tasks > 1 else ''}": answering(tasks) for tasks in (1, 10, most)}
 
 
 def _answered(
     backbone: Backbone, rack: Rack, pixels: Tensor, methods: Sequence[Method], options: argparse.Namespace
 ) -> Callable[[], object]:
-    """A forward of a picture a task; methods: each task's."""
+    """A forward with one picture per task; methods: each task's."""
     engine = Engine(backbone, rack)
     rows = [(task, _seat(backbone, rack, method, task, options.prompts)) for task, method in enumerate(methods)]
     return _inferred(lambda x: engine.logits(vit.embed(backbone, x), rows), pixels.to(backbone.dtype))

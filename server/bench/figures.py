@@ -1,4 +1,4 @@
-"""What the benchmarks say of latencies, and of the machine that they ran on."""
+"""Latency percentiles, and a description of the machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from server import __version__
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """The nearest rank: a value that was measured. None of nothing. share: 0 … 100."""
+    """The nearest rank, which is a measured value; None without values. share: 0 … 100."""
     return ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
 
 
 def latencies(values: Sequence[float], shares: Sequence[int] = (50, 95, 99)) -> dict[str, float | None]:
-    """Milliseconds of so many; None where nothing was answered."""
+    """Percentiles in milliseconds; None without values."""
     ordered = sorted(values)
-    found = {f"p{share}_ms": percentile(ordered, share) for share in shares}
-    return {name: None if value is None else round(value, 1) for name, value in found.items()}
+    percentiles = {f"p{share}_ms": percentile(ordered, share) for share in shares}
+    return {name: None if value is None else round(value, 1) for name, value in percentiles.items()}
 
 
 def machine() -> dict[str, Any]:
-    """`load_average` tells of neighbours."""
+    """The machine and the versions. `load_average` shows other load."""
     import timm
     import torch
 
@@ -43,9 +43,9 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """By its name, where the system tells (proc_cpuinfo(5)), else by its kind."""
+    """The processor's name, if the system provides it (proc_cpuinfo(5)), else its architecture."""
     try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return f"{found[1].strip()} ({platform.machine()})" if found else platform.machine()
+        name = None
+    return f"{name[1].strip()} ({platform.machine()})" if name else platform.machine()

@@ -1,16 +1,16 @@
-"""`python -m server bench http`: what a prediction costs over HTTP, beside the servers that one would write instead.
+"""`python -m server bench http`: the cost of a prediction over HTTP, compared with servers that one would write
+instead.
 
-Made-up `vpt_deep` tasks in one store, JPEGs in, labels out. Our server, in float32 and in bfloat16 where the machine
-has it; a FastAPI app with a forward for each request; with `--peer`, a Python that has LitServe and PyTorch, a LitServe
-app that sorts its batches by task, and the same app with a whole model for each task instead of one backbone and
-prompts. Each is a process tree of its own on loopback with the same environment and as many engine threads, on the CPU.
-Rounds of all servers take turns. Closed loop, for each popularity of the tasks: CPU time of the server's processes by
-request, the main figure, for it does not depend on what else the machine does, and its ratio to that of LitServe, by
-task, in the same round. Open loop, questions by a Poisson process, latencies counted from when a question was due:
-percentiles, and the share that was answered within the objective. Then memory, the highest at the end of a turn, after
-all tasks have been asked; beside it that of a process with a copy of the model for each task and no server. It is
-counted so that servers that run at the same time do not make each other's smaller (`process_tree.py`). Nothing is
-asserted.
+Synthetic `vpt_deep` tasks in one store, JPEGs in, labels out. Our server, in float32 and in bfloat16 if the machine
+supports it; a FastAPI app with a forward for each request; with `--peer`, a Python that has LitServe and PyTorch, a
+LitServe app that sorts its batches by task, and the same app with a whole model for each task instead of one backbone
+and prompts. Each is a separate process tree on loopback with the same environment and as many engine threads, on the
+CPU. Rounds of all servers take turns. Closed loop, for each popularity of the tasks: CPU time of the server's processes
+per request, the main figure, because it does not depend on other load, and its ratio to that of LitServe, by task, in
+the same round. Open loop, requests by a Poisson process, latencies counted from when a request was due: percentiles,
+and the share answered within the objective. Then memory, the highest at the end of a turn, after all tasks have been
+used; next to it that of a process with a copy of the model for each task and no server. It is counted so that servers
+that run at the same time do not make each other's smaller (`process_tree.py`). Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from prompts_store import open_store
 from server.engine.packed import can_pack
 from server.settings import Settings
 
-from . import http_report, http_targets, made_tasks, telling
-from .http_figures import Found, Turns
+from . import http_report, http_targets, reporting, synthetic_tasks
+from .http_figures import LoadResults, Measurements
 from .http_targets import Target
 from .load_generator import generate
 from .process_tree import Memory, cpu_s, memory, paused
@@ -48,19 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _all(folder, store, options) as targets:
             bench = Bench(targets, tasks, options)
             closed, opened = bench.rounds()
-        taken = dict(bench.memory)
+        memory_of = dict(bench.memory)
         copies = http_targets.copies(sys.executable, store) if options.copies else None
     seeds = "of each task its number; of arrivals and popularity that of the round"
     report = {
-        **telling.stated("http", options, dtype="as the rows say, else float32", seeds=seeds),
+        **reporting.provenance("http", options, dtype="as the rows say, else float32", seeds=seeds),
         "backbone": Settings().backbone,
-        **http_report.report(closed, opened, taken, copies, options),
+        **http_report.report(closed, opened, memory_of, copies, options),
     }
-    telling.tell(report, http_report.tables(report), options, http_report.draw)
+    reporting.emit(report, http_report.tables(report), options, http_report.draw)
 
 
 def shares(popularity: str, tasks: int) -> list[float]:
-    """How often each of so many tasks is asked: weights."""
+    """How often each task is requested: weights."""
     if popularity == "identical":
         return [1.0] + [0.0] * (tasks - 1)
     if popularity == "uniform":
@@ -69,22 +69,26 @@ def shares(popularity: str, tasks: int) -> list[float]:
 
 
 def _prepared(folder: Path, options: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    """The store's URL and its tasks; their pictures lie in the folder."""
-    url, tasks = f"file://{folder / 'store'}", made_tasks.names(options.tasks)
+    """The store's URL and its tasks; their pictures are in the folder."""
+    url, tasks = f"file://{folder / 'store'}", synthetic_tasks.names(options.tasks)
     store = open_store(url)
-    for _ in made_tasks.publish(store, made_tasks.spec_of(Settings()), tasks, "vpt_deep", options.prompts):
+    for _ in synthetic_tasks.publish(store, synthetic_tasks.spec_of(Settings()), tasks, "vpt_deep", options.prompts):
         pass
     store.close()
-    pictures = made_tasks.pictures(options.pictures, folder, min(16, options.tasks))
+    pictures = synthetic_tasks.pictures(options.pictures, folder, min(16, options.tasks))
     http_targets.bodies(folder, tasks, pictures)
     return url, tasks
 
 
 @contextmanager
 def _all(folder: Path, store: str, options: argparse.Namespace) -> Iterator[list[Target]]:
-    """All servers, up; LitServe last."""
+    """All servers, running; LitServe last."""
     threads = _threads()
-    on_cpu = {"LENSRACK_DEVICE": "cpu", "LENSRACK_DEVICES": "", "LENSRACK_THREADS": str(threads)}  # as the others
+    on_cpu = {
+        "LENSRACK_DEVICE": "cpu",
+        "LENSRACK_DEVICES": "",
+        "LENSRACK_THREADS": str(threads),
+    }  # as for the other servers
     with ExitStack() as stack:
         up = stack.enter_context
         targets = [up(http_targets.ours("lensrack, float32", folder, store, "float32", on_cpu))]
@@ -95,26 +99,26 @@ def _all(folder: Path, store: str, options: argparse.Namespace) -> Iterator[list
             how = http_targets.LitServe(str(options.peer), options.peer_batch, options.peer_wait, threads)
             targets.append(up(http_targets.litserve(how, folder, store)))
             if options.copies:
-                targets.append(up(http_targets.litserve(how, folder, store, own_models=True)))
+                targets.append(up(http_targets.litserve(how, folder, store, model_per_task=True)))
         yield targets
 
 
 def _threads() -> int:
-    """Of each server's engine: as LENSRACK_THREADS has them."""
+    """Engine threads of each server, as LENSRACK_THREADS sets them."""
     return Settings().threads or max(1, (os.cpu_count() or 1) - 1)
 
 
 class Bench:
-    """The servers take turns, round after round; the first turn of each, which pays for set-up, is not counted."""
+    """Rounds in which the servers take turns."""
 
     def __init__(self, targets: Sequence[Target], tasks: Sequence[str], options: argparse.Namespace) -> None:
         self._targets, self._tasks, self._options = targets, tasks, options
         self.memory = dict.fromkeys((target.name for target in targets), Memory(0, 0))
 
-    def rounds(self) -> tuple[Found, Found]:
-        options, closed, opened = self._options, Found(), Found()
+    def rounds(self) -> tuple[LoadResults, LoadResults]:
+        options, closed, opened = self._options, LoadResults(), LoadResults()
         for target in self._targets:
-            for task in self._tasks:  # every task has been asked once: lenses are made
+            for task in self._tasks:  # one request per task, so that all lenses are made
                 target.check(task)
         for turn in range(options.rounds):
             for popularity in options.popularity:
@@ -123,24 +127,24 @@ class Bench:
                 self._open(opened.setdefault(f"{rate:g}", {}), rate, turn)
         return closed, opened
 
-    def _closed(self, found: dict[str, Turns], popularity: str, turn: int) -> None:
+    def _closed(self, results: dict[str, Measurements], popularity: str, turn: int) -> None:
         weights = shares(popularity, len(self._tasks))
         for target in self._targets:
             plan = target.plan(self._tasks, weights)
             plan = replace(plan, requests=self._options.requests, clients=self._options.clients, seed=turn)
-            self._ask(target, plan, found)
+            self._ask(target, plan, results)
 
-    def _open(self, found: dict[str, Turns], rate: float, turn: int) -> None:
+    def _open(self, results: dict[str, Measurements], rate: float, turn: int) -> None:
         weights = shares("uniform", len(self._tasks))
         for target in self._targets:
             plan = target.plan(self._tasks, weights)
-            self._ask(target, replace(plan, seconds=self._options.seconds, rate=rate, seed=turn), found)
+            self._ask(target, replace(plan, seconds=self._options.seconds, rate=rate, seed=turn), results)
 
-    def _ask(self, target: Target, plan: Any, found: dict[str, Turns]) -> None:
+    def _ask(self, target: Target, plan: Any, results: dict[str, Measurements]) -> None:
         before = cpu_s(target.pid)
         with paused(*(other.pid for other in self._targets if other.polls and other is not target)):
-            seen = generate(plan)
-        found.setdefault(target.name, Turns()).add(seen, cpu_s(target.pid) - before)
+            result = generate(plan)
+        results.setdefault(target.name, Measurements()).add(result, cpu_s(target.pid) - before)
         self.memory[target.name] = max(self.memory[target.name], memory(target.pid))
 
 
@@ -153,15 +157,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, help="a Python that has LitServe, PyTorch and what the server needs")
     parser.add_argument("--peer-batch", type=int, default=16, help="largest batch of the LitServe app")
     parser.add_argument("--peer-wait", type=float, default=0.0, help="seconds that it waits for a batch to fill")
-    parser.add_argument("--tasks", type=int, default=64, help="in the store")
-    parser.add_argument("--prompts", type=int, default=10, help="of each layer")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures; without it drawn ones")
-    parser.add_argument("--popularity", nargs="+", choices=POPULARITIES, default=POPULARITIES, help="of the tasks")
+    parser.add_argument("--tasks", type=int, default=64, help="tasks in the store")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures (default: drawn ones)")
+    parser.add_argument(
+        "--popularity", nargs="+", choices=POPULARITIES, default=POPULARITIES, help="popularities of the tasks"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every server")
-    parser.add_argument("--requests", type=int, default=200, help="of a closed loop's turn")
-    parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
-    parser.add_argument("--rates", type=float, nargs="*", default=[4.0], help="questions a second of the open loop")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of an open loop's turn")
+    parser.add_argument("--requests", type=int, default=200, help="requests of a closed loop's turn")
+    parser.add_argument("--clients", type=int, default=16, help="clients of the closed loop")
+    parser.add_argument("--rates", type=float, nargs="*", default=[4.0], help="requests a second of the open loop")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of an open loop's turn")
     parser.add_argument("--objective", type=float, default=250.0, help="ms within which an answer is good (SLO)")
     parser.add_argument(
         "--copies",
@@ -169,7 +175,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="measure a server and a process with a copy of the model for each task, too",
     )
-    telling.add_files(parser)
+    reporting.add_file_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The servers of `bench http`, each a process tree of its own on loopback, all with the tasks of one store."""
+"""The servers of `bench http`, each a separate process tree on loopback, all with the tasks of one store."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ import httpx
 from server.settings import Settings
 
 from .load_generator import Plan
-from .own_server import ROOT, START_S, environment, own_server
 from .peer_process import stop, wait_until_well
 from .process_tree import Memory
+from .temporary_server import ROOT, START_S, environment, temporary_server
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how it is asked. `pid`: of the process whose tree is charged; `picture`: with `{task}` in it;
-    `polls`: it is at work while nobody asks it, as LitServe is, and stands still while others are asked.
-    """
+    """A server and how to send it requests. `pid`: root of the process tree whose cost counts; `picture`: path with
+    `{task}` in it; `polls`: it works while idle, as LitServe does, and is paused while other servers are measured."""
 
     name: str
     pid: int
@@ -44,7 +43,7 @@ class Target:
         )
 
     def check(self, task: str) -> None:
-        """One question, answered as it should be. Raises RuntimeError."""
+        """Send one request and check the answer. Raises RuntimeError."""
         body = Path(self.picture.replace("{task}", task)).read_bytes()
         url = f"http://127.0.0.1:{self.port}{self.path.replace('{task}', task)}"
         answer = httpx.post(url, content=body, headers={"Content-Type": self.content_type}, timeout=60)
@@ -54,7 +53,8 @@ class Target:
 
 @dataclass(frozen=True)
 class LitServe:
-    """A Python that has it, and its app's largest batch, the seconds that one waits to fill, and engine threads."""
+    """A Python that has LitServe, and the app's largest batch, seconds that a batch waits to fill, and engine
+    threads."""
 
     python: str
     batch: int = 16
@@ -63,7 +63,7 @@ class LitServe:
 
 
 def bodies(folder: Path, tasks: Sequence[str], pictures: Sequence[Path]) -> None:
-    """Every task's picture as a JPEG and as the JSON that LitServe takes."""
+    """Every task's picture as a JPEG and as LitServe's JSON."""
     for number, task in enumerate(tasks):
         data = pictures[number % len(pictures)].read_bytes()
         (folder / f"{task}.jpg").write_bytes(data)
@@ -72,9 +72,9 @@ def bodies(folder: Path, tasks: Sequence[str], pictures: Sequence[Path]) -> None
 
 @contextmanager
 def ours(name: str, folder: Path, store: str, dtype: str, more: Mapping[str, str] | None = None) -> Iterator[Target]:
-    """Without a worker: there is nothing to fit."""
+    """Our server, without a worker: there is nothing to fit."""
     settings = {"LENSRACK_WORKERS": "0", "LENSRACK_DTYPE": dtype, "LENSRACK_SAMPLE_TASKS": "false", **(more or {})}
-    with own_server(store=store, settings=settings) as (url, _, pid):
+    with temporary_server(store=store, settings=settings) as (url, _, pid):
         yield Target(name, pid, urlsplit(url).port or 0, "/predict/{task}", str(folder / "{task}.jpg"), "image/jpeg")
 
 
@@ -85,17 +85,19 @@ def fastapi(python: str, folder: Path, store: str, threads: int) -> Iterator[Tar
 
 
 @contextmanager
-def litserve(how: LitServe, folder: Path, store: str, *, own_models: bool = False, tasks: int = 0) -> Iterator[Target]:
-    """`own_models`: a whole model for each task; `tasks`: of the store, the first so many, 0: all."""
+def litserve(
+    how: LitServe, folder: Path, store: str, *, model_per_task: bool = False, tasks: int = 0
+) -> Iterator[Target]:
+    """`model_per_task`: a whole model for each task; `tasks`: the first `tasks` of the store, 0: all."""
     more = ["--batch", str(how.batch), "--wait", str(how.wait_s), "--threads", str(how.threads), "--tasks", str(tasks)]
-    name = "LitServe, a copy a task" if own_models else "LitServe, by task"
-    with _peer(how.python, "litserve", store, [*more, "--own-models"] if own_models else more) as (port, pid):
+    name = "LitServe, a copy a task" if model_per_task else "LitServe, by task"
+    with _peer(how.python, "litserve", store, [*more, "--own-models"] if model_per_task else more) as (port, pid):
         picture = str(folder / "{task}.json")
         yield Target(name, pid, port, "/predict", picture, "application/json", polls=True)
 
 
 class Copies(NamedTuple):
-    """Of a process with a model for one task, and of one with a model for each of so many `tasks`."""
+    """Memory of a process with a model for one task, and of one with a model for each of `tasks` tasks."""
 
     tasks: int
     first: Memory
@@ -103,7 +105,7 @@ class Copies(NamedTuple):
 
 
 def copies(python: str, store: str) -> Copies:
-    """Without a server around them."""
+    """Measure the copies without a server around them."""
     (_, first), (count, every) = (_copies(python, store, tasks) for tasks in (1, 0))
     return Copies(count, first, every)
 
@@ -113,16 +115,16 @@ def _copies(python: str, store: str, tasks: int) -> tuple[int, Memory]:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the copies could not be made:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return int(found.pop("copies")), Memory(**found)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return int(figures.pop("copies")), Memory(**figures)
 
 
 def _command(python: str, kind: str, store: str, more: Sequence[str]) -> list[str]:
     settings = Settings()
     weights = ("--weights", str(settings.backbone_weights.resolve())) if settings.backbone_weights else ()
-    own = ("--store", store, "--backbone", settings.backbone, *weights)
+    common = ("--store", store, "--backbone", settings.backbone, *weights)
     module = "server.bench.litserve_peer" if kind == "litserve" else "server.bench.peers"
-    return [python, "-m", module, kind, *own, *more]
+    return [python, "-m", module, kind, *common, *more]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""LitServe with a model that costs nothing: a number comes back as it is, for a picture ten numbers come.
+"""LitServe with a model that costs nothing: a number is returned as it is, for a picture ten numbers are returned.
 
-LitServe reads JSON and forms, no raw bodies, so pixels come as base64 in JSON, which is cheaper to parse than a form;
-they stay bytes. One worker, batches as they come. Run by a Python that has LitServe:
-`python -m server.bench.identity_peer PORT BATCH`.
+LitServe reads JSON and forms, no raw bodies, so pixels are sent as base64 in JSON, which is cheaper to parse than a
+form; they stay bytes. One worker, batches as they arrive. Run by a Python that has LitServe: `python -m
+server.bench.identity_peer PORT BATCH`.
 """
 
 import base64
@@ -26,8 +26,8 @@ class Identity(litserve.LitAPI):  # type: ignore[misc]
 
     def predict(self, batch: Any) -> Any:
         if isinstance(batch, list):
-            return [_answered(one) for one in batch]
-        return _answered(batch)  # LitServe hands a lone request over without its list where no batch is asked for
+            return [_answered(item) for item in batch]
+        return _answered(batch)  # without batching LitServe passes a single request without a list
 
     def unbatch(self, output: Any) -> Any:
         return output
@@ -36,8 +36,8 @@ class Identity(litserve.LitAPI):  # type: ignore[misc]
         return {"output": output}
 
 
-def _answered(given: Any) -> Any:
-    return [0.0] * 10 if isinstance(given, bytes) else given
+def _answered(value: Any) -> Any:
+    return [0.0] * 10 if isinstance(value, bytes) else value
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`python -m server bench jobs`: several training jobs one after the other, and in one mixed batch.
 
-The jobs differ in pictures, seed and number of prompts. The two ways take turns, round after round; reported are the
-medians as jobs per hour, their ratio, and how far the fitted parameters are from each other. Nothing is asserted.
+The jobs differ in pictures, seed and number of prompts. The two variants take turns, round after round; reported are
+the medians as jobs per hour, their ratio, and the difference between the fitted parameters. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     backbone = engine_backbone.load(options.backbone, weights=options.weights, device=options.device)
     load = Load(options.jobs, options.images, options.epochs, options.batch_size)
-    found = measure(backbone, load, options.rounds)
-    print(table(found))
+    report = measure(backbone, load, options.rounds)
+    print(table(report))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1))
+        options.out.write_text(json.dumps(report, indent=1))
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many jobs of so many pictures each."""
+    """`jobs` jobs of `images` pictures each."""
 
     jobs: int
     images: int
@@ -54,11 +54,11 @@ class Load:
 
 
 def measure(backbone: Backbone, load: Load, rounds: int) -> dict[str, Any]:
-    """Times in seconds of wall clock and of this process, one a round, and what the two ways differ by."""
+    """Wall and CPU times in seconds, one per round, and the difference between the two variants' parameters."""
     splits = [_splits(backbone, load.images, number) for number in range(load.jobs)]
 
     def begun() -> list[Fitting[Fitted]]:
-        return [_job(backbone, own, number, load) for number, own in enumerate(splits)]
+        return [_job(backbone, split, number, load) for number, split in enumerate(splits)]
 
     ways: dict[str, Callable[[], list[Fitted]]] = {
         "one after the other": lambda: [co_batching.alone(backbone, job) for job in begun()],
@@ -86,13 +86,13 @@ def measure(backbone: Backbone, load: Load, rounds: int) -> dict[str, Any]:
 
 def _job(backbone: Backbone, splits: Splits, number: int, load: Load) -> Fitting[Fitted]:
     method = Registry().get("vpt_deep")
-    own = {"seed": number, "prompts": 5 + 5 * (number % 4)}
-    wanted = {"epochs": load.epochs, "batch_size": load.batch_size, **own}
-    return fitting(backbone, method, splits, CLASSES, resolve(method.defaults, wanted))
+    varied = {"seed": number, "prompts": 5 + 5 * (number % 4)}
+    fields = {"epochs": load.epochs, "batch_size": load.batch_size, **varied}
+    return fitting(backbone, method, splits, CLASSES, resolve(method.defaults, fields))
 
 
 def _splits(backbone: Backbone, images: int, seed: int) -> Splits:
-    """Squares of noise around a colour for each class: what a fit costs does not depend on what it sees."""
+    """Noise around a colour for each class: the cost of a fit does not depend on the pictures."""
     generator, size = np.random.default_rng(seed), backbone.spec.image_size
 
     def pictures(count: int) -> LabelledImages:
@@ -103,39 +103,39 @@ def _splits(backbone: Backbone, images: int, seed: int) -> Splits:
     return Splits(pictures(images), pictures(max(CLASSES, images // 6)), None)
 
 
-def _all(found: list[Fitted | Exception]) -> list[Fitted]:
-    for outcome in found:
+def _all(outcomes: list[Fitted | Exception]) -> list[Fitted]:
+    for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
-    return [outcome for outcome in found if isinstance(outcome, Fitted)]
+    return [outcome for outcome in outcomes if isinstance(outcome, Fitted)]
 
 
-def _difference(one: list[Fitted], other: list[Fitted]) -> float:
-    """Largest difference of any parameter, in units of that parameter's largest value."""
+def _difference(first: list[Fitted], second: list[Fitted]) -> float:
+    """The largest difference of any parameter, relative to that parameter's largest value."""
     return max(
         float(np.abs(value - b.params[name]).max() / np.abs(value).max())
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, second, strict=True)
         for name, value in a.params.items()
     )
 
 
-def table(found: dict[str, Any]) -> str:
-    wall = {name: statistics.median(times) for name, times in found["wall_s"].items()}
-    cpu = {name: statistics.median(times) for name, times in found["cpu_s"].items()}
+def table(report: dict[str, Any]) -> str:
+    wall = {name: statistics.median(times) for name, times in report["wall_s"].items()}
+    cpu = {name: statistics.median(times) for name, times in report["cpu_s"].items()}
     base = next(iter(wall))
     rows = [
-        f"{found['jobs']} jobs of {found['images']} pictures, {found['epochs']} epochs, batches of "
-        f"{found['batch_size']}, {found['backbone']} in {found['dtype']} on {found['device']}",
+        f"{report['jobs']} jobs of {report['images']} pictures, {report['epochs']} epochs, batches of "
+        f"{report['batch_size']}, {report['backbone']} in {report['dtype']} on {report['device']}",
         "",
         "| | jobs per hour | CPU s | against one after the other |",
         "|---|---|---|---|",
     ]
     rows += [
-        f"| {name} | {3600 * found['jobs'] / wall[name]:,.0f} | {cpu[name]:.1f} | "
+        f"| {name} | {3600 * report['jobs'] / wall[name]:,.0f} | {cpu[name]:.1f} | "
         f"{wall[base] / wall[name]:.2f}× by the clock, {cpu[base] / cpu[name]:.2f}× by CPU time |"
         for name in wall
     ]
-    return "\n".join([*rows, "", f"largest difference of a parameter: {found['largest_difference']:.1e} of its range"])
+    return "\n".join([*rows, "", f"largest difference of a parameter: {report['largest_difference']:.1e} of its range"])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

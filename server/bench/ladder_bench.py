@@ -1,4 +1,4 @@
-"""What the rows of `bench ladder` have in common: pictures, tasks, one model, and what is true of them."""
+"""What the rows of `bench ladder` share: pictures, tasks, one model, and the exact answers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ METHOD = VptDeep()
 CLASSES = 10
 CPU = torch.device("cpu")
 HALF = (0.5,) * 3  # mean and std of every picture, of full scale
-Answer = Callable[[], Tensor]  # logits [tasks, CLASSES]
-Drawn = tuple[Params, tuple[int, ...]]  # a task's parameters, and how many prompts each layer has
+Answer = Callable[[], Tensor]  # returns logits [tasks, CLASSES]
+Drawn = tuple[Params, tuple[int, ...]]  # a task's parameters, and the number of prompts of each layer
 
 
-class NotHere(RuntimeError):
-    """This machine or this build of PyTorch cannot take the step; the message says what is lacking."""
+class NotAvailable(RuntimeError):
+    """This machine or this build of PyTorch cannot run the step; the message says what is missing."""
 
 
 class Bench:
-    """Pictures [tasks, 3, S, S], a task each with prompts of its own, and one timm model for all rows."""
+    """Pictures [tasks, 3, S, S], one task each with its own prompts, and one timm model for all rows."""
 
     def __init__(self, arch: str, tasks: int, prompts: int, *, weights: Path | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -61,18 +61,18 @@ class Bench:
 
     @cached_property
     def ragged(self) -> list[Drawn]:
-        """Prompts of 0 … p, another length for each task."""
+        """Tasks with 0 … p prompts, a different number for each."""
         most, last = self.lengths[0], max(1, self.tasks - 1)
         return [self._drawn(task, (task * most // last,) * len(self.lengths)) for task in range(self.tasks)]
 
     @cached_property
     def packed(self) -> Backbone:
-        """As the engine has it in float32, for rows that leave it as it is."""
+        """The engine's float32 backbone, for rows that do not change it."""
         return self.backbone(packed=True)
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
-        """Of the first task."""
+        """The first task's head."""
         params, _ = self.even[0]
         return params["head.weight"], params["head.bias"]
 
@@ -80,7 +80,7 @@ class Bench:
         self, dtype: torch.dtype = torch.float32, *, packed: bool = False, float8: bool = False, device: object = CPU
     ) -> Backbone:
         if packed and not can_pack(CPU, dtype):
-            raise NotHere(f"this machine or build of PyTorch packs no {dtype} weights")
+            raise NotAvailable(f"this machine or build of PyTorch packs no {dtype} weights")
         model = timm.create_model(self.arch, num_classes=0)
         model.load_state_dict(self.model.state_dict())
         where = torch.device(str(device))
@@ -96,29 +96,29 @@ class Bench:
     def literal(
         self, dtype: torch.dtype = torch.float32, tasks: Sequence[Drawn] | None = None, pixels: Tensor | None = None
     ) -> Answer:
-        """Task by task, as the papers write it."""
-        backbone, shown = self.backbone(dtype), self.pixels if pixels is None else pixels
-        own = [
+        """Answers task by task, as in the papers."""
+        backbone, images = self.backbone(dtype), self.pixels if pixels is None else pixels
+        cast = [
             ({name: value.to(dtype) for name, value in params.items()}, lengths)
             for params, lengths in tasks or self.even
         ]
 
         def answer() -> Tensor:
-            rows = zip(shown.to(dtype), own, strict=True)
+            rows = zip(images.to(dtype), cast, strict=True)
             return torch.cat([reference.vpt_deep(backbone, row[None], *drawn) for row, drawn in rows])
 
         return inferred(answer)
 
     def served(self, backbone: Backbone, tasks: Sequence[Drawn] | None = None) -> Answer:
-        """All rows in one forward of the engine. tasks: `even` ones, unless others are given."""
-        rack, seats = self.seated(backbone, self.lenses(backbone, tasks or self.even))
-        return self.of_rows(Engine(backbone, rack), seats, range(self.tasks))
+        """Answers all rows in one forward of the engine. tasks: the `even` ones by default."""
+        rack, seats = self.seat_lenses(backbone, self.lenses(backbone, tasks or self.even))
+        return self.answer_rows(Engine(backbone, rack), seats, range(self.tasks))
 
-    def of_rows(self, engine: Engine, seats: Sequence[Seat], rows: Sequence[int]) -> Answer:
+    def answer_rows(self, engine: Engine, seats: Sequence[Seat], rows: Sequence[int]) -> Answer:
         """Logits [rows, CLASSES] of some of the pictures, each for its own task."""
         backbone, pixels = engine.backbone, self.pixels[rows[0] : rows[-1] + 1]
-        asked = [(row - rows[0], seats[row]) for row in rows]
-        return inferred(lambda: torch.stack(engine.logits(vit.embed(backbone, pixels.to(backbone.dtype)), asked)))
+        image_seats = [(row - rows[0], seats[row]) for row in rows]
+        return inferred(lambda: torch.stack(engine.logits(vit.embed(backbone, pixels.to(backbone.dtype)), image_seats)))
 
     @torch.inference_mode()
     def lenses(self, backbone: Backbone, tasks: Sequence[Drawn]) -> list[Lens]:
@@ -129,8 +129,8 @@ class Bench:
             for params, lengths in tasks
         ]
 
-    def seated(self, backbone: Backbone, lenses: Sequence[Lens]) -> tuple[Rack, list[Seat]]:
-        """On a rack of their own, with room for what records graphs."""
+    def seat_lenses(self, backbone: Backbone, lenses: Sequence[Lens]) -> tuple[Rack, list[Seat]]:
+        """The lenses on a rack of their own, which has room for the recording of graphs."""
         vectors = self.tasks * 10_000
         rack = Rack(
             dim=backbone.spec.dim, slots=len(lenses) + 3, vectors=vectors, device=backbone.device, dtype=backbone.dtype
@@ -142,12 +142,12 @@ class Bench:
             seats.append(Seat(f"task-{task}", "0" * 64, place, ("a",) * CLASSES, geometry, HALF, HALF))
         return rack, seats
 
-    def shown(
+    def from_images(
         self, backbone: Backbone, lenses: Sequence[Lens], *, pinned: bool = True, graphs: GraphsOf | None = None
     ) -> Answer:
-        """`pictures`, in uint8, to logits on the host: the whole way of a batch. `pinned`: whether a GPU's host lays
-        what crosses into memory that the driver has pinned, as the engine does."""
-        rack, seats = self.seated(backbone, lenses)
+        """Answers `pictures`, from uint8 to logits on the host: the whole path of a batch. `pinned`: whether the host
+        stages copies for a GPU in pinned memory, as the engine does."""
+        rack, seats = self.seat_lenses(backbone, lenses)
         engine = Engine(backbone, rack, None if graphs is None else graphs(backbone, rack))
         if not pinned:
             engine._transfers = Unpinned(backbone.device)
@@ -155,39 +155,39 @@ class Bench:
         return lambda: torch.from_numpy(np.stack(engine.run(work)))
 
     def graphs(self, backbone: Backbone, rack: Rack) -> Graphs:
-        wanted = [(self.tasks, self.lengths[0])]
-        found = record_buckets(backbone, rack, partial(CudaRecorder, backbone.device), wanted)
-        if not found.graphs:
-            raise NotHere("the graph was refused")
-        return found
+        buckets = [(self.tasks, self.lengths[0])]
+        graphs = record_buckets(backbone, rack, partial(CudaRecorder, backbone.device), buckets)
+        if not graphs.graphs:
+            raise NotAvailable("the graph was refused")
+        return graphs
 
 
 GraphsOf = Callable[[Backbone, Rack], Graphs]
 
 
 class Unpinned(TransferPool):
-    """Memory that the driver has not pinned: the host waits for each copy."""
+    """Transfers from memory that is not pinned: the host waits for each copy."""
 
     def take(self) -> Transfer:
         return DirectTransfer(self._device)
 
 
-# --- what is true -----------------------------------------------------------------------------------------------------
+# --- exact answers ----------------------------------------------------------------------------------------------------
 
 
-def true(bench: Bench) -> Answer:
+def exact(bench: Bench) -> Answer:
     return bench.literal(torch.float64)
 
 
-def true_ragged(bench: Bench) -> Answer:
+def exact_ragged(bench: Bench) -> Answer:
     return bench.literal(torch.float64, bench.ragged)
 
 
-def true_shown(bench: Bench) -> Answer:
+def exact_images(bench: Bench) -> Answer:
     return bench.literal(torch.float64, pixels=_normalised(bench))
 
 
-def true_shown_ragged(bench: Bench) -> Answer:
+def exact_images_ragged(bench: Bench) -> Answer:
     return bench.literal(torch.float64, bench.ragged, _normalised(bench))
 
 
@@ -198,7 +198,7 @@ def _normalised(bench: Bench) -> Tensor:
 
 @dataclass(frozen=True)
 class Drift:
-    """drift: largest difference from the true logits, in their standard deviations; agree: share of pictures with the
+    """drift: largest difference from the exact logits, in their standard deviations; agree: share of pictures with the
     same first label."""
 
     drift: float
@@ -206,22 +206,22 @@ class Drift:
 
     @classmethod
     def of(cls, logits: Tensor, truth: NDArray[np.float64]) -> Drift:
-        found = logits.double().numpy()
-        agree = float((found.argmax(1) == truth.argmax(1)).mean())
-        return cls(float(np.abs(found - truth).max() / truth.std()), agree)
+        answers = logits.double().numpy()
+        agree = float((answers.argmax(1) == truth.argmax(1)).mean())
+        return cls(float(np.abs(answers - truth).max() / truth.std()), agree)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A row of the ladder. `start` makes what is timed, or raises NotHere; `taken`: whether the engine does so;
-    `timed`: whether its time here says anything; `truth`: what it should answer, None where it answers less."""
+    """A row of the ladder. `start` builds what is timed, or raises NotAvailable; `taken`: whether the engine does this;
+    `timed`: whether its time is meaningful here; `truth`: the exact answer, None if the step answers less."""
 
     name: str
     start: Callable[[Bench], Answer]
     taken: bool
     why: str = ""
     timed: bool = True
-    truth: Callable[[Bench], Answer] | None = true
+    truth: Callable[[Bench], Answer] | None = exact
 
 
 def inferred(answer: Answer) -> Answer:

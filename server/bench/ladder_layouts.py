@@ -1,11 +1,11 @@
-"""How the final float32 forward of `bench ladder` is laid out over a CPU's threads.
+"""Layouts of the final float32 forward of `bench ladder` over a CPU's threads.
 
-    threads in a product     PyTorch's own: each operation is shared out, and all wait for its last part
-    workers of one thread    the rows are shared out instead, and nobody waits before the end; threads of one process,
-                             not processes: one copy of the weights and of the rack, and nothing crosses
+    threads in a product     PyTorch's own: each operation is split, and all threads wait for its last part
+    workers of one thread    the rows are split instead, and no thread waits before the end; threads of one process,
+                             not processes: one copy of the weights and of the rack, and no copies between processes
 
-CPU time alone says little here: threads that wait may spin, which is CPU time, or sleep, which is not. So the clock's
-time stands beside it, neighbours on a busy machine and all, and it is by the clock that layouts are compared.
+CPU time alone says little here: waiting threads may spin, which is CPU time, or sleep, which is not. So the wall time
+stands next to it, other load included, and layouts are compared by wall time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from server.engine.engine import Engine
 
-from .ladder_bench import Answer, Bench, NotHere, Step, under
+from .ladder_bench import Answer, Bench, NotAvailable, Step, under
 from .ladder_steps import HEADS_APART
 
 
 def layouts(cores: int) -> tuple[Step, ...]:
-    """1, 2, 4 … threads up to the cores, and as many as the server takes for one engine unless told otherwise."""
+    """1, 2, 4 … threads up to the number of cores, and the server's default number for one engine."""
     served = max(1, cores - 1)
     counts = sorted({*(2**power for power in range(cores.bit_length())), served, cores})
     alone = Step("one thread", partial(within, threads=1), served == 1, "attention head by head" if HEADS_APART else "")
@@ -46,28 +46,29 @@ def _workers(count: int) -> Step:
 
 
 def waiting() -> str:
-    """How OpenMP's threads wait for each other: read from the environment when PyTorch is loaded, not to be changed."""
+    """How OpenMP's threads wait for each other: read from the environment when PyTorch is loaded, and fixed
+    afterwards."""
     policy = os.environ.get("OMP_WAIT_POLICY")
     return f"`OMP_WAIT_POLICY={policy}`" if policy else "`OMP_WAIT_POLICY` not set"
 
 
 def within(bench: Bench, threads: int) -> Answer:
-    with using(threads):  # it decides how many rows an engine takes at once
+    with using(threads):  # determines the engine's rows per pass
         answer = bench.served(bench.packed)
     return under(partial(using, threads), answer)
 
 
 def workers(bench: Bench, count: int) -> Answer:
     if bench.tasks < count:
-        raise NotHere(f"fewer pictures than workers: {bench.tasks}")
+        raise NotAvailable(f"fewer pictures than workers: {bench.tasks}")
     backbone = bench.packed
-    rack, seats = bench.seated(backbone, bench.lenses(backbone, bench.even))
+    rack, seats = bench.seat_lenses(backbone, bench.lenses(backbone, bench.even))
     parts = np.array_split(np.arange(bench.tasks), count)
     with using(1):
-        own = [bench.of_rows(Engine(backbone, rack), seats, part.tolist()) for part in parts]
-    # what OpenMP takes for the number of threads is each thread's own
+        answers = [bench.answer_rows(Engine(backbone, rack), seats, part.tolist()) for part in parts]
+    # OpenMP's number of threads is a setting of each thread
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    return under(partial(using, 1), lambda: torch.cat(list(pool.map(_answered, own))))
+    return under(partial(using, 1), lambda: torch.cat(list(pool.map(_answered, answers))))
 
 
 def _answered(answer: Answer) -> Tensor:
@@ -76,7 +77,7 @@ def _answered(answer: Answer) -> Tensor:
 
 @contextmanager
 def using(threads: int) -> Iterator[None]:
-    """So many threads within an operation; afterwards as many as before."""
+    """Use `threads` threads within an operation; restore the previous number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,7 +1,7 @@
-"""Ways for a batch's prompts to reach attention, measured by `bench ladder` beside the engine's own, which gathers them
+"""Alternatives to how the engine brings a batch's prompts to attention, for `bench ladder`. The engine gathers them
 from the rack's slab by number, padded to the longest and masked where rows differ.
 
-    own tensors   each lens in tensors of its own, stacked for every batch: no slab
+    per lens      each lens in tensors of its own, stacked for every batch: no slab
     in lanes      rows of one length in a lane of their own: no padding, no mask
     unpadded      all rows in one lane, each row's attention over exactly its own keys: no padding, no mask either
 """
@@ -54,18 +54,18 @@ class PrefixAlone:
 # --- no slab ----------------------------------------------------------------------------------------------------------
 
 
-def own_tensors(bench: Bench) -> Answer:
-    """Prompts and heads stacked, batch by batch, from tensors of each task's own."""
+def tensors_per_lens(bench: Bench) -> Answer:
+    """Prompts and heads stacked, batch by batch, from each task's own tensors."""
     backbone = bench.packed
     lenses = bench.lenses(backbone, bench.even)
-    rack, seats = bench.seated(backbone, lenses)
-    kept = OwnTensors({seat.slot: lens for seat, lens in zip(seats, lenses, strict=True)})
-    answer = bench.of_rows(Engine(backbone, rack), seats, range(bench.tasks))
+    rack, seats = bench.seat_lenses(backbone, lenses)
+    kept = TensorsPerLens({seat.slot: lens for seat, lens in zip(seats, lenses, strict=True)})
+    answer = bench.answer_rows(Engine(backbone, rack), seats, range(bench.tasks))
     return under(lambda: mock.patch.multiple(rack, gather=kept.gather, logits=kept.logits), answer)
 
 
-class OwnTensors:
-    """Lenses by slot, each as its method made it. They have to be of one shape, or they do not stack."""
+class TensorsPerLens:
+    """Lenses by slot, each as its method made it. They must have equal shapes to be stacked."""
 
     def __init__(self, lenses: dict[int, Lens]) -> None:
         self._lenses = lenses
@@ -84,7 +84,7 @@ class Stacked(PrefixAlone):
         self._lenses = lenses
 
     def prefix(self, layer: int) -> Prefix | None:
-        keys, values = (torch.stack([own[layer] for own in self._parts(name)]) for name in ("keys", "values"))
+        keys, values = (torch.stack([layers[layer] for layers in self._parts(name)]) for name in ("keys", "values"))
         return Prefix(keys, values, None)
 
     def _parts(self, name: str) -> list[tuple[Tensor, ...]]:
@@ -96,9 +96,9 @@ class Stacked(PrefixAlone):
 
 def in_lanes(bench: Bench) -> Answer:
     """A lane for each length: attention in smaller pieces."""
-    own = Rack.lane
+    original = Rack.lane
     with_length = mock.patch.object(
-        Rack, "lane", lambda rack, place: (own(rack, place), tuple(rack._check(place).lengths))
+        Rack, "lane", lambda rack, place: (original(rack, place), tuple(rack._check(place).lengths))
     )
     return under(lambda: with_length, bench.served(bench.packed, bench.ragged))
 
@@ -107,14 +107,14 @@ def in_lanes(bench: Bench) -> Answer:
 
 
 def unpadded(bench: Bench) -> Answer:
-    """Row by row, each as the block attends to a row alone: on a CPU its heads go one by one in any case."""
+    """Row by row, each as the block attends to a single row: on a CPU its heads run one by one in any case."""
     return under(lambda: attending_unpadded(row_by_row), bench.served(bench.packed, bench.ragged))
 
 
 def row_by_row(
-    block: FrozenBlock, lane: vit.Lane, brought: Additions | None, parts: Sequence[Tensor], index: int
+    block: FrozenBlock, lane: vit.Lane, additions: Additions | None, parts: Sequence[Tensor], index: int
 ) -> Tensor:
-    """As `vit._attention`, of rows whose condition is `Unpadded`."""
+    """As `vit._attention`, for rows whose condition is `Unpadded`."""
     query, keys, values = _per_head(block, parts)
     rows = zip(query, keys, values, *_unpadded(lane).rows(index), strict=True)
     mixed = [
@@ -125,24 +125,24 @@ def row_by_row(
 
 
 def end_to_end(varlen: Varlen) -> Attention:
-    """All rows in one call of an attention that takes rows of any length, one behind the other."""
+    """All rows in one call of an attention that takes rows of any length, concatenated."""
 
     def attend(
-        block: FrozenBlock, lane: vit.Lane, brought: Additions | None, parts: Sequence[Tensor], index: int
+        block: FrozenBlock, lane: vit.Lane, additions: Additions | None, parts: Sequence[Tensor], index: int
     ) -> Tensor:
         query, keys, values = _per_head(block, parts)
-        (rows, queries, _), tokens, own = query.shape, keys.shape[1], _unpadded(lane)
+        (rows, queries, _), tokens, prefixes = query.shape, keys.shape[1], _unpadded(lane)
         starts = torch.arange(0, (rows + 1) * queries, queries, dtype=torch.int32, device=query.device)
-        flat = query.reshape(rows * queries, -1), *own.before(index, keys, values)
+        flat = query.reshape(rows * queries, -1), *prefixes.before(index, keys, values)
         q, k, v = (part.unflatten(-1, (block.heads, -1)) for part in flat)
-        found = varlen(q, k, v, starts, own.starts(index, tokens), queries, tokens + own.longest(index))
-        return found.reshape(query.shape)
+        mixed = varlen(q, k, v, starts, prefixes.starts(index, tokens), queries, tokens + prefixes.longest(index))
+        return mixed.reshape(query.shape)
 
     return attend
 
 
 class Unpadded(PrefixAlone):
-    """Prefixes of a batch's rows end to end: the slab's vectors that there are, and how many each row has."""
+    """Prefixes of a batch's rows, concatenated: only vectors that exist, and the number that each row has."""
 
     def __init__(self, slab: Tensor, slots: Sequence[Slot], transfer: Transfer) -> None:
         self._slab = slab
@@ -153,19 +153,21 @@ class Unpadded(PrefixAlone):
         self._starts = transfer.send(np.pad(ends, ((0, 0), (1, 0))).astype(np.int32))  # [L, B + 1]
 
     def rows(self, layer: int) -> list[tuple[Tensor, ...]]:
-        """Keys and values, of each row [p, D]."""
+        """Keys and values, [p, D] for each row."""
         lengths = self._lengths[layer].tolist()
         return [self._slab[numbers].split(lengths) for numbers in self._numbers[layer]]
 
     def before(self, layer: int, *tokens: Tensor) -> list[Tensor]:
-        """Keys and values of the image tokens [B, N, D], each row's own prompts before them → [Σ(p + N), D]."""
-        found = zip(self.rows(layer), tokens, strict=True)
-        return [torch.cat([part for row in zip(own, image, strict=True) for part in row]) for own, image in found]
+        """Keys and values of the image tokens [B, N, D], each preceded by the row's own prompts → [Σ(p + N), D]."""
+        pairs = zip(self.rows(layer), tokens, strict=True)
+        return [
+            torch.cat([part for row in zip(prompts, image, strict=True) for part in row]) for prompts, image in pairs
+        ]
 
     def starts(self, layer: int, tokens: int) -> Tensor:
-        """Where each row of `before` starts, and the last one ends: int32 [B + 1]."""
-        own = self._starts[layer]
-        return own + torch.arange(len(own), dtype=torch.int32, device=own.device) * tokens
+        """The start of each row of `before`, and the end of the last one: int32 [B + 1]."""
+        starts = self._starts[layer]
+        return starts + torch.arange(len(starts), dtype=torch.int32, device=starts.device) * tokens
 
     def longest(self, layer: int) -> int:
         return int(self._lengths[layer].max())
@@ -194,6 +196,7 @@ def _unpadded(lane: vit.Lane) -> Unpadded:
 
 
 def _per_head(block: FrozenBlock, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each head through the norm that some backbones have. parts: as `vit._attention`'s."""
+    """Queries, keys and values after the query and key norms that some backbones have. parts: as in
+    `vit._attention`."""
     _, query, keys, values = parts
     return block.per_head(query, block.q_norm), block.per_head(keys, block.k_norm), values

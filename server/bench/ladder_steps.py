@@ -1,4 +1,4 @@
-"""The steps of `bench ladder`: ways to answer the same pictures for the same tasks, taken by the engine or not."""
+"""The steps of `bench ladder`: ways to answer the same pictures for the same tasks, used by the engine or not."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from server.engine.backbone import Backbone
 from server.engine.block import FrozenBlock
 
 from .engine import packed_model
-from .ladder_bench import Answer, Bench, NotHere, Step, inferred, true_ragged, under
-from .ladder_prompts import in_lanes, own_tensors, unpadded
+from .ladder_bench import Answer, Bench, NotAvailable, Step, exact_ragged, inferred, under
+from .ladder_prompts import in_lanes, tensors_per_lens, unpadded
 from .ladder_ways import Int8Linear, OneProduct, Separate
 
 Answerer = Callable[[Tensor], Tensor]
 
 
 def plain_timm(bench: Bench) -> Answer:
-    """One task's head on the plain forward: what a server of one model would do."""
+    """One task's head on the plain forward, as a server of one model computes it."""
     return inferred(lambda: F.linear(bench.model(bench.pixels), *bench.head))
 
 
 def packed_timm(bench: Bench) -> Answer:
-    """The same with our packed products in the place of its linear layers, and nothing else changed."""
-    bench.backbone(packed=True)  # or NotHere
+    """The same with our packed products in place of its linear layers, and nothing else changed."""
+    bench.backbone(packed=True)  # raises NotAvailable
     model = packed_model(copy.deepcopy(bench.model))
     return inferred(lambda: F.linear(model(bench.pixels), *bench.head))
 
 
 def prefix(bench: Bench) -> Answer:
-    """The last block for all tokens, as timm has it."""
+    """The last block for all tokens, as in timm."""
     answer = bench.served(bench.plain)
     return under(lambda: mock.patch.object(pooling, "reads", lambda pool, spec, tokens: tokens), _first_token(answer))
 
@@ -60,35 +60,35 @@ def attending(bench: Bench, attention: Attend, dtype: torch.dtype = torch.float3
 
 def int8(bench: Bench) -> Answer:
     backbone = bench.backbone()
-    for own, block in zip(backbone.blocks, backbone.model.blocks, strict=True):
+    for frozen, block in zip(backbone.blocks, backbone.model.blocks, strict=True):
         dim = block.attn.qkv.in_features
         weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
-        own._qkv = None
-        own.query, own._keys_values = Int8Linear(weight[:dim], bias[:dim]), Int8Linear(weight[dim:], bias[dim:])
-        own.project = Int8Linear(block.attn.proj.weight, block.attn.proj.bias)
-        own.hidden, own._fc2 = (Int8Linear(each.weight, each.bias) for each in (block.mlp.fc1, block.mlp.fc2))
+        frozen._qkv = None
+        frozen.query, frozen._keys_values = Int8Linear(weight[:dim], bias[:dim]), Int8Linear(weight[dim:], bias[dim:])
+        frozen.project = Int8Linear(block.attn.proj.weight, block.attn.proj.bias)
+        frozen.hidden, frozen._fc2 = (Int8Linear(each.weight, each.bias) for each in (block.mlp.fc1, block.mlp.fc2))
     return bench.served(backbone)
 
 
 def float8(bench: Bench) -> Answer:
-    """The numbers that a GPU's tensor cores multiply, in bfloat16's place between the products."""
+    """The products of a GPU's tensor cores, emulated, with bfloat16 between them."""
     try:
         answer = bench.served(bench.backbone(torch.bfloat16, float8=True))
         answer()
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        raise NotHere("this build of PyTorch has no products in float8 here") from error
+        raise NotAvailable("this build of PyTorch has no products in float8 here") from error
     return answer
 
 
 def compiled(bench: Bench) -> Answer:
-    """Inductor's kernels for the plain forward of one task, the weights frozen into them: what there is to win."""
+    """Inductor's kernels for the plain forward of one task, with frozen weights: the possible gain."""
     with mock.patch.object(torch._inductor.config, "freezing", True):
         run: Answerer = torch.compile(bench.model)
         try:
             with torch.no_grad():
                 run(bench.pixels)
         except Exception as error:
-            raise NotHere(f"torch.compile: {type(error).__name__}") from error
+            raise NotAvailable(f"torch.compile: {type(error).__name__}") from error
 
     def answer() -> Tensor:
         with torch.no_grad():
@@ -111,7 +111,7 @@ STEPS = (
     Step("… attention by two products", partial(attending, attention=by_products), False, "slower in float32"),
     Step("attention head by head", partial(attending, attention=head_by_head), HEADS_APART,
          "" if HEADS_APART else "slower without AVX-512"),
-    Step("… prompts and heads stacked from tensors of each task's own", own_tensors, False,
+    Step("… prompts and heads stacked from tensors of each task's own", tensors_per_lens, False,
          "ragged lenses do not stack, and CUDA graphs need addresses that stay"),
     Step("… bfloat16, PyTorch's fused attention", partial(attending, attention=fused, dtype=torch.bfloat16), False,
          "that kernel does not multiply in bfloat16"),
@@ -131,10 +131,10 @@ FINAL = (
 )
 RAGGED = (
     Step("lengths 0 … p in one lane, masked", lambda bench: bench.served(bench.packed, bench.ragged), True,
-         truth=true_ragged),
-    Step("a lane for each length, no mask", in_lanes, False, "no gain over a mask", truth=true_ragged),
+         truth=exact_ragged),
+    Step("a lane for each length, no mask", in_lanes, False, "no gain over a mask", truth=exact_ragged),
     Step("each row over its own keys, nothing padded or masked", unpadded, False, "no gain over a mask",
-         truth=true_ragged),
+         truth=exact_ragged),
 )  # fmt: skip
 COMPILED = Step("timm, torch.compile, one task", compiled, False, "a compiler on the machine, and minutes at start",
                 truth=None)  # fmt: skip
@@ -148,7 +148,7 @@ def _with(backbone: Backbone, kind: type[FrozenBlock], attention: Attend) -> Bac
 
 
 def _first_token(answer: Answer) -> Answer:
-    """With every token out of the last block, pooling takes the first as it does in timm."""
+    """The last block returns every token; pooling takes the first, as in timm."""
 
     @contextmanager
     def first() -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Ways to compute a frozen block that the engine does not take, measured by `bench ladder` beside its own."""
+"""Alternative computations of a frozen block that the engine does not use, measured by `bench ladder`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from server.engine.block import FrozenBlock
 from server.engine.packed import PackedLinear
 
-from .ladder_bench import NotHere
+from .ladder_bench import NotAvailable
 
 
 class Separate(FrozenBlock):
-    """Sums and GELU as operations of their own."""
+    """Sums and GELU as separate operations."""
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        found: Tensor = x + self.ls1(self.project(mixed))
-        return found
+        result: Tensor = x + self.ls1(self.project(mixed))
+        return result
 
     def after_mlp(self, x: Tensor) -> Tensor:
-        found: Tensor = x + self.ls2(self.behind_hidden(self.hidden(self.norm2(x))))
-        return found
+        result: Tensor = x + self.ls2(self.behind_hidden(self.hidden(self.norm2(x))))
+        return result
 
 
 class OneProduct(FrozenBlock):
@@ -32,7 +32,7 @@ class OneProduct(FrozenBlock):
 
 
 class Int8Linear:
-    """Weights in 8 bits, a scale for each output; x in 8 bits, a scale for each row, found in every call."""
+    """Weights in 8 bits with one scale per output; x in 8 bits with one scale per row, computed in every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self._scale = weight.abs().amax(1).clamp_min(1e-8) / 127
@@ -41,13 +41,13 @@ class Int8Linear:
         try:
             self(torch.zeros(2, weight.shape[1]))
         except (AttributeError, RuntimeError) as error:
-            raise NotHere("this build of PyTorch has no products in 8 bits here") from error
+            raise NotAvailable("this build of PyTorch has no products in 8 bits here") from error
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         scale = flat.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-        found = torch._int_mm((flat / scale).round().to(torch.int8), self._rounded)
-        return torch.addcmul(self._bias, found * scale, self._scale).view(*x.shape[:-1], -1)
+        product = torch._int_mm((flat / scale).round().to(torch.int8), self._rounded)
+        return torch.addcmul(self._bias, product * scale, self._scale).view(*x.shape[:-1], -1)
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self._plain)

@@ -1,6 +1,6 @@
-"""A LitServe app that answers many tasks, as good as such an app gets here: batches as they come, sorted by task, a
-forward for each task in a batch, no gradients, the fast queue, one worker. With `--own-models` it holds a whole model
-for each task instead of one backbone and prompts.
+"""A LitServe app for many tasks, as good as such an app gets here: batches as they arrive, sorted by task, a forward
+for each task in a batch, no gradients, the fast queue, one worker. With `--own-models` it holds a whole model for each
+task instead of one backbone and prompts.
 
 Run by a Python that has LitServe: `python -m server.bench.litserve_peer litserve --store URL …`.
 """
@@ -19,12 +19,12 @@ from .peers import by_task, loaded, options
 class Grouped(litserve.LitAPI):  # type: ignore[misc]
     """A request is a task's name and a picture in base64, which is cheaper to parse than a form."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
-        super().__init__(max_batch_size=asked.batch, batch_timeout=asked.wait)
-        self._asked = asked
+    def __init__(self, parsed: argparse.Namespace) -> None:
+        super().__init__(max_batch_size=parsed.batch, batch_timeout=parsed.wait)
+        self._options = parsed
 
     def setup(self, device: str) -> None:
-        self._model = loaded(self._asked)
+        self._model = loaded(self._options)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe reads an annotation as a schema
         return request["task"], self._model.decode(base64.b64decode(request["image"]))
@@ -33,7 +33,7 @@ class Grouped(litserve.LitAPI):  # type: ignore[misc]
         return inputs
 
     def predict(self, batch: Any) -> Any:
-        if isinstance(batch, tuple):  # LitServe hands a lone request over without its list where no batch is asked for
+        if isinstance(batch, tuple):  # without batching LitServe passes a single request without a list
             return by_task([batch], self._model)[0]
         return by_task(batch, self._model)
 
@@ -45,6 +45,6 @@ class Grouped(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    asked = options()
-    server = litserve.LitServer(Grouped(asked), accelerator="cpu", workers_per_device=1, fast_queue=True)
-    server.run(host="127.0.0.1", port=asked.port, num_api_servers=1, generate_client_file=False, log_level="warning")
+    parsed = options()
+    server = litserve.LitServer(Grouped(parsed), accelerator="cpu", workers_per_device=1, fast_queue=True)
+    server.run(host="127.0.0.1", port=parsed.port, num_api_servers=1, generate_client_file=False, log_level="warning")

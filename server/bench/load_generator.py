@@ -1,11 +1,11 @@
-"""Asks one question over and over, in a process of its own, so that asking does not wait for what is measured.
+"""Sends requests from a separate process, so that the client does not wait for the server's process.
 
-A plan comes as JSON on stdin, what was seen goes as JSON to stdout. Closed loop (no `rate`): `clients` ask, each again
-once it has its answer; how fast they ask is up to the server. Open loop: questions fall due by a Poisson process of
-`rate` a second, whether or not earlier ones are answered, as a crowd's do; each takes an idle connection or a new one.
-A latency counts from the moment the question was due, so a late answer is not hidden by a late question (coordinated
-omission). Where a plan names `tasks`, each question asks one of them, drawn by their `shares`. Raw sockets and standard
-library only: on two cores a comfortable client would take the server's share.
+A plan arrives as JSON on stdin, the result leaves as JSON on stdout. Closed loop (no `rate`): `clients` clients, each
+sending its next request after its last answer; the server sets the pace. Open loop: requests are due by a Poisson
+process of `rate` a second, whether or not earlier ones are answered, like those of many independent users; each takes
+an idle connection or a new one. A latency counts from the moment the request was due, so that a late request does not
+hide a late answer (coordinated omission). If a plan names `tasks`, each request is for one of them, drawn by their
+`shares`. Raw sockets and standard library only: on two cores a comfortable client would take the server's share.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ANSWER_S = 120.0  # beyond the server's own limit: then nothing will come
+ANSWER_S = 120.0  # beyond the server's own time limit
 NO_ANSWER = 0  # instead of a status
-TOGETHER = 256  # connections being opened at once, well below the server's backlog
+OPENING = 256  # connections that are opened concurrently, well below the server's backlog
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`seconds` and `requests` both end the asking, whichever comes first; 0: does not.
+    """`seconds` and `requests` both limit the run, whichever is reached first; 0: no limit.
 
-    `{task}` in `path` and `picture` stands for the task that is asked; `shares` are weights, none: all alike.
+    `{task}` in `path` and `picture` stands for the task of the request; `shares` are weights, empty for equal ones.
     """
 
     host: str
@@ -41,40 +41,40 @@ class Plan:
     seconds: float = 0.0
     requests: int = 0
     clients: int = 1
-    rate: float = 0.0  # questions a second; 0: closed loop
+    rate: float = 0.0  # requests a second; 0: closed loop
     seed: int = 0
     tasks: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
 
 
 class Answer(NamedTuple):
-    """Seconds since the start."""
+    """Times in seconds since the start."""
 
     due_s: float
     sent_s: float
     done_s: float
     status: int
     retry_after: str | None
-    task: int = 0  # its place among the plan's
+    task: int = 0  # its index among the plan's tasks
 
 
 @dataclass
-class Seen:
+class LoadResult:
     answers: list[Answer]
     cpu_s: float  # the generator's own
     connections: int  # opened in all
 
 
-def generate(plan: Plan) -> Seen:
-    """Run the plan in a process of its own. Raises RuntimeError where it fails."""
+def generate(plan: Plan) -> LoadResult:
+    """Run the plan in a separate process. Raises RuntimeError if it fails."""
     command = [sys.executable, "-m", __name__]
     done = subprocess.run(
         command, input=json.dumps(asdict(plan)), capture_output=True, text=True, check=False, cwd=_root()
     )
     if done.returncode:
         raise RuntimeError(f"the load generator ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout)
-    return Seen([Answer(*one) for one in found["answers"]], found["cpu_s"], found["connections"])
+    result = json.loads(done.stdout)
+    return LoadResult([Answer(*answer) for answer in result["answers"]], result["cpu_s"], result["connections"])
 
 
 def _root() -> Path:
@@ -82,7 +82,7 @@ def _root() -> Path:
 
 
 class Connection:
-    """One kept-alive HTTP/1.1 connection, one question at a time."""
+    """One kept-alive HTTP/1.1 connection, one request at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -93,7 +93,7 @@ class Connection:
         return self.open and not self._reader.at_eof()
 
     async def ask(self, request: bytes) -> tuple[int, str | None]:
-        """The status and what Retry-After says. The answer's body is read and thrown away."""
+        """Send a request; return the status and Retry-After. The answer's body is read and discarded."""
         self._writer.write(request)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
@@ -107,13 +107,13 @@ class Connection:
 
 
 class Crowd:
-    """Asks as the plan says and notes every answer, or that there was none."""
+    """Sends the plan's requests and records every answer, or that there was none."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._chance = plan, random.Random(plan.seed)
         self._requests = [_request(plan, task) for task in plan.tasks or ("",)]
         self._idle: list[Connection] = []
-        self._opening = asyncio.Semaphore(TOGETHER)
+        self._opening = asyncio.Semaphore(OPENING)
         self.opened = 0
         self.answers: list[Answer] = []
         self._start = 0.0
@@ -166,13 +166,14 @@ class Crowd:
         self.answers.append(Answer(due_s, sent_s, self._now(), status, retry_after, task))
 
     def _drawn(self) -> int:
-        """The task of the next question."""
+        """The task of the next request."""
         if len(self._requests) == 1:
             return 0
         return self._chance.choices(range(len(self._requests)), self._plan.shares or None)[0]
 
     async def _connection(self) -> Connection:
-        """The one that was used last, as the longer idle ones may be about to be closed by the server."""
+        """The most recently used connection, because the server may be about to close those that were idle for
+        longer."""
         while self._idle:
             if (connection := self._idle.pop()).usable:
                 return connection
@@ -196,10 +197,10 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     crowd = Crowd(Plan(**json.load(sys.stdin)))
-    before = time.process_time()  # starting Python is not asking
+    before = time.process_time()  # excludes the start of Python
     asyncio.run(crowd.run())
-    seen = Seen(crowd.answers, round(time.process_time() - before, 3), crowd.opened)
-    json.dump(asdict(seen), sys.stdout)
+    result = LoadResult(crowd.answers, round(time.process_time() - before, 3), crowd.opened)
+    json.dump(asdict(result), sys.stdout)
 
 
 if __name__ == "__main__":

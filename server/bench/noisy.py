@@ -1,11 +1,11 @@
-"""`python -m server bench noisy`: what quiet tasks notice of one that asks ten times as much as they do.
+"""`python -m server bench noisy`: the effect on quiet tasks of one that sends ten times as many requests as they do.
 
-Servers of its own with the same made-up tasks: one as it comes, and with `--target` one that learns to keep a p99
-target by smaller batches (`LENSRACK_TARGET_LATENCY_S`). Questions come by a Poisson process, whether or not earlier
-ones are answered; latencies count from when a question was due. Rounds take turns: every task asks alike; then the
-first asks `--times` as much while the others go on as before; then so much that the server cannot keep up. Told are the
-latencies of the other tasks, of all rounds and the medians of each round's own, and their ratio to the calm rounds.
-Nothing is asserted.
+Separate servers with the same synthetic tasks: one with default settings, and with `--target` one that learns to keep a
+p99 target by smaller batches (`LENSRACK_TARGET_LATENCY_S`). Requests arrive by a Poisson process, whether or not
+earlier ones are answered; latencies count from when a request was due. Rounds take turns: every task at the same rate;
+then the first task at `--times` that rate while the others continue as before; then at a rate that the server cannot
+sustain. Reported are the latencies of the other tasks, of all rounds and the medians of each round's own, and their
+ratio to the calm rounds. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ import httpx
 from prompts_store import open_store
 from server.settings import Settings
 
-from . import http_targets, made_tasks, telling
+from . import http_targets, reporting, synthetic_tasks
 from .figures import latencies
 from .http_targets import Target
-from .load_generator import Seen, generate
+from .load_generator import LoadResult, generate
 from .svg import Panel, bars
 
 CALM, NOISY, FLOODED = "calm", "noisy", "flooded"
 
 
 @dataclass
-class Quiet:
-    """What the quiet tasks saw, in ms, a list a round; and what became of the noisy one's questions."""
+class QuietTasks:
+    """Latencies of the quiet tasks in ms, one list per round; and the outcome of the noisy task's requests."""
 
     rounds: list[list[float]] = field(default_factory=list)
     failures: int = 0
     noisy: list[float] = field(default_factory=list)
     refused: int = 0
 
-    def add(self, seen: Seen) -> None:
-        others = [one for one in seen.answers if one.task]
-        self.rounds.append([(one.done_s - one.due_s) * 1e3 for one in others if one.status == 200])
-        self.failures += sum(one.status != 200 for one in others)
-        noisy = [one for one in seen.answers if not one.task]
-        self.noisy += [(one.done_s - one.due_s) * 1e3 for one in noisy if one.status == 200]
-        self.refused += sum(one.status != 200 for one in noisy)
+    def add(self, result: LoadResult) -> None:
+        others = [answer for answer in result.answers if answer.task]
+        self.rounds.append([(answer.done_s - answer.due_s) * 1e3 for answer in others if answer.status == 200])
+        self.failures += sum(answer.status != 200 for answer in others)
+        noisy = [answer for answer in result.answers if not answer.task]
+        self.noisy += [(answer.done_s - answer.due_s) * 1e3 for answer in noisy if answer.status == 200]
+        self.refused += sum(answer.status != 200 for answer in noisy)
 
 
-Found = dict[str, dict[str, Quiet]]  # by server, by kind of round
+QuietByServer = dict[str, dict[str, QuietTasks]]  # by server, by kind of round
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,30 +60,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         store, tasks = _prepared(folder, options)
         with _servers(folder, store, options) as targets:
-            found = _rounds(targets, tasks, options)
+            quiet = _rounds(targets, tasks, options)
             limits = {target.name: _limit(target) for target in targets}
             dtype = httpx.get(f"http://127.0.0.1:{targets[0].port}/readyz").json()["backbone"]["dtype"]
     report = {
-        **telling.stated("noisy", options, dtype=dtype, seeds="of each task its number; of arrivals that of the round"),
+        **reporting.provenance(
+            "noisy", options, dtype=dtype, seeds="of each task its number; of arrivals that of the round"
+        ),
         "backbone": Settings().backbone,
-        "quiet": {server: _told(kinds) for server, kinds in found.items()},
+        "quiet": {server: _figures(kinds) for server, kinds in quiet.items()},
         "batch_limit": limits,
     }
-    telling.tell(report, table(report), options, draw)
+    reporting.emit(report, table(report), options, draw)
 
 
 def shares(kind: str, tasks: int, times: float, flood: float) -> list[float]:
-    """How often each task asks, in quiet tasks; the first is the noisy one."""
+    """The rate of each task, relative to quiet tasks; the first is the noisy one."""
     return [{CALM: 1.0, NOISY: times, FLOODED: flood}[kind]] + [1.0] * (tasks - 1)
 
 
 def _prepared(folder: Path, options: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    url, tasks = f"file://{folder / 'store'}", made_tasks.names(options.tasks)
+    url, tasks = f"file://{folder / 'store'}", synthetic_tasks.names(options.tasks)
     store = open_store(url)
-    for _ in made_tasks.publish(store, made_tasks.spec_of(Settings()), tasks, options.method, options.prompts):
+    for _ in synthetic_tasks.publish(
+        store, synthetic_tasks.spec_of(Settings()), tasks, options.method, options.prompts
+    ):
         pass
     store.close()
-    http_targets.bodies(folder, tasks, made_tasks.pictures(None, folder, min(16, options.tasks), side=128))
+    http_targets.bodies(folder, tasks, synthetic_tasks.pictures(None, folder, min(16, options.tasks), side=128))
     return url, tasks
 
 
@@ -97,36 +101,36 @@ def _servers(folder: Path, store: str, options: argparse.Namespace) -> Iterator[
         yield up
 
 
-def _rounds(targets: Sequence[Target], tasks: Sequence[str], options: argparse.Namespace) -> Found:
-    """A first round that pays for set-up, and teaches the limit, is not counted."""
-    found: Found = {target.name: {kind: Quiet() for kind in (CALM, NOISY, FLOODED)} for target in targets}
+def _rounds(targets: Sequence[Target], tasks: Sequence[str], options: argparse.Namespace) -> QuietByServer:
+    """The first round, which pays for set-up and teaches the batch limit, is not counted."""
+    quiet: QuietByServer = {target.name: {kind: QuietTasks() for kind in (CALM, NOISY, FLOODED)} for target in targets}
     for turn in range(options.rounds + 1):
         for kind in (CALM, NOISY, FLOODED):
             weights = shares(kind, len(tasks), options.times, options.flood)
             for target in targets:
                 plan = target.plan(tasks, weights)
                 rate = options.rate * sum(weights)
-                seen = generate(replace(plan, seconds=options.seconds, rate=rate, seed=turn))
+                result = generate(replace(plan, seconds=options.seconds, rate=rate, seed=turn))
                 if turn:
-                    found[target.name][kind].add(seen)
-    return found
+                    quiet[target.name][kind].add(result)
+    return quiet
 
 
 def _limit(target: Target) -> float:
-    """Rows that a forward of this server may have at the end."""
+    """Rows that a forward of this server may have at the end of the benchmark."""
     page = httpx.get(f"http://127.0.0.1:{target.port}/metrics", timeout=30).text
     return float(next(line.split()[1] for line in page.splitlines() if line.startswith("lensrack_batch_limit_rows ")))
 
 
-def _told(kinds: dict[str, Quiet]) -> dict[str, Any]:
+def _figures(kinds: dict[str, QuietTasks]) -> dict[str, Any]:
     calm = _p99s(kinds[CALM])
     return {kind: _of_kind(quiet, calm) for kind, quiet in kinds.items()}
 
 
-def _of_kind(quiet: Quiet, calm: Sequence[float]) -> dict[str, Any]:
-    ratios = [own / other for own, other in zip(_p99s(quiet), calm, strict=True) if other]
+def _of_kind(quiet: QuietTasks, calm: Sequence[float]) -> dict[str, Any]:
+    ratios = [values / other for values, other in zip(_p99s(quiet), calm, strict=True) if other]
     return {
-        **latencies([ms for own in quiet.rounds for ms in own]),
+        **latencies([ms for values in quiet.rounds for ms in values]),
         "p99_of_rounds_ms": _p99s(quiet),
         "p99_ratio": round(statistics.median(ratios), 2) if ratios else None,
         "asked": sum(map(len, quiet.rounds)) + quiet.failures,
@@ -135,8 +139,8 @@ def _of_kind(quiet: Quiet, calm: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _p99s(quiet: Quiet) -> list[float]:
-    return [latencies(own)["p99_ms"] or 0.0 for own in quiet.rounds]
+def _p99s(quiet: QuietTasks) -> list[float]:
+    return [latencies(values)["p99_ms"] or 0.0 for values in quiet.rounds]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -146,11 +150,11 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for server, kinds in report["quiet"].items():
-        for kind, own in kinds.items():
-            other = own["noisy"]
+        for kind, row in kinds.items():
+            other = row["noisy"]
             lines.append(
-                f"| {server}, {kind} | {own['p50_ms']} | {own['p95_ms']} | {own['p99_ms']} | {own['p99_ratio']} | "
-                f"{own['failures']} of {own['asked']} | {other['p50_ms']}, {other['p99_ms']} | {other['refused']} |"
+                f"| {server}, {kind} | {row['p50_ms']} | {row['p95_ms']} | {row['p99_ms']} | {row['p99_ratio']} | "
+                f"{row['failures']} of {row['asked']} | {other['p50_ms']}, {other['p99_ms']} | {other['refused']} |"
             )
     limits = ", ".join(f"{name}: {rows:g}" for name, rows in report["batch_limit"].items())
     return "\n".join([*lines, "", f"rows that a forward may have at the end: {limits}"])
@@ -159,7 +163,12 @@ def table(report: dict[str, Any]) -> str:
 def draw(report: Mapping[str, Any]) -> str:
     """SVG: the quiet tasks' p99, a panel for each server."""
     panels = [
-        Panel(f"quiet tasks' p99, server {server}", "ms", {kind: own["p99_ms"] for kind, own in kinds.items()}, [CALM])
+        Panel(
+            f"quiet tasks' p99, server {server}",
+            "ms",
+            {kind: figures["p99_ms"] for kind, figures in kinds.items()},
+            [CALM],
+        )
         for server, kinds in report["quiet"].items()
     ]
     return bars(panels)
@@ -171,16 +180,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--tasks", type=int, default=16, help="the noisy one among them")
-    parser.add_argument("--method", default="vpt_deep", help="of all of them")
-    parser.add_argument("--prompts", type=int, default=10, help="of each layer")
-    parser.add_argument("--rate", type=float, default=1.0, help="questions a second of a quiet task")
-    parser.add_argument("--times", type=float, default=10.0, help="so often asks the noisy one")
-    parser.add_argument("--flood", type=float, default=200.0, help="and so often where the server is flooded")
+    parser.add_argument("--tasks", type=int, default=16, help="tasks, including the noisy one")
+    parser.add_argument("--method", default="vpt_deep", help="method of all tasks")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second of a quiet task")
+    parser.add_argument("--times", type=float, default=10.0, help="rate of the noisy task, relative to a quiet one")
+    parser.add_argument("--flood", type=float, default=200.0, help="the same in flooded rounds")
     parser.add_argument("--target", type=float, default=0.0, help="seconds: a second server that keeps a p99 target")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each kind")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
-    telling.add_files(parser)
+    parser.add_argument("--seconds", type=float, default=8.0, help="seconds of a turn")
+    reporting.add_file_options(parser)
     return parser.parse_args(arguments)
 
 

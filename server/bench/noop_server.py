@@ -1,4 +1,4 @@
-"""A server like any other, but its engine answers at once: what is left is HTTP, decoding, batching and the rack.
+"""A normal server whose engine answers immediately: what remains is HTTP, decoding, batching and the rack.
 
 Run by `bench overhead`: `python -m server.bench.noop_server serve …`.
 """

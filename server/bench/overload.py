@@ -1,10 +1,9 @@
-"""`python -m server bench overload`: what is left of a server that is asked for three times what it can do.
+"""`python -m server bench overload`: the goodput of a server that receives three times the load that it can handle.
 
-A real server with one task. A closed loop finds its capacity, in answers a second; then an open loop, whose questions
-come by a Poisson process however slow the answers are, asks for a multiple of it; then the capacity again. Told: the
-answers by status, the goodput as a share of the capacity, latencies of what was accepted (from the moment a question
-was due), what Retry-After said, and the server's memory. Questions come from a process of their own. Nothing is
-asserted.
+A real server with one task. A closed loop measures its capacity, in answers a second; then an open loop, whose requests
+arrive by a Poisson process however slow the answers are, sends a multiple of it; then the capacity again. Reported: the
+answers by status, the goodput as a share of the capacity, latencies of accepted requests (from the moment a request was
+due), the values of Retry-After, and the server's memory. Requests come from a separate process. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from server import __version__
 from server.cli.sample_pictures import draw
 from server.settings import Settings
 
-from .load_generator import NO_ANSWER, Answer, Plan, Seen, generate
-from .own_server import own_server
+from .load_generator import NO_ANSWER, Answer, LoadResult, Plan, generate
 from .plain_client import PlainClient
+from .temporary_server import temporary_server
 
 TASK = "fruit"
 MIB = 2**20
@@ -40,9 +39,9 @@ REFUSED = (429, 503)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    with own_server() as (url, home, pid):
+    with temporary_server() as (url, home, pid):
         backbone, plan = _prepared(url, home, options)
-        generate(replace(plan, seconds=min(1.0, options.capacity_seconds)))  # whatever is set up lazily is not measured
+        generate(replace(plan, seconds=min(1.0, options.capacity_seconds)))  # lazy initialisation is not measured
         before = generate(plan)
         server = _processes(pid)
         with _memory(server) as memory:
@@ -50,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             places = _places(url)
         after = generate(plan)
         memory["after"] = _rss_mib(server)
-    found = report(options, before, flood, after)
-    found |= {"rss_mib": memory, "backbone": backbone, "places": places, "fronts": Settings().fronts}
-    print(table(found))
+    figures = report(options, before, flood, after)
+    figures |= {"rss_mib": memory, "backbone": backbone, "places": places, "fronts": Settings().fronts}
+    print(table(figures))
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,17 +63,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=about,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
-    parser.add_argument("--times", type=float, default=3.0, help="the capacity is asked for")
-    parser.add_argument("--capacity-seconds", type=float, default=10.0, help="of each closed loop")
-    parser.add_argument("--clients", type=int, default=64, help="of the closed loop: two full batches")
-    parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of overload")
+    parser.add_argument("--times", type=float, default=3.0, help="load as a multiple of the capacity")
+    parser.add_argument("--capacity-seconds", type=float, default=10.0, help="seconds of each closed loop")
+    parser.add_argument("--clients", type=int, default=64, help="clients of the closed loop: two full batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the arrivals")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     return parser.parse_args(arguments)
 
 
 def _prepared(url: str, home: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Plan]:
-    """One task, fitted; its worker has nothing to do afterwards. The backbone, and the closed loop's plan."""
+    """One fitted task, whose worker has nothing to do afterwards. Returns the backbone and the closed loop's plan."""
     draw(home / "pictures")
     with closing(PlainClient(url)) as client:
         dataset = client.upload(home / "pictures" / TASK / "train")
@@ -93,14 +92,14 @@ def _prepared(url: str, home: Path, options: argparse.Namespace) -> tuple[dict[s
     return (ready.backbone.model_dump() if ready.backbone else {}), plan
 
 
-def _flooded(plan: Plan, capacity: float, options: argparse.Namespace) -> Seen:
+def _flooded(plan: Plan, capacity: float, options: argparse.Namespace) -> LoadResult:
     if not capacity:
         raise RuntimeError("the closed loop got no answers: there is no capacity to ask for a multiple of")
     return generate(replace(plan, seconds=options.seconds, rate=options.times * capacity, seed=options.seed))
 
 
 def _places(url: str) -> int:
-    """Of the queue, after what it has just been asked."""
+    """Places of the queue under the load just applied."""
     with closing(PlainClient(url)) as client:
         return int(wire.Rack.model_validate(client.get("/rack")).places)
 
@@ -109,12 +108,12 @@ def _places(url: str) -> int:
 
 
 def _rss_mib(server: Sequence[Any]) -> float:
-    """Of all its processes. Pages that several of them share count several times: it is the growth that is told."""
+    """Memory of all processes. Pages that several of them share count several times: only the growth is reported."""
     return float(round(sum(each.memory_info().rss for each in server) / MIB, 1))
 
 
 def _processes(pid: int) -> list[Any]:
-    """Those of the server; its worker, which has nothing to do, is none of them."""
+    """The server's processes, without the idle worker."""
     import psutil  # of the extra `dev`
 
     server = psutil.Process(pid)
@@ -123,7 +122,7 @@ def _processes(pid: int) -> list[Any]:
 
 @contextmanager
 def _memory(server: Sequence[Any]) -> Iterator[dict[str, float]]:
-    """Resident memory at the beginning and at its highest."""
+    """Resident memory at the beginning and at its peak."""
     memory, over = {"before": _rss_mib(server)}, threading.Event()
     memory["peak"] = memory["before"]
 
@@ -143,7 +142,7 @@ def _memory(server: Sequence[Any]) -> Iterator[dict[str, float]]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(options: argparse.Namespace, before: Seen, flood: Seen, after: Seen) -> dict[str, Any]:
+def report(options: argparse.Namespace, before: LoadResult, flood: LoadResult, after: LoadResult) -> dict[str, Any]:
     capacities = [_rate(seen, options.capacity_seconds) for seen in (before, after)]
     goodput = _rate(flood, options.seconds)
     return {
@@ -159,54 +158,55 @@ def report(options: argparse.Namespace, before: Seen, flood: Seen, after: Seen) 
         "goodput": round(goodput, 1),
         "goodput_share": [round(goodput / capacity, 3) if capacity else None for capacity in capacities],
         "accepted": _halves(flood, options.seconds),
-        "refused": _latencies([one for one in flood.answers if one.status in REFUSED]),
-        "retry_after": _told(flood),
+        "refused": _latencies([answer for answer in flood.answers if answer.status in REFUSED]),
+        "retry_after": _retry_after(flood),
         "generator": _generator(flood, options.seconds),
     }
 
 
-def _rate(seen: Seen, seconds: float) -> float:
-    """Answers a second that came within the time; those that were under way at its end came too late to count."""
-    return sum(one.done_s <= seconds for one in _accepted(seen.answers)) / seconds
+def _rate(result: LoadResult, seconds: float) -> float:
+    """Answers a second within the time; requests still in flight at its end do not count."""
+    return sum(answer.done_s <= seconds for answer in _accepted(result.answers)) / seconds
 
 
 def _accepted(answers: Sequence[Answer]) -> list[Answer]:
-    return [one for one in answers if one.status == 200]
+    return [answer for answer in answers if answer.status == 200]
 
 
-def _by_status(seen: Seen) -> Counter[int]:
-    return Counter(one.status for one in seen.answers)
+def _by_status(result: LoadResult) -> Counter[int]:
+    return Counter(answer.status for answer in result.answers)
 
 
-def _halves(flood: Seen, seconds: float) -> dict[str, Any]:
-    """Latencies of the whole and of what was due in its second half: a queue without an end would show there."""
+def _halves(flood: LoadResult, seconds: float) -> dict[str, Any]:
+    """Latencies of all accepted requests and of those due in the second half: an ever-growing queue would show
+    there."""
     accepted = _accepted(flood.answers)
-    late = _latencies([one for one in accepted if one.due_s >= seconds / 2])
+    late = _latencies([answer for answer in accepted if answer.due_s >= seconds / 2])
     return {**_latencies(accepted), "second_half": late}
 
 
 def _latencies(answers: Sequence[Answer]) -> dict[str, float | None]:
-    ordered = sorted((one.done_s - one.due_s) * 1e3 for one in answers)
+    ordered = sorted((answer.done_s - answer.due_s) * 1e3 for answer in answers)
     return {f"p{share}_ms": _percentile(ordered, share) for share in (50, 99)}
 
 
 def _percentile(ordered: Sequence[float], share: int) -> float | None:
-    """The nearest rank: a latency that was measured. None of nothing."""
+    """The nearest rank, which is a measured latency; None without latencies."""
     return round(ordered[math.ceil(share / 100 * len(ordered)) - 1], 1) if ordered else None
 
 
-def _told(flood: Seen) -> dict[str, Any]:
-    """What the refusals' Retry-After said, in seconds."""
-    refused = [one.retry_after for one in flood.answers if one.status in REFUSED]
-    told = [float(seconds) for seconds in refused if seconds is not None]
-    figures = {"min": min(told), "median": statistics.median(told), "max": max(told)} if told else {}
-    return {"refused": len(refused), "missing": len(refused) - len(told), **figures}
+def _retry_after(flood: LoadResult) -> dict[str, Any]:
+    """The values of Retry-After in refusals, in seconds."""
+    refused = [answer.retry_after for answer in flood.answers if answer.status in REFUSED]
+    stated = [float(seconds) for seconds in refused if seconds is not None]
+    figures = {"min": min(stated), "median": statistics.median(stated), "max": max(stated)} if stated else {}
+    return {"refused": len(refused), "missing": len(refused) - len(stated), **figures}
 
 
-def _generator(flood: Seen, seconds: float) -> dict[str, Any]:
-    """Whether the asking was in time, and what of a core it took."""
-    lags = sorted((one.sent_s - one.due_s) * 1e3 for one in flood.answers)
-    last = max((one.done_s for one in flood.answers), default=seconds)
+def _generator(flood: LoadResult, seconds: float) -> dict[str, Any]:
+    """How punctual the load generator was, and its share of a core."""
+    lags = sorted((answer.sent_s - answer.due_s) * 1e3 for answer in flood.answers)
+    last = max((answer.done_s for answer in flood.answers), default=seconds)
     return {
         "cores": round(flood.cpu_s / max(last, seconds), 3),
         "late_p99_ms": _percentile(lags, 99),
@@ -214,31 +214,34 @@ def _generator(flood: Seen, seconds: float) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"| {found['options']['times']:g}× capacity for {found['options']['seconds']:g} s | |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in _rows(found)])
+    lines = [f"| {report['options']['times']:g}× capacity for {report['options']['seconds']:g} s | |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in _rows(report)])
 
 
-def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    accepted, told, memory, made = (found[name] for name in ("accepted", "retry_after", "rss_mib", "generator"))
-    yield "front ends (0: all in one process)", f"{found['fronts']}"
-    yield "capacity before, after (answers/s)", f"{found['capacity']['before']}, {found['capacity']['after']}"
-    yield "p50, p99 of the closed loop (ms)", _both(found["closed_loop"])
-    yield "asked (questions/s)", f"{found['asked']} ({found['asked_per_s']})"
-    yield "answers by status", ", ".join(f"{_status(code)}: {count}" for code, count in found["by_status"].items())
-    before, after = (f"{share:.1%}" if share is not None else "?" for share in found["goodput_share"])
-    yield "goodput (answers/s)", f"{found['goodput']}: {before} of the capacity before, {after} of that after"
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    accepted, waits, memory, client = (report[name] for name in ("accepted", "retry_after", "rss_mib", "generator"))
+    yield "front ends (0: all in one process)", f"{report['fronts']}"
+    yield "capacity before, after (answers/s)", f"{report['capacity']['before']}, {report['capacity']['after']}"
+    yield "p50, p99 of the closed loop (ms)", _both(report["closed_loop"])
+    yield "asked (questions/s)", f"{report['asked']} ({report['asked_per_s']})"
+    yield "answers by status", ", ".join(f"{_status(code)}: {count}" for code, count in report["by_status"].items())
+    before, after = (f"{share:.1%}" if share is not None else "?" for share in report["goodput_share"])
+    yield "goodput (answers/s)", f"{report['goodput']}: {before} of the capacity before, {after} of that after"
     yield "p50, p99 of the accepted (ms)", _both(accepted)
     yield "the same, second half", _both(accepted["second_half"])
-    yield "places in the queue, at capacity (ms)", f"{found['places']}, {_full_queue_ms(found)}"
-    yield "p50, p99 of the refused (ms)", _both(found["refused"])
-    yield "refusals without Retry-After", f"{told['missing']} of {told['refused']}"
-    yield "Retry-After min, median, max (s)", ", ".join(f"{told.get(name, '–')}" for name in ("min", "median", "max"))
+    yield "places in the queue, at capacity (ms)", f"{report['places']}, {_full_queue_ms(report)}"
+    yield "p50, p99 of the refused (ms)", _both(report["refused"])
+    yield "refusals without Retry-After", f"{waits['missing']} of {waits['refused']}"
+    yield (
+        "Retry-After min, median, max (s)",
+        ", ".join(f"{waits.get(name, '–')}" for name in ("min", "median", "max")),
+    )
     yield "server's RSS before, peak, after (MiB)", ", ".join(f"{memory[name]}" for name in ("before", "peak", "after"))
     yield (
         "the generator",
-        (f"{made['cores']} of a core, {made['late_p99_ms']} ms late (p99), {made['connections']} connections"),
+        (f"{client['cores']} of a core, {client['late_p99_ms']} ms late (p99), {client['connections']} connections"),
     )
 
 
@@ -250,10 +253,10 @@ def _status(code: str) -> str:
     return "none" if code == str(NO_ANSWER) else code
 
 
-def _full_queue_ms(found: dict[str, Any]) -> float | None:
-    """What waiting behind a full queue takes: the latency that an accepted question has to expect."""
-    capacity = found["capacity"]["before"]
-    return round(found["places"] / capacity * 1e3, 1) if capacity else None
+def _full_queue_ms(report: dict[str, Any]) -> float | None:
+    """The waiting time behind a full queue: the latency that an accepted request has to expect."""
+    capacity = report["capacity"]["before"]
+    return round(report["places"] / capacity * 1e3, 1) if capacity else None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A process of another server's: until it answers, and its end."""
+"""Another server's process: wait until it answers, and stop it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ASK_S = 0.1
 
 
 def wait_until_well(process: subprocess.Popen[bytes], url: str, most_s: float, log: Callable[[], str] = str) -> None:
-    """Until `url` answers with success; LitServe's `/health` does so only once its worker is well.
+    """Wait until `url` answers with success; LitServe's `/health` does so only once its worker is ready.
 
-    Raises RuntimeError, with the end of what `log` gives, where the process ends or the time does.
+    Raises RuntimeError, with the end of `log`, if the process ends or the time is over.
     """
     deadline = time.monotonic() + most_s
     while process.poll() is None and time.monotonic() < deadline:
@@ -30,7 +30,7 @@ def wait_until_well(process: subprocess.Popen[bytes], url: str, most_s: float, l
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: a shell's background job ignores SIGINT, and so do its children."""
+    """Stop the process and all that it has started: a shell's background job ignores SIGINT, and so do its children."""
     import psutil  # of the extra `dev`
 
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

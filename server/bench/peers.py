@@ -1,10 +1,10 @@
-"""What `bench http` is held against: servers that a user might write in an afternoon, for the same tasks.
+"""The peers of `bench http`: servers that a user might write in an afternoon, for the same tasks.
 
 LitServe, in `litserve_peer.py`: batches, sorted by task. `fastapi`: a plain FastAPI app, a forward for each request, in
-a thread, no batches. Both have our decoding and the very bundles of the store, and the forward is the
-official one: prompts inserted as tokens, `server.engine.reference`. With `--own-models` either is what one runs who has
-fine-tuned a whole model for each task: as many models, each with a task's head, plain forwards. They are run by the
-benchmark, by a Python that has what they need: `python -m server.bench.peers fastapi --store URL …`.
+a thread, no batches. Both use our decoding and the same bundles of the store, and the forward is the official one:
+prompts inserted as tokens, `server.engine.reference`. With `--own-models` either is what users run who fine-tuned a
+whole model for each task: as many models, each with a task's head, plain forwards. The benchmark runs them with a
+Python that has their packages: `python -m server.bench.peers fastapi --store URL …`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from server.engine.images.decode import Geometry
 
 MAX_PIXELS = 100_000_000
 TOP = 5
-TUNED = 0.01  # how far, of itself, fine-tuning moves a weight here
+TUNED = 0.01  # relative change of a weight by the simulated fine-tuning
 
 
 class Model:
@@ -45,9 +45,11 @@ class Model:
         bundles = _live_ones(options.store, options.tasks)
         self._manifests: dict[str, Manifest] = {task: bundle.manifest for task, bundle in bundles.items()}
         self._params = {task: self._kept(bundle) for task, bundle in bundles.items()}
-        how = self._backbone.spec.preprocess
-        self._geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
-        self._mean, self._std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (how.mean, how.std))
+        preprocess = self._backbone.spec.preprocess
+        self._geometry = Geometry.of(
+            preprocess.size, preprocess.interpolation, preprocess.crop_pct, preprocess.crop_mode, preprocess.mean
+        )
+        self._mean, self._std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (preprocess.mean, preprocess.std))
 
     @property
     def tasks(self) -> list[str]:
@@ -78,11 +80,11 @@ class Model:
         return reference.vpt_deep(self._backbone, pixels, self._params[task], self._manifests[task].prompt_lengths)
 
 
-class OwnModels(Model):
+class ModelPerTask(Model):
     """A whole ViT for every task, as if each had been fine-tuned, with that task's head. No prompts.
 
-    No two share memory, and as every weight has been changed, the system cannot share any either. There are as many
-    models as tasks: the last has the one that was loaded.
+    No two models share memory, and because every weight has been changed, the system cannot share pages either. There
+    are as many models as tasks: the last task uses the one that was loaded.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -102,19 +104,19 @@ class OwnModels(Model):
 
 
 def loaded(options: argparse.Namespace) -> Model:
-    return OwnModels(options) if options.own_models else Model(options)
+    return ModelPerTask(options) if options.own_models else Model(options)
 
 
 def _live_ones(url: str, most: int) -> Mapping[str, Bundle]:
     store = open_store(url)
     tasks = list(store.tasks())[: most or None]
-    found = {task: store.get(task, store.aliases(task)["live"].targets[0].version) for task in tasks}
+    bundles = {task: store.get(task, store.aliases(task)["live"].targets[0].version) for task in tasks}
     store.close()
-    return found
+    return bundles
 
 
 def _fine_tune(model: nn.Module, seed: int) -> None:
-    """Moves every parameter by a factor of its own: as by a fit all are written; what they become does not matter."""
+    """Change every parameter by a random factor: like a fit, this writes all of them; the values do not matter."""
     chance = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.mul_(1 + TUNED * (torch.rand((), generator=chance) - 0.5))
@@ -126,13 +128,13 @@ def _best(scores: np.ndarray[Any, Any], labels: Sequence[str]) -> list[dict[str,
 
 
 def by_task(batch: Sequence[tuple[str, Tensor]], model: Model) -> list[list[dict[str, Any]]]:
-    """Answers in the order of the batch, by a forward for each task in it."""
+    """Answers in the order of the batch, with one forward per task."""
     places: dict[str, list[int]] = {}
     for place, (task, _) in enumerate(batch):
         places.setdefault(task, []).append(place)
     answers: list[list[dict[str, Any]]] = [[] for _ in batch]
-    for task, own in places.items():
-        for place, answer in zip(own, model.answer(task, [batch[place][1] for place in own]), strict=True):
+    for task, rows in places.items():
+        for place, answer in zip(rows, model.answer(task, [batch[place][1] for place in rows]), strict=True):
             answers[place] = answer
     return answers
 
@@ -146,7 +148,7 @@ def fastapi(options: argparse.Namespace) -> None:
 
     def answered(task: str, body: bytes) -> dict[str, Any]:
         picture = model.decode(body)
-        with one_at_a_time:  # two forwards at once on one thread's worth of cores only take longer, both
+        with one_at_a_time:  # two concurrent forwards on one thread's worth of cores would both take longer
             return {"predictions": model.answer(task, [picture])}
 
     async def predict(task: str, request: Request) -> dict[str, Any]:
@@ -158,10 +160,10 @@ def fastapi(options: argparse.Namespace) -> None:
 
 
 def copies(options: argparse.Namespace) -> None:
-    """What a model for each task takes without a server around it, once all have answered."""
+    """Memory of a model for each task without a server, once all have answered."""
     from .process_tree import memory
 
-    model = OwnModels(options)
+    model = ModelPerTask(options)
     picture = torch.zeros(3, model.image_size, model.image_size, dtype=model.dtype)
     for task in model.tasks:
         model.answer(task, [picture])
@@ -173,7 +175,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("kind", choices=("litserve", "fastapi", "copies"))
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--store", required=True)
-    parser.add_argument("--tasks", type=int, default=0, help="of the store, the first so many; 0: all")
+    parser.add_argument("--tasks", type=int, default=0, help="use only the first tasks of the store; 0: all")
     parser.add_argument("--own-models", action="store_true", help="a whole model for each task, no prompts")
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--weights", type=Path)
@@ -185,5 +187,5 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asked = options()
-    {"fastapi": fastapi, "copies": copies}[asked.kind](asked)
+    parsed = options()
+    {"fastapi": fastapi, "copies": copies}[parsed.kind](parsed)

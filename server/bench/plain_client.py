@@ -1,6 +1,5 @@
-"""What a benchmark asks of its own server besides what it measures: data sets, jobs, waiting. In plain HTTP, because
-nothing of the server imports the SDK.
-"""
+"""A client for what a benchmark needs besides its measurements: data sets, jobs, waiting. In plain HTTP, because
+nothing of the server imports the SDK."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ LOOK_AGAIN_S = 0.1
 
 
 class PlainClient:
-    """Raises RuntimeError with what the server said where it refuses."""
+    """Raises RuntimeError with the server's message if the server refuses."""
 
     def __init__(self, url: str) -> None:
         self._http = httpx.Client(base_url=url, timeout=WAIT_S)
@@ -32,11 +31,11 @@ class PlainClient:
         self._http.post(f"/train/{job}/cancel")
 
     def train(self, task: str, dataset: str, method: str, recipe: dict[str, Any], publish: str = "always") -> str:
-        asked = {"task": task, "dataset": dataset, "method": method, "recipe": recipe, "publish": publish}
-        return str(_answer(self._http.post("/train", json=asked))["id"])
+        request = {"task": task, "dataset": dataset, "method": method, "recipe": recipe, "publish": publish}
+        return str(_answer(self._http.post("/train", json=request))["id"])
 
     def upload(self, folder: Path) -> str:
-        """A folder of class folders → the data set's id."""
+        """Upload a folder of class folders; return the data set's id."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
             for file in sorted(folder.rglob("*.png")):
@@ -46,8 +45,8 @@ class PlainClient:
 
     def ended(self, job: str) -> None:
         self.until(lambda: self.job(job).finished)
-        if (found := self.job(job)).state != "succeeded":
-            raise RuntimeError(f"the job that makes task {found.task} ended as {found.state}: {found.error}")
+        if (record := self.job(job)).state != "succeeded":
+            raise RuntimeError(f"the job that makes task {record.task} ended as {record.state}: {record.error}")
 
     def job(self, job: str) -> wire.Job:
         return wire.Job.model_validate(self.get(f"/train/{job}"))
@@ -59,7 +58,7 @@ class PlainClient:
         deadline = time.monotonic() + WAIT_S
         while not condition():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not come so far within {WAIT_S:g} s")
+                raise RuntimeError(f"the server did not finish within {WAIT_S:g} s")
             time.sleep(LOOK_AGAIN_S)
 
 

@@ -1,10 +1,11 @@
-"""`python -m server bench precision`: what lower precision costs the bundled tasks on real pictures they never saw.
+"""`python -m server bench precision`: the cost of lower precision for the bundled tasks, on real pictures they never
+saw.
 
 The test pictures of `digits` and `faces` are answered by the bundled backbone in float32, in bfloat16 and with the
-blocks' products in float8. Reported are accuracy, how far logits are from float32's, in standard deviations of these
-(the root of the mean square and the largest), and the share of pictures with the same label. On a CPU float8 multiplies
-the numbers that a GPU multiplies; no time is told, since a CPU's says nothing about a GPU's. Needs scikit-learn and
-scikit-image, which bring the pictures.
+blocks' products in float8. Reported are accuracy, the difference of logits from float32's, in standard deviations of
+these (root mean square and the largest), and the share of pictures with the same label. On a CPU float8 gives the same
+numbers as on a GPU; times are not reported, because a CPU's say nothing about a GPU's. Needs scikit-learn and
+scikit-image, which contain the pictures.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from server.engine.rack import Rack, demand
 from server.engine.residency import Loaded, Seat
 from server.methods.registry import Registry
 
-SIDE, HELD_BACK = 64, 4  # as the tasks were fitted: pictures enlarged once, every fourth of them kept for testing
+SIDE, HELD_BACK = 64, 4  # as in the tasks' fits: pictures enlarged once, every fourth of them kept for testing
 BATCH = 16
 PRECISIONS = ("float32", "bfloat16", "float8")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of one task in one precision; drifts in standard deviations of float32's logits."""
+    """Figures of one task in one precision; drifts in standard deviations of float32's logits."""
 
     task: str
     precision: str
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m server bench precision", description=(__doc__ or "").split("\n\n")[1]
     )
-    parser.add_argument("--pictures", type=int, default=450, help="of each task at the most (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=450, help="most pictures of each task (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
     options = parser.parse_args(arguments)
     rows = [row for task in ("digits", "faces") for row in measure(task, options.pictures)]
@@ -61,24 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(task: str, most: int) -> list[Row]:
-    """A row for each precision."""
+    """One row per precision."""
     bundle = Bundle.parse((bundled.FOLDER / "tasks" / f"{task}.safetensors").read_bytes())
-    shown, labels = pictures(task)
+    images, labels = pictures(task)
     targets = np.array([bundle.manifest.labels.index(label) for label in labels[:most]])
-    found: dict[str, NDArray[np.float64]] = {name: _logits(name, bundle, shown[:most]) for name in PRECISIONS}
-    truth = found[PRECISIONS[0]]
-    return [_row(task, name, own, truth, targets) for name, own in found.items()]
+    logits: dict[str, NDArray[np.float64]] = {name: _logits(name, bundle, images[:most]) for name in PRECISIONS}
+    truth = logits[PRECISIONS[0]]
+    return [_row(task, name, values, truth, targets) for name, values in logits.items()]
 
 
-def _row(task: str, name: str, own: NDArray[np.float64], truth: NDArray[np.float64], targets: NDArray[np.int64]) -> Row:
-    chosen, apart = own.argmax(1), np.abs(own - truth) / truth.std()
+def _row(
+    task: str, name: str, logits: NDArray[np.float64], truth: NDArray[np.float64], targets: NDArray[np.int64]
+) -> Row:
+    chosen, difference = logits.argmax(1), np.abs(logits - truth) / truth.std()
     return Row(
         task,
         name,
-        len(own),
+        len(logits),
         float((chosen == targets).mean()),
-        float(np.sqrt((apart**2).mean())),
-        float(apart.max()),
+        float(np.sqrt((difference**2).mean())),
+        float(difference.max()),
         float((chosen == truth.argmax(1)).mean()),
     )
 
@@ -89,24 +92,24 @@ def pictures(task: str) -> tuple[list[Image.Image], list[str]]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        found, labels = digits.images * (255 / 16), [str(target) for target in digits.target]
+        arrays, labels = digits.images * (255 / 16), [str(target) for target in digits.target]
     else:
         from skimage.data import lfw_subset
 
-        found = np.asarray(lfw_subset() * 255)  # type: ignore[no-untyped-call]
-        labels = ["face" if index < len(found) // 2 else "other" for index in range(len(found))]
-    kept = [Image.fromarray(own) for own in found[::HELD_BACK].round().astype(np.uint8)]
-    return [own.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB") for own in kept], labels[::HELD_BACK]
+        arrays = np.asarray(lfw_subset() * 255)  # type: ignore[no-untyped-call]
+        labels = ["face" if index < len(arrays) // 2 else "other" for index in range(len(arrays))]
+    kept = [Image.fromarray(image) for image in arrays[::HELD_BACK].round().astype(np.uint8)]
+    return [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB") for image in kept], labels[::HELD_BACK]
 
 
-def _logits(precision: str, bundle: Bundle, shown: Sequence[Image.Image]) -> NDArray[np.float64]:
+def _logits(precision: str, bundle: Bundle, images: Sequence[Image.Image]) -> NDArray[np.float64]:
     backbone = _backbone(precision)
     loaded = Registry().load(bundle, backbone)
     rack = Rack(
         dim=backbone.spec.dim, slots=1, vectors=demand(loaded.lens), device=backbone.device, dtype=backbone.dtype
     )
     engine, seat = Engine(backbone, rack), _seat(rack, loaded)
-    cut = [decode.fit(picture, loaded.geometry) for picture in shown]
+    cut = [decode.fit(picture, loaded.geometry) for picture in images]
     parts = [cut[start : start + BATCH] for start in range(0, len(cut), BATCH)]
     return np.stack([row for part in parts for row in engine.run([(pixels, seat) for pixels in part])])
 

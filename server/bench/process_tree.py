@@ -1,9 +1,9 @@
-"""What a server takes, however many processes it consists of: CPU time and memory of a process and its children.
+"""CPU time and memory of a server, however many processes it consists of: of a process and its children.
 
-Memory is what the tree would take alone on the machine. Proportional set size, which is usual, is not: it divides a
-page of a library by all processes that have it mapped in, so each server would look the smaller the more of them run
-side by side, and those that share a Python with the benchmark smaller than those with one of their own.
-Sources: proc_pid_smaps(5), proc_pid_pagemap(5), the kernel's admin-guide/mm/pagemap.
+Memory is what the tree would use alone on the machine. Proportional set size, the usual figure, is not: it divides a
+page of a library by all processes that have it mapped, so each server would look smaller the more of them run side by
+side, and those that share a Python with the benchmark smaller than those with their own. Sources: proc_pid_smaps(5),
+proc_pid_pagemap(5), the kernel's admin-guide/mm/pagemap.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from numpy.typing import NDArray
 
 MIB = 2**20
 PAGE = mmap.PAGESIZE
-IN_MEMORY = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV")  # what maps calls shared memory
-ENTRY = 8  # bytes of a page's entry in pagemap
-MAPPED_IN = np.uint64(1 << 63 | 1 << 61)  # it is in memory, and a page of a file or of shared memory
+IN_MEMORY = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV")  # names of shared memory in /proc/PID/maps
+ENTRY = 8  # bytes per page in pagemap
+MAPPED_IN = np.uint64(1 << 63 | 1 << 61)  # bits: present in memory; a page of a file or of shared memory
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of the tree so far. What a child that has ended took is its parent's."""
+    """User and system time of the tree so far. The time of a child that has ended counts for its parent."""
     return float(sum(sum(each.cpu_times()[:4]) for each in _tree(pid)))
 
 
 class Memory(NamedTuple):
-    """Of a tree, in MiB: `held` in all; `own`, of that, what is in no file, so that the kernel cannot drop it."""
+    """Memory of a tree in MiB: `held` in total; `own`, the part that is in no file, so that the kernel cannot drop
+    it."""
 
     held: float
     own: float
 
 
 def memory(pid: int) -> Memory:
-    """The tree's own pages, those that its processes share once; and every page of a file that any of them has mapped
-    in, once. Who else has it mapped in changes nothing. Linux only."""
+    """The tree's anonymous pages, counting shared ones once, plus every file page that any of its processes has mapped,
+    once. Mappings of other processes change nothing. Linux only."""
     own_bytes, files = 0, defaultdict[str, list[NDArray[np.int64]]](list)
     for each in _tree(pid):
         gone = () if each.pid == pid else (FileNotFoundError, ProcessLookupError)  # a child may end meanwhile
@@ -48,21 +49,21 @@ def memory(pid: int) -> Memory:
             own_bytes += _own_bytes(each.pid)
             for file, pages in _mapped(each.pid):
                 files[file].append(pages)
-    once = {file: len(np.unique(np.concatenate(found))) * PAGE for file, found in files.items()}
+    once = {file: len(np.unique(np.concatenate(pages))) * PAGE for file, pages in files.items()}
     shared = sum(size for file, size in once.items() if file.startswith(IN_MEMORY))
     return Memory(round((own_bytes + sum(once.values())) / MIB, 1), round((own_bytes + shared) / MIB, 1))
 
 
 def _own_bytes(pid: int) -> int:
-    """Pages of no file. A fork shares them with its parent, so proportionally: both are of the tree."""
-    found = re.search(r"^Pss_Anon: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
-    if found is None:
+    """Anonymous pages. A fork shares them with its parent, so proportionally: both belong to the tree."""
+    match = re.search(r"^Pss_Anon: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    if match is None:
         raise RuntimeError("expected Pss_Anon in /proc/PID/smaps_rollup: Linux 5.3 or newer")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 def _mapped(pid: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """By path, device and inode, the places in the file, in pages, of what the process has mapped in of it."""
+    """By path, device and inode: the file offsets, in pages, that the process has mapped."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as table:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             span, _, offset, device, inode, *path = line.split(maxsplit=5)
@@ -78,14 +79,14 @@ def _mapped(pid: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
 
 @contextmanager
 def paused(*pids: int) -> Iterator[None]:
-    """The trees stand still meanwhile: a server that polls is no load for the one that is being measured."""
-    found = [each for pid in pids for each in _tree(pid)]
-    for each in found:
+    """Suspend the trees meanwhile, so that servers that poll are no load for the one that is measured."""
+    processes = [each for pid in pids for each in _tree(pid)]
+    for each in processes:
         each.suspend()
     try:
         yield
     finally:
-        for each in found:
+        for each in processes:
             each.resume()
 
 
@@ -97,7 +98,7 @@ def rss_mib() -> float:
 
 
 def peak_rss_mib() -> float:
-    """The most that this program has had resident. What `getrusage` says begins with what the parent had."""
+    """The peak resident memory of this program. `getrusage` would start with the parent's."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
     return round(int(line.split()[1]) / 1024, 1)
 

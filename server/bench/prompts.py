@@ -1,8 +1,8 @@
-"""`python -m server bench prompts`: what becomes of prompts that begin as tokens, and of fewer of them.
+"""`python -m server bench prompts`: accuracy with prompts initialised from tokens, and with fewer prompts.
 
-A data folder holds train/ and test/ with a folder for each class. For every `--inits` and seed one fit. With `--keep`,
-the first fit of each seed is then condensed to each of these shares of its prompts, all of them, whatever the first
-that is good enough. The test pictures are looked at once, after a fit; nothing is chosen by them.
+A data folder holds train/ and test/ with a folder for each class. One fit for every `--inits` and seed. With `--keep`,
+the first fit of each seed is then condensed to each of these shares of its prompts, to all of them, regardless of the
+first that is good enough. The test pictures are used once, after a fit; nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     method = Registry().get(options.method)
     train, labels = read(options.data / "train", backbone)
     test, _ = read(options.data / "test", backbone)
-    asked = {"epochs": options.epochs, "prompts": options.prompts}
+    fields = {"epochs": options.epochs, "prompts": options.prompts}
     for seed in options.seeds:
         splits = Splits(*hold_out(train, Recipe().validation, seed), test)
         for init in options.inits:
-            recipe = resolve(method.defaults, {**asked, "seed": seed, "init": init})
+            recipe = resolve(method.defaults, {**fields, "seed": seed, "init": init})
             began = time.process_time()
-            found = fit(backbone, method, splits, len(labels), recipe)
-            what = {"data": options.data.name, "seed": seed, "init": init, "prompts": sum(found.prompt_lengths)}
-            _tell(options.out, what, found.metrics, began)
+            fitted = fit(backbone, method, splits, len(labels), recipe)
+            what = {"data": options.data.name, "seed": seed, "init": init, "prompts": sum(fitted.prompt_lengths)}
+            _tell(options.out, what, fitted.metrics, began)
             if options.keep and init == options.inits[0]:
-                _condense(backbone, found, splits, len(labels), options=options, what=what)
+                _condense(backbone, fitted, splits, len(labels), options=options, what=what)
 
 
 def _condense(
@@ -60,10 +60,10 @@ def _condense(
     options: argparse.Namespace,
     what: dict[str, Any],
 ) -> None:
-    """Every share, by the steps that a job takes until one is good enough."""
+    """Condense to every share, with the steps that a job takes until one is good enough."""
     began, frozen = time.process_time(), FrozenFeatures(backbone)
-    how = Condense(keep=tuple(options.keep), epochs=options.refit_epochs)
-    recipe = refit_recipe(replace(parent.recipe, condense=how))
+    condense = Condense(keep=tuple(options.keep), epochs=options.refit_epochs)
+    recipe = refit_recipe(replace(parent.recipe, condense=condense))
 
     def scored() -> Fitting[Tensor]:
         run = Fit(backbone, parent.method, recipe, parent.prompt_lengths, frozen)
@@ -72,12 +72,12 @@ def _condense(
 
     score = alone(backbone, scored())
     print(f"scores after {time.process_time() - began:.1f} CPU s", flush=True)
-    for count in counts(sum(parent.prompt_lengths), how.keep):
+    for count in counts(sum(parent.prompt_lengths), condense.keep):
         began, start = time.process_time(), cut(parent, score, count)
         again = fitting(backbone, start.method, splits, labels, recipe, start=start, frozen=frozen, each_epoch=False)
-        found = alone(backbone, again)
+        fitted = alone(backbone, again)
         kept = {"kept": count, "prompt_lengths": start.prompt_lengths, "epochs": recipe.epochs}
-        _tell(options.out, {**what, **kept}, found.metrics, began)
+        _tell(options.out, {**what, **kept}, fitted.metrics, began)
 
 
 def _tell(out: Path, what: dict[str, Any], metrics: dict[str, Any], began: float) -> None:
@@ -106,7 +106,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="prompts of a layer")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--keep", type=float, nargs="*", default=[], help="shares of the prompts to condense to")
-    parser.add_argument("--refit-epochs", type=int, help="three fifths of the fit's where not given")
+    parser.add_argument("--refit-epochs", type=int, help="default: three fifths of the fit's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/prompts.jsonl"), help="one JSON line for each fit")

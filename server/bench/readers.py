@@ -1,9 +1,9 @@
-"""`python -m server bench readers`: one picture for many tasks, and pictures a second of fitting.
+"""`python -m server bench readers`: one picture for many tasks, and fitting speed in pictures a second.
 
-One CPU thread, CPU time, so that neighbours on a busy machine count as little as possible; methods take turns, round
+One CPU thread, CPU time, so that other load on the machine matters as little as possible; methods take turns, round
 after round, and medians are reported with their ratio to one `linear` task. Weights are random: times do not depend on
 them. A step of fitting is forward, backward and optimiser. For `readonly` it is measured twice: with the trunk's keys
-and values kept, as in every epoch but the first, and with the trunk run anew, as where they do not fit into memory.
+and values cached, as in every epoch but the first, and with the trunk run anew, as when they do not fit into memory.
 Nothing is asserted.
 """
 
@@ -62,24 +62,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: CPU ms of a picture by method and number of tasks; pictures a second of fitting."""
-    serving, one = report["serving"], report["serving"]["1"]["linear"]
+    """Markdown: CPU ms per picture by method and number of tasks; pictures a second of fitting."""
+    serving, single = report["serving"], report["serving"]["1"]["linear"]
     lines = [f"| one picture × tasks | {' | '.join(SERVED)} |", "|---|" + "---|" * len(SERVED)]
     for count, times in serving.items():
-        cells = [f"{times[name]:,.1f} ms ({times[name] / one:,.1f}×)" if name in times else "–" for name in SERVED]
+        cells = [f"{times[name]:,.1f} ms ({times[name] / single:,.1f}×)" if name in times else "–" for name in SERVED]
         lines.append(f"| {count} | {' | '.join(cells)} |")
     lines += ["", "| fitting | pictures / CPU s |", "|---|---|"]
     return "\n".join(lines + [f"| {name} | {rate:,.0f} |" for name, rate in report["pictures_per_s"].items()])
 
 
 def _groups(most: int) -> list[tuple[str, int, list[str]]]:
-    """Prompts that change the trunk run it once a task: a hundred times is enough to see that."""
+    """Prompts that change the trunk run it once per task: 100 tasks are enough to show that."""
     counts = [count for count in COUNTS if count <= most]
     return [(str(count), count, [name for name in SERVED if name != "vpt_deep" or count <= 100]) for count in counts]
 
 
 def _answering(backbone: Backbone, name: str, tasks: int, options: argparse.Namespace) -> Callable[[], object]:
-    """One picture for so many tasks, in one forward."""
+    """One picture for `tasks` tasks, in one forward."""
     method, size = Registry().get(name), backbone.spec.image_size
     lengths = method.prompt_lengths(backbone.spec, options.prompts)
     params = method.init(backbone.spec, lengths, CLASSES, torch.Generator().manual_seed(0))
@@ -109,8 +109,8 @@ def _steps(backbone: Backbone, options: argparse.Namespace) -> dict[str, Callabl
         x = vit.embed(backbone, pixels).clone()
         kept = RecordedRows(vit.record(backbone, x, 0), None)
     x = x.clone()
-    found = {name: _step(backbone, Registry().get(name), x, None, options) for name in FITTED}
-    return {"readonly, trunk kept": _step(backbone, Registry().get("readonly"), x, kept, options), **found}
+    steps = {name: _step(backbone, Registry().get(name), x, None, options) for name in FITTED}
+    return {"readonly, trunk kept": _step(backbone, Registry().get("readonly"), x, kept, options), **steps}
 
 
 def _step(
@@ -125,10 +125,10 @@ def _step(
     def fitting() -> Fitting[None]:
         lens = method.lower(backbone, {name: value.to(backbone.dtype) for name, value in params.items()}, lengths)
         optimizer.zero_grad(set_to_none=True)
-        own = None if kept is None else RecordedRows(kept.rows.take(everything), None)
-        rows, tokens = condition(lens, len(x)), x if own is None else x[:0]
+        batch = None if kept is None else RecordedRows(kept.rows.take(everything), None)
+        rows, tokens = condition(lens, len(x)), x if batch is None else x[:0]
         yield ForwardRequest(
-            tokens, rows, lambda found: F.cross_entropy(vit.classify(found, lens).float(), targets), kept=own
+            tokens, rows, lambda features: F.cross_entropy(vit.classify(features, lens).float(), targets), kept=batch
         )
         optimizer.step()
 
@@ -141,7 +141,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", default="deit_tiny_patch16_224", help="plain timm ViT (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every method (default: %(default)s)")
-    parser.add_argument("--most", type=int, default=COUNTS[-1], help="tasks at the most (default: %(default)s)")
+    parser.add_argument("--most", type=int, default=COUNTS[-1], help="most tasks (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=10, help="prompts of each layer (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures of a step (default: %(default)s)")
     parser.add_argument("--rack", type=int, default=2**30, help="bytes for 1,000 tasks (default: %(default)s)")

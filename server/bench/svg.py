@@ -1,4 +1,4 @@
-"""How the benchmarks' pictures are written: small, the same bytes for the same figures, text that stays text."""
+"""Pictures of benchmarks: small, the same bytes for the same figures, with text kept as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def as_svg(figure: Figure) -> str:
-    """Call it within `style`."""
+    """The figure as SVG. Call it within `style`."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
@@ -30,7 +30,7 @@ def as_svg(figure: Figure) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A group of bars that may be compared: by name how long each is, in `unit`. `ours` are filled in."""
+    """A group of comparable bars: lengths by name, in `unit`. Those in `ours` are filled."""
 
     title: str
     unit: str
@@ -39,7 +39,7 @@ class Panel:
 
 
 def bars(panels: Sequence[Panel]) -> str:
-    """SVG: the panels one beneath the other, their bars from top to bottom."""
+    """SVG: the panels below each other, their bars from top to bottom."""
     from matplotlib.figure import Figure
 
     with style():

@@ -1,11 +1,11 @@
-"""`python -m server bench train`: forward and backward of a training step, ours beside the papers' own formulation.
+"""`python -m server bench train`: forward and backward of a training step, ours compared with the papers' formulation.
 
 `vpt_deep` on one batch of pictures, for each number of prompts: the literal forward, in which prompts are tokens and
 pass through every block, and ours, in which they are keys and values; in float32, with packed weights, and in bfloat16
-where the machine has it. One CPU thread, CPU time, variants in turns, medians; without the optimiser, which is the same
-for all. Memory is what a process of its own takes for one step beyond what it held before. Beside them stands how far
-the prompts' gradient is from the literal one, in shares of its length. Weights are random where no file is given: times
-do not depend on them. Nothing is asserted.
+if the machine supports it. One CPU thread, CPU time, variants in turns, medians; without the optimiser, which is the
+same for all. Memory is what one step takes in a separate process beyond the memory before it. Next to them is the
+difference of the prompts' gradient from the literal one, relative to its norm. Weights are random unless a file is
+given: times do not depend on them. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from server.engine.lens import condition
 from server.engine.packed import can_pack
 from server.methods.vpt_deep import VptDeep
 
-from . import telling
+from . import reporting
 from .engine import in_turns
 from .process_tree import peak_rss_mib, rss_mib
 from .svg import LINES, as_svg, style
@@ -43,7 +43,7 @@ KINDS = {
     "lensrack packed float32": (torch.float32, True),
     "lensrack packed bfloat16": (torch.bfloat16, True),
 }
-Step = Callable[[], Tensor]  # a forward and a backward; the prompts' gradient
+Step = Callable[[], Tensor]  # runs a forward and a backward; returns the prompts' gradient
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(_peak_mib(options)))
         return
     report = measure(options)
-    telling.tell(report, table(report), options, draw)
+    reporting.emit(report, table(report), options, draw)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,14 +74,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "gradient_off": float((once() - literal).norm() / literal.norm()),
                 }
             )
-    told = telling.stated(
+    header = reporting.provenance(
         "train", options, dtype="as the rows say", seeds=f"{options.seed}, of pictures and parameters"
     )
-    return {**told, "rows": rows}
+    return {**header, "rows": rows}
 
 
 def _kinds(options: argparse.Namespace) -> list[str]:
-    """The literal one and those that are asked for and can be had here."""
+    """The literal variant, and the selected ones that run on this machine."""
     here = [name for name, (dtype, packed) in KINDS.items() if not packed or can_pack(torch.device("cpu"), dtype)]
     return [name for name in here if name == LITERAL or name in options.kinds]
 
@@ -116,9 +116,9 @@ def step(name: str, prompts: int, options: argparse.Namespace) -> Step:
         for value in params.values():
             value.grad = None
         F.cross_entropy(logits(), targets).backward()
-        found = params["prompts"].grad
-        assert found is not None, "prompts are what is fitted"
-        return found
+        gradient = params["prompts"].grad
+        assert gradient is not None, "the prompts are trained"
+        return gradient
 
     return once
 
@@ -127,9 +127,9 @@ def step(name: str, prompts: int, options: argparse.Namespace) -> Step:
 
 
 def _measured_peak(name: str, prompts: int, options: argparse.Namespace) -> float:
-    """In a process of its own: a peak never falls."""
-    own = ["--peak-of", name, "--prompts", str(prompts), "--batch", str(options.batch), "--arch", options.arch]
-    command = [sys.executable, "-m", "server.bench.train", *own]
+    """Peak memory, measured in a separate process, because a peak never falls."""
+    arguments = ["--peak-of", name, "--prompts", str(prompts), "--batch", str(options.batch), "--arch", options.arch]
+    command = [sys.executable, "-m", "server.bench.train", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     if done.returncode:
         raise RuntimeError(f"memory could not be measured:\n{done.stderr[-2000:]}")
@@ -192,14 +192,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--arch", default="deit_tiny_patch16_224", help="a plain timm ViT")
-    parser.add_argument("--weights", type=Path, help="safetensors of it; random where not given")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[10, 50, 100], help="of each layer")
+    parser.add_argument("--weights", type=Path, help="safetensors of its weights (default: random)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[10, 50, 100], help="prompts of each layer")
     parser.add_argument("--batch", type=int, default=16, help="pictures of a step")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS], help="beside the literal one")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=[*KINDS], default=[*KINDS], help="variants besides the literal one"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures and parameters")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and parameters")
     parser.add_argument("--peak-of", choices=[*KINDS], help="only the memory of one variant, as JSON")
-    telling.add_files(parser)
+    reporting.add_file_options(parser)
     return parser.parse_args(arguments)
 
 

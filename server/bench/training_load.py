@@ -1,8 +1,8 @@
-"""`python -m server bench training-load`: what a training job costs those who ask for predictions meanwhile.
+"""`python -m server bench training-load`: the effect of a training job on concurrent predictions.
 
-A real server with its worker; clients ask over sockets at a light, steady rate. Rounds without and with a job under way
-take turns, so that whatever else happens on the machine meets both. A request's latency counts from the moment it was
-due, not from when a late client got round to sending it. Nothing is asserted.
+A real server with its worker; clients send requests over sockets at a light, steady rate. Rounds without and with a
+running job take turns, so that other load on the machine affects both. A request's latency counts from the moment it
+was due, not from when a late client sent it. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from lensrack import wire
 from server import __version__
 from server.cli.sample_pictures import SETS, draw
 
-from .own_server import own_server
 from .plain_client import WAIT_S, PlainClient
+from .temporary_server import temporary_server
 
 KINDS = ("without a job", "with a job")
 
 
 @dataclass
 class Phase:
-    """What was measured of one kind, over all rounds. Latencies in milliseconds."""
+    """Figures of one kind over all rounds. Latencies in milliseconds."""
 
     latencies_ms: list[float] = field(default_factory=list)
     failures: int = 0
-    steps: int = 0  # of training, while it was measured
+    steps: int = 0  # training steps during the measurement
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    with own_server() as (url, home, _):
+    with temporary_server() as (url, home, _):
         bench = Bench(url, home, options)
         phases = bench.run()
         report = _report(bench.backbone, options, phases)
@@ -64,10 +64,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a phase")
     parser.add_argument("--rounds", type=int, default=3, help="turns of both phases")
-    parser.add_argument("--clients", type=int, default=4, help="threads that ask, each over its own connection")
+    parser.add_argument("--clients", type=int, default=4, help="client threads, each with its own connection")
     parser.add_argument("--rate", type=float, default=5.0, help="requests a second of each client")
-    parser.add_argument("--tasks", type=int, default=2, choices=range(1, len(SETS) + 1), help="tasks that are asked")
-    parser.add_argument("--method", default="vpt_deep", help="what the job fits")
+    parser.add_argument(
+        "--tasks", type=int, default=2, choices=range(1, len(SETS) + 1), help="tasks that receive requests"
+    )
+    parser.add_argument("--method", default="vpt_deep", help="method that the job fits")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures of the job's steps")
     parser.add_argument("--out", type=Path, help="folder for the figures as JSON")
     return parser.parse_args(arguments)
@@ -89,7 +91,7 @@ class Bench:
         for task, dataset in datasets.items():
             self._server.ended(self._server.train(task, dataset, "linear", {"epochs": 20}))
         phases = {kind: Phase() for kind in KINDS}
-        self._ask(1.0, Phase())  # whatever is set up lazily is not measured
+        self._ask(1.0, Phase())  # lazy initialisation is not measured
         for _ in range(self._options.rounds):
             self._ask(self._options.seconds, phases[KINDS[0]])
             with self._training(datasets[self._tasks[0]]) as steps:
@@ -102,13 +104,13 @@ class Bench:
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def _ask(self, seconds: float, phase: Phase) -> None:
-        """All clients at once, for `seconds`."""
+        """Run all clients concurrently for `seconds`."""
         clients = self._options.clients
         together = threading.Barrier(clients)
         with ThreadPoolExecutor(clients) as pool:
-            for one in pool.map(lambda number: self._one_client(number, seconds, together), range(clients)):
-                phase.latencies_ms += one.latencies_ms
-                phase.failures += one.failures
+            for part in pool.map(lambda number: self._one_client(number, seconds, together), range(clients)):
+                phase.latencies_ms += part.latencies_ms
+                phase.failures += part.failures
 
     def _one_client(self, number: int, seconds: float, together: threading.Barrier) -> Phase:
         task, seen = self._tasks[number % len(self._tasks)], Phase()
@@ -116,7 +118,7 @@ class Bench:
         pause_s, headers = 1 / self._options.rate, {"Content-Type": "image/png"}
         with httpx.Client(base_url=self._url, timeout=WAIT_S) as http:
             together.wait()
-            start = time.perf_counter() + number / self._options.clients * pause_s  # not all in the same moment
+            start = time.perf_counter() + number / self._options.clients * pause_s  # spread over one interval
             for turn in range(max(1, math.floor(seconds * self._options.rate))):
                 due = start + turn * pause_s
                 time.sleep(max(0.0, due - time.perf_counter()))
@@ -129,7 +131,7 @@ class Bench:
 
     @contextmanager
     def _training(self, dataset: str) -> Iterator[Callable[[], int]]:
-        """A job under way, and how many steps it has made; cancelled afterwards."""
+        """A running job; yields a function that returns its number of steps. The job is cancelled afterwards."""
         recipe = {"epochs": 1000, "batch_size": self._options.batch_size}
         job = self._server.train("load", dataset, self._options.method, recipe, publish="never")
 
@@ -165,8 +167,8 @@ def _report(backbone: wire.Backbone | None, options: argparse.Namespace, phases:
 
 def _figures(phase: Phase) -> dict[str, Any]:
     ordered = sorted(phase.latencies_ms)
-    found = {f"p{share}_ms": round(_percentile(ordered, share), 2) for share in (50, 99)}
-    return {"requests": len(ordered), "failures": phase.failures, **found, "training_steps": phase.steps}
+    percentiles = {f"p{share}_ms": round(_percentile(ordered, share), 2) for share in (50, 99)}
+    return {"requests": len(ordered), "failures": phase.failures, **percentiles, "training_steps": phase.steps}
 
 
 def _percentile(ordered: Sequence[float], share: int) -> float:

@@ -30,9 +30,9 @@ def test_every_method_is_compared_in_every_precision(tmp_path: Path, capsys: pyt
     assert code == 0
     assert len(report["checks"]) == len(bench.BOUNDS) * (2 + len(METHODS))
     assert all(0 < float(str(check["drift"])) <= float(str(check["bound"])) for check in report["checks"])
-    told = capsys.readouterr().out
-    assert "no GPU was measured" in told
-    assert "as a CUDA graph | 2 | – | – | not measured: there are no graphs on this device |" in told
+    output = capsys.readouterr().out
+    assert "no GPU was measured" in output
+    assert "as a CUDA graph | 2 | – | – | not measured: there are no graphs on this device |" in output
     assert [row["what"] for row in report["speeds"] if row["ms"] is None] == [
         "timm, one task, as a CUDA graph",
         "the engine's plain trunk, as a CUDA graph",
@@ -53,5 +53,5 @@ def test_a_device_that_adds_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_gradient_that_is_missing_is_found() -> None:
-    assert bench._apart(None, torch.ones(2)) == float("inf")
-    assert bench._apart(torch.ones(2), torch.ones(2).double()) == 0
+    assert bench._gradient_difference(None, torch.ones(2)) == float("inf")
+    assert bench._gradient_difference(torch.ones(2), torch.ones(2).double()) == 0

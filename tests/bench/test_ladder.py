@@ -48,10 +48,10 @@ def test_no_answer_goes_uncompared(report: dict[str, Any]) -> None:
 
 def test_a_step_that_answers_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ragged rows against prompts that all tasks have as many of."""
-    steps = [replace(step, truth=ladder_bench.true) for step in ladder.RAGGED]
+    steps = [replace(step, truth=ladder_bench.exact) for step in ladder.RAGGED]
     monkeypatch.setattr(ladder, "STEPS", (ladder.STEPS[0], *steps))
-    for own in ("RAGGED", "CUDA"):
-        monkeypatch.setattr(ladder, own, ())
+    for name in ("RAGGED", "CUDA"):
+        monkeypatch.setattr(ladder, name, ())
     monkeypatch.setattr(ladder, "layouts", lambda cores: ())
     bench = Bench("vit_tiny_patch16_224", tasks=2, prompts=3)
     report = ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False))
@@ -72,30 +72,30 @@ def test_float8_is_rounded_and_not_timed(report: dict[str, Any]) -> None:
 
 
 def test_the_table_has_every_step_and_marks_those_that_are_taken(report: dict[str, Any]) -> None:
-    told, laid_out = (table.splitlines() for table in ladder.tables(report).split("\n\n"))
-    assert len(told) == 2 + len(ladder.STEPS) + len(ladder.RAGGED) + len(ladder.CUDA)
+    lines, laid_out = (table.splitlines() for table in ladder.tables(report).split("\n\n"))
+    assert len(lines) == 2 + len(ladder.STEPS) + len(ladder.RAGGED) + len(ladder.CUDA)
     assert len(laid_out) == 2 + len(LAYOUTS)
-    assert len({line.count("|") for line in told}) == len({line.count("|") for line in laid_out}) == 1
+    assert len({line.count("|") for line in lines}) == len({line.count("|") for line in laid_out}) == 1
     assert laid_out[2].startswith("| **one thread** |")
-    absent = [line for line in told if "CUDA" in line and "not measured: no CUDA" in line]
+    absent = [line for line in lines if "CUDA" in line and "not measured: no CUDA" in line]
     assert len(absent) == (0 if torch.cuda.is_available() else len(ladder.CUDA))
     assert "| **prefix: prompts as keys and values** |" in ladder.tables(report)
-    assert f"| {ladder_steps.STEPS[0].name} |" in told[2]
-    assert "| 1.00 |" in told[2]
+    assert f"| {ladder_steps.STEPS[0].name} |" in lines[2]
+    assert "| 1.00 |" in lines[2]
 
 
 def test_what_this_machine_cannot_do_is_said_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder_bench, "can_pack", lambda *_: False)
     bench = Bench("vit_tiny_patch16_224", tasks=1, prompts=1)
-    with pytest.raises(ladder_bench.NotHere, match="packs no"):
+    with pytest.raises(ladder_bench.NotAvailable, match="packs no"):
         bench.backbone(packed=True)
-    step = ladder_bench.Step("packed", lambda own: own.served(own.backbone(packed=True)), True)
+    step = ladder_bench.Step("packed", lambda bench: bench.served(bench.backbone(packed=True)), True)
     monkeypatch.setattr(ladder, "STEPS", (ladder.STEPS[0], step))
     monkeypatch.setattr(ladder, "RAGGED", ())
     monkeypatch.setattr(ladder, "layouts", lambda cores: LAYOUTS)
-    told = ladder.tables(ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False)))
-    assert "| **packed** | – | – | – | – | not measured: this machine" in told
-    assert "| **one thread** | – | – | – | – | – | not measured: this machine" in told
+    lines = ladder.tables(ladder.measure(bench, argparse.Namespace(rounds=1, compile=False, final=False)))
+    assert "| **packed** | – | – | – | – | not measured: this machine" in lines
+    assert "| **one thread** | – | – | – | – | – | not measured: this machine" in lines
 
 
 def test_from_the_command_line_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

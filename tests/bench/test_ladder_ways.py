@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from server.bench import ladder_cuda, ladder_layouts, ladder_prompts
-from server.bench.ladder_bench import Answer, Bench, Drift, NotHere, true_ragged, true_shown, true_shown_ragged, under
+from server.bench.ladder_bench import (
+    Answer,
+    Bench,
+    Drift,
+    NotAvailable,
+    exact_images,
+    exact_images_ragged,
+    exact_ragged,
+    under,
+)
 from server.engine.backbone import Backbone
 from server.engine.batch import ImageSeat
 from server.engine.engine import Engine
@@ -50,11 +59,11 @@ def segments(query: Tensor, keys: Tensor, values: Tensor, *where: Any) -> Tensor
     sizes = [np.diff(ends.tolist()).tolist() for ends in (starts, key_starts)]
     assert (max(sizes[0]), max(sizes[1])) == (queries, longest)
     assert starts.dtype == key_starts.dtype == torch.int32
-    found = []
+    result = []
     for q, k, v in zip(query.split(sizes[0]), keys.split(sizes[1]), values.split(sizes[1]), strict=True):
         shares = (torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
-        found.append(torch.einsum("hqk,khd->qhd", shares, v))
-    return torch.cat(found)
+        result.append(torch.einsum("hqk,khd->qhd", shares, v))
+    return torch.cat(result)
 
 
 def row_by_row(bench: Bench, backbone: Backbone) -> Answer:
@@ -64,7 +73,7 @@ def row_by_row(bench: Bench, backbone: Backbone) -> Answer:
 
 def test_lengths_differ_and_so_do_the_answers(bench: Bench) -> None:
     assert [lengths[0] for _, lengths in bench.ragged] == [0, 2, 4]
-    assert Drift.of(bench.served(bench.plain)(), true_ragged(bench)().numpy()).drift > 1e-2
+    assert Drift.of(bench.served(bench.plain)(), exact_ragged(bench)().numpy()).drift > 1e-2
 
 
 RAGGED: dict[str, Callable[[Bench, Backbone], Answer]] = {
@@ -75,25 +84,25 @@ RAGGED: dict[str, Callable[[Bench, Backbone], Answer]] = {
 
 @pytest.mark.parametrize("way", RAGGED)
 def test_of_any_length_in_float64(bench: Bench, backbone: Backbone, way: str) -> None:
-    drift = Drift.of(RAGGED[way](bench, backbone)(), true_ragged(bench)().numpy())
+    drift = Drift.of(RAGGED[way](bench, backbone)(), exact_ragged(bench)().numpy())
     assert drift.drift < ROUNDED
     assert drift.agree == 1
 
 
 def test_padding_that_is_not_masked_is_seen(bench: Bench, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gathered, "_mask", lambda gathered, layer: None)
-    assert Drift.of(bench.served(backbone, bench.ragged)(), true_ragged(bench)().numpy()).drift > 1e-3
+    assert Drift.of(bench.served(backbone, bench.ragged)(), exact_ragged(bench)().numpy()).drift > 1e-3
 
 
 def test_uint8_pictures_to_logits(bench: Bench, backbone: Backbone) -> None:
     for pinned in (True, False):
-        answer = bench.shown(backbone, bench.lenses(backbone, bench.even), pinned=pinned)
-        assert Drift.of(answer(), true_shown(bench)().numpy()).drift < ROUNDED
+        answer = bench.from_images(backbone, bench.lenses(backbone, bench.even), pinned=pinned)
+        assert Drift.of(answer(), exact_images(bench)().numpy()).drift < ROUNDED
 
 
 def test_rows_end_to_end(bench: Bench, backbone: Backbone) -> None:
-    found = ladder_cuda.unpadded_by(segments, bench, backbone)()
-    assert Drift.of(found, true_shown_ragged(bench)().numpy()).drift < ROUNDED
+    result = ladder_cuda.unpadded_by(segments, bench, backbone)()
+    assert Drift.of(result, exact_images_ragged(bench)().numpy()).drift < ROUNDED
 
 
 def test_what_is_not_unpadded_is_refused(bench: Bench, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,14 +116,14 @@ def test_what_is_not_unpadded_is_refused(bench: Bench, backbone: Backbone, monke
 
 @pytest.fixture
 def on_cuda(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Answer]]:
-    """`Bench.shown` there; of what a lens holds only the shapes count. tasks: `even` or `ragged`."""
+    """`Bench.from_images` there; of what a lens holds only the shapes count. tasks: `even` or `ragged`."""
     lenses = {name: bench.lenses(bench.plain, getattr(bench, name)) for name in ("even", "ragged")}
     with fake_cuda(monkeypatch):
         backbone = on_fake_cuda(bench.plain)
         monkeypatch.setattr(
             bench, "lenses", lambda backbone, tasks: lenses["even" if tasks is bench.even else "ragged"]
         )
-        yield lambda tasks, **how: bench.shown(backbone, bench.lenses(backbone, tasks), **how)
+        yield lambda tasks, **how: bench.from_images(backbone, bench.lenses(backbone, tasks), **how)
 
 
 def test_pinned_memory_waits_for_nothing_and_pageable_for_the_first_copy(
@@ -145,7 +154,7 @@ def test_rows_end_to_end_wait_for_nothing_either(bench: Bench, on_cuda: Callable
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_where_no_cuda_is_each_row_says_so(bench: Bench) -> None:
     for step in ladder_cuda.CUDA:
-        with pytest.raises(NotHere, match="no CUDA"):
+        with pytest.raises(NotAvailable, match="no CUDA"):
             step.start(bench)
 
 
@@ -153,23 +162,23 @@ def test_where_no_cuda_is_each_row_says_so(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "within", "taken"), [(1, [1], 1), (2, [1, 2], 1), (4, [1, 2, 3, 4], 3), (6, [1, 2, 4, 5, 6], 5)]
+    ("cores", "within", "engine_step"), [(1, [1], 1), (2, [1, 2], 1), (4, [1, 2, 3, 4], 3), (6, [1, 2, 4, 5, 6], 5)]
 )
-def test_as_many_threads_as_there_are_cores(cores: int, within: Sequence[int], taken: int) -> None:
+def test_as_many_threads_as_there_are_cores(cores: int, within: Sequence[int], engine_step: int) -> None:
     steps = ladder_layouts.layouts(cores)
     names = ["one thread", *(f"{count} threads in each product" for count in within[1:])]
     assert [step.name for step in steps[: len(within)]] == names
-    assert [step.name for step in steps if step.taken] == [names[within.index(taken)]]
+    assert [step.name for step in steps if step.taken] == [names[within.index(engine_step)]]
     assert len(steps) == 2 * len(within) - 1
 
 
 @needs_packed
 def test_threads_are_those_that_the_row_names(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, seen = Engine.logits, []
+    original, seen = Engine.logits, []
 
     def watched(engine: Engine, x: Tensor, rows: Sequence[ImageSeat]) -> list[Tensor]:
         seen.append((len(rows), torch.get_num_threads(), threading.get_ident()))
-        return own(engine, x, rows)
+        return original(engine, x, rows)
 
     monkeypatch.setattr(Engine, "logits", watched)
     here = threading.get_ident()
@@ -184,5 +193,5 @@ def test_threads_are_those_that_the_row_names(bench: Bench, monkeypatch: pytest.
 
 @needs_packed
 def test_more_workers_than_pictures_are_not_measured(bench: Bench) -> None:
-    with pytest.raises(NotHere, match="fewer pictures than workers: 3"):
+    with pytest.raises(NotAvailable, match="fewer pictures than workers: 3"):
         ladder_layouts.workers(bench, 4)

@@ -78,7 +78,7 @@ def scripted(tmp_path: Path) -> Iterator[Plan]:
 @pytest.mark.parametrize("rate", [0.0, 200.0])
 def test_the_generator_counts_every_way_to_be_answered(scripted: Plan, rate: float) -> None:
     seen = generate(replace(scripted, requests=40, rate=rate))
-    assert Counter(one.status for one in seen.answers) == {200: 20, 429: 10, NO_ANSWER: 10}
-    assert {one.retry_after for one in seen.answers if one.status == 429} == {"7"}
-    assert all(one.due_s <= one.sent_s <= one.done_s for one in seen.answers)
+    assert Counter(answer.status for answer in seen.answers) == {200: 20, 429: 10, NO_ANSWER: 10}
+    assert {answer.retry_after for answer in seen.answers if answer.status == 429} == {"7"}
+    assert all(answer.due_s <= answer.sent_s <= answer.done_s for answer in seen.answers)
     assert seen.connections >= 20, "one that was hung up was used again"

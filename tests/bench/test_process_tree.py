@@ -49,9 +49,9 @@ def reading(file: Path, *, own: int = 0, shared: int = 0, fork: bool = False) ->
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    found = tmp_path / "weights"
-    found.write_bytes(b"1" * FILE * MIB)
-    return found
+    path = tmp_path / "weights"
+    path.write_bytes(b"1" * FILE * MIB)
+    return path
 
 
 def test_what_several_processes_of_a_tree_share_is_counted_once(file: Path) -> None:
@@ -59,9 +59,9 @@ def test_what_several_processes_of_a_tree_share_is_counted_once(file: Path) -> N
         python_mib = memory(bare.pid).held - FILE
     whole = FILE + OWN + SHARED
     with reading(file, own=OWN, shared=SHARED, fork=True) as process:
-        found = memory(process.pid).held
+        result = memory(process.pid).held
         resident = sum(each.memory_info().rss for each in processes(process.pid)) / MIB
-    assert whole <= found <= whole + 2 * python_mib + 4  # what a child has written since is its own
+    assert whole <= result <= whole + 2 * python_mib + 4  # what a child has written since is its own
     assert resident >= 2 * whole  # which both have
 
 

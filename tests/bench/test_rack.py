@@ -54,6 +54,6 @@ def test_growth_is_between_the_quarters() -> None:
     }  # fmt: skip
     tier = {"share": 1.0, "p50_ms": 0.5, "p99_ms": 1.0, "count": 3}
     report = {"options": vars(argparse.Namespace(tasks=5)), "store": "file", "resident": 3, "tiers": {"device": tier}}
-    told = rack.table({**report, "swaps": swaps})
-    assert "1,000 swaps in 2.0 s: RSS 10.0 → 11.0 MiB (1048.6 bytes each)" in told
-    assert "| device | 100.0% | 0.500 | 1.000 | 3 |" in told
+    output = rack.table({**report, "swaps": swaps})
+    assert "1,000 swaps in 2.0 s: RSS 10.0 → 11.0 MiB (1048.6 bytes each)" in output
+    assert "| device | 100.0% | 0.500 | 1.000 | 3 |" in output

@@ -32,11 +32,11 @@ def test_it_tells_of_every_process_and_each_kind_of_work(tmp_path: Path) -> None
     command = [sys.executable, "-m", "tests.soak", *budget, *band]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "soak.json").read_text())
-    told = {(one["work"], one["done"], one["process"]) for one in found}
+    result = json.loads((tmp_path / "soak.json").read_text())
+    output = {(answer["work"], answer["done"], answer["process"]) for answer in result}
     kinds = {("predictions", 3), ("cycles", 2), ("jobs", 1)}
-    assert told == {(*kind, process) for kind in kinds for process in ("front end", "engine", "worker")}
-    assert all(min(*one["rss_mib"], *one["fds"]) > 0 for one in found)
+    assert output == {(*kind, process) for kind in kinds for process in ("front end", "engine", "worker")}
+    assert all(min(*answer["rss_mib"], *answer["fds"]) > 0 for answer in result)
     assert "| 3 predictions | engine |" in done.stdout
 
 

@@ -43,21 +43,21 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        found = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
         if kwargs.get("pin_memory"):
-            self._kept.append(found)
-            self.pinned.add(_storage(found))
+            self._kept.append(result)
+            self.pinned.add(_storage(result))
         name = str(func)
         if name.startswith("aten.copy_"):
             self._see(args[1], args[0], kwargs.get("non_blocking", len(args) > 2 and args[2]))
         elif name.startswith("aten._to_copy"):
-            self._see(args[0], found, kwargs.get("non_blocking", False))
-        elif isinstance(found, Tensor) and found.device.type == "cuda":
-            strangers = [each for each in given if each.device.type == "cpu" and each.ndim]
+            self._see(args[0], result, kwargs.get("non_blocking", False))
+        elif isinstance(result, Tensor) and result.device.type == "cuda":
+            strangers = [each for each in tensors if each.device.type == "cpu" and each.ndim]
             if strangers:
                 raise WaitsError(f"{name} takes {strangers[0]} from the host")
-        return found
+        return result
 
     def _see(self, source: Tensor, target: Tensor, unwaited: bool) -> None:
         if source.device.type == target.device.type:
@@ -89,7 +89,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def block(size: int) -> transfer.Block:
         return transfer.Block(np.empty(size, np.uint8), torch.empty(size, dtype=torch.uint8, pin_memory=True))
 
-    monkeypatch.setattr(Rack, "write", lambda *given: None)  # of what has no numbers nothing is to be written
+    monkeypatch.setattr(Rack, "write", lambda *tensors: None)  # of what has no numbers nothing is to be written
     # in inference mode the fakes are shown composite operators whole, and cannot take them apart
     for name in ("begin", "embed"):
         monkeypatch.setattr(Engine, name, torch.no_grad()(getattr(Engine, name).__wrapped__))
@@ -102,20 +102,24 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def on_fake_cuda(backbone: Backbone, dtype: torch.dtype = torch.bfloat16, *, float8: bool = False) -> Backbone:
     """The same architecture on the device that is not there; called within `fake_cuda`."""
-    model: Any = _replaced(copy.copy(backbone.model), lambda given: torch.empty(given.shape, dtype=dtype, device=CUDA))
+    model: Any = _replaced(
+        copy.copy(backbone.model), lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=CUDA)
+    )
     model.__dict__["to"] = lambda **_: model  # it is there already
     return Backbone(backbone.spec, model, CUDA, dtype, packed=True, float8=float8)
 
 
 def _replaced(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    found = copy.copy(module)
-    found.__dict__ = {**module.__dict__}
-    parameters = {name: None if own is None else _frozen(make(own)) for name, own in module._parameters.items()}
-    buffers = {name: None if own is None else make(own) for name, own in module._buffers.items()}
-    found.__dict__["_parameters"], found.__dict__["_buffers"] = parameters, buffers
-    modules = {name: None if own is None else _replaced(own, make) for name, own in module._modules.items()}
-    found.__dict__["_modules"] = modules
-    return found
+    copied = copy.copy(module)
+    copied.__dict__ = {**module.__dict__}
+    parameters = {
+        name: None if member is None else _frozen(make(member)) for name, member in module._parameters.items()
+    }
+    buffers = {name: None if member is None else make(member) for name, member in module._buffers.items()}
+    copied.__dict__["_parameters"], copied.__dict__["_buffers"] = parameters, buffers
+    modules = {name: None if member is None else _replaced(member, make) for name, member in module._modules.items()}
+    copied.__dict__["_modules"] = modules
+    return copied
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -98,8 +98,10 @@ class Mlp3(Task):
         x = reference.linear(backbone, images, plain)
         for name in ("mlp.0", "mlp.1"):
             x = F.linear(x, self.params[f"{name}.fc.weight"], self.params[f"{name}.fc.bias"]).relu()
-            own = (self.params[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
-            x = F.batch_norm(x, *own, eps=1e-5)
+            statistics = (
+                self.params[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+            )
+            x = F.batch_norm(x, *statistics, eps=1e-5)
         return F.linear(x, self.params["head.weight"], self.params["head.bias"])
 
     def lens(self, backbone: Backbone) -> Lens:
@@ -115,8 +117,8 @@ class Mlp3(Task):
             self.params[f"{norm}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
         )
         scale = weight / (variance + 1e-5).sqrt()
-        own = self.params[f"{layer}.weight"]
-        return Dense(own * scale, self.params[f"{layer}.bias"] + own @ (bias - mean * scale))
+        row_weights = self.params[f"{layer}.weight"]
+        return Dense(row_weights * scale, self.params[f"{layer}.bias"] + row_weights @ (bias - mean * scale))
 
 
 def drawing(case: Mapping[str, Any]) -> dict[str, int]:
@@ -157,22 +159,22 @@ def _as_bias(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[s
     """The official bundle replaces biases; ours says how far each moves."""
     backbone = golden_backbone(arch, 101, dtype).model
     moved = {name: value if "head" in name else value - backbone.get_parameter(name) for name, value in params.items()}
-    found = {name: value for name, value in moved.items() if "head" in name}
+    biases = {name: value for name, value in moved.items() if "head" in name}
     for site in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
         layers = [moved[f"blocks.{layer}.{site}.bias"] for layer in range(len(backbone.blocks))]
-        found[f"bias.{site.split('.')[-1]}"] = torch.stack(layers)
-    return {**found, "bias.entry": moved["patch_embed.proj.bias"], "bias.norm": moved["norm.bias"]}
+        biases[f"bias.{site.split('.')[-1]}"] = torch.stack(layers)
+    return {**biases, "bias.entry": moved["patch_embed.proj.bias"], "bias.norm": moved["norm.bias"]}
 
 
 def _as_adapter(params: dict[str, Tensor], arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Layer by layer to all layers' rows in order; an official `up` has a column where ours has a row."""
     layers = range(recipe.ARCHS[arch]["depth"])
-    found = {name: value for name, value in params.items() if "head" in name}
+    adapters = {name: value for name, value in params.items() if "head" in name}
     for name in ("down.weight", "down.bias"):
-        found[f"adapter.{name}"] = torch.cat([params[f"adapter.{layer}.{name}"] for layer in layers])
-    found["adapter.up.weight"] = torch.cat([params[f"adapter.{layer}.up.weight"].T for layer in layers])
-    found["adapter.up.bias"] = torch.stack([params[f"adapter.{layer}.up.bias"] for layer in layers])
-    return found
+        adapters[f"adapter.{name}"] = torch.cat([params[f"adapter.{layer}.{name}"] for layer in layers])
+    adapters["adapter.up.weight"] = torch.cat([params[f"adapter.{layer}.up.weight"].T for layer in layers])
+    adapters["adapter.up.bias"] = torch.stack([params[f"adapter.{layer}.up.bias"] for layer in layers])
+    return adapters
 
 
 REPLACED: dict[str, Callable[[dict[str, Tensor], str, torch.dtype], dict[str, Tensor]]] = {

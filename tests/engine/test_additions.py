@@ -35,7 +35,7 @@ ALL_KINDS = {
     "pre-norm": {"pre_norm": True},
     "mean pooling behind the norm": {"global_pool": "avg", "fc_norm": False},
 }
-MANY = [own for own in TASKS if own.method in METHODS]
+MANY = [task for task in TASKS if task.method in METHODS]
 HEADS = ("linear", "mlp")  # they add nothing to the trunk
 
 
@@ -67,21 +67,23 @@ def test_the_answers_are_the_literal_ones(method: str, kind: str, path: object) 
     params, pixels = drawn(backbone, method, lengths), images(3).double()
     with torch.inference_mode():
         expected = reference.logits(method, backbone, pixels, params, lengths)
-        found = path(backbone, method, pixels, params, lengths)
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+        result = path(backbone, method, pixels, params, lengths)
+    torch.testing.assert_close(result, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradients_are_the_literal_ones(method: str, kind: str) -> None:
     backbone, lengths = a_backbone(torch.float64, False, **ALL_KINDS[kind]), METHODS[method]
-    found, expected = ({k: v.requires_grad_() for k, v in drawn(backbone, method, lengths).items()} for _ in range(2))
-    (by_lens(backbone, method, images(2).double(), found, lengths) ** 2).sum().backward()
+    result, expected = ({k: v.requires_grad_() for k, v in drawn(backbone, method, lengths).items()} for _ in range(2))
+    (by_lens(backbone, method, images(2).double(), result, lengths) ** 2).sum().backward()
     (reference.logits(method, backbone, images(2).double(), expected, lengths) ** 2).sum().backward()
-    for name, own in expected.items():
-        assert own.grad is not None
-        torch.testing.assert_close(found[name].grad, own.grad, atol=1e-9 * float(own.grad.abs().max()), rtol=1e-7)
-    assert sum(own.grad.abs().max() > 0 for own in expected.values()) >= len(expected) - 1
+    for name, parameter in expected.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(
+            result[name].grad, parameter.grad, atol=1e-9 * float(parameter.grad.abs().max()), rtol=1e-7
+        )
+    assert sum(parameter.grad.abs().max() > 0 for parameter in expected.values()) >= len(expected) - 1
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
 
 
@@ -89,7 +91,7 @@ def test_the_gradients_are_the_literal_ones(method: str, kind: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_packed_answers_and_gradients_are_the_plain_ones(method: str) -> None:
     lengths = METHODS[method]
-    plain, packed = (a_backbone(torch.float32, own) for own in (False, True))
+    plain, packed = (a_backbone(torch.float32, packing) for packing in (False, True))
     answers, gradients = [], []
     for backbone in (plain, packed):
         params = {name: value.requires_grad_() for name, value in drawn(backbone, method, lengths).items()}
@@ -97,9 +99,9 @@ def test_packed_answers_and_gradients_are_the_plain_ones(method: str) -> None:
         (answers[-1] ** 2).sum().backward()
         gradients.append({name: value.grad for name, value in params.items()})
     torch.testing.assert_close(answers[1], answers[0], atol=2e-5 * float(answers[0].detach().abs().max()), rtol=0)
-    for name, own in gradients[0].items():
-        assert own is not None
-        torch.testing.assert_close(gradients[1][name], own, atol=2e-5 * float(own.abs().max()), rtol=0)
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[1][name], gradient, atol=2e-5 * float(gradient.abs().max()), rtol=0)
 
 
 @needs_bfloat16
@@ -108,19 +110,19 @@ def test_bfloat16_answers_are_close(method: str) -> None:
     wide, narrow = a_backbone(torch.float32, False), a_backbone(torch.bfloat16, True)
     lengths = METHODS[method]
     with torch.inference_mode():
-        found, expected = (
+        result, expected = (
             by_rack(backbone, method, images(8).to(backbone.dtype), drawn(backbone, method, lengths), lengths).float()
             for backbone in (narrow, wide)
         )
-    assert similarity(found, expected) > 0.99
+    assert similarity(result, expected) > 0.99
 
 
 def test_huge_additions_of_a_neighbour_change_nothing() -> None:
     """Loud rows of every method around quiet ones, of the same method (one lane, padded) and of others."""
     backbone = an_isolated_eye()
     bench = Bench(backbone)
-    quiet = [bench.seat(own.lens(backbone)) for own in TASKS]
-    loud = [bench.seat(a_task(own.method, own.lengths, 3, 50 + n, 1e4).lens(backbone)) for n, own in enumerate(MANY)]
+    quiet = [bench.seat(task.lens(backbone)) for task in TASKS]
+    loud = [bench.seat(a_task(task.method, task.lengths, 3, 50 + n, 1e4).lens(backbone)) for n, task in enumerate(MANY)]
     work = [(picture(n), seat) for n in range(2) for seat in (*loud, *quiet, *loud)]
     for (pixels, seat), row in zip(work, bench.engine.run(work), strict=True):
         if seat in quiet:
@@ -133,13 +135,13 @@ def test_lenses_come_and_go_and_the_racks_memory_stays() -> None:
     bench = Bench(backbone, slots=6, vectors=1200)
     rack, pixels = bench.rack, picture(3)
     where = (rack._slab.data_ptr(), rack._bias.data_ptr())
-    for round_, own in enumerate(MANY * 2):
+    for round_, task in enumerate(MANY * 2):
         loud = [bench.seat(a_task(other.method, other.lengths, 3, round_, 1e4).lens(backbone)) for other in MANY[:3]]
         for seat in loud:
             rack.free(seat.place)
-        seats = [bench.seat(own.lens(backbone)), bench.seat(TASKS[0].lens(backbone))]
+        seats = [bench.seat(task.lens(backbone)), bench.seat(TASKS[0].lens(backbone))]
         first, second = bench.engine.run([(pixels, seat) for seat in seats])
-        np.testing.assert_allclose(first, truth(backbone, own, pixels), atol=1e-9, rtol=0)
+        np.testing.assert_allclose(first, truth(backbone, task, pixels), atol=1e-9, rtol=0)
         np.testing.assert_allclose(second, truth(backbone, TASKS[0], pixels), atol=1e-9, rtol=0)
         rack.check_integrity()
         for seat in seats:
@@ -152,7 +154,7 @@ def test_rows_that_add_nothing_are_asked_for_nothing(monkeypatch: pytest.MonkeyP
     """Each kind of addition has a lane of its own: rows of other methods never see its work."""
     backbone = an_isolated_eye()
     bench = Bench(backbone)
-    seats = [bench.seat(own.lens(backbone)) for own in TASKS]
+    seats = [bench.seat(task.lens(backbone)) for task in TASKS]
     rows: list[int] = []
     gathered = Additions.to_qkv
 
@@ -161,8 +163,8 @@ def test_rows_that_add_nothing_are_asked_for_nothing(monkeypatch: pytest.MonkeyP
         return gathered(self, normed, *parts)
 
     monkeypatch.setattr(Additions, "to_qkv", note)
-    adds = [own.method in METHODS and own.method not in HEADS for own in TASKS]
-    plain = [seat for seat, own in zip(seats, adds, strict=True) if not own]
+    adds = [task.method in METHODS and task.method not in HEADS for task in TASKS]
+    plain = [seat for seat, added in zip(seats, adds, strict=True) if not added]
     bench.engine.run([(picture(0), seat) for seat in plain])
     assert rows == []
     bench.engine.run([(picture(0), seat) for seat in seats])

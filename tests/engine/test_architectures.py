@@ -35,7 +35,7 @@ METHODS = tuple(Registry().meanings)
 def small(arch: str) -> VisionTransformer:
     """Two narrow blocks of this architecture, every weight drawn at random, in float64."""
     torch.manual_seed(0)
-    size = {"img_size": 3 * int(found[1]) if (found := re.search(r"patch(\d+)", arch)) else 96}
+    size = {"img_size": 3 * int(result[1]) if (result := re.search(r"patch(\d+)", arch)) else 96}
     model = timm.create_model(arch, num_classes=0, depth=2, **size, **({} if arch in WHOLE else NARROW)).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
@@ -43,11 +43,11 @@ def small(arch: str) -> VisionTransformer:
 
 
 def drawn(backbone: Backbone, method: str, seed: int) -> tuple[Params, tuple[int, ...]]:
-    own = Registry().get(method)
-    possible = own.prompt_lengths(backbone.spec, 1)
+    chosen = Registry().get(method)
+    possible = chosen.prompt_lengths(backbone.spec, 1)
     lengths = tuple(length * some for length, some in zip(LENGTHS, possible, strict=True))
     generator = torch.Generator().manual_seed(seed)
-    shapes = own.shapes(backbone.spec, lengths, 5)
+    shapes = chosen.shapes(backbone.spec, lengths, 5)
     return {name: 0.2 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}, lengths
 
 
@@ -62,16 +62,16 @@ def test_one_of_each_family_is_timms_own_and_all_methods_in_one_batch_are_litera
         x = vit.embed(backbone, images)
         expected = model.forward_head(model.forward_features(images), pre_logits=True)
         close(vit.forward(backbone, x, Plain()), expected)
-        seats = [bench.seat(Registry().get(method).lower(backbone, *own)) for method, *own in tasks]
+        seats = [bench.seat(Registry().get(method).lower(backbone, *drawn_params)) for method, *drawn_params in tasks]
         rows = [(picture, seat) for picture in range(2) for seat in seats]
         answers = torch.stack(bench.engine.logits(x, rows)).unflatten(0, (2, -1))
-        for found, (method, params, lengths) in zip(answers.unbind(1), tasks, strict=True):
-            close(found, reference.logits(method, backbone, images, params, lengths), method)
+        for result, (method, params, lengths) in zip(answers.unbind(1), tasks, strict=True):
+            close(result, reference.logits(method, backbone, images, params, lengths), method)
 
 
-def close(found: Tensor, expected: Tensor, what: str = "plain") -> None:
+def close(result: Tensor, expected: Tensor, what: str = "plain") -> None:
     scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found, expected, atol=1e-9 * scale, rtol=0, msg=lambda told: f"{what}: {told}")
+    torch.testing.assert_close(result, expected, atol=1e-9 * scale, rtol=0, msg=lambda text: f"{what}: {text}")
     assert expected.std() > 1e-3
 
 
@@ -91,9 +91,9 @@ def close(found: Tensor, expected: Tensor, what: str = "plain") -> None:
 def test_what_is_refused_is_named_with_what_was_expected(arch: str, options: dict[str, object], reason: str) -> None:
 
     with torch.device("meta"):
-        found = incompatibility(timm.create_model(arch, num_classes=0, depth=1, **options))
-    assert found is not None
-    assert reason in found
+        result = incompatibility(timm.create_model(arch, num_classes=0, depth=1, **options))
+    assert result is not None
+    assert reason in result
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_a_name_tells_its_family(name: str, expected: str) -> None:
 
 
 def test_the_table_counts_what_it_is_given() -> None:
-    found = [Architecture("vit_a", "vit", None), Architecture("vit_b", "vit", "why"), Architecture("x", "x", "why")]
-    assert table(found).splitlines()[2:] == ["| vit | 1 | `vit_a` | 1 | `why` |", "| x | 0 |  | 1 | `why` |"]
+    result = [Architecture("vit_a", "vit", None), Architecture("vit_b", "vit", "why"), Architecture("x", "x", "why")]
+    assert table(result).splitlines()[2:] == ["| vit | 1 | `vit_a` | 1 | `why` |", "| x | 0 |  | 1 | `why` |"]
 
 
 def test_the_page_says_what_the_command_prints() -> None:
@@ -129,5 +129,5 @@ def test_the_page_says_what_the_command_prints() -> None:
 
 def test_no_family_is_left_out() -> None:
     """Cheap, and on any version of timm: plain names are served, under whatever name they come."""
-    served = {one.name for one in architectures(("vit_tiny_*", "deit_*")) if one.incompatibility is None}
+    served = {member.name for member in architectures(("vit_tiny_*", "deit_*")) if member.incompatibility is None}
     assert {"vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"} <= served

@@ -55,9 +55,9 @@ def literal(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_all_are_the_literal_attention(way: Way, rows: int, queries: int, keys: int, masked: bool) -> None:
     attention, dtype, close = way
-    own = drawn(rows, queries, keys, dtype)
+    inputs = drawn(rows, queries, keys, dtype)
     mask = a_mask(rows, keys) if masked else None
-    torch.testing.assert_close(attention(*own, mask).double(), literal(*own, mask), atol=close, rtol=close)
+    torch.testing.assert_close(attention(*inputs, mask).double(), literal(*inputs, mask), atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -98,14 +98,14 @@ def test_head_by_head_is_for_many_queries_one_thread_and_no_gradient(monkeypatch
     head_by_head(query, keys, values, None)
     torch.set_num_threads(1)
     assert len(calls) == 2
-    found = keys.detach().clone().requires_grad_()
-    head_by_head(query, found, values, None).square().sum().backward()
+    result = keys.detach().clone().requires_grad_()
+    head_by_head(query, result, values, None).square().sum().backward()
     assert len(calls) == 3
     true = keys.double().requires_grad_()
     literal(query, true, values, None).square().sum().backward()
     assert true.grad is not None
-    assert found.grad is not None
-    torch.testing.assert_close(found.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
+    assert result.grad is not None
+    torch.testing.assert_close(result.grad.double(), true.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [("AVX512", head_by_head), ("AVX2", fused), ("DEFAULT", fused)])

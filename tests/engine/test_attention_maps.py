@@ -16,7 +16,7 @@ from tests.engine.test_isolation import TASKS, a_task, picture
 
 EXACT = 1e-12
 LITERAL = {"linear": reference.linear, "vpt_shallow": reference.vpt_shallow, "vpt_deep": reference.vpt_deep}
-OWN = [own for own in TASKS if own.method in LITERAL]
+TASKS_BY_REFERENCE = [task for task in TASKS if task.method in LITERAL]
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +24,26 @@ def backbone() -> Backbone:
     return golden_backbone("vit_nano", 101, torch.float64)
 
 
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_features_are_the_fast_forwards(backbone: Backbone, own: Task) -> None:
+@pytest.mark.parametrize("task", TASKS_BY_REFERENCE, ids=lambda task: f"{task.method}-{task.lengths}")
+def test_its_features_are_the_fast_forwards(backbone: Backbone, task: Task) -> None:
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
     x = vit.embed(backbone, images)
-    seen = attention_maps.trace(backbone, x.clone(), lens.condition(own.lens(backbone), 1))
-    fast = vit.forward(backbone, x, lens.condition(own.lens(backbone), 1))
+    seen = attention_maps.trace(backbone, x.clone(), lens.condition(task.lens(backbone), 1))
+    fast = vit.forward(backbone, x, lens.condition(task.lens(backbone), 1))
     np.testing.assert_allclose(seen.features, fast[0].numpy(), atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_its_shares_are_the_literal_forwards(backbone: Backbone, own: Task) -> None:
+@pytest.mark.parametrize("task", TASKS_BY_REFERENCE, ids=lambda task: f"{task.method}-{task.lengths}")
+def test_its_shares_are_the_literal_forwards(backbone: Backbone, task: Task) -> None:
     """Every block's softmax over [class token | prompts | patches], as the papers draw it, taken from timm's modules;
     and rolled out from the tokens that were there at the start."""
     images = torch.from_numpy(recipe.images(1, 64, 5)).double()
-    blocks = literal_shares(backbone, own, images)
-    lengths = own.lengths if own.method == "vpt_deep" else (own.lengths[0],) * len(blocks)
-    image, prompts = rolled_out(blocks, lengths, carried=own.method == "vpt_shallow")
+    blocks = literal_shares(backbone, task, images)
+    lengths = task.lengths if task.method == "vpt_deep" else (task.lengths[0],) * len(blocks)
+    image, prompts = rolled_out(blocks, lengths, carried=task.method == "vpt_shallow")
     last = blocks[-1][0]
     p = lengths[-1]
-    seen = attention_maps.trace(backbone, vit.embed(backbone, images), lens.condition(own.lens(backbone), 1))
+    seen = attention_maps.trace(backbone, vit.embed(backbone, images), lens.condition(task.lens(backbone), 1))
     np.testing.assert_allclose(seen.last.grid.ravel(), last[1 + p :], atol=EXACT, rtol=0)
     np.testing.assert_allclose(
         [seen.last.rest, seen.last.prompts], [last[0], last[1 : 1 + p].sum()], atol=EXACT, rtol=0
@@ -52,25 +52,25 @@ def test_its_shares_are_the_literal_forwards(backbone: Backbone, own: Task) -> N
     np.testing.assert_allclose([seen.rollout.rest, seen.rollout.prompts], [image[0], prompts], atol=EXACT, rtol=0)
 
 
-def literal_shares(backbone: Backbone, own: Task, images: torch.Tensor) -> list[np.ndarray]:
+def literal_shares(backbone: Backbone, task: Task, images: torch.Tensor) -> list[np.ndarray]:
     """Of each block [1 + p + n, 1 + p + n], the mean over the heads, while `reference.py` runs."""
-    found: list[np.ndarray] = []
+    result: list[np.ndarray] = []
 
     def keep(module: Attention, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
         query, keys, _ = module.qkv(inputs[0]).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        found.append((query @ keys.mT * module.scale).softmax(-1)[0].mean(0).numpy())
+        result.append((query @ keys.mT * module.scale).softmax(-1)[0].mean(0).numpy())
 
     hooks = [block.attn.register_forward_hook(keep) for block in backbone.model.blocks]
     try:
         with torch.inference_mode():
-            if own.method == "vpt_deep":
-                reference.vpt_deep(backbone, images, own.params, own.lengths)
+            if task.method == "vpt_deep":
+                reference.vpt_deep(backbone, images, task.params, task.lengths)
             else:
-                LITERAL[own.method](backbone, images, own.params)
+                LITERAL[task.method](backbone, images, task.params)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return result
 
 
 def rolled_out(blocks: list[np.ndarray], lengths: tuple[int, ...], *, carried: bool) -> tuple[np.ndarray, float]:
@@ -90,37 +90,37 @@ def rolled_out(blocks: list[np.ndarray], lengths: tuple[int, ...], *, carried: b
 
 @pytest.mark.parametrize("method", [method.name for method in Registry().all])
 def test_every_method_can_be_watched(backbone: Backbone, method: str) -> None:
-    own = Registry().get(method)
-    lengths = own.prompt_lengths(backbone.spec, 3)
+    chosen = Registry().get(method)
+    lengths = chosen.prompt_lengths(backbone.spec, 3)
     generator = torch.Generator().manual_seed(1)
-    params = {name: value.double() for name, value in own.init(backbone.spec, lengths, 4, generator).items()}
+    params = {name: value.double() for name, value in chosen.init(backbone.spec, lengths, 4, generator).items()}
     params = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in params.items()}
-    condition = lens.condition(own.lower(backbone, params, lengths), 1)
+    condition = lens.condition(chosen.lower(backbone, params, lengths), 1)
     x = vit.embed(backbone, torch.from_numpy(recipe.images(1, 64, 5)).double())
     seen = attention_maps.trace(backbone, x.clone(), condition)
     np.testing.assert_allclose(seen.features, vit.forward(backbone, x, condition)[0].numpy(), atol=EXACT, rtol=0)
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
+    for attention in (seen.last, seen.rollout):
+        assert attention.grid.sum() + attention.prompts + attention.rest == pytest.approx(1)
 
 
-@pytest.mark.parametrize("own", OWN, ids=lambda own: f"{own.method}-{own.lengths}")
-def test_shares_add_up_and_prompts_have_theirs(backbone: Backbone, own: Task) -> None:
+@pytest.mark.parametrize("task", TASKS_BY_REFERENCE, ids=lambda task: f"{task.method}-{task.lengths}")
+def test_shares_add_up_and_prompts_have_theirs(backbone: Backbone, task: Task) -> None:
     bench = Bench(backbone)
-    seen = attention_maps.look(bench.engine, picture(3), bench.seat(own.lens(backbone)))
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.shape == (4, 4)
-        assert (looked.grid >= 0).all()
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1, abs=1e-9)
-        assert (looked.prompts > 0) is (own.method != "linear")
+    seen = attention_maps.look(bench.engine, picture(3), bench.seat(task.lens(backbone)))
+    for attention in (seen.last, seen.rollout):
+        assert attention.grid.shape == (4, 4)
+        assert (attention.grid >= 0).all()
+        assert attention.grid.sum() + attention.prompts + attention.rest == pytest.approx(1, abs=1e-9)
+        assert (attention.prompts > 0) is (task.method != "linear")
 
 
 def test_it_is_the_seat_that_looks(backbone: Backbone) -> None:
     """Its own mean and std included: the features are those that the seat's head answers from."""
     bench = Bench(backbone)
-    own = a_task("vpt_deep", (3, 0, 5, 2), 4, 1)
-    seat = bench.seat(own.lens(backbone), 0.3, 0.2)
+    task = a_task("vpt_deep", (3, 0, 5, 2), 4, 1)
+    seat = bench.seat(task.lens(backbone), 0.3, 0.2)
     seen = attention_maps.look(bench.engine, picture(3), seat)
-    logits = own.params["head.weight"].numpy() @ seen.features + own.params["head.bias"].numpy()
+    logits = task.params["head.weight"].numpy() @ seen.features + task.params["head.bias"].numpy()
     np.testing.assert_allclose(logits, bench.engine.run([(picture(3), seat)])[0], atol=1e-9, rtol=0)
 
 
@@ -129,9 +129,9 @@ def test_rollout_is_abnar_and_zuidemas_product() -> None:
     first = attention_maps.Flow.of(torch.tensor([[0.5, 0.5], [0.0, 1.0]], dtype=torch.float64), 2)
     second = attention_maps.Flow.of(torch.tensor([[0.4, 0.2, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64), 2)
     flow = attention_maps.Flow.at_start(2).through(first).through(second)
-    one = np.array([[0.75, 0.25], [0.0, 1.0]])
+    single = np.array([[0.75, 0.25], [0.0, 1.0]])
     two = np.array([[0.1 + 0.5, 0.2], [0.0, 0.5 + 0.5]])
-    np.testing.assert_allclose(flow.tokens.numpy(), two @ one)
+    np.testing.assert_allclose(flow.tokens.numpy(), two @ single)
     np.testing.assert_allclose(flow.prefix.numpy(), [0.2, 0.0])
 
 

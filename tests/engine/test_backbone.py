@@ -32,10 +32,10 @@ def test_the_forward_without_prompts_is_timms(name: str) -> None:
     model = timm.create_model(name.split(" ", maxsplit=1)[0], num_classes=0, **SMALL, **PLAIN[name]).double().eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
-    own = Backbone.of(name, model, dtype=torch.float64)
+    wrapped = Backbone.of(name, model, dtype=torch.float64)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     with torch.inference_mode():
-        ours = vit.forward(own, vit.embed(own, images), Plain())
+        ours = vit.forward(wrapped, vit.embed(wrapped, images), Plain())
         torch.testing.assert_close(ours, model(images), atol=1e-9, rtol=0)
 
 
@@ -80,10 +80,10 @@ def test_weights_from_a_file_with_a_classifier_that_is_left_out(tmp_path: Path) 
     torch.manual_seed(0)
     state = timm.create_model("deit_tiny_patch16_224", num_classes=10).state_dict()
     save_file({key: tensor.half() for key, tensor in state.items()}, tmp_path / "w.safetensors")
-    own = backbones.load("deit_tiny_patch16_224", tmp_path / "w.safetensors")
-    torch.testing.assert_close(own.model.state_dict()["norm.weight"], state["norm.weight"])
-    assert own.spec.trained
-    assert own.spec.preprocess.crop_pct == 0.9
+    wrapped = backbones.load("deit_tiny_patch16_224", tmp_path / "w.safetensors")
+    torch.testing.assert_close(wrapped.model.state_dict()["norm.weight"], state["norm.weight"])
+    assert wrapped.spec.trained
+    assert wrapped.spec.preprocess.crop_pct == 0.9
 
 
 def _broken(tmp_path: Path, change: str) -> Path:

@@ -30,9 +30,9 @@ MEMBERS = ("vpt_deep", "vpt_shallow", "linear", "lora")
 
 def fitted(backbone: Backbone, method: str, seed: int) -> Bundle:
     """Parameters that nobody fitted, but that answer differently."""
-    spec, own = backbone.spec, Registry().get(method)
-    lengths, generator = own.prompt_lengths(spec, 3), torch.Generator().manual_seed(seed)
-    params = own.init(spec, lengths, len(LABELS), generator)
+    spec, chosen = backbone.spec, Registry().get(method)
+    lengths, generator = chosen.prompt_lengths(spec, 3), torch.Generator().manual_seed(seed)
+    params = chosen.init(spec, lengths, len(LABELS), generator)
     drawn = {name: (value + torch.randn(value.shape, generator=generator)).numpy() for name, value in params.items()}
     order = LABELS[seed % 4 :] + LABELS[: seed % 4]
     manifest = Manifest(
@@ -59,10 +59,10 @@ async def test_it_is_the_mean_of_the_separate_answers() -> None:
     with ThreadPoolExecutor(2) as pool:
         residency = Residency(rack, lambda task, version: Registry().load(store.get(task, version), backbone), pool)
         batcher = Batcher(Engine(backbone, rack), max_batch=64, max_queue=64)
-        own = backbone.spec
+        spec = backbone.spec
         predictor = Predictor(
-            store, residency, batcher, pool, limits=Limits(16, 10**6, 20), geometry=own.geometry,
-            fingerprint=own.fingerprint,
+            store, residency, batcher, pool, limits=Limits(16, 10**6, 20), geometry=spec.geometry,
+            fingerprint=spec.fingerprint,
         )  # fmt: skip
         images = [picture(1), picture(2)]
 

@@ -36,10 +36,10 @@ def eye_in(dtype: torch.dtype, *, in_8_bits: bool) -> Backbone:
 def emulated(linear: Float8Linear, x: Tensor) -> Tensor:
     """What a product in 8 bits is: both sides rounded, then multiplied in float64."""
     flat, scale = rounded(x.reshape(-1, x.shape[-1]))
-    weight, own = rounded(linear._weight)
-    found = (flat.double() * scale.double()) @ (weight.double() * own.double()).t()
-    found = found if linear._bias is None else found + linear._bias.double()
-    return found.view(*x.shape[:-1], -1).to(x.dtype)
+    weight, weight_scale = rounded(linear._weight)
+    product = (flat.double() * scale.double()) @ (weight.double() * weight_scale.double()).t()
+    product = product if linear._bias is None else product + linear._bias.double()
+    return product.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 @given(ROWS)
@@ -47,15 +47,15 @@ def emulated(linear: Float8Linear, x: Tensor) -> Tensor:
 def test_rounding_moves_a_number_by_a_sixteenth_at_most(x: np.ndarray) -> None:
     """Three bits of fraction; below the smallest normal number by half of the smallest step."""
     given_ = torch.from_numpy(x)
-    found, scale = rounded(given_)
-    moved = (found.double() * scale.double() - given_.double()).abs()
+    product, scale = rounded(given_)
+    moved = (product.double() * scale.double() - given_.double()).abs()
     assert (moved <= torch.maximum(given_.double().abs() / 16, scale.double() * 2**-10) * 1.001).all()
-    assert (found.float().abs().amax(1)[given_.abs().amax(1) > 1e-6] == float8.LARGEST).all()
+    assert (product.float().abs().amax(1)[given_.abs().amax(1) > 1e-6] == float8.LARGEST).all()
 
 
 def test_nothing_stays_nothing() -> None:
-    found, scale = rounded(torch.zeros(2, 16))
-    assert not found.float().any()
+    product, scale = rounded(torch.zeros(2, 16))
+    assert not product.float().any()
     assert torch.isfinite(scale).all()
 
 
@@ -64,10 +64,10 @@ def test_a_product_is_that_of_the_rounded_numbers(bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(48, 32, generator=generator), torch.randn(2, 5, 32, generator=generator) * 7
     linear = Float8Linear(weight, torch.randn(48, generator=generator) if bias else None)
-    wanted, base = emulated(linear, x), torch.randn(2, 5, 48, generator=generator)
-    torch.testing.assert_close(linear(x), wanted, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(linear.onto(base, x), base + wanted, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(linear.gelu(x), F.gelu(wanted), atol=1e-4, rtol=1e-5)
+    expected, base = emulated(linear, x), torch.randn(2, 5, 48, generator=generator)
+    torch.testing.assert_close(linear(x), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(linear.onto(base, x), base + expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(linear.gelu(x), F.gelu(expected), atol=1e-4, rtol=1e-5)
     assert (linear(x) - linear.exact(x)).abs().max() > 1e-2, "8 bits are not 32"
     torch.testing.assert_close(linear.product(x), F.linear(x, weight))
     recorded = x.clone().requires_grad_(True)
@@ -87,24 +87,24 @@ def test_the_forward_in_8_bits_is_that_of_the_emulation(monkeypatch: pytest.Monk
     """All methods in one batch; and that is further from float32 than nothing, and less far than a change of mind."""
     answers = {in_8_bits: _answers(eye_in(torch.float32, in_8_bits=in_8_bits)) for in_8_bits in (True, False)}
     monkeypatch.setattr(Float8Linear, "__call__", emulated)
-    wanted = _answers(eye_in(torch.float32, in_8_bits=True))
-    assert _drift(answers[True], wanted) < 0.02  # a sum in another order may be rounded to the next number
+    expected = _answers(eye_in(torch.float32, in_8_bits=True))
+    assert _drift(answers[True], expected) < 0.02  # a sum in another order may be rounded to the next number
     assert 0.01 < _drift(answers[True], answers[False]) < 0.5
 
 
 def _answers(backbone: Backbone) -> list[np.ndarray]:
     bench = Bench(backbone)
     cast = [
-        Task(own.method, {name: value.to(backbone.dtype) for name, value in own.params.items()}, own.lengths)
-        for own in TASKS
+        Task(task.method, {name: value.to(backbone.dtype) for name, value in task.params.items()}, task.lengths)
+        for task in TASKS
     ]
-    seats = [bench.seat(own.lens(backbone)) for own in cast]
+    seats = [bench.seat(task.lens(backbone)) for task in cast]
     return bench.engine.run([(picture(n % 3), seat) for n, seat in enumerate(seats)])
 
 
-def _drift(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+def _drift(first: list[np.ndarray], other: list[np.ndarray]) -> float:
     """Root of the mean square, in standard deviations."""
-    a, b = np.concatenate(one), np.concatenate(other)
+    a, b = np.concatenate(first), np.concatenate(other)
     return float(np.sqrt(((a - b) ** 2).mean()) / b.std())
 
 
@@ -112,8 +112,8 @@ def test_a_lens_has_nothing_of_8_bits() -> None:
     prompts = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     backbones = [eye_in(torch.float32, in_8_bits=in_8_bits) for in_8_bits in (True, False)]
     for block, other in zip(*(backbone.blocks for backbone in backbones), strict=True):
-        for one, wanted in zip(project(block, prompts), project(other, prompts), strict=True):
-            torch.testing.assert_close(one, wanted)
+        for first, expected in zip(project(block, prompts), project(other, prompts), strict=True):
+            torch.testing.assert_close(first, expected)
 
 
 def test_in_8_bits_nothing_waits_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +149,11 @@ def test_odd_widths_are_refused() -> None:
 
 
 def test_workers_fit_as_if_nothing_had_been_said() -> None:
-    asked = Settings(backbone="untrained", device="cpu", dtype="float8", threads=1)
+    requested = Settings(backbone="untrained", device="cpu", dtype="float8", threads=1)
     threads = torch.get_num_threads()
-    assert load_backbone(asked, threads, training=True).precision == "float32"
+    assert load_backbone(requested, threads, training=True).precision == "float32"
     with pytest.raises(BackboneError, match="float8"):
-        load_backbone(asked, threads)
+        load_backbone(requested, threads)
 
 
 def test_a_backbone_says_what_it_multiplies_in() -> None:

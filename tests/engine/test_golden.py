@@ -36,19 +36,19 @@ SLOW_ARCHS = {"vit_base_patch16_224"}
 
 
 def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
-    found = numbers(case)
+    answers = numbers(case)
     wide = f"{key}64" if dtype == torch.float64 else key
-    if wide not in found:
+    if wide not in answers:
         pytest.skip(f"{case['name']} has no {wide}")
-    return torch.from_numpy(found[wide])
+    return torch.from_numpy(answers[wide])
 
 
-def literal(backbone: Backbone, images: Tensor, own: Task) -> Tensor:
-    return own.literal(backbone, images)
+def literal(backbone: Backbone, images: Tensor, task: Task) -> Tensor:
+    return task.literal(backbone, images)
 
 
-def fast(backbone: Backbone, images: Tensor, own: Task) -> Tensor:
-    lowered = own.lens(backbone)
+def fast(backbone: Backbone, images: Tensor, task: Task) -> Tensor:
+    lowered = task.lens(backbone)
     features = vit.forward(backbone, vit.embed(backbone, images), lens.condition(lowered, len(images)))
     return vit.classify(features, lowered)
 
@@ -71,38 +71,38 @@ def test_the_inputs_are_those_of_the_official_runs(case: dict[str, Any]) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("forward"), ids=name_of)
 def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
-    backbone, own, images = setting(case, dtype)
+    backbone, task, images = setting(case, dtype)
     with torch.inference_mode():
-        logits = path(backbone, images, own)
+        logits = path(backbone, images, task)
     torch.testing.assert_close(logits, expected(case, "logits", dtype), atol=tolerance(case, dtype), rtol=0)
 
 
 def backbones() -> list[Any]:
-    found = []
+    answers = []
     for arch, dtype in itertools.product(("vit_nano", "deit_tiny_patch16_224", "vit_base_patch16_224"), DTYPES):
         long = arch == "vit_base_patch16_224" and dtype == torch.float64
-        found.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
-    return found
+        answers.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return answers
 
 
 @pytest.mark.parametrize(("arch", "dtype"), backbones())
 def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtype) -> None:
     """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes."""
-    found = [case for case in cases("forward") if case["arch"] == arch]
-    found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
-    if not found:
+    answers = [case for case in cases("forward") if case["arch"] == arch]
+    answers = [case for case in answers if dtype == torch.float32 or "logits64" in numbers(case)]
+    if not answers:
         pytest.skip(f"no {dtype} numbers for {arch}")
-    backbone = golden_backbone(arch, found[0]["backbone_seed"], dtype)
+    backbone = golden_backbone(arch, answers[0]["backbone_seed"], dtype)
     bench = Bench(backbone)
     with torch.inference_mode():
-        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in found]
-        rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(found[n]["n"])]
+        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in answers]
+        rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(answers[n]["n"])]
         rows = rows[::2] + rows[1::2]
-        x = vit.embed(backbone, torch.stack([pixels(found[n], arch, dtype)[index] for n, _, index in rows]))
+        x = vit.embed(backbone, torch.stack([pixels(answers[n], arch, dtype)[index] for n, _, index in rows]))
         logits = bench.engine.logits(x, [(position, seat) for position, (_, seat, _) in enumerate(rows)])
     for (n, _, index), row in zip(rows, logits, strict=True):
-        truth = expected(found[n], "logits", dtype)[index]
-        torch.testing.assert_close(row, truth, atol=tolerance(found[n], dtype), rtol=0, msg=found[n]["name"])
+        truth = expected(answers[n], "logits", dtype)[index]
+        torch.testing.assert_close(row, truth, atol=tolerance(answers[n], dtype), rtol=0, msg=answers[n]["name"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,43 +124,45 @@ def test_rows_of_different_tasks(case: dict[str, Any], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("grad"), ids=name_of)
 def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
-    backbone, own, images = setting(case, dtype)
-    for parameter in own.params.values():
+    backbone, task, images = setting(case, dtype)
+    for parameter in task.params.values():
         parameter.requires_grad_(True)
-    loss = F.cross_entropy(path(backbone, images, own), torch.tensor(case["labels"]))
+    loss = F.cross_entropy(path(backbone, images, task), torch.tensor(case["labels"]))
     loss.backward()
     assert loss.item() == pytest.approx(expected(case, "loss", dtype).item(), abs=tolerance(case, dtype))
-    layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
-    prompts = own.params["prompts"].grad.reshape(layers, -1, backbone.spec.dim)
-    for key, found in {
+    layers = 1 if task.method == "vpt_shallow" else len(task.lengths)
+    prompts = task.params["prompts"].grad.reshape(layers, -1, backbone.spec.dim)
+    for key, answers in {
         "prompt_grad_slice": prompts[:, :2, :16],
         "prompt_grad_l2": prompts.flatten(1).norm(dim=1),
-        "head_weight_grad": own.params["head.weight"].grad,
-        "head_bias_grad": own.params["head.bias"].grad,
+        "head_weight_grad": task.params["head.weight"].grad,
+        "head_bias_grad": task.params["head.bias"].grad,
     }.items():
         truth = expected(case, key, dtype)
-        torch.testing.assert_close(found, truth, atol=tolerance(case, dtype) * truth.abs().max().item(), rtol=0)
+        torch.testing.assert_close(answers, truth, atol=tolerance(case, dtype) * truth.abs().max().item(), rtol=0)
 
 
 def traces() -> list[Any]:
-    found = []
+    answers = []
     for case, dtype in itertools.product(cases("train"), DTYPES):
         long = case["arch"] == "vit_base_patch16_224" and (dtype == torch.float64 or "slow" in case["name"])
-        found.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
-    return found
+        answers.append(
+            pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else [])
+        )
+    return answers
 
 
 @pytest.mark.parametrize(("case", "dtype"), traces())
 def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
     """Official SGD step by step, through our optimiser: momentum, weight decay, none on the head's bias."""
-    backbone, own, images = setting(case, dtype)
+    backbone, task, images = setting(case, dtype)
     options = case["options"]
-    params = {key: tensor.clone().requires_grad_(True) for key, tensor in own.params.items()}
+    params = {key: tensor.clone().requires_grad_(True) for key, tensor in task.params.items()}
     plan = Recipe(optimizer="sgd", lr=options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"])
     optimizer = make_optimizer(params, plan)
     labels, losses = torch.tensor(case["labels"]), []
     for step in range(options["steps"] + 1):
-        logits = fast(backbone, images, Task(own.method, params, own.lengths))
+        logits = fast(backbone, images, Task(task.method, params, task.lengths))
         loss = F.cross_entropy(logits, labels)
         losses.append(loss.item())
         if step < options["steps"]:
@@ -170,16 +172,16 @@ def test_training_trace(case: dict[str, Any], dtype: torch.dtype) -> None:
     atol = tolerance(case, dtype)
     np.testing.assert_allclose(losses, expected(case, "losses", dtype), atol=atol, rtol=0)
     with torch.inference_mode():
-        layers = 1 if own.method == "vpt_shallow" else len(own.lengths)
+        layers = 1 if task.method == "vpt_shallow" else len(task.lengths)
         prompts = params["prompts"].reshape(layers, -1, backbone.spec.dim)
-        for key, found in {
+        for key, answers in {
             "final_logits": logits,
             "final_prompt_slice": prompts[:, :2, :16],
             "final_prompt_l2": prompts.flatten(1).norm(dim=1),
             "final_head_weight_l2": params["head.weight"].norm(dim=1),
             "final_head_bias": params["head.bias"],
         }.items():
-            torch.testing.assert_close(found, expected(case, key, dtype), atol=atol, rtol=0)
+            torch.testing.assert_close(answers, expected(case, key, dtype), atol=atol, rtol=0)
 
 
 def test_the_registry_serves_every_method_of_the_golden_set() -> None:

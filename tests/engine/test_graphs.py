@@ -45,15 +45,15 @@ class Both:
         self.bench = Bench(backbone)
         self.graphs = record_buckets(backbone, self.bench.rack, recorder, WANTED)
         self.by_graph = Engine(backbone, self.bench.rack, self.graphs)
-        self.seats = [self.bench.seat(_cast(own, backbone.dtype).lens(backbone)) for own in TASKS]
+        self.seats = [self.bench.seat(_cast(task, backbone.dtype).lens(backbone)) for task in TASKS]
 
     def compare(self, work: list[Work], atol: float = EXACT) -> None:
-        for own, other in zip(self.bench.engine.run(work), self.by_graph.run(work), strict=True):
-            np.testing.assert_allclose(other, own, atol=atol, rtol=0)
+        for ordinary, graphed in zip(self.bench.engine.run(work), self.by_graph.run(work), strict=True):
+            np.testing.assert_allclose(graphed, ordinary, atol=atol, rtol=0)
 
 
-def _cast(own: Task, dtype: torch.dtype) -> Task:
-    return replace(own, params={name: value.to(dtype) for name, value in own.params.items()})
+def _cast(task: Task, dtype: torch.dtype) -> Task:
+    return replace(task, params={name: value.to(dtype) for name, value in task.params.items()})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def both(backbone: Backbone) -> Both:
 
 
 def of(both: Both, *methods: str) -> list[Seat]:
-    return [seat for seat, own in zip(both.seats, TASKS, strict=True) if own.method in methods]
+    return [seat for seat, task in zip(both.seats, TASKS, strict=True) if task.method in methods]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ def test_every_batch_size_is_answered_as_without_graphs(kept: Both, rows: int) -
     """Of one method and of all of them, pictures each row's own, shared, and sent normalised; more rows than the
     largest graph takes, too."""
     shuffle = random.Random(rows)
-    own = [picture(n) for n in range(rows)]
-    kept.compare([(own[n], seat) for n, seat in enumerate(shuffle.choices(of(kept, *PREFIXED), k=rows))])
-    shared = [own[0], own[-1], np.random.default_rng(rows).standard_normal((3, 64, 64), np.float32)]
+    pictures = [picture(n) for n in range(rows)]
+    kept.compare([(pictures[n], seat) for n, seat in enumerate(shuffle.choices(of(kept, *PREFIXED), k=rows))])
+    shared = [pictures[0], pictures[-1], np.random.default_rng(rows).standard_normal((3, 64, 64), np.float32)]
     kept.compare([(shuffle.choice(shared), shuffle.choice(kept.seats)) for _ in range(rows)])
 
 
@@ -93,7 +93,7 @@ def test_every_batch_size_is_answered_as_without_graphs(kept: Both, rows: int) -
 @settings(max_examples=25, deadline=None)
 def test_any_batch_is(kept: Both, pairs: list[tuple[int, int]]) -> None:
     pictures = [picture(n) for n in range(4)]
-    kept.compare([(pictures[shown], kept.seats[task]) for shown, task in pairs])
+    kept.compare([(pictures[image], kept.seats[task]) for image, task in pairs])
     assert kept.graphs.graphs, "none was disabled"
 
 
@@ -118,8 +118,8 @@ def test_padding_is_whatever_was_there_before(backbone: Backbone) -> None:
     same: list[Work] = [(pixels, used.seats[n]) for n, (pixels, _) in enumerate(work)]
     noise = [(np.full((64, 64, 3), 255, np.uint8), used.seats[2])] + [(picture(9 + n), used.seats[1]) for n in range(3)]
     used.by_graph.run(noise)
-    for one, other in zip(fresh.by_graph.run(work), used.by_graph.run(same), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for first, other in zip(fresh.by_graph.run(work), used.by_graph.run(same), strict=True):
+        np.testing.assert_array_equal(first, other)
 
 
 def test_lenses_come_and_go_without_a_new_recording(backbone: Backbone) -> None:
@@ -133,8 +133,8 @@ def test_lenses_come_and_go_without_a_new_recording(backbone: Backbone) -> None:
     both = Both(backbone, Counting)
     assert len(made) == len(WANTED)
     for seed in range(6):
-        own = a_task("vpt_deep", (seed, 3, 0, 9 - seed), 3, 40 + seed)
-        seat = both.bench.seat(own.lens(backbone))
+        task = a_task("vpt_deep", (seed, 3, 0, 9 - seed), 3, 40 + seed)
+        seat = both.bench.seat(task.lens(backbone))
         both.compare([(picture(seed), seat), (picture(seed + 1), both.seats[0])])
         both.bench.rack.free(seat.place)
     assert len(made) == len(WANTED)
@@ -145,16 +145,16 @@ def test_lenses_come_and_go_without_a_new_recording(backbone: Backbone) -> None:
 
 
 def test_prefixes_and_heads_go_by_graph_and_nothing_else(both: Both) -> None:
-    for seat, own in zip(both.seats, TASKS, strict=True):
-        expected = [0] if own.method in PREFIXED else []
-        assert both.graphs.rows_by_graph([(picture(0), seat.mean, seat.std)], [(0, seat)]) == expected, own.method
+    for seat, task in zip(both.seats, TASKS, strict=True):
+        expected = [0] if task.method in PREFIXED else []
+        assert both.graphs.rows_by_graph([(picture(0), seat.mean, seat.std)], [(0, seat)]) == expected, task.method
 
 
 def test_heads_stay_with_the_readers_that_they_share_the_trunk_with(both: Both) -> None:
     linear, reader, deep = (of(both, method)[0] for method in ("linear", "readonly", "vpt_deep"))
-    shown = [(picture(0), linear.mean, linear.std)]
-    assert both.graphs.rows_by_graph(shown, [(0, linear), (0, deep)]) == [0, 1]
-    assert both.graphs.rows_by_graph(shown, [(0, linear), (0, reader), (0, deep)]) == [2]
+    images = [(picture(0), linear.mean, linear.std)]
+    assert both.graphs.rows_by_graph(images, [(0, linear), (0, deep)]) == [0, 1]
+    assert both.graphs.rows_by_graph(images, [(0, linear), (0, reader), (0, deep)]) == [2]
 
 
 def test_pictures_that_came_normalised_and_prompts_beyond_the_longest_bucket_do_not(
@@ -168,13 +168,15 @@ def test_pictures_that_came_normalised_and_prompts_beyond_the_longest_bucket_do_
 
 
 def test_the_smallest_graph_that_has_room_is_taken(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, int]] = []
-    own = module.Graph.features
-    monkeypatch.setattr(module.Graph, "features", lambda graph, *rest: taken.append(graph.bucket) or own(graph, *rest))
+    graphed: list[tuple[int, int]] = []
+    features = module.Graph.features
+    monkeypatch.setattr(
+        module.Graph, "features", lambda graph, *rest: graphed.append(graph.bucket) or features(graph, *rest)
+    )
     short, long, head = both.seats[0], both.seats[2], both.seats[5]  # prompts of 5, of 60 and none
     for seats in ([head], [short, head], [short] * 3, [long, short, head], [head] * 9, [short] * 8 + [long]):
         both.by_graph.run([(picture(n), seat) for n, seat in enumerate(seats)])
-    assert taken == [(1, 0), (2, 8), (4, 8), (4, 64), (8, 0), (1, 0), (8, 64), (1, 64)]
+    assert graphed == [(1, 0), (2, 8), (4, 8), (4, 64), (8, 0), (1, 0), (8, 64), (1, 64)]
 
 
 def test_buckets_are_powers_of_two_and_the_most() -> None:
@@ -279,10 +281,10 @@ def test_on_a_cpu_the_setting_costs_nothing_but_a_line_in_the_log(
 
 def test_rows_are_counted_by_the_way_they_went(both: Both) -> None:
     instrumentation.cuda_graphs(both.graphs)
-    told = [metrics.GRAPH_ROWS.labels(way) for way in ("graph", "beside")]
-    before = [counter._value.get() for counter in told]
+    output = [metrics.GRAPH_ROWS.labels(way) for way in ("graph", "beside")]
+    before = [counter._value.get() for counter in output]
     both.by_graph.run([(picture(n), seat) for n, seat in enumerate(both.seats)])
-    gone = [counter._value.get() - start for counter, start in zip(told, before, strict=True)]
+    gone = [counter._value.get() - start for counter, start in zip(output, before, strict=True)]
     assert sum(gone) == len(both.seats)
     assert gone == [both.graphs.counts.by_graph, both.graphs.counts.beside]
     serving = metrics.REGISTRY.get_sample_value("lensrack_cuda_graphs", {"state": "serving"})

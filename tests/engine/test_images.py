@@ -73,10 +73,10 @@ def test_fit_is_timms_evaluation_transform_to_the_last_bit(
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_every_accepted_format(kind: str) -> None:
     image = picture(90, 60)
-    found = decode(encoded(image, kind), max_pixels=MAX)
-    assert found.mode == "RGB"
-    assert found.size == (90, 60)
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < 12
+    result = decode(encoded(image, kind), max_pixels=MAX)
+    assert result.mode == "RGB"
+    assert result.size == (90, 60)
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(image)).mean() < 12
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -86,8 +86,8 @@ def test_exif_orientation(orientation: int) -> None:
     stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = decode(encoded(stored, "PNG", exif=exif.tobytes()), max_pixels=MAX)
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(ImageOps.exif_transpose(upright)))
+    result = decode(encoded(stored, "PNG", exif=exif.tobytes()), max_pixels=MAX)
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(ImageOps.exif_transpose(upright)))
 
 
 def test_broken_exif_is_no_reason_to_refuse() -> None:
@@ -103,8 +103,8 @@ def test_modes_become_rgb(mode: str) -> None:
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    found = np.asarray(decode(encoded(Image.fromarray(ramp), "PNG"), max_pixels=MAX))
-    np.testing.assert_array_equal(found[..., 0], ramp >> 8)
+    result = np.asarray(decode(encoded(Image.fromarray(ramp), "PNG"), max_pixels=MAX))
+    np.testing.assert_array_equal(result[..., 0], ramp >> 8)
 
 
 def test_transparency_lies_on_white() -> None:
@@ -169,11 +169,13 @@ def test_bombs_are_refused_before_a_pixel_is_decoded(width: int, height: int) ->
 def test_a_strip_too_long_to_resize_whole_is_fitted_by_its_middle() -> None:
     strip = Image.new("RGB", (1, 30_000), "red")
     strip.paste("blue", (0, 15_000, 1, 30_000))
-    found = pixels(encoded(strip, "PNG"), Geometry(224, "bicubic", 0.875, "center"), max_pixels=MAX)
-    assert found.shape == (224, 224, 3)
-    assert (found[0] == found[0, 0]).all()
-    assert np.abs(found[0, 0].astype(int) - (255, 0, 0)).max() <= 10  # 224 rows show less than one pixel of each colour
-    assert np.abs(found[-1, 0].astype(int) - (0, 0, 255)).max() <= 10
+    result = pixels(encoded(strip, "PNG"), Geometry(224, "bicubic", 0.875, "center"), max_pixels=MAX)
+    assert result.shape == (224, 224, 3)
+    assert (result[0] == result[0, 0]).all()
+    assert (
+        np.abs(result[0, 0].astype(int) - (255, 0, 0)).max() <= 10
+    )  # 224 rows show less than one pixel of each colour
+    assert np.abs(result[-1, 0].astype(int) - (0, 0, 255)).max() <= 10
 
 
 @settings(max_examples=100, deadline=None)
@@ -234,8 +236,8 @@ def test_mutated_files_decode_or_are_refused(data: st.DataObject) -> None:
     raw = bytearray(encoded(picture(48, 32), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    found = outcome(bytes(raw))
-    if isinstance(found, ServiceError):
-        assert found.status in {400, 413, 415}
+    result = outcome(bytes(raw))
+    if isinstance(result, ServiceError):
+        assert result.status in {400, 413, 415}
     else:
-        assert found.shape[2] == 3
+        assert result.shape[2] == 3

@@ -60,14 +60,14 @@ print(json.dumps(there()))
 
 
 def test_who_wants_it_gets_the_real_one() -> None:
-    wanted = """
+    modules = """
 import torch, torchvision
 before = there()
 shape = list(torchvision.ops.roi_align(torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).shape)
 doubled = torch.compiler.disable(lambda x: 2 * x)(21)
 print(json.dumps([before, shape, doubled, "torch._dynamo" in there(), hasattr(torch._dynamo, "OptimizedModule")]))
 """
-    assert told(LEAN + wanted) == [[], [1, 3, 2, 2], 42, True, True]
+    assert told(LEAN + modules) == [[], [1, 3, 2, 2], 42, True, True]
 
 
 def test_what_was_marked_on_the_way_runs_and_is_marked() -> None:

@@ -37,12 +37,12 @@ def picture(seed: int, size: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def truth(backbone: Backbone, own: Task, pixels: np.ndarray, mean: float = 0.5, std: float = 0.5) -> np.ndarray:
+def truth(backbone: Backbone, case: Task, pixels: np.ndarray, mean: float = 0.5, std: float = 0.5) -> np.ndarray:
     """The literal forward of one task on one picture."""
     stack = torch.from_numpy(pixels[None])
     images = normalise(stack, torch.tensor([[mean] * 3]), torch.tensor([[std] * 3]), torch.float64)
     with torch.inference_mode():
-        return reference.logits(own.method, backbone, images, own.params, own.lengths)[0].numpy()
+        return reference.logits(case.method, backbone, images, case.params, case.lengths)[0].numpy()
 
 
 TASKS = [
@@ -75,7 +75,7 @@ TASKS = [
 
 def test_every_composition_of_a_batch_gives_the_literal_answers(backbone: Backbone) -> None:
     bench = Bench(backbone)
-    seats = [bench.seat(own.lens(backbone)) for own in TASKS]
+    seats = [bench.seat(case.lens(backbone)) for case in TASKS]
     pictures = [picture(n) for n in range(4)]
     pairs = list(itertools.product(range(len(pictures)), range(len(TASKS))))
     answers = {pair: truth(backbone, TASKS[pair[1]], pictures[pair[0]]) for pair in pairs}
@@ -102,8 +102,8 @@ def test_rows_that_go_some_after_the_others_are_answered_literally(
 
     monkeypatch.setattr(vit, "forward_lanes", counted)
     monkeypatch.setattr(bench.engine, "_rows_per_pass", most)
-    readers = {at for at, own in enumerate(TASKS) if own.method == "readonly"}
-    seats, pictures = [bench.seat(own.lens(backbone)) for own in TASKS], [picture(n) for n in range(2)]
+    readers = {at for at, case in enumerate(TASKS) if case.method == "readonly"}
+    seats, pictures = [bench.seat(case.lens(backbone)) for case in TASKS], [picture(n) for n in range(2)]
     pairs = list(itertools.product(range(2), range(len(TASKS))))
     random.Random(1).shuffle(pairs)
     for batch in (pairs, [pair for pair in pairs if pair[1] not in readers]):
@@ -124,19 +124,19 @@ def test_a_cpu_takes_as_many_rows_at_once_as_its_cache_holds(backbone: Backbone)
 def test_pictures_that_came_normalised_are_answered_literally_beside_others(backbone: Backbone) -> None:
     """The same numbers go into the literal forward; a neighbour's mean and std do not touch them."""
     bench = Bench(backbone)
-    seats = [bench.seat(own.lens(backbone)) for own in TASKS]
+    seats = [bench.seat(case.lens(backbone)) for case in TASKS]
     sent = [np.random.default_rng(n).standard_normal((3, 64, 64), np.float32) for n in range(2)]
     work = [(pixels, at) for at in range(len(TASKS)) for pixels in (sent[at % 2], picture(at % 3))]
     for share in (work, [row for row in work if row[0].dtype == np.float32]):
         answers = bench.engine.run([(pixels, seats[at]) for pixels, at in share])
         for (pixels, at), row in zip(share, answers, strict=True):
-            own = TASKS[at]
+            case = TASKS[at]
             if pixels.dtype == np.float32:
                 images = torch.from_numpy(pixels[None]).double()
                 with torch.inference_mode():
-                    expected = reference.logits(own.method, backbone, images, own.params, own.lengths)[0].numpy()
+                    expected = reference.logits(case.method, backbone, images, case.params, case.lengths)[0].numpy()
             else:
-                expected = truth(backbone, own, pixels)
+                expected = truth(backbone, case, pixels)
             np.testing.assert_allclose(row, expected, atol=EXACT, rtol=0)
 
 
@@ -144,7 +144,7 @@ def test_pictures_that_came_normalised_are_answered_literally_beside_others(back
 def test_huge_neighbours_change_nothing(backbone: Backbone, scale: float) -> None:
     """Prompts of enormous size saturate their own softmax only."""
     bench = Bench(backbone)
-    quiet = [bench.seat(own.lens(backbone)) for own in TASKS]
+    quiet = [bench.seat(case.lens(backbone)) for case in TASKS]
     loud = [
         bench.seat(a_task("vpt_deep", (9, 9, 9, 9), 3, 11, scale).lens(backbone)),
         bench.seat(a_task("vpt_shallow", (9, 0, 0, 0), 3, 12, scale).lens(backbone)),
@@ -168,20 +168,20 @@ def test_what_sat_in_a_slot_before_leaves_no_trace(backbone: Backbone) -> None:
             (bench.seat(long.lens(backbone)), long),
         ]
         pixels = picture(round_)
-        for (seat, own), row in zip(seats, bench.engine.run([(pixels, s) for s, _ in seats]), strict=True):
-            np.testing.assert_allclose(row, truth(backbone, own, pixels), atol=EXACT, rtol=0)
+        for (seat, case), row in zip(seats, bench.engine.run([(pixels, s) for s, _ in seats]), strict=True):
+            np.testing.assert_allclose(row, truth(backbone, case, pixels), atol=EXACT, rtol=0)
             bench.rack.free(seat.place)
         bench.rack.check_integrity()
 
 
 def test_each_row_is_normalised_with_its_own_mean_and_std(backbone: Backbone) -> None:
     bench = Bench(backbone)
-    own, pixels = TASKS[0], picture(1)
-    lens = own.lens(backbone)
+    case, pixels = TASKS[0], picture(1)
+    lens = case.lens(backbone)
     seats = [bench.seat(lens, 0.5, 0.5), bench.seat(lens, 0.4, 0.2), bench.seat(lens, 0.0, 1.0)]
     rows = bench.engine.run([(pixels, seat) for seat in seats])
     for (mean, std), row in zip(((0.5, 0.5), (0.4, 0.2), (0.0, 1.0)), rows, strict=True):
-        np.testing.assert_allclose(row, truth(backbone, own, pixels, mean, std), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(row, truth(backbone, case, pixels, mean, std), atol=1e-6, rtol=0)
 
 
 def test_head_only_tasks_on_one_picture_share_one_trunk_row(

@@ -28,9 +28,9 @@ from tests.engine.test_isolation import TASKS, picture
 def lenses() -> list[Lens]:
     """Made on the CPU, where they have numbers."""
     backbone = golden_backbone("vit_nano", 101, torch.float64)
-    found = [own.lens(backbone) for own in TASKS]
-    assert sum(bool(lens.parts) for lens in found) > 10  # worked out here, and kept
-    return found
+    lowered = [task.lens(backbone) for task in TASKS]
+    assert sum(bool(lens.parts) for lens in lowered) > 10  # worked out here, and kept
+    return lowered
 
 
 class There:
@@ -51,7 +51,7 @@ def there(monkeypatch: pytest.MonkeyPatch, lenses: list[Lens]) -> Iterator[There
 
 
 def test_a_row_of_every_method_is_here() -> None:
-    assert {own.method for own in TASKS} >= {method.name for method in METHODS}
+    assert {task.method for task in TASKS} >= {method.name for method in METHODS}
 
 
 def test_nothing_waits_before_the_answers(there: There) -> None:
@@ -77,8 +77,8 @@ def test_a_second_batch_can_be_begun_while_the_first_computes(there: There) -> N
     first, second = there.engine.begin(there.work), there.engine.begin(there.work[:3])
     assert len(second()) == 3
     assert len(first()) == len(there.work)
-    one, other = there.engine._transfers._free
-    assert one._blocks[0] is not other._blocks[0]
+    first_free, second_free = there.engine._transfers._free
+    assert first_free._blocks[0] is not second_free._blocks[0]
 
 
 WAYS_TO_WAIT: dict[str, Callable[[Tensor], object]] = {

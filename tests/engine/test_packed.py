@@ -72,11 +72,11 @@ def kinds_of(block: FrozenBlock) -> set[type]:
 
 @needs_float32
 @pytest.mark.parametrize(
-    ("dtype", "wanted", "packed"),
+    ("dtype", "requested", "packed"),
     [(torch.float32, True, True), (torch.float32, False, False), (torch.float64, True, False)],
 )
-def test_weights_are_packed_where_asked_and_possible(dtype: torch.dtype, wanted: bool, packed: bool) -> None:
-    backbone = a_backbone(dtype, wanted)
+def test_weights_are_packed_where_asked_and_possible(dtype: torch.dtype, requested: bool, packed: bool) -> None:
+    backbone = a_backbone(dtype, requested)
     assert backbone.packed is packed
     assert all(kinds_of(block) == {PackedLinear if packed else PlainLinear} for block in backbone.blocks)
 
@@ -124,9 +124,9 @@ def products(rows: Sequence[int], bias: bool = True) -> tuple[Tensor, Tensor, Te
 @pytest.mark.parametrize("rows", [(0,), (1,), (3,), (197,), (4, 50), (2, 3, 7)], ids=str)
 def test_a_product_is_exact_to_rounding_for_any_rows(rows: tuple[int, ...], bias: bool) -> None:
     x, weight, own_bias = products(rows, bias)
-    found = PackedLinear(weight, own_bias)(x)
+    result = PackedLinear(weight, own_bias)(x)
     truth = F.linear(x.double(), weight.double(), None if own_bias is None else own_bias.double())
-    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=0)
+    torch.testing.assert_close(result.double(), truth, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [PlainLinear, pytest.param(PackedLinear, marks=needs_float32)])
@@ -151,10 +151,10 @@ def test_gradients_pass_through_what_is_done_behind_a_product(kind: type[PlainLi
         (linear.onto(*leaves) + linear.gelu(leaves[1])).square().sum().backward()
         product = F.linear(true[1], weight.double(), bias.double())
         (true[0] + product + F.gelu(product)).square().sum().backward()
-        for found, truth in zip(leaves, true, strict=True):
-            if found.requires_grad:
-                torch.testing.assert_close(found.grad.double(), truth.grad, atol=5e-3, rtol=1e-4)
-            assert (found.grad is None) is (truth.grad is None)
+        for result, truth in zip(leaves, true, strict=True):
+            if result.requires_grad:
+                torch.testing.assert_close(result.grad.double(), truth.grad, atol=5e-3, rtol=1e-4)
+            assert (result.grad is None) is (truth.grad is None)
 
 
 @needs_float32
@@ -167,17 +167,17 @@ def test_rows_that_do_not_lie_in_one_piece() -> None:
 @needs_float32
 def test_the_gradient_is_the_plain_ones_and_packs_at_the_first_backward_only() -> None:
     x, weight, bias = products((4, 50))
-    packed, found, truth = PackedLinear(weight, bias), x.clone().requires_grad_(), x.double().requires_grad_()
+    packed, result, truth = PackedLinear(weight, bias), x.clone().requires_grad_(), x.double().requires_grad_()
     with torch.inference_mode():
         packed(x)
     assert packed._turned is None
-    (packed(found) ** 2).sum().backward()
+    (packed(result) ** 2).sum().backward()
     (F.linear(truth, weight.double(), bias.double()) ** 2).sum().backward()
     assert truth.grad is not None
-    torch.testing.assert_close(found.grad.double(), truth.grad, atol=1e-6 * truth.grad.abs().max().item(), rtol=0)
+    torch.testing.assert_close(result.grad.double(), truth.grad, atol=1e-6 * truth.grad.abs().max().item(), rtol=0)
     kept = packed._turned
     assert kept is not None
-    packed(found).sum().backward()  # a gradient that is one number spread out
+    packed(result).sum().backward()  # a gradient that is one number spread out
     assert packed._turned is kept
 
 
@@ -210,10 +210,12 @@ def test_the_packed_forward_is_the_literal_one(kind: str, many: int, monkeypatch
     lengths = (3, 0, 5)
     deep, shallow = some_params(backbone, "vpt_deep", lengths), some_params(backbone, "vpt_shallow", (4, 0, 0))
     with torch.inference_mode():
-        for method, params, own in (("vpt_deep", deep, lengths), ("vpt_shallow", shallow, (4, 0, 0))):
-            found = logits(backbone, images(3), method, params, own)
-            truth = getattr(reference, method)(backbone, images(3), params, *((own,) if method == "vpt_deep" else ()))
-            torch.testing.assert_close(found, truth, atol=2e-5 * truth.abs().max().item(), rtol=0)
+        for method, params, prompt_lengths in (("vpt_deep", deep, lengths), ("vpt_shallow", shallow, (4, 0, 0))):
+            result = logits(backbone, images(3), method, params, prompt_lengths)
+            truth = getattr(reference, method)(
+                backbone, images(3), params, *((prompt_lengths,) if method == "vpt_deep" else ())
+            )
+            torch.testing.assert_close(result, truth, atol=2e-5 * truth.abs().max().item(), rtol=0)
 
 
 def logits(backbone: Backbone, pixels: Tensor, method: str, params: Params, lengths: Sequence[int]) -> Tensor:
@@ -225,7 +227,7 @@ def logits(backbone: Backbone, pixels: Tensor, method: str, params: Params, leng
 
 def mixed_gradients(backbone: Backbone) -> dict[str, Tensor]:
     """Of one loss over two lanes of one forward: deep prompts with dropout per row, and carried ones."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     lanes = []
     x = vit.embed(backbone, images(5).to(backbone.dtype))
     for method, lengths, rows in (("vpt_deep", (3, 0, 5), x[:3]), ("vpt_shallow", (4, 0, 0), x[3:])):
@@ -234,20 +236,20 @@ def mixed_gradients(backbone: Backbone) -> dict[str, Tensor]:
         params = {**some_params(backbone, method, lengths), "prompts": prompts * keep}
         lens = Registry().get(method).lower(backbone, {k: v.to(backbone.dtype) for k, v in params.items()}, lengths)
         lanes.append(vit.Lane.of(rows, condition(lens, len(rows))))
-        found[method] = prompts
+        result[method] = prompts
     features = torch.cat(vit.forward_lanes(backbone, lanes)).float()
     (features**2).sum().backward()
-    return {name: prompts.grad for name, prompts in found.items()}
+    return {name: prompts.grad for name, prompts in result.items()}
 
 
 @needs_float32
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_mixed_lanes_are_the_plain_ones(kind: str) -> None:
-    plain, packed = (a_backbone(torch.float32, own, **KINDS[kind]) for own in (False, True))
+    plain, packed = (a_backbone(torch.float32, packing, **KINDS[kind]) for packing in (False, True))
     truth = mixed_gradients(plain)
-    for name, found in mixed_gradients(packed).items():
+    for name, result in mixed_gradients(packed).items():
         assert truth[name].abs().max() > 0
-        torch.testing.assert_close(found, truth[name], atol=1e-5 * truth[name].abs().max().item(), rtol=0)
+        torch.testing.assert_close(result, truth[name], atol=1e-5 * truth[name].abs().max().item(), rtol=0)
     assert all(parameter.grad is None for parameter in packed.model.parameters())
 
 
@@ -260,7 +262,8 @@ def test_without_the_models_own_weights_answers_and_gradients_have_the_same_bits
     biases = some_params(backbone, "bias", (0, 0, 0))  # what it adds is a product without a bias
     with torch.inference_mode():
         before = [
-            logits(backbone, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
+            logits(backbone, images(3), *first)
+            for first in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
         ]
     gradients = mixed_gradients(a_backbone(torch.float32, True, **KINDS[kind]))
     held = sum(parameter.numel() for parameter in backbone.model.parameters())
@@ -268,11 +271,12 @@ def test_without_the_models_own_weights_answers_and_gradients_have_the_same_bits
     assert sum(parameter.numel() for parameter in backbone.model.parameters()) < held / 3
     with torch.inference_mode():
         after = [
-            logits(backbone, images(3), *one) for one in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
+            logits(backbone, images(3), *first)
+            for first in (("vpt_deep", params, lengths), ("bias", biases, (0, 0, 0)))
         ]
     assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
-    for name, own in mixed_gradients(backbone).items():
-        assert torch.equal(own, gradients[name])
+    for name, gradient in mixed_gradients(backbone).items():
+        assert torch.equal(gradient, gradients[name])
     with pytest.raises(RuntimeError):
         backbone.model(images(1))
 
@@ -286,8 +290,8 @@ def test_weights_that_are_not_packed_stay() -> None:
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
-def similarity(found: Tensor, truth: Tensor) -> float:
-    return F.cosine_similarity(found.flatten().double(), truth.flatten().double(), dim=0).item()
+def similarity(result: Tensor, truth: Tensor) -> float:
+    return F.cosine_similarity(result.flatten().double(), truth.flatten().double(), dim=0).item()
 
 
 @needs_bfloat16
@@ -297,12 +301,12 @@ def test_bfloat16_answers_and_gradients_are_close_and_gradients_reach_float32_pa
     assert narrow.packed
     params = some_params(wide, "vpt_deep", (3, 0, 5))
     with torch.inference_mode():
-        found, truth = (logits(backbone, images(8), "vpt_deep", params, (3, 0, 5)) for backbone in (narrow, wide))
-    assert similarity(found, truth) > 0.999
+        result, truth = (logits(backbone, images(8), "vpt_deep", params, (3, 0, 5)) for backbone in (narrow, wide))
+    assert similarity(result, truth) > 0.999
     gradients = mixed_gradients(wide)
-    for name, own in mixed_gradients(narrow).items():
-        assert own.dtype == torch.float32
-        assert similarity(own, gradients[name]) > 0.99
+    for name, gradient in mixed_gradients(narrow).items():
+        assert gradient.dtype == torch.float32
+        assert similarity(gradient, gradients[name]) > 0.99
 
 
 @needs_bfloat16
@@ -315,15 +319,15 @@ def test_bfloat16_agrees_on_real_pictures(shared: Path) -> None:
     )
     pixels = photographs(sorted((shared / "datasets" / "trashnet").rglob("*.jpg"))[::40][:24])
     with torch.inference_mode():
-        found, truth = (
+        result, truth = (
             vit.head(
                 vit.forward(backbone, vit.embed(backbone, pixels.to(backbone.dtype)), Plain()).float(), *head(state)
             )
             for backbone in (narrow, wide)
         )
-    assert (found - truth).abs().max() < 0.05 * (truth.max() - truth.min())
-    assert (found.argmax(1) == truth.argmax(1)).float().mean() >= 0.85
-    assert not torch.equal(found, truth)
+    assert (result - truth).abs().max() < 0.05 * (truth.max() - truth.min())
+    assert (result.argmax(1) == truth.argmax(1)).float().mean() >= 0.85
+    assert not torch.equal(result, truth)
 
 
 def head(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -377,11 +381,11 @@ def test_the_bench_prints_and_saves_its_table(tmp_path: Path, capsys: pytest.Cap
     finally:
         torch.set_num_threads(threads)
     (report,) = json.loads((tmp_path / "table.json").read_text())["archs"]
-    shown = capsys.readouterr().out
+    images = capsys.readouterr().out
     groups = [times for times in report.values() if isinstance(times, dict)]
     assert len(groups) == 5
     for name in (name for times in groups for name in times):
-        assert name in shown
+        assert name in images
     assert all(ms > 0 for times in groups for ms in times.values())
 
 

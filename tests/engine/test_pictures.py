@@ -101,11 +101,11 @@ def caches(folder: Path) -> dict[str, PixelCache]:
 def test_pixels_are_those_that_the_server_sees_whatever_keeps_them(
     pool: ThreadPoolExecutor, tmp_path: Path, kind: str
 ) -> None:
-    found, order = stored(pool, caches(tmp_path)[kind]), np.random.default_rng(0).permutation(ALL)
+    result, order = stored(pool, caches(tmp_path)[kind]), np.random.default_rng(0).permutation(ALL)
     for _ in range(2):
-        np.testing.assert_array_equal(found.read(order), eager()[order])
-    assert len(found.read(np.array([], np.int64))) == 0
-    assert len(found) == len(ALL)
+        np.testing.assert_array_equal(result.read(order), eager()[order])
+    assert len(result.read(np.array([], np.int64))) == 0
+    assert len(result) == len(ALL)
 
 
 def test_splits_are_parts_of_the_same_pictures(pool: ThreadPoolExecutor) -> None:
@@ -125,7 +125,7 @@ def test_views_are_crops_of_the_whole_and_mirrored(pool: ThreadPoolExecutor, tmp
     """FGVC: shorter side to 8/7 of the size, a square of the size anywhere in it, mirrored or not."""
     just_below_1 = float(np.nextafter(1, 0))
     corners = [(0.0, 0.0), (just_below_1, just_below_1), (0.0, just_below_1), (0.5, 0.25)]
-    found = stored(pool, caches(tmp_path)["disk"])
+    result = stored(pool, caches(tmp_path)["disk"])
     for sha256, row in zip(SUMS, ALL, strict=True):
         image = decode(BLOBS[sha256], max_pixels=10**6)
         scale = 64 / min(image.size)
@@ -135,7 +135,7 @@ def test_views_are_crops_of_the_whole_and_mirrored(pool: ThreadPoolExecutor, tmp
             (0, 0), (height - 56, width - 56), (0, width - 56), ((height - 55) // 2, (width - 55) // 4),
         ]  # fmt: skip
         views = Views(np.array(corners * 2), np.repeat([False, True], 4))
-        seen = found.read(np.repeat(row, 8), views)
+        seen = result.read(np.repeat(row, 8), views)
         for number, (top, left) in enumerate(places * 2):
             expected = resized[top : top + 56, left : left + 56]
             np.testing.assert_array_equal(seen[number], expected[:, ::-1] if number >= 4 else expected)
@@ -168,19 +168,19 @@ def test_of_a_strip_too_long_to_resize_whole_the_middle_is_kept(monkeypatch: pyt
     strip = Image.new("RGB", (9000, 3), "red")
     strip.paste("blue", (4500, 0, 9000, 3))
     for image, axis in ((strip, 1), (strip.transpose(Image.Transpose.TRANSPOSE), 0)):
-        found = whole(image, 256, "bicubic")
-        assert found.shape[1 - axis] == 256
-        assert 2**23 < found.shape[0] * found.shape[1] <= _MAX_WHOLE
-        assert tuple(found[0, 0]) == (255, 0, 0)
-        assert tuple(found[-1, -1]) == (0, 0, 255)
+        result = whole(image, 256, "bicubic")
+        assert result.shape[1 - axis] == 256
+        assert 2**23 < result.shape[0] * result.shape[1] <= _MAX_WHOLE
+        assert tuple(result[0, 0]) == (255, 0, 0)
+        assert tuple(result[-1, -1]) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_other_geometries_crop_from_their_own_square(mode: str) -> None:
     geometry = Geometry(56, "bicubic", 0.9, mode)
     image = decode(picture(1, 100, 50), max_pixels=10**6)
-    found = Cut(geometry, uncropped=True)(image)
-    np.testing.assert_array_equal(found, fit(image, Geometry(64, "bicubic", 1.0, mode)))
+    result = Cut(geometry, uncropped=True)(image)
+    np.testing.assert_array_equal(result, fit(image, Geometry(64, "bicubic", 1.0, mode)))
 
 
 @pytest.mark.parametrize(("size", "side"), [(224, 256), (448, 512), (384, 438)])
@@ -194,13 +194,13 @@ def test_the_fgvc_recipes_sizes(size: int, side: int) -> None:
 @pytest.mark.parametrize("kind", ["memory", "disk", "both"])
 def test_a_picture_is_decoded_once_for_each_cut(pool: ThreadPoolExecutor, tmp_path: Path, kind: str) -> None:
     read = Counted()
-    found = stored(pool, caches(tmp_path)[kind], read=read)
+    result = stored(pool, caches(tmp_path)[kind], read=read)
     views = augment.draw("crop", len(ALL), torch.Generator().manual_seed(0))
     for _ in range(3):
-        found.read(ALL)
+        result.read(ALL)
     assert set(read.times.values()) == {1}
     for _ in range(3):
-        found.read(ALL, views)
+        result.read(ALL, views)
     assert set(read.times.values()) == {2}
 
 
@@ -240,10 +240,10 @@ def test_a_damaged_file_is_decoded_anew(pool: ThreadPoolExecutor, tmp_path: Path
 
 
 def test_nobody_can_change_what_others_get(pool: ThreadPoolExecutor) -> None:
-    found = stored(pool, PixelCache(None, disk_bytes=0, memory_bytes=2**24))
-    found.read(ALL)[:] = 0
-    found.read(ALL, Views(np.zeros((len(ALL), 2)), ALL >= 0))[:] = 0
-    np.testing.assert_array_equal(found.read(ALL), eager())
+    result = stored(pool, PixelCache(None, disk_bytes=0, memory_bytes=2**24))
+    result.read(ALL)[:] = 0
+    result.read(ALL, Views(np.zeros((len(ALL), 2)), ALL >= 0))[:] = 0
+    np.testing.assert_array_equal(result.read(ALL), eager())
 
 
 def test_a_dataset_larger_than_the_cache_keeps_the_same_part_of_itself(
@@ -259,12 +259,12 @@ def test_a_dataset_larger_than_the_cache_keeps_the_same_part_of_itself(
         read.append(sha256)
         return blobs[sha256]
 
-    found = stored(pool, cache, read=reading, sums=list(blobs), geometry=flat)
+    result = stored(pool, cache, read=reading, sums=list(blobs), geometry=flat)
     per_epoch = []
     for epoch in range(4):
         read.clear()
         for batch in np.array_split(np.random.default_rng(epoch).permutation(400), 10):
-            found.read(batch)
+            result.read(batch)
         per_epoch.append(len(read))
     assert per_epoch[0] == 400
     assert max(per_epoch[1:]) < 300
@@ -280,10 +280,10 @@ def test_memory_is_bounded_whatever_the_dataset(pool: ThreadPoolExecutor, tmp_pa
         blobs[hashlib.sha256(data.getvalue()).hexdigest()] = data.getvalue()
     cache = PixelCache(tmp_path, disk_bytes=2**24, memory_bytes=2**24)
     large = Geometry(224, "nearest", 1.0, "center")
-    found = stored(pool, cache, read=blobs.__getitem__, sums=list(blobs), geometry=large)
-    found = StoredImages(found.sums, found.decoder, dataset_size=1)  # every picture is let in
+    result = stored(pool, cache, read=blobs.__getitem__, sums=list(blobs), geometry=large)
+    result = StoredImages(result.sums, result.decoder, dataset_size=1)  # every picture is let in
     process = psutil.Process()
-    with closing(ahead(found, np.array_split(np.arange(1000), 60), None)) as batches:
+    with closing(ahead(result, np.array_split(np.arange(1000), 60), None)) as batches:
         next(batches)
         before = process.memory_info().rss
         most = max(process.memory_info().rss for _ in batches)
@@ -299,14 +299,14 @@ def reading_threads() -> list[threading.Thread]:
 
 
 def test_batches_come_in_order_with_each_pictures_view(pool: ThreadPoolExecutor) -> None:
-    found, order = stored(pool), np.random.default_rng(2).permutation(ALL)
+    result, order = stored(pool), np.random.default_rng(2).permutation(ALL)
     views = augment.draw("crop", len(ALL), torch.Generator().manual_seed(0))
     assert views is not None
     parts = [part for part in np.array_split(order, 7) if len(part)]
-    for part, batch in zip(parts, ahead(found, parts, views), strict=True):
-        np.testing.assert_array_equal(batch, found.read(part, views.take(part)))
+    for part, batch in zip(parts, ahead(result, parts, views), strict=True):
+        np.testing.assert_array_equal(batch, result.read(part, views.take(part)))
     assert not reading_threads()
-    assert list(ahead(found, [], None)) == []
+    assert list(ahead(result, [], None)) == []
 
 
 def test_the_next_batches_are_read_while_one_is_being_fitted(pool: ThreadPoolExecutor) -> None:
@@ -386,11 +386,11 @@ def test_a_picture_that_has_vanished_is_an_error_at_its_batch(pool: ThreadPoolEx
     store = DatasetStore(tmp_path / "home", max_images=100, max_unpacked_bytes=2**24, max_image_pixels=10**6)
     dataset = store.ingest(tmp_path / "a.zip")
     cache = caches(tmp_path / "cache")["disk"]
-    found = stored(pool, cache, read=store.read, sums=[example.sha256 for example in dataset.examples])
+    result = stored(pool, cache, read=store.read, sums=[example.sha256 for example in dataset.examples])
     parts = np.array_split(ALL, 6)
-    kept = [found.read(part) for part in parts[:3]]
+    kept = [result.read(part) for part in parts[:3]]
     store.delete(dataset.id)
-    batches = ahead(found, parts, None)
+    batches = ahead(result, parts, None)
     for expected in kept:
         np.testing.assert_array_equal(next(batches), expected)
     with pytest.raises(NotFound) as caught:
@@ -400,24 +400,24 @@ def test_a_picture_that_has_vanished_is_an_error_at_its_batch(pool: ThreadPoolEx
 
 
 def test_a_picture_that_cannot_be_decoded_is_an_error_of_its_batch(pool: ThreadPoolExecutor) -> None:
-    found = stored(pool, read=lambda sha256: b"x" if sha256 == SUMS[7] else BLOBS[sha256])
+    result = stored(pool, read=lambda sha256: b"x" if sha256 == SUMS[7] else BLOBS[sha256])
     with pytest.raises(ServiceError) as caught:
-        list(ahead(found, [ALL], None))
+        list(ahead(result, [ALL], None))
     assert caught.value.code == "unsupported_image"
-    np.testing.assert_array_equal(found.read(ALL[:7]), eager()[:7])
+    np.testing.assert_array_equal(result.read(ALL[:7]), eager()[:7])
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_digest_names_the_pictures_their_order_and_their_cut(pool: ThreadPoolExecutor) -> None:
-    found = stored(pool)
-    assert found.digest == stored(pool, sums=list(SUMS)).digest
-    part, order = found.take(np.array([4, 2])), np.array([2, 4])
+    result = stored(pool)
+    assert result.digest == stored(pool, sums=list(SUMS)).digest
+    part, order = result.take(np.array([4, 2])), np.array([2, 4])
     assert part.digest == stored(pool, sums=[SUMS[4], SUMS[2]]).digest
-    others = [part, found.take(order), found.take(ALL[::-1]), found.take(ALL[:-1])]
+    others = [part, result.take(order), result.take(ALL[::-1]), result.take(ALL[:-1])]
     others.append(stored(pool, geometry=Geometry(56, "bicubic", 0.9, "center")))
-    assert len({each.digest for each in [found, *others]}) == 6
+    assert len({each.digest for each in [result, *others]}) == 6
 
 
 def test_a_part_of_what_lies_in_memory_has_a_digest_of_its_own() -> None:

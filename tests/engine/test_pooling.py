@@ -53,17 +53,17 @@ def pools_of(backbone: Backbone) -> list[Pool | None]:
 
 
 def drawn(backbone: Backbone, method: str, lengths: tuple[int, ...] = LENGTHS) -> tuple[Params, tuple[int, ...]]:
-    own = Registry().get(method)
-    possible = own.prompt_lengths(backbone.spec, 1)
+    chosen = Registry().get(method)
+    possible = chosen.prompt_lengths(backbone.spec, 1)
     lengths = tuple(length * some for length, some in zip(lengths, possible, strict=True))
     generator = torch.Generator().manual_seed(2)
-    shapes = own.shapes(backbone.spec, lengths, 5)
+    shapes = chosen.shapes(backbone.spec, lengths, 5)
     return {name: 0.3 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}, lengths
 
 
 def a_lens(backbone: Backbone, method: str, pool: Pool | None, lengths: tuple[int, ...] = LENGTHS) -> Lens:
-    params, own = drawn(backbone, method, lengths)
-    return lower_with_pool(Registry().get(method), backbone, params, own, pool)
+    params, prompt_lengths = drawn(backbone, method, lengths)
+    return lower_with_pool(Registry().get(method), backbone, params, prompt_lengths, pool)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -75,9 +75,9 @@ def test_all_poolings_of_all_methods_in_one_batch_are_the_literal_ones(kind: str
         work = [(row, bench.seat(a_lens(backbone, *task)), task) for task in tasks for row in range(2)]
         random.Random(0).shuffle(work)
         answers = bench.engine.logits(vit.embed(backbone, pixels), [(row, seat) for row, seat, _ in work])
-        for (row, _, (method, pool)), found in zip(work, answers, strict=True):
+        for (row, _, (method, pool)), result in zip(work, answers, strict=True):
             truth = reference.logits(method, backbone, pixels, *drawn(backbone, method), pool=pool)[row]
-            torch.testing.assert_close(found, truth, atol=1e-9, rtol=0, msg=f"{method} {pool}")
+            torch.testing.assert_close(result, truth, atol=1e-9, rtol=0, msg=f"{method} {pool}")
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -87,26 +87,28 @@ def test_prompts_that_are_pooled_may_be_ragged(kind: str) -> None:
     bench = Bench(backbone)
     tasks = [(method, lengths) for method in ("vpt_deep", "vpt_shallow") for lengths in ((3, 0, 5), (7, 2, 1))]
     with torch.inference_mode():
-        seats = [bench.seat(a_lens(backbone, method, "image_and_prompts", own)) for method, own in tasks]
+        seats = [bench.seat(a_lens(backbone, method, "image_and_prompts", lengths)) for method, lengths in tasks]
         answers = bench.engine.logits(vit.embed(backbone, pixels), [(0, seat) for seat in seats])
-        for (method, own), found in zip(tasks, answers, strict=True):
-            truth = reference.logits(method, backbone, pixels, *drawn(backbone, method, own), pool="image_and_prompts")[
-                0
-            ]
-            torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
+        for (method, lengths), result in zip(tasks, answers, strict=True):
+            truth = reference.logits(
+                method, backbone, pixels, *drawn(backbone, method, lengths), pool="image_and_prompts"
+            )[0]
+            torch.testing.assert_close(result, truth, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "prompt_bias"])
 @pytest.mark.parametrize("kind", ["class token", "MAE", "attention"])
 def test_the_gradients_are_the_literal_ones(kind: str, method: str) -> None:
     backbone, pixels, (params, lengths) = a_backbone(kind), images(2).double(), drawn(a_backbone(kind), method)
-    found, expected = ({k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2))
-    lens = lower_with_pool(Registry().get(method), backbone, found, lengths, "image_and_prompts")
+    result, expected = ({k: v.clone().requires_grad_() for k, v in params.items()} for _ in range(2))
+    lens = lower_with_pool(Registry().get(method), backbone, result, lengths, "image_and_prompts")
     logits = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 2)), lens)
     (logits**2).sum().backward()
     (reference.logits(method, backbone, pixels, expected, lengths, pool="image_and_prompts") ** 2).sum().backward()
-    for name, own in expected.items():
-        torch.testing.assert_close(found[name].grad, own.grad, atol=1e-9 * float(own.grad.abs().max()), rtol=1e-7)
+    for name, parameter in expected.items():
+        torch.testing.assert_close(
+            result[name].grad, parameter.grad, atol=1e-9 * float(parameter.grad.abs().max()), rtol=1e-7
+        )
 
 
 def test_it_is_what_the_official_code_makes_of_mae() -> None:
@@ -122,12 +124,12 @@ def test_it_is_what_the_official_code_makes_of_mae() -> None:
             x = block(x)
         truth = model.fc_norm(x[:, 1:].mean(1)) @ params["head.weight"].T + params["head.bias"]
         lens = lower_with_pool(Registry().get("vpt_deep"), backbone, params, lengths, "image_and_prompts")
-        found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
-        own = vit.classify(
+        result = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
+        plain = vit.classify(
             vit.forward(backbone, vit.embed(backbone, pixels), condition(replace(lens, pool="image"), 3)), lens
         )
-    torch.testing.assert_close(found, truth, atol=1e-9, rtol=0)
-    assert (own - truth).abs().max() > 1e-3, "the prompts' outputs count"
+    torch.testing.assert_close(result, truth, atol=1e-9, rtol=0)
+    assert (plain - truth).abs().max() > 1e-3, "the prompts' outputs count"
 
 
 def test_prompt_dropout_reaches_the_prompts_that_are_pooled() -> None:
@@ -138,12 +140,12 @@ def test_prompt_dropout_reaches_the_prompts_that_are_pooled() -> None:
     rows = {**params, "prompts": params["prompts"] * keep}
     with torch.inference_mode():
         lens = lower_with_pool(Registry().get("vpt_deep"), backbone, rows, lengths, "image_and_prompts")
-        found = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
+        result = vit.classify(vit.forward(backbone, vit.embed(backbone, pixels), condition(lens, 3)), lens)
         for row in range(3):
             alone = {**params, "prompts": rows["prompts"][row]}
-            one = pixels[row : row + 1]
-            truth = reference.logits("vpt_deep", backbone, one, alone, lengths, pool="image_and_prompts")
-            torch.testing.assert_close(found[row : row + 1], truth, atol=1e-9, rtol=0)
+            first = pixels[row : row + 1]
+            truth = reference.logits("vpt_deep", backbone, first, alone, lengths, pool="image_and_prompts")
+            torch.testing.assert_close(result[row : row + 1], truth, atol=1e-9, rtol=0)
 
 
 def test_a_class_tokens_rows_ask_the_last_block_for_one_token_whatever_their_neighbours_ask(
@@ -162,8 +164,8 @@ def test_a_class_tokens_rows_ask_the_last_block_for_one_token_whatever_their_nei
     monkeypatch.setattr(FrozenBlock, "after_attention", note)
     x = vit.embed(backbone, images(2).double())
     tokens, prompts = backbone.spec.tokens, LENGTHS[-1]
-    for asked, count in ([0], 1), ([0, 1], 1 + tokens), ([0, 1, 2], 1 + tokens + tokens + prompts):
-        bench.engine.logits(x, [(row, seats[n]) for n in asked for row in range(2)])
+    for counts, count in ([0], 1), ([0, 1], 1 + tokens), ([0, 1, 2], 1 + tokens + tokens + prompts):
+        bench.engine.logits(x, [(row, seats[n]) for n in counts for row in range(2)])
         assert seen.pop() == 2 * count
 
 
@@ -188,12 +190,12 @@ def test_seats_of_different_lanes_cannot_be_gathered_together() -> None:
 @pytest.mark.parametrize("method", ["linear", "vpt_deep", "vpt_shallow", "prompt_bias"])
 def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool: Pool) -> None:
     backbone = a_backbone("registers")
-    own, x = condition(a_lens(backbone, method, pool), 1), vit.embed(backbone, images(1).double())
-    seen = attention_maps.trace(backbone, x.clone(), own)
-    np.testing.assert_allclose(seen.features, vit.forward(backbone, x, own)[0].numpy(), atol=1e-12, rtol=0)
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
-        assert (looked.prompts > 0) is (method != "linear")
+    rows, x = condition(a_lens(backbone, method, pool), 1), vit.embed(backbone, images(1).double())
+    seen = attention_maps.trace(backbone, x.clone(), rows)
+    np.testing.assert_allclose(seen.features, vit.forward(backbone, x, rows)[0].numpy(), atol=1e-12, rtol=0)
+    for attention in (seen.last, seen.rollout):
+        assert attention.grid.sum() + attention.prompts + attention.rest == pytest.approx(1)
+        assert (attention.prompts > 0) is (method != "linear")
 
 
 # --- from a recipe to a bundle and back -------------------------------------------------------------------------------
@@ -202,15 +204,20 @@ def test_where_the_network_looked_adds_up_under_every_pooling(method: str, pool:
 @pytest.mark.parametrize(("method", "pool"), [("vpt_deep", "image_and_prompts"), ("linear", "image")])
 def test_the_served_answers_are_those_that_were_fitted(method: str, pool: Pool) -> None:
     backbone, registry = golden_backbone("vit_nano", 101, torch.float32), Registry()
-    found = fitted(backbone, method, pool=pool, epochs=4)
-    assert found.recipe.to_json()["pool"] == pool
-    told = {"labels": ("a", "b", "c"), "prompt_lengths": found.prompt_lengths, "tensors": found.params, "pool": pool}
-    loaded, bench = registry.load(bundle(backbone, method, **told), backbone), Bench(backbone)
+    result = fitted(backbone, method, pool=pool, epochs=4)
+    assert result.recipe.to_json()["pool"] == pool
+    message = {
+        "labels": ("a", "b", "c"),
+        "prompt_lengths": result.prompt_lengths,
+        "tensors": result.params,
+        "pool": pool,
+    }
+    loaded, bench = registry.load(bundle(backbone, method, **message), backbone), Bench(backbone)
     seat = bench.seat(loaded.lens, backbone.spec.preprocess.mean[0], backbone.spec.preprocess.std[0])
     rows = bench.engine.run([(image, seat) for image in SPLITS.val.images.read(np.arange(30))])
     right = np.mean([row.argmax() for row in rows] == SPLITS.val.targets)
-    assert right == pytest.approx(found.metrics["val_accuracy"], abs=1e-6)
-    assert found.metrics["val_accuracy"] > 0.6
+    assert right == pytest.approx(result.metrics["val_accuracy"], abs=1e-6)
+    assert result.metrics["val_accuracy"] > 0.6
 
 
 def test_frozen_features_are_kept_apart_by_pooling() -> None:
@@ -265,5 +272,5 @@ def test_a_baselines_last_blocks_pool_as_the_backbone_does(kind: str) -> None:
     model = Partial(1).model(backbone, 3, torch.Generator().manual_seed(0))
     with torch.inference_mode():
         x = vit.embed(backbone, pixels)
-        found = model(None, vit.tokens_at(backbone, x, backbone.spec.depth - 1))
-        torch.testing.assert_close(found, model.head(vit.forward(backbone, x, Plain())), atol=1e-9, rtol=0)
+        result = model(None, vit.tokens_at(backbone, x, backbone.spec.depth - 1))
+        torch.testing.assert_close(result, model.head(vit.forward(backbone, x, Plain())), atol=1e-9, rtol=0)

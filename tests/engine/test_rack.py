@@ -33,9 +33,9 @@ def lens(
     )
 
 
-def seated(rack: Rack, one: Lens) -> Place:
-    place = rack.allocate(one)
-    rack.write(place, one)
+def seated(rack: Rack, row: Lens) -> Place:
+    place = rack.allocate(row)
+    rack.write(place, row)
     return place
 
 
@@ -153,23 +153,23 @@ class RackMachine(RuleBasedStateMachine):
     @invariant()
     def everybody_reads_what_it_wrote(self) -> None:
         self.rack.check_integrity()
-        for place, (own, fill) in self.written.items():
+        for place, (lens, fill) in self.written.items():
             gathered = self.rack.gather([place])
-            for layer, length in enumerate(own.prefix_lengths):
+            for layer, length in enumerate(lens.prefix_lengths):
                 prefix = gathered.prefix(layer)
                 assert (prefix is None) == (length == 0)
                 if prefix is not None:
-                    assert torch.equal(prefix.keys[0], own.keys[layer])
-                    assert torch.equal(prefix.values[0], own.values[layer])
-            assert (gathered.tokens is None) == (own.tokens.shape[0] == 0)
+                    assert torch.equal(prefix.keys[0], lens.keys[layer])
+                    assert torch.equal(prefix.values[0], lens.values[layer])
+            assert (gathered.tokens is None) == (lens.tokens.shape[0] == 0)
             added = gathered.additions(1)
-            assert (added is None) == (not own.additions)
+            assert (added is None) == (not lens.additions)
             if added is not None:
-                expected = own.additions[1]
+                expected = lens.additions[1]
                 for part in ("down", "up", "bias"):
                     assert torch.equal(getattr(added.behind, part)[0], getattr(expected.behind, part))
             (logits,) = self.rack.logits(torch.ones(1, DIM), [place])
-            assert logits.tolist() == [fill * DIM + fill] * own.classes
+            assert logits.tolist() == [fill * DIM + fill] * lens.classes
 
 
 TestRackMachine = RackMachine.TestCase

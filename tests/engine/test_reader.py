@@ -64,14 +64,14 @@ def literal_carrying(backbone: Backbone, x: Tensor, lens: Lens) -> Tensor:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_carried_tokens_read_as_the_literal_forward_says(kind: str) -> None:
-    own = a_backbone(torch.float64, False, **ALL_KINDS[kind])
-    shapes = [torch.randn(3, own.spec.dim).double(), torch.zeros(3).double()]
-    nothing = tuple(torch.empty(0, own.spec.dim).double() for _ in range(own.spec.depth))
-    lens = Lens(nothing, nothing, torch.randn(4, own.spec.dim).double(), *shapes, reads=True)
+    backbone = a_backbone(torch.float64, False, **ALL_KINDS[kind])
+    shapes = [torch.randn(3, backbone.spec.dim).double(), torch.zeros(3).double()]
+    nothing = tuple(torch.empty(0, backbone.spec.dim).double() for _ in range(backbone.spec.depth))
+    lens = Lens(nothing, nothing, torch.randn(4, backbone.spec.dim).double(), *shapes, reads=True)
     with torch.inference_mode():
-        x = vit.embed(own, images(2).double())
-        found = vit.classify(vit.forward(own, x, condition(lens, 2)), lens)
-        torch.testing.assert_close(found, literal_carrying(own, x, lens), atol=EXACT, rtol=0)
+        x = vit.embed(backbone, images(2).double())
+        result = vit.classify(vit.forward(backbone, x, condition(lens, 2)), lens)
+        torch.testing.assert_close(result, literal_carrying(backbone, x, lens), atol=EXACT, rtol=0)
 
 
 def test_lanes_of_readers_are_ragged_and_pictures_have_as_many_as_they_like(backbone: Backbone) -> None:
@@ -80,24 +80,24 @@ def test_lanes_of_readers_are_ragged_and_pictures_have_as_many_as_they_like(back
         x = vit.embed(backbone, torch.randn(3, 3, 64, 64).double())
         seats = [bench.seat(lens) for lens in lenses]
         pairs = [(0, 0), (2, 1), (0, 2), (0, 3), (1, 1), (0, 1)]
-        logits = bench.engine.logits(x, [(shown, seats[task]) for shown, task in pairs])
-        for (shown, task), row in zip(pairs, logits, strict=True):
-            expected = literal_carrying(backbone, x[[shown]], lenses[task])[0]
+        logits = bench.engine.logits(x, [(number, seats[task]) for number, task in pairs])
+        for (number, task), row in zip(pairs, logits, strict=True):
+            expected = literal_carrying(backbone, x[[number]], lenses[task])[0]
             torch.testing.assert_close(row, expected, atol=EXACT, rtol=0)
 
 
 def test_a_reader_that_brings_nothing_is_the_class_token(backbone: Backbone) -> None:
     """Prompts aside, a fit starts from the linear probe: memory and queries change nothing at first."""
-    own = a_task("readonly", (0, 0, 1, 0), 4, 1)
+    task = a_task("readonly", (0, 0, 1, 0), 4, 1)
     plain = a_task("linear", (0, 0, 0, 0), 4, 1)
-    zero = {name: value * (name.startswith("head")) for name, value in own.params.items()}
-    lens = Registry().get("readonly").lower(backbone, zero, own.lengths)
+    zero = {name: value * (name.startswith("head")) for name, value in task.params.items()}
+    lens = Registry().get("readonly").lower(backbone, zero, task.lengths)
     hidden = replace(lens, keys=tuple(key[:0] for key in lens.keys), values=tuple(value[:0] for value in lens.values))
     assert hidden.reads_from == 2
     with torch.inference_mode():
         x = vit.embed(backbone, torch.randn(2, 3, 64, 64).double())
-        found, expected = (vit.forward(backbone, x, condition(lens, 2)) for lens in (hidden, plain.lens(backbone)))
-    torch.testing.assert_close(found, expected, atol=EXACT, rtol=0)
+        result, expected = (vit.forward(backbone, x, condition(lens, 2)) for lens in (hidden, plain.lens(backbone)))
+    torch.testing.assert_close(result, expected, atol=EXACT, rtol=0)
 
 
 def test_readers_take_no_entry(backbone: Backbone) -> None:
@@ -114,7 +114,7 @@ def tokens_through(bench: Bench, work: Sequence[tuple[np.ndarray, object]], patc
     seen: list[int] = []
     real = FrozenBlock.after_attention
     with patch.context() as patched:
-        patched.setattr(FrozenBlock, "after_attention", lambda *own: seen.append(len(own[1])) or real(*own))
+        patched.setattr(FrozenBlock, "after_attention", lambda *args: seen.append(len(args[1])) or real(*args))
         bench.engine.run(work)
     return seen
 
@@ -126,8 +126,8 @@ def test_any_number_of_tasks_on_a_picture_cost_one_trunk_pass(
     readers = [bench.seat(a_task("readonly", (3, 0, 5, 2), 3, seed).lens(backbone)) for seed in range(10)]
     heads = [bench.seat(a_task("linear", (0,) * depth, 3, seed).lens(backbone)) for seed in range(10)]
     late = bench.seat(a_task("readonly", (0, 0, 0, 2), 3, 5).lens(backbone))
-    shown, other = picture(0), picture(1)
-    cost = [[(shown, seat) for seat in seats] for seats in (readers, readers + heads, [late, *heads])]
+    picture_of, other = picture(0), picture(1)
+    cost = [[(picture_of, seat) for seat in seats] for seats in (readers, readers + heads, [late, *heads])]
     through = [tokens_through(bench, work, monkeypatch) for work in cost]
     assert through[0] == [image + 10] * (depth - 1) + [1 + 10]
     assert through[1] == through[0], "heads take what the trunk gives anyway"
@@ -143,7 +143,9 @@ def test_rows_of_other_methods_cost_what_they_did(backbone: Backbone, monkeypatc
     head, reading = (bench.seat(a_task(name, (2, 0, 0, 1), 3, 2).lens(backbone)) for name in ("vpt_deep", "readonly"))
     lanes: list[list[vit.Lane]] = []
     forward = vit.forward_lanes
-    monkeypatch.setattr(vit, "forward_lanes", lambda backbone, own: lanes.append(list(own)) or forward(backbone, own))
+    monkeypatch.setattr(
+        vit, "forward_lanes", lambda backbone, members: lanes.append(list(members)) or forward(backbone, members)
+    )
     bench.engine.run([(picture(0), seat) for seat in (deep, head)])
     bench.engine.run([(picture(0), seat) for seat in (deep, head, reading)])
     without, with_ = lanes
@@ -160,11 +162,11 @@ def test_rows_of_other_methods_cost_what_they_did(backbone: Backbone, monkeypatc
 def test_pieces_hold_every_reader_and_no_two_pictures(chosen: list[int]) -> None:
     names = sorted(set(chosen))
     of = np.array([names.index(each) for each in chosen])
-    found = Pieces.of(of, len(names), DirectTransfer(torch.device("cpu")))
-    pictures = torch.arange(len(names)) if found.pictures is None else found.pictures
-    assert (torch.from_numpy(of)[found.readers] == pictures[:, None]).all()
-    assert torch.equal(found.readers.flatten()[found.place], torch.arange(len(of)))
-    assert found.readers.numel() <= 2 * len(of) + len(names)
+    result = Pieces.of(of, len(names), DirectTransfer(torch.device("cpu")))
+    pictures = torch.arange(len(names)) if result.pictures is None else result.pictures
+    assert (torch.from_numpy(of)[result.readers] == pictures[:, None]).all()
+    assert torch.equal(result.readers.flatten()[result.place], torch.arange(len(of)))
+    assert result.readers.numel() <= 2 * len(of) + len(names)
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
@@ -182,10 +184,10 @@ def drawn(count: int, seed: int) -> LabelledImages:
 SPLITS = Splits(drawn(21, 0), drawn(9, 1), drawn(6, 2))
 
 
-def fitted(backbone: Backbone, **wanted: object) -> Fitted:
-    own = Registry().get("readonly")
-    recipe = resolve(own.defaults, {"epochs": 3, "prompts": 2, "batch_size": 4, "seed": 3, **wanted})
-    return fit(backbone, own, SPLITS, 3, recipe)
+def fitted(backbone: Backbone, **fields: object) -> Fitted:
+    method = Registry().get("readonly")
+    recipe = resolve(method.defaults, {"epochs": 3, "prompts": 2, "batch_size": 4, "seed": 3, **fields})
+    return fit(backbone, method, SPLITS, 3, recipe)
 
 
 @pytest.fixture
@@ -197,21 +199,21 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("wanted", [{}, {"prompt_layers": [2, 3]}, {"prompt_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"prompt_layers": [2, 3]}, {"prompt_dropout": 0.3}], ids=str)
 def test_a_fit_is_the_same_whatever_is_kept(
-    backbone: Backbone, wanted: dict[str, object], runs: list[int], monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, fields: dict[str, object], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of the keys and values, those of ten pictures, or none."""
-    whole = fitted(backbone, **wanted)
+    whole = fitted(backbone, **fields)
     assert runs == [21, 9], "what is learned from and judged on goes through the trunk once"
     assert whole.metrics["forward_passes"] == 21 + 9 + 6
-    layers = 2 if "prompt_layers" in wanted else 4
+    layers = 2 if "prompt_layers" in fields else 4
     a_picture = 2 * layers * 16 * 64 * 8
     others = []
     for kept in (10, 0):
         runs.clear()
         monkeypatch.setattr(frozen, "MOST_READ_BYTES", kept * a_picture + 1)
-        others.append(fitted(backbone, **wanted))
+        others.append(fitted(backbone, **fields))
         assert (runs[0] == 10) is (kept == 10)
         assert sum(runs) >= kept + 3 * (21 - kept)
     for other in others:
@@ -228,7 +230,7 @@ def test_augmented_pictures_are_read_anew_each_time(backbone: Backbone, runs: li
 
 def test_no_gradient_runs_through_the_trunk(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward sees the readers' tokens alone, also where nothing is kept; and it is the gradient of the whole."""
-    own = a_task("readonly", (2, 0, 1, 2), 3, 1)
+    task = a_task("readonly", (2, 0, 1, 2), 3, 1)
     x = vit.embed(backbone, torch.randn(5, 3, 64, 64).double())
     gradients, tokens = [], []
     real = FrozenBlock.after_attention
@@ -240,19 +242,19 @@ def test_no_gradient_runs_through_the_trunk(backbone: Backbone, monkeypatch: pyt
 
     monkeypatch.setattr(FrozenBlock, "after_attention", counted)
     for kept in (None, co_batching.RecordedRows(vit.record(backbone, x, 0), None)):
-        params = {name: value.clone().requires_grad_() for name, value in own.params.items()}
-        lens = Registry().get("readonly").lower(backbone, params, own.lengths)
+        params = {name: value.clone().requires_grad_() for name, value in task.params.items()}
+        lens = Registry().get("readonly").lower(backbone, params, task.lengths)
         ask = co_batching.ForwardRequest(x if kept is None else x[:0], condition(lens, 5), kept=kept)
         [features] = co_batching._features(backbone, [ask])
         (vit.classify(features, lens) ** 2).sum().backward()
         gradients.append({name: value.grad for name, value in params.items()})
     assert tokens == [5] * (2 * backbone.spec.depth)
-    params = {name: value.clone().requires_grad_() for name, value in own.params.items()}
-    lens = Registry().get("readonly").lower(backbone, params, own.lengths)
+    params = {name: value.clone().requires_grad_() for name, value in task.params.items()}
+    lens = Registry().get("readonly").lower(backbone, params, task.lengths)
     (vit.classify(vit.forward(backbone, x, condition(lens, 5)), lens) ** 2).sum().backward()
-    for found in gradients:
+    for result in gradients:
         for name, value in params.items():
-            torch.testing.assert_close(found[name], value.grad, atol=EXACT, rtol=1e-9)
+            torch.testing.assert_close(result[name], value.grad, atol=EXACT, rtol=1e-9)
 
 
 def test_a_reader_and_other_methods_fit_in_one_group(backbone: Backbone) -> None:
@@ -264,8 +266,8 @@ def test_a_reader_and_other_methods_fit_in_one_group(backbone: Backbone) -> None
     asks.append(co_batching.ForwardRequest(x[:0], condition(lenses[2], 2), kept=kept))
     for learning in (False, True):
         with torch.set_grad_enabled(learning):
-            found = co_batching._features(backbone, asks)
-        for lens, features, pictures in zip(lenses, found, ([0, 1], [0, 1], [1, 0]), strict=True):
+            result = co_batching._features(backbone, asks)
+        for lens, features, pictures in zip(lenses, result, ([0, 1], [0, 1], [1, 0]), strict=True):
             alone = vit.forward(backbone, x[pictures], condition(lens, 2))
             torch.testing.assert_close(features, alone, atol=EXACT, rtol=0)
 
@@ -275,8 +277,8 @@ def test_what_is_recorded_is_what_passes(backbone: Backbone) -> None:
     lens = a_task("readonly", (0, 2, 0, 1), 3, 4).lens(backbone)
     recorded: Recorded = vit.record(backbone, x, 1)
     rows = torch.tensor([2, 0])
-    [found] = vit.forward_lanes(backbone, [vit.Lane.reading(condition(lens, 2), Reads(recorded.take(rows)))])
-    torch.testing.assert_close(found, vit.forward(backbone, x[rows], condition(lens, 2)), atol=EXACT, rtol=0)
+    [result] = vit.forward_lanes(backbone, [vit.Lane.reading(condition(lens, 2), Reads(recorded.take(rows)))])
+    torch.testing.assert_close(result, vit.forward(backbone, x[rows], condition(lens, 2)), atol=EXACT, rtol=0)
 
 
 # --- where they looked ------------------------------------------------------------------------------------------------
@@ -285,17 +287,17 @@ def test_what_is_recorded_is_what_passes(backbone: Backbone) -> None:
 @pytest.mark.parametrize("lengths", [(3, 0, 5, 2), (0, 0, 0, 4)])
 def test_a_readers_attention_is_told(backbone: Backbone, lengths: tuple[int, ...]) -> None:
     """The last block's shares are the literal softmax's; all add up to 1, and the features are the fast ones."""
-    own = a_task("readonly", lengths, 3, 7)
+    task = a_task("readonly", lengths, 3, 7)
     x = vit.embed(backbone, torch.randn(1, 3, 64, 64).double())
-    seen = attention_maps.trace(backbone, x, condition(own.lens(backbone), 1))
-    expected = vit.forward(backbone, x, condition(own.lens(backbone), 1))[0]
+    seen = attention_maps.trace(backbone, x, condition(task.lens(backbone), 1))
+    expected = vit.forward(backbone, x, condition(task.lens(backbone), 1))[0]
     np.testing.assert_allclose(seen.features, expected.detach().numpy(), atol=EXACT, rtol=0)
-    for looked in (seen.last, seen.rollout):
-        assert looked.grid.shape == (4, 4)
-        assert looked.prompts > 0
-        assert looked.rest >= -EXACT
-        assert looked.grid.sum() + looked.prompts + looked.rest == pytest.approx(1)
-    share = literal_last_shares(backbone, own.params, own.lens(backbone), x)
+    for attention in (seen.last, seen.rollout):
+        assert attention.grid.shape == (4, 4)
+        assert attention.prompts > 0
+        assert attention.rest >= -EXACT
+        assert attention.grid.sum() + attention.prompts + attention.rest == pytest.approx(1)
+    share = literal_last_shares(backbone, task.params, task.lens(backbone), x)
     np.testing.assert_allclose(seen.last.grid.ravel(), share[: seen.last.grid.size], atol=EXACT, rtol=0)
     assert seen.last.prompts == pytest.approx(share[-lengths[-1] :].sum())
 
@@ -317,17 +319,17 @@ def literal_last_shares(backbone: Backbone, params: dict[str, Tensor], lens: Len
 
 
 def test_a_served_reader_answers_as_the_literal_forward(backbone: Backbone) -> None:
-    bench, own = Bench(backbone), a_task("readonly", (3, 1, 5, 2), 3, 7)
-    [row] = bench.engine.run([(picture(3), bench.seat(own.lens(backbone)))])
-    np.testing.assert_allclose(row, truth(backbone, own, picture(3)), atol=EXACT, rtol=0)
+    bench, task = Bench(backbone), a_task("readonly", (3, 1, 5, 2), 3, 7)
+    [row] = bench.engine.run([(picture(3), bench.seat(task.lens(backbone)))])
+    np.testing.assert_allclose(row, truth(backbone, task, picture(3)), atol=EXACT, rtol=0)
 
 
 def test_the_bench_prints_and_saves_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "readers.json"
     bench.main(["--arch", "test_vit", "--rounds", "1", "--most", "10", "--batch", "2", "--json", str(file)])
-    found, printed = json.loads(file.read_text()), capsys.readouterr().out
-    assert {count: set(times) for count, times in found["serving"].items()} == {
+    result, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert {count: set(times) for count, times in result["serving"].items()} == {
         each: {"linear", "readonly", "vpt_deep"} for each in ("1", "10")
     }
-    assert set(found["pictures_per_s"]) == {"readonly, trunk kept", "readonly", "vpt_deep"}
+    assert set(result["pictures_per_s"]) == {"readonly, trunk kept", "readonly", "vpt_deep"}
     assert all(name in printed for name in ("| 10 |", "readonly, trunk kept", "pictures / CPU s"))

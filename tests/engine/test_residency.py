@@ -65,17 +65,17 @@ async def test_a_version_is_loaded_once_for_all_who_wait(residency: Residency, s
 
 
 async def test_a_seat_that_is_given_to_others_counts_as_if_they_had_asked(shelf: Shelf) -> None:
-    told: list[tuple[str, int]] = []
+    hits: list[tuple[str, int]] = []
     with ThreadPoolExecutor(2) as pool:
         rack = Rack(dim=DIM, slots=3, vectors=12)
-        residency = Residency(rack, shelf.load, pool, on_hit=lambda task, times: told.append((task, times)))
+        residency = Residency(rack, shelf.load, pool, on_hit=lambda task, times: hits.append((task, times)))
         seats = [await residency.acquire(name, "1") for name in "abc"]
         residency.count_shared_hits(seats[0], 5)
         residency.count_shared_hits(seats[1], 0)
         for seat in seats:
             residency.release(seat)
         await residency.load("d", "1")
-        assert (told, residency.counts.hits) == ([("a", 5)], 5)
+        assert (hits, residency.counts.hits) == ([("a", 5)], 5)
         assert [residency.resident(name, "1") for name in "abcd"] == [True, False, True, True], "b is used least"
         gone = await residency.acquire("c", "1")
         leaving = asyncio.create_task(residency.unload("c", "1"))

@@ -98,8 +98,8 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
     async def fitted(margin: float) -> np.ndarray[Any, Any]:
         with ThreadPoolExecutor(1) as pool:
-            [found] = await ImageBatch([data], pool, MAX, margin).fitted(GEOMETRY)
-        return np.asarray(found)
+            [result] = await ImageBatch([data], pool, MAX, margin).fitted(GEOMETRY)
+        return np.asarray(result)
 
     np.testing.assert_array_equal(asyncio.run(fitted(2.0)), cut(data, 2))
     np.testing.assert_array_equal(asyncio.run(fitted(math.inf)), cut(data))
@@ -111,7 +111,7 @@ def test_readiness_tells_of_it() -> None:
     from server.engine import backbone
 
     facts = BackboneInfo.of(backbone.load("untrained", device="cpu", packed=False))
-    for margin, told in ((0.0, False), (2.0, True)):
+    for margin, output in ((0.0, False), (2.0, True)):
         ready = readiness(facts, Settings(workers=1, scaled_decode=margin), "", 1)
         assert ready.ready
-        assert any("reduced size" in note for note in ready.notes) is told
+        assert any("reduced size" in note for note in ready.notes) is output

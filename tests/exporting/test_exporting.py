@@ -43,8 +43,8 @@ def bundle(backbone: Backbone, name: str) -> Bundle:
     lengths = (lengths[0], max(0, lengths[1] - 1)) if lengths[1] else lengths  # ragged where there are any
     draw = np.random.default_rng(7)
     params = {
-        own: draw.normal(0, 0.3, shape).astype(np.float32)
-        for own, shape in method.shapes(backbone.spec, lengths, CLASSES).items()
+        task_bundle: draw.normal(0, 0.3, shape).astype(np.float32)
+        for task_bundle, shape in method.shapes(backbone.spec, lengths, CLASSES).items()
     }
     named = Named(backbone.spec.arch, backbone.spec.fingerprint)
     manifest = Manifest("bugs", name, named, LABELS, lengths, HOW, {}, {}, None, None, 1.0, "0.1.0")
@@ -55,13 +55,15 @@ def pictures(rows: int) -> np.ndarray:
     return np.random.default_rng(rows).integers(0, 256, (rows, 32, 32, 3), np.uint8)
 
 
-def truth(backbone: Backbone, own: Bundle, pixels: np.ndarray) -> np.ndarray:
+def truth(backbone: Backbone, task_bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
     """The literal forward, one task at a time."""
-    params = {name: torch.tensor(array) for name, array in own.tensors.items()}
+    params = {name: torch.tensor(array) for name, array in task_bundle.tensors.items()}
     normal = normalised(pixels)
     with torch.inference_mode():
-        found = reference.logits(own.manifest.method, backbone, normal, params, own.manifest.prompt_lengths)
-    return found.numpy()
+        expected = reference.logits(
+            task_bundle.manifest.method, backbone, normal, params, task_bundle.manifest.prompt_lengths
+        )
+    return expected.numpy()
 
 
 def normalised(pixels: np.ndarray) -> torch.Tensor:
@@ -72,41 +74,43 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
 def test_onnx_gives_what_the_engine_gives(backbone: Backbone, name: str) -> None:
     """Batches of other sizes than the one that was traced, one picture among them."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    own = bundle(backbone, name)
-    session = onnxruntime.InferenceSession(to_onnx(own, backbone, Registry()), providers=["CPUExecutionProvider"])
+    task_bundle = bundle(backbone, name)
+    session = onnxruntime.InferenceSession(
+        to_onnx(task_bundle, backbone, Registry()), providers=["CPUExecutionProvider"]
+    )
     for rows in (1, 5):
         [logits] = session.run(None, {"pixels": pictures(rows)})
-        np.testing.assert_allclose(logits, truth(backbone, own, pictures(rows)), atol=TOLERANCE, rtol=0)
-    told = session.get_modelmeta().custom_metadata_map
-    assert json.loads(told["labels"]) == list(LABELS)
-    assert json.loads(told["preprocess"])["mean"] == list(HOW.mean)
-    assert told["version"] == own.version
+        np.testing.assert_allclose(logits, truth(backbone, task_bundle, pictures(rows)), atol=TOLERANCE, rtol=0)
+    entries = session.get_modelmeta().custom_metadata_map
+    assert json.loads(entries["labels"]) == list(LABELS)
+    assert json.loads(entries["preprocess"])["mean"] == list(HOW.mean)
+    assert entries["version"] == task_bundle.version
 
 
 def test_onnx_of_normalised_floats(backbone: Backbone) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    own = bundle(backbone, "vpt_deep")
-    model = to_onnx(own, backbone, Registry(), Input.FLOAT)
+    task_bundle = bundle(backbone, "vpt_deep")
+    model = to_onnx(task_bundle, backbone, Registry(), Input.FLOAT)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     [logits] = session.run(None, {"pixels": normalised(pictures(3)).numpy()})
-    np.testing.assert_allclose(logits, truth(backbone, own, pictures(3)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits, truth(backbone, task_bundle, pictures(3)), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["linear", "bias", "lora"])
 def test_what_can_be_merged_is_a_plain_timm_model(backbone: Backbone, name: str) -> None:
-    own = bundle(backbone, name)
+    task_bundle = bundle(backbone, name)
     model = VisionTransformer(**CONFIG, num_classes=CLASSES).eval()
-    model.load_state_dict(load(to_timm(own, backbone)), strict=True)
+    model.load_state_dict(load(to_timm(task_bundle, backbone)), strict=True)
     with torch.inference_mode():
         logits = model(normalised(pictures(4)))
-    np.testing.assert_allclose(logits.numpy(), truth(backbone, own, pictures(4)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits.numpy(), truth(backbone, task_bundle, pictures(4)), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["vpt_deep", "vpt_shallow", "prompt_bias"])
 def test_prompts_beside_a_timm_model(backbone: Backbone, name: str) -> None:
     """With the lines of docs/howto-import.md, which put them in."""
-    own = bundle(backbone, name)
-    state = load(to_timm(own, backbone))
+    task_bundle = bundle(backbone, name)
+    state = load(to_timm(task_bundle, backbone))
     prompts = {int(key.split(".")[1]): state.pop(key) for key in list(state) if key.startswith("prompts.")}
     model = VisionTransformer(**CONFIG, num_classes=CLASSES).eval()
     model.load_state_dict(state, strict=True)
@@ -120,7 +124,7 @@ def test_prompts_beside_a_timm_model(backbone: Backbone, name: str) -> None:
                 x = torch.cat((x, prompts[layer].expand(len(x), -1, -1)), dim=1)
             x = block(x)
         logits = model.forward_head(model.norm(x[:, :image]))
-    np.testing.assert_allclose(logits.numpy(), truth(backbone, own, pictures(4)), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(logits.numpy(), truth(backbone, task_bundle, pictures(4)), atol=TOLERANCE, rtol=0)
 
 
 def test_what_timm_has_no_place_for_is_refused(backbone: Backbone) -> None:
@@ -134,5 +138,9 @@ def test_the_file_says_what_it_is(backbone: Backbone, tmp_path_factory: pytest.T
     file = tmp_path_factory.mktemp("timm") / "bugs.safetensors"
     file.write_bytes(to_timm(bundle(backbone, "linear"), backbone))
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    assert (told["architecture"], told["task"], json.loads(told["labels"])) == ("vit_tiny_test", "bugs", list(LABELS))
+        entries = opened.metadata()
+    assert (entries["architecture"], entries["task"], json.loads(entries["labels"])) == (
+        "vit_tiny_test",
+        "bugs",
+        list(LABELS),
+    )

@@ -28,9 +28,9 @@ def backbone() -> Backbone:
 
 def bundle(backbone: Backbone, drawn_as: str, registry: Registry | None = None, **changes: object) -> Bundle:
     spec = backbone.spec
-    own = (registry or Registry()).get(drawn_as)
-    lengths = own.prompt_lengths(spec, 3)
-    params = own.init(spec, lengths, 4, torch.Generator().manual_seed(0))
+    chosen = (registry or Registry()).get(drawn_as)
+    lengths = chosen.prompt_lengths(spec, 3)
+    params = chosen.init(spec, lengths, 4, torch.Generator().manual_seed(0))
     manifest = Manifest(
         task="t",
         method=drawn_as,
@@ -52,11 +52,11 @@ def bundle(backbone: Backbone, drawn_as: str, registry: Registry | None = None, 
 
 @pytest.mark.parametrize("method", Registry().meanings)
 def test_what_init_draws_is_what_shapes_promise(backbone: Backbone, method: str) -> None:
-    own = Registry().get(method)
-    lengths = own.prompt_lengths(backbone.spec, 5)
-    params = own.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
-    assert {name: tuple(value.shape) for name, value in params.items()} == own.shapes(backbone.spec, lengths, 7)
-    again = own.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
+    chosen = Registry().get(method)
+    lengths = chosen.prompt_lengths(backbone.spec, 5)
+    params = chosen.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
+    assert {name: tuple(value.shape) for name, value in params.items()} == chosen.shapes(backbone.spec, lengths, 7)
+    again = chosen.init(backbone.spec, lengths, 7, torch.Generator().manual_seed(0))
     assert all(torch.equal(params[name], again[name]) for name in params)
 
 
@@ -69,9 +69,9 @@ def test_a_bundle_becomes_a_lens_and_answers(backbone: Backbone, method: str) ->
     assert np.isfinite(row).all()
 
 
-def refusal(backbone: Backbone, found: Bundle) -> ServiceError:
+def refusal(backbone: Backbone, broken: Bundle) -> ServiceError:
     with pytest.raises(ServiceError) as caught:
-        Registry().check(found, backbone.spec)
+        Registry().check(broken, backbone.spec)
     return caught.value
 
 

@@ -61,7 +61,7 @@ def test_a_view_is_known_by_its_number(shipped: list[Image.Image]) -> None:
     assert batch.shape == (6, 64, 64, 3)
     assert batch.dtype == np.uint8
     assert np.array_equal(batch[2], Views(shipped, seed=0).view(12, 64))
-    assert len({one.tobytes() for one in batch}) == 6
+    assert len({first.tobytes() for first in batch}) == 6
 
 
 def test_views_are_of_all_kinds_of_light(shipped: list[Image.Image]) -> None:

@@ -100,8 +100,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("objective", ["blocks", "whole"])
 def test_the_teacher_itself_has_nothing_to_learn(objective: str) -> None:
     teacher, images = vit(0, 5), torch.randn(3, 3, 32, 32)
-    found, errors = loss(objective, teacher, teacher, images, scale(teacher, images))
-    assert found.item() == pytest.approx(0, abs=1e-6)
+    result, errors = loss(objective, teacher, teacher, images, scale(teacher, images))
+    assert result.item() == pytest.approx(0, abs=1e-6)
     assert errors.tolist() == pytest.approx([0] * 3, abs=1e-6)
 
 
@@ -124,14 +124,14 @@ def test_states_are_those_of_the_forward() -> None:
 @pytest.mark.parametrize("objective", ["blocks", "whole"])
 def test_a_student_comes_closer(objective: str, tmp_path: Path) -> None:
     teacher, student, images = vit(0, 5), vit(1, 0), torch.randn(16, 3, 32, 32)
-    own = scale(teacher, images)
-    before = agreement(student, teacher, images, own)
+    teacher_scale = scale(teacher, images)
+    before = agreement(student, teacher, images, teacher_scale)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss(objective, student, teacher, images, own)[0].backward()
+        loss(objective, student, teacher, images, teacher_scale)[0].backward()
         optimizer.step()
-    after = agreement(student, teacher, images, own)
+    after = agreement(student, teacher, images, teacher_scale)
     assert after["error"] < 0.5 * before["error"]
     assert after["divergence"] < before["divergence"]
     assert after["cosine"] > before["cosine"]

@@ -1,4 +1,4 @@
-"""A server of the benchmark's own: a real process with its worker, on a free port, in a home that is thrown away."""
+"""A temporary server: a real process with its worker, on a free port, with a home that is deleted afterwards."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 300.0  # a large backbone may be on its way from a disk
+START_S = 300.0  # loading a large backbone from disk may take long
 STOP_S = 40.0
 
 
 @contextmanager
-def own_server(
+def temporary_server(
     module: str = "server", store: str = "", settings: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, Path, int]]:
-    """Its URL, its home and its process. LENSRACK_ settings of the environment hold, except for where it lies and
-    listens. `module`: what is run with the command line of `python -m server`; `store`: another's URL;
-    `settings`: others, by the names of their environment variables."""
+    """Yield its URL, its home and its process id. LENSRACK_ settings of the environment apply, except for its home and
+    address. `module`: what is run with the command line of `python -m server`; `store`: URL of another store;
+    `settings`: additional settings, by the names of their environment variables."""
     with tempfile.TemporaryDirectory(prefix="lensrack-bench-") as folder:
         home = Path(folder)
         with (home / "server.log").open("wb") as log:
@@ -41,23 +41,23 @@ def own_server(
 
 
 def _environment(home: Path, store: str) -> dict[str, str]:
-    own = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": store, "LENSRACK_JOBS": ""}
-    return {**environment(), **own}
+    storage = {"LENSRACK_HOME": str(home), "LENSRACK_STORE": store, "LENSRACK_JOBS": ""}
+    return {**environment(), **storage}
 
 
 def environment() -> dict[str, str]:
-    """What every process of a benchmark is given, ours and a peer's: all of this one's, settings and the allocator's
-    variables among it, and the way to the packages. Idle threads sleep, as `python -m server` has them do."""
+    """The environment of every benchmark process, ours and a peer's: this process's, including settings and the
+    allocator's variables, and the path to the packages. Idle threads sleep, as `python -m server` makes them."""
     path = filter(None, (str(ROOT), str(ROOT / "client"), os.environ.get("PYTHONPATH")))
     return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Where it listens, as its log says, once it is ready."""
+    """The server's address from its log, once the server is ready."""
     deadline = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < deadline:
-        if (found := re.search(r"serving on (http://\S+)", log.read_text(errors="replace"))) and _ready(found[1]):
-            return found[1]
+        if (match := re.search(r"serving on (http://\S+)", log.read_text(errors="replace"))) and _ready(match[1]):
+            return match[1]
         time.sleep(0.1)
     raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
 

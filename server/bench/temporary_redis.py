@@ -1,4 +1,4 @@
-"""A redis-server of the benchmark's own, on a free port, with nothing on a disk."""
+"""A temporary redis-server on a free port, without persistence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def own_redis() -> Iterator[str]:
-    """Its URL. Raises SystemExit where there is none installed."""
+def temporary_redis() -> Iterator[str]:
+    """Yield its URL. Raises SystemExit if redis-server is not installed."""
     if shutil.which("redis-server") is None:
         raise SystemExit("--redis needs redis-server (Debian: apt-get install redis-server)")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from server.bench import engine, noisy, overhead, swap, telling
+from server.bench import engine, noisy, overhead, reporting, swap
 from server.bench.svg import Panel, bars
 
 TABLE = "| server | ms |\n|---|---|\n| ours | 1.5 |"
@@ -23,30 +23,30 @@ SVG = "<svg xmlns='http://www.w3.org/2000/svg'><text>ours</text></svg>"
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
-    return {**telling.stated("swap", options, dtype="float32", seeds="0"), "figures": {"p99": 1.5}}
+    return {**reporting.provenance("swap", options, dtype="float32", seeds="0"), "figures": {"p99": 1.5}}
 
 
 def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--weights", type=Path)
-    telling.add_files(parser)
+    reporting.add_file_options(parser)
     return parser.parse_args(arguments)
 
 
 def test_a_report_states_machine_versions_dtype_and_seeds(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = options("--weights", "a.safetensors")
-    telling.tell(report(asked), TABLE, asked, lambda _: SVG)
-    told = capsys.readouterr().out
-    assert told.startswith(TABLE), "Markdown, to be pasted"
-    assert re.search(r"swap: \d+ cores of .+, .+, load [\d.]+ at the end; python 3\S+, torch \S+, timm \S+,", told)
-    assert told.rstrip().endswith("dtype: float32; seeds: 0")
+    parsed = options("--weights", "a.safetensors")
+    reporting.emit(report(parsed), TABLE, parsed, lambda _: SVG)
+    output = capsys.readouterr().out
+    assert output.startswith(TABLE), "Markdown, to be pasted"
+    assert re.search(r"swap: \d+ cores of .+, .+, load [\d.]+ at the end; python 3\S+, torch \S+, timm \S+,", output)
+    assert output.rstrip().endswith("dtype: float32; seeds: 0")
 
 
 def test_figures_and_picture_go_into_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = options(
+    parsed = options(
         "--weights", "a.safetensors", "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.svg")
     )
-    telling.tell(report(asked), TABLE, asked, lambda _: SVG)
+    reporting.emit(report(parsed), TABLE, parsed, lambda _: SVG)
     saved = json.loads((tmp_path / "a.json").read_text())
     assert saved["options"] == {"weights": "a.safetensors"}, "where it was saved says nothing"
     assert (saved["dtype"], saved["seeds"], saved["figures"]) == ("float32", "0", {"p99": 1.5})
@@ -59,13 +59,13 @@ def test_on_a_terminal_tables_have_lines() -> None:
     """In a pseudo-terminal of its own."""
     code = f"import pty, sys; pty.spawn([sys.executable, '-c', {SHOWN!r}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
-    told = done.stdout.decode()
-    assert "━" in told or "─" in told, told
-    assert "|---" not in told
-    assert "ours" in told
+    output = done.stdout.decode()
+    assert "━" in output or "─" in output, output
+    assert "|---" not in output
+    assert "ours" in output
 
 
-SHOWN = f"from server.bench.telling import show; show({TABLE!r})"
+SHOWN = f"from server.bench.reporting import show; show({TABLE!r})"
 
 
 def test_bars_are_one_for_each_figure_in_a_panel_for_each_group() -> None:
@@ -113,6 +113,6 @@ DRAWN: dict[str, tuple[Any, Mapping[str, Any], set[str]]] = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_each_benchmark_draws_what_it_has_found(name: str) -> None:
     pytest.importorskip("matplotlib")
-    draw, found, expected = DRAWN[name]
-    texts = {text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", draw(found))}
+    draw, report_of, expected = DRAWN[name]
+    texts = {text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", draw(report_of))}
     assert expected <= texts, texts

@@ -1,4 +1,5 @@
-"""Tasks that are made up rather than fitted: times do not depend on what a bundle says, and thousands are wanted."""
+"""Synthetic tasks that need no fit: times do not depend on a bundle's values, and benchmarks need thousands of
+tasks."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ def names(count: int) -> tuple[str, ...]:
 
 
 def spec_of(settings: Settings) -> Spec:
-    """Of the backbone that a server with these settings has. Loads it, and lets go of it."""
+    """The spec of the backbone that a server with these settings runs. Loads the backbone and discards it."""
     return engine_backbone.load(settings.backbone, settings.backbone_weights, device="cpu", packed=False).spec
 
 
 def bundle(spec: Spec, task: str, method: str, prompts: int, seed: int) -> Bundle:
-    """Parameters as they are drawn before a fit, with a head that has an opinion."""
+    """Initial parameters of a fit, with a random head."""
     drawn, chance = Registry().get(method), torch.Generator().manual_seed(seed)
     lengths = drawn.prompt_lengths(spec, prompts)
     params = drawn.init(spec, lengths, CLASSES, chance)
@@ -52,7 +53,7 @@ def bundle(spec: Spec, task: str, method: str, prompts: int, seed: int) -> Bundl
 
 
 def publish(store: Store, spec: Spec, tasks: Sequence[str], method: str, prompts: int) -> Iterator[str]:
-    """Each task's one version, live. Lazily: thousands take a while, and callers tell how far they are."""
+    """Publish each task's one version as live. Lazy: thousands take a while, and callers show progress."""
     for seed, task in enumerate(tasks):
         version = store.put(bundle(spec, task, method, prompts, seed))
         store.set_alias(task, LIVE, version)
@@ -60,9 +61,9 @@ def publish(store: Store, spec: Spec, tasks: Sequence[str], method: str, prompts
 
 
 def pictures(source: Path | None, folder: Path, count: int, side: int = 256) -> list[Path]:
-    """`count` JPEGs in `folder`: of the pictures found in `source`, in order of name, or drawn ones where it is None.
+    """`count` JPEGs in `folder`: of the pictures in `source`, in order of name, or drawn ones if it is None.
 
-    They are written anew, upright and `side` pixels at the shorter side, so that every server gets the same bytes.
+    They are encoded anew, upright and `side` pixels at the shorter side, so that every server gets the same bytes.
     """
     from PIL import Image, ImageOps
 
@@ -71,12 +72,12 @@ def pictures(source: Path | None, folder: Path, count: int, side: int = 256) -> 
     if source is None:
         source = folder / "drawn"
         draw(source)
-    found = sorted(file for file in source.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    if not found:
+    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if not files:
         raise SystemExit(f"expected pictures in {source}, found none")
     written = []
     for number in range(count):
-        with Image.open(found[number * len(found) // count % len(found)]) as opened:
+        with Image.open(files[number * len(files) // count % len(files)]) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
         scale = side / min(picture.size)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))

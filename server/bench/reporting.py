@@ -1,4 +1,4 @@
-"""How a benchmark tells what it found: tables on the screen, figures and a picture in files, and what they are of."""
+"""A benchmark's output: tables on the screen, figures and a picture in files, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from typing import Any
 from .figures import machine
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
+def add_file_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="where to save the figures as well")
-    parser.add_argument("--picture", type=Path, help="where to save an SVG of them (needs matplotlib)")
+    parser.add_argument("--picture", type=Path, help="where to save an SVG of the figures (needs matplotlib)")
 
 
-def stated(name: str, options: argparse.Namespace, *, dtype: str, seeds: str) -> dict[str, Any]:
-    """What figures are worth nothing without. dtype: of the arithmetic; seeds: of whatever was drawn."""
-    asked = {key: _plain(value) for key, value in vars(options).items() if key not in ("json", "picture")}
-    return {"benchmark": name, "machine": machine(), "dtype": dtype, "seeds": seeds, "options": asked}
+def provenance(name: str, options: argparse.Namespace, *, dtype: str, seeds: str) -> dict[str, Any]:
+    """The conditions without which figures are worthless. dtype: of the arithmetic; seeds: of everything that was
+    drawn."""
+    stated = {key: _plain(value) for key, value in vars(options).items() if key not in ("json", "picture")}
+    return {"benchmark": name, "machine": machine(), "dtype": dtype, "seeds": seeds, "options": stated}
 
 
-def tell(
+def emit(
     report: Mapping[str, Any], tables: str, options: argparse.Namespace, draw: Callable[[Mapping[str, Any]], str]
 ) -> None:
-    """tables: Markdown, what has not been shown yet. `report` has what `stated` gives."""
-    show("\n\n".join(filter(None, (tables, facts(report)))) + "\n")
+    """Show the tables, and save figures and picture if files are named. tables: Markdown not shown before; `report`
+    includes `provenance`."""
+    show("\n\n".join(filter(None, (tables, summary_line(report)))) + "\n")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     if options.picture is not None:
@@ -35,7 +37,7 @@ def tell(
 
 
 def show(markdown: str) -> None:
-    """Tables with lines for who looks at a terminal and has rich; as they are for a file, a pipe, a page."""
+    """Print Markdown, with ruled tables on a terminal if rich is installed; unchanged for a file or a pipe."""
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -48,8 +50,8 @@ def show(markdown: str) -> None:
     print(markdown, flush=True)
 
 
-def facts(report: Mapping[str, Any]) -> str:
-    """A line, of what `stated` gives."""
+def summary_line(report: Mapping[str, Any]) -> str:
+    """One line of the report's `provenance`."""
     of = report["machine"]
     where = (
         f"{of['cores']} cores of {of['processor']}, {of['cuda'] or 'no GPU'}, load {of['load_average'][0]:g} at the end"

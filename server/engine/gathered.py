@@ -145,7 +145,7 @@ class Gathered:
         return Additions.gathered(lambda name: self._part(layer, name))
 
     def _mask(self, layer: int) -> Tensor | None:
-        """[B, longest], True where a row has a vector; None if all rows have the same length."""
+        """[B, longest], True where a prompt is real; None if all rows have the same length."""
         if self._seen is None or self._prompts is None or not self._prompts.ragged[layer]:
             return None
         return self._seen[layer, :, : int(self._longest[layer])]
@@ -233,7 +233,7 @@ def padded(numbers: Sequence[Indices]) -> Indices:
 
 
 def _mask(memory: Vectors, lengths: Indices) -> Tensor | None:
-    """[B, longest], True where a row has a vector; None where all have as many."""
+    """[B, longest], True where a row has a vector; None if all rows have the same length."""
     longest = lengths.max()
     if (lengths == longest).all():
         return None

@@ -52,7 +52,7 @@ def scoping(services: Services) -> Callable[[Key | None], Services]:
 
 def within(services: Services, tenant: str, quota: int | None) -> Services:
     """`quota`: the most bytes that the tenant's data sets may have."""
-    datasets = services.datasets.of(tenant, quota)
+    datasets = services.datasets.scoped(tenant, quota)
     if not tenant:
         return replace(services, datasets=datasets)
     store = ScopedStore(services.store, tenant)
@@ -65,7 +65,7 @@ def within(services: Services, tenant: str, quota: int | None) -> Services:
         predictor=services.predictor.within(store, residency),
         jobs=ScopedJobs(services.jobs, tenant),
         datasets=datasets,
-        uploads=services.uploads.of(tenant),
+        uploads=services.uploads.scoped(tenant),
         feedback=ScopedFeedback(services.feedback, tenant),
         rack=partial(own_rack, services.rack, tenant),
     )

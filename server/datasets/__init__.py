@@ -1,1 +1,1 @@
-"""Data sets, uploads and feedback: immutable pictures with labels, known by their content."""
+"""Datasets, uploads and feedback: labelled pictures, identified by the digest of their content."""

@@ -1,4 +1,4 @@
-"""A dataset: immutable labelled images, known by their content digest."""
+"""A dataset: immutable labelled images, identified by a digest of their content."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from server.errors import BadRequest
 from .example import SPLITS, Example, Skipped, Split, natural
 from .report import Report
 
-__all__ = ["MIN_TRAIN", "SPLITS", "Dataset", "Example", "Skipped", "Split", "bad", "check", "digest", "natural"]
+__all__ = ["MIN_TRAIN", "SPLITS", "Dataset", "Example", "Skipped", "Split", "bad_dataset", "check", "digest", "natural"]
 
-FORMAT: Final = 2  # of the manifest; 1 knew neither the report nor the pictures' formats and modes
+FORMAT: Final = 2  # of the manifest; format 1 has no report, and no format and mode of each picture
 MIN_TRAIN: Final = 2  # training pictures of a class: one to learn from and one to hold out
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`labels` are in natural order, so that an index means a label; `created_at` is in seconds since the epoch.
-    `parent` is the id of the dataset that this one added to, which may have been deleted since."""
+    """`labels` are in natural order; a label's index is its class number. `created_at` is in seconds since the epoch.
+    `parent` is the id of the dataset that this one extends, which may have been deleted since."""
 
     id: str
     name: str
@@ -47,7 +47,7 @@ class Dataset:
         """Raises `BadRequest` bad_dataset when nothing can be learned from the examples."""
         check(examples, skipped)
         labels = sorted({example.label for example in examples}, key=natural)
-        ordered = sorted(examples, key=lambda one: (SPLITS.index(one.split), natural(one.label), natural(one.name)))
+        ordered = sorted(examples, key=lambda e: (SPLITS.index(e.split), natural(e.label), natural(e.name)))
         report = Report.of(ordered, len(skipped))
         return cls(digest(examples), name, tuple(labels), tuple(ordered), tuple(skipped), report, created_at, parent)
 
@@ -61,63 +61,64 @@ class Dataset:
 
     @property
     def splits(self) -> dict[str, dict[str, int]]:
-        """split → label → number of images, of the splits that have any."""
+        """split → label → number of images; splits without images are left out."""
         counts = Counter((example.split, example.label) for example in self.examples)
-        used = [split for split in SPLITS if any(split == one for one, _ in counts)]
+        used = [split for split in SPLITS if any(split == used_split for used_split, _ in counts)]
         return {split: {label: counts[split, label] for label in self.labels} for split in used}
 
     def to_json(self) -> str:
         """The manifest: examples as rows, in the order of Example's fields."""
         head = {"format": FORMAT, "id": self.id, "name": self.name, "labels": self.labels}
         head |= {"created_at": self.created_at, "parent": self.parent, "report": self.report.to_json()}
-        skipped = [asdict(each) for each in self.skipped]
-        return json.dumps({**head, "examples": [astuple(each) for each in self.examples], "skipped": skipped})
+        skipped = [asdict(skip) for skip in self.skipped]
+        return json.dumps({**head, "examples": [astuple(example) for example in self.examples], "skipped": skipped})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        read: Mapping[str, Any] = json.loads(text)
-        if read["format"] not in (1, FORMAT):
-            raise ValueError(f"a manifest of format {read['format']}, expected 1 or {FORMAT}")
-        examples = tuple(Example(*row) for row in read["examples"])
-        skipped = tuple(Skipped(**each) for each in read["skipped"])
-        known = read.get("report")
+        fields: Mapping[str, Any] = json.loads(text)
+        if fields["format"] not in (1, FORMAT):
+            raise ValueError(f"a manifest of format {fields['format']}, expected 1 or {FORMAT}")
+        examples = tuple(Example(*row) for row in fields["examples"])
+        skipped = tuple(Skipped(**row) for row in fields["skipped"])
+        report = fields.get("report")
         return cls(
-            read["id"],
-            read["name"],
-            tuple(read["labels"]),
+            fields["id"],
+            fields["name"],
+            tuple(fields["labels"]),
             examples,
             skipped,
-            Report.from_json(known) if known else Report.of(examples, len(skipped)),
-            read["created_at"],
-            read.get("parent"),
+            Report.from_json(report) if report else Report.of(examples, len(skipped)),
+            fields["created_at"],
+            fields.get("parent"),
         )
 
 
 def digest(examples: Iterable[Example]) -> str:
-    """The content's name: what the pictures are and what they are called, whatever their files were called."""
+    """The dataset's id: a digest of each picture's split, label and content; file names do not count."""
     rows = sorted((example.split, example.label, example.sha256) for example in examples)
     return hashlib.sha256(json.dumps(["lensrack dataset 1", rows], separators=(",", ":")).encode()).hexdigest()
 
 
 def check(examples: Sequence[Example], skipped: Sequence[Skipped]) -> None:
-    """What training needs: two classes, each with two pictures to train on."""
+    """Raise `BadRequest` bad_dataset unless training is possible: two classes, each with two training pictures."""
     labels = sorted({example.label for example in examples}, key=natural)
     train = Counter(example.label for example in examples if example.split == "train")
     if not examples:
-        raise bad("no readable picture with a label; expected class folders, a table or labelled rows", skipped)
+        raise bad_dataset("no readable picture with a label; expected class folders, a table or labelled rows", skipped)
     if len(labels) == 1:
-        raise bad(f"expected at least two classes, got one: {labels[0]!r}", skipped)
+        raise bad_dataset(f"expected at least two classes, got one: {labels[0]!r}", skipped)
     for label in labels:
         if label not in train:
             where = ", ".join(sorted({example.split for example in examples if example.label == label}))
-            raise bad(f"class {label!r} has pictures in {where} and none in train", skipped)
+            raise bad_dataset(f"class {label!r} has pictures in {where} and none in train", skipped)
         if train[label] < MIN_TRAIN:
-            raise bad(f"class {label!r} has {train[label]} training picture; expected at least {MIN_TRAIN}", skipped)
+            count = f"{train[label]} training picture"
+            raise bad_dataset(f"class {label!r} has {count}; expected at least {MIN_TRAIN}", skipped)
 
 
-def bad(detail: str, skipped: Sequence[Skipped] = ()) -> BadRequest:
-    """The problem carries the first of the skipped files, since they are often the reason."""
-    first = [asdict(each) for each in skipped[:20]]
+def bad_dataset(detail: str, skipped: Sequence[Skipped] = ()) -> BadRequest:
+    """A `BadRequest` bad_dataset that lists the first skipped files, since they are often the reason."""
+    first = [asdict(skip) for skip in skipped[:20]]
     if skipped:
         detail += f"; files skipped: {len(skipped)}, the first: {skipped[0].name}: {skipped[0].reason}"
     return BadRequest(detail, code="bad_dataset", skipped=first)

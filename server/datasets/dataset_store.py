@@ -1,12 +1,12 @@
 """Datasets as files, for the server and its workers on one disk:
 
-    datasets/<id>….json        the manifest, one of each owner: present means that the dataset is whole
-    blobs/<ab>/<sha256>        the pictures as they were uploaded, each once, whoever uses it
-    staging/<random>/          an ingest or a deletion under way; what a dead process left is swept at the next start
+    datasets/<id>….json        the manifest, one for each owner: present means that the dataset is complete
+    blobs/<ab>/<sha256>        the pictures as uploaded, each stored once for all datasets
+    staging/<random>/          an ingest or a deletion in progress; what a dead process left is swept at the next start
     lock                       held while manifests and blobs change
 
-Pictures are gathered and verified in staging without the lock; under it they are moved to their places and the manifest
-is written last. Deleting takes the manifest away first. So a reader, who needs no lock, never meets half a dataset.
+Pictures are collected and verified in staging without the lock. Under the lock they are moved to `blobs`, and the
+manifest is written last; deleting removes the manifest first. So readers need no lock and never see half a dataset.
 """
 
 from __future__ import annotations
@@ -30,26 +30,31 @@ from server.engine.images import decode
 from server.errors import NotFound, Unavailable
 
 from .dataset import Dataset, Example
-from .disk import disk, flock, flocked, is_abandoned, sync, write
+from .dataset_builder import DatasetBuilder, Decode
+from .disk import disk_errors, file_lock, flock, is_abandoned, sync, write
 from .formats import manifests
 from .formats.archive import Limits
 from .formats.contents import contents
 from .formats.image_kind import kind
 from .formats.manifests import Manifests, id_of, no_dataset
-from .formats.member_names import shown
-from .gathering import Decode, Gathered
-from .lineage import joined, without_lone
+from .formats.member_names import printable
+from .lineage import drop_rare_labels, merge_examples
 
 log = logging.getLogger(__name__)
 
 MAX_NAME: Final = 200
 MAX_FILE_BYTES: Final = 64 * 2**20
-OTHER_FILES: Final = 1000  # members that are no pictures, beside as many as there may be pictures
+OTHER_FILES: Final = 1000  # members allowed beyond twice the most pictures: tables, notes, folders
 
-_NO_LINKS: Final = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP)  # some network and memory-card systems
+_NO_LINKS: Final = (
+    errno.EPERM,
+    errno.EXDEV,
+    errno.EMLINK,
+    errno.ENOTSUP,
+)  # no hard links: some network and memory-card systems
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 
-Datasets = list[Dataset]  # inside the store `list` is a verb
+Datasets = list[Dataset]  # inside the class, `list` is a method
 Progress = Callable[[int, int], None]  # files and bytes read so far
 
 
@@ -72,82 +77,82 @@ class DatasetStore:
         self._max_images, self._max_pixels, self._max_file_bytes = max_images, max_image_pixels, max_file_bytes
         self._limits = Limits(max_members=2 * max_images + OTHER_FILES, max_unpacked_bytes=max_unpacked_bytes)
         self._decode = decode
-        with disk():
+        with disk_errors():
             for folder in (self._manifests.folder, self._blobs, self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
-    def of(self, owner: str, quota: int | None = None) -> DatasetStore:
-        """The same store as who stores under this prefix is to have it: only the data sets of owners that begin with
-        it, as these call them. `quota` is the most bytes that they may have in all."""
-        own = copy.copy(self)
-        own._manifests = self._manifests.of(owner, quota)
-        return own
+    def scoped(self, owner: str, quota: int | None = None) -> DatasetStore:
+        """A view of the datasets whose owner begins with `owner`. `quota` is the most bytes that these may have in
+        all."""
+        view = copy.copy(self)
+        view._manifests = self._manifests.scoped(owner, quota)
+        return view
 
     def ingest(
         self, archive_path: Path, *, name: str = "", parent: str | None = None, progress: Progress | None = None
     ) -> Dataset:
-        """Store an archive of class folders, with `parent` together with that dataset's pictures.
+        """Store an uploaded archive as a dataset; with `parent`, together with that dataset's pictures.
 
-        Content that is here already is the dataset that is here. Raises `BadRequest` bad_archive or bad_dataset,
-        `NotFound` for the parent, `DiskFull`, `QueueFull` quota_exceeded; then nothing is left of it.
+        Where the same content is stored already, that dataset is returned. Raises `BadRequest` bad_archive or
+        bad_dataset, `NotFound` for the parent, `DiskFull`, `QueueFull` quota_exceeded; then nothing is kept.
         """
         base = None if parent is None else self.get(parent)
-        with disk(), self._staged() as staging, open(archive_path, "rb") as archive:
-            gathered = Gathered(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
+        with disk_errors(), self._staged() as staging, open(archive_path, "rb") as archive:
+            builder = DatasetBuilder(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
             for number, member in enumerate(contents(archive, self._limits, staging), start=1):
-                gathered.add(member)
+                builder.add(member)
                 if progress is not None:
-                    progress(number, gathered.bytes_read)
-            return self._keep(gathered.dataset(name=_called(name, base), parent=base), staging)
+                    progress(number, builder.bytes_read)
+            return self._keep(builder.build(name=_name(name, base), parent=base), staging)
 
-    def extended(self, parent: str, more: Iterable[tuple[Example, Path]], *, name: str = "") -> Dataset:
-        """The pictures of a dataset and verified ones in files of their own on the same disk, as a new dataset.
+    def extend(self, parent: str, more: Iterable[tuple[Example, Path]], *, name: str = "") -> Dataset:
+        """A new dataset of the parent's pictures and `more`: verified pictures in files on the same disk.
 
-        A label that is new needs two pictures; one alone is left out and listed. A file that is gone by now is not
-        missed. Raises like `ingest`.
+        A new label with a single picture is left out and listed as skipped. Files that are gone by now are ignored.
+        Raises like `ingest`.
         """
         base = self.get(parent)
-        with disk(), self._staged() as staging:
+        with disk_errors(), self._staged() as staging:
             linked = [
                 _with_kind(example, staging / example.sha256)
                 for example, path in more
                 if _linked(path, staging / example.sha256)
             ]
-            examples, skipped = without_lone(joined(base.examples, linked, self._max_images), base.labels)
-            named, now = _called(name, base), time.time()
-            dataset = Dataset.of(examples, skipped, name=named, created_at=now, parent=base.id)
+            examples, skipped = drop_rare_labels(merge_examples(base.examples, linked, self._max_images), base.labels)
+            dataset_name, now = _name(name, base), time.time()
+            dataset = Dataset.of(examples, skipped, name=dataset_name, created_at=now, parent=base.id)
             return self._keep(dataset, staging)
 
     def get(self, dataset_id: str) -> Dataset:
-        """By its id, or by its first digits, eight or more, when these are only its own."""
-        with disk():
-            dataset = manifests.read(self._manifests.found(dataset_id)[0])
+        """By its id, or by a unique prefix of it of eight digits or more. Raises `NotFound`, `Unavailable`."""
+        with disk_errors():
+            dataset = manifests.read(self._manifests.find(dataset_id)[0])
         if dataset is None:
             raise no_dataset(dataset_id)
         return dataset
 
-    def whole_id(self, dataset_id: str) -> str:
-        """What `get` would find, without reading it."""
-        with disk():
-            return id_of(self._manifests.found(dataset_id)[0])
+    def full_id(self, dataset_id: str) -> str:
+        """The id of the dataset that `get` would return, without reading it."""
+        with disk_errors():
+            return id_of(self._manifests.find(dataset_id)[0])
 
     def list(self) -> Datasets:
-        """Newest first. One with a damaged manifest is told to the log and not listed."""
-        found: dict[str, Dataset] = {}
+        """Newest first. A dataset with a damaged manifest is logged and left out."""
+        datasets: dict[str, Dataset] = {}
         for path in self._manifests.all():
             try:
-                dataset = manifests.read(path) if id_of(path) not in found else None
+                dataset = manifests.read(path) if id_of(path) not in datasets else None
             except Unavailable as error:
                 log.error("a dataset is not listed: %s", error.detail)
             else:
-                found |= {dataset.id: dataset} if dataset else {}
-        return sorted(found.values(), key=lambda each: (each.created_at, each.id), reverse=True)
+                datasets |= {dataset.id: dataset} if dataset else {}
+        return sorted(datasets.values(), key=lambda dataset: (dataset.created_at, dataset.id), reverse=True)
 
     def delete(self, dataset_id: str) -> None:
-        """With the pictures that no other dataset uses, and no other owner of this one."""
-        with disk(), self._staged() as staging, self._locked():
-            paths = self._manifests.found(dataset_id)
+        """Delete the dataset, and its pictures that no other dataset (of any owner) uses."""
+        with disk_errors(), self._staged() as staging, self._locked():
+            paths = self._manifests.find(dataset_id)
             dataset = manifests.read(paths[0])
             if dataset is None:
                 raise no_dataset(dataset_id)
@@ -157,15 +162,15 @@ class DatasetStore:
             self._remove({example.sha256 for example in dataset.examples} - self._used())
 
     def require_room(self, count: int) -> None:
-        """For `count` bytes more. Raises `QueueFull` quota_exceeded."""
-        with disk():
+        """Raise `QueueFull` quota_exceeded when `count` more bytes exceed the quota."""
+        with disk_errors():
             self._manifests.require_room(count)
 
     def read(self, sha256: str) -> bytes:
-        """A picture as it was uploaded, verified. `NotFound` when its dataset has been deleted."""
+        """A picture as it was uploaded, verified. Raises `NotFound` when its dataset has been deleted."""
         if not _SHA256.fullmatch(sha256):
             raise _no_picture(sha256)
-        with disk():
+        with disk_errors():
             try:
                 data = self._blob(sha256).read_bytes()
             except FileNotFoundError:
@@ -180,9 +185,9 @@ class DatasetStore:
         return self._blobs / sha256[:2] / sha256
 
     def _used(self) -> set[str]:
-        """The blobs of all datasets; refuses to guess when a manifest cannot be read."""
-        found = [manifests.read(path) for path in Manifests(self._manifests.folder).all()]
-        return {example.sha256 for dataset in found if dataset for example in dataset.examples}
+        """The digests of all pictures in use. Raises `Unavailable` when a manifest cannot be read."""
+        datasets = [manifests.read(path) for path in Manifests(self._manifests.folder).all()]
+        return {example.sha256 for dataset in datasets if dataset for example in dataset.examples}
 
     # --- changing -----------------------------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ class DatasetStore:
         return dataset
 
     def _move_in(self, staging: Path, dataset: Dataset, moved: set[str]) -> None:
-        """`moved` tells, at any time, which blobs were not there before."""
+        """Move the staged pictures to `blobs`; `moved` collects, as it goes, those that were not there before."""
         for sha256 in {example.sha256 for example in dataset.examples}:
             blob = self._blob(sha256)
             if not blob.exists():
@@ -229,15 +234,15 @@ class DatasetStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One thread of one process at a time; the kernel lets go for a process that dies."""
-        with flocked(self._lock):
+        """One thread of one process at a time; the kernel releases the lock of a process that dies."""
+        with file_lock(self._lock):
             yield
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
-        """A folder of one's own, locked to show that its owner lives, gone at the end."""
+        """A folder for one operation, removed at its end; its lock shows that the process is alive."""
         staging = self._staging / secrets.token_hex(8)
-        with self._locked():  # between making and locking it no sweeper may come
+        with self._locked():  # no sweep may run between making and locking it
             staging.mkdir()
             alive = flock(staging, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -247,31 +252,32 @@ class DatasetStore:
             os.close(alive)
 
     def _sweep(self) -> None:
-        """What the dead left in staging, and blobs that they had moved in or not yet removed."""
+        """Remove what dead processes left: their staging folders, and blobs that no dataset uses."""
         with self._locked():
-            dead = [path for path in self._staging.iterdir() if is_abandoned(path)]
-            if not dead:
+            abandoned = [path for path in self._staging.iterdir() if is_abandoned(path)]
+            if not abandoned:
                 return
             try:
                 self._remove({path.name for path in self._blobs.glob("*/*")} - self._used())
             except Unavailable as error:
                 log.error("pictures that no dataset uses are kept: %s", error.detail)
-            for path in dead:
+            for path in abandoned:
                 shutil.rmtree(path)
-        log.info("swept what %d interrupted ingests or deletions of datasets had left", len(dead))
+        log.info("removed what %d interrupted ingests or deletions of datasets had left", len(abandoned))
 
 
-def _called(name: str, parent: Dataset | None) -> str:
-    printable = shown(" ".join(name.split()), MAX_NAME)
-    return printable or (parent.name if parent else "")
+def _name(name: str, parent: Dataset | None) -> str:
+    """The name as one printable line, else the parent's."""
+    clean = printable(" ".join(name.split()), MAX_NAME)
+    return clean or (parent.name if parent else "")
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """A second name for a file, which costs no bytes, or a copy where there are none; False when the file is gone."""
+    """Hard-link a file, or copy it where the file system has no links; False when the file is gone."""
     try:
         os.link(source, target)
     except FileExistsError:
-        pass  # said of two splits or labels: staged already
+        pass  # staged already, for another split or label
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -287,4 +293,4 @@ def _with_kind(example: Example, path: Path) -> Example:
 
 
 def _no_picture(sha256: str) -> NotFound:
-    return NotFound(f"there is no picture {shown(sha256, 64)!r} in any dataset", code="dataset_not_found")
+    return NotFound(f"there is no picture {printable(sha256, 64)!r} in any dataset", code="dataset_not_found")

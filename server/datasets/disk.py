@@ -1,4 +1,4 @@
-"""Files that appear whole, locks that the kernel releases, and what a failing disk is called."""
+"""Durable writes, locks that the kernel releases with the process, and disk failures as service errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Final
 
 from server.errors import DiskFull, Unavailable
 
-FLUSHES: Final = 8  # at once
+FLUSHES: Final = 8  # threads that flush at once
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def disk() -> Iterator[None]:
-    """A failing disk as a ServiceError that names no path."""
+def disk_errors() -> Iterator[None]:
+    """Turn an OSError of the block into DiskFull or Unavailable, without a path in the message."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def disk() -> Iterator[None]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """A new file, durable on return."""
+    """Create a file with this content, durable on return. Raises FileExistsError."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -39,11 +39,11 @@ def write(path: Path, data: bytes) -> None:
 
 
 def flush(paths: Sequence[Path]) -> None:
-    """Files that have been written, durable on return. Side by side: a journal commits at once whatever waits for it,
-    so this is many times faster than one after the other."""
+    """Make written files durable. In parallel: the journal commits all that wait for it at once, so this is many times
+    faster than one after the other."""
     with ThreadPoolExecutor(FLUSHES, "flush") as pool:
-        for done in [pool.submit(_flush, paths[start::FLUSHES]) for start in range(FLUSHES)]:
-            done.result()
+        for future in [pool.submit(_flush, paths[start::FLUSHES]) for start in range(FLUSHES)]:
+            future.result()
 
 
 def _flush(paths: Sequence[Path]) -> None:
@@ -56,7 +56,7 @@ def _flush(paths: Sequence[Path]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """What was made, renamed and removed in a folder, durable on return."""
+    """Make what was created, renamed and removed in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -76,7 +76,8 @@ def flock(path: Path, flags: int, operation: int = fcntl.LOCK_EX) -> int:
 
 
 @contextmanager
-def flocked(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created when absent."""
     descriptor = flock(path, os.O_RDWR | os.O_CREAT)
     try:
         yield
@@ -85,7 +86,7 @@ def flocked(path: Path) -> Iterator[None]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Nobody holds the folder's lock: whoever made it is dead."""
+    """Whether the process that made the folder is dead: its lock is free."""
     try:
         os.close(flock(folder, os.O_RDONLY | os.O_DIRECTORY, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:

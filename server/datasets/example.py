@@ -1,4 +1,4 @@
-"""One labelled picture of a dataset, and one file that became none."""
+"""One labelled picture of a dataset, and one file of an upload that was left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 @dataclass(frozen=True, slots=True)
 class Example:
     """One labelled image. `name` is its path in the archive it came in, `sha256` the digest of its `bytes` bytes.
-    `format` (jpeg, png, webp, bmp) and `mode` (Pillow's: RGB, L, …) are empty where nobody looked."""
+    `format` (jpeg, png, webp, bmp) and `mode` (Pillow's: RGB, L, …) are empty where they are unknown."""
 
     split: Split
     label: str
@@ -30,6 +30,8 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
+    """A file of an upload that is not part of the dataset, and why."""
+
     name: str
     reason: str
 

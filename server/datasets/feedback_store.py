@@ -1,11 +1,11 @@
-"""What people say that a task should have answered: pictures with their right labels, a folder for each task.
+"""User feedback: pictures with the labels that a task should have answered, a folder for each task.
 
-    <task>/words               what was said, see `words`; present with a line about a picture: it is there
-    <task>/pictures/<sha256>   the pictures as they came
-    lock                       held while any of it changes
+    <task>/words               the log of labels, see `feedback_log`; a picture that it names is there
+    <task>/pictures/<sha256>   the pictures as uploaded
+    lock                       held while anything changes
 
-A picture is in its place before the word about it is written, and both are on the disk before `add` returns. What a
-dead process left besides is swept at the next start.
+A picture is stored before its log entry is written, and both are on the disk before `add` returns. What a dead process
+left beyond that is swept at the next start.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from server.engine.images import decode
 from server.errors import Conflict, NotFound, ServiceError, Unavailable
 
 from .dataset import Example
-from .disk import disk, flocked, sync, write
-from .formats.member_names import shown
-from .formats.words import Word, WordFile, Words
+from .disk import disk_errors, file_lock, sync, write
+from .formats.feedback_log import FeedbackEntry, FeedbackLog, FeedbackLogFile
+from .formats.member_names import printable
 
 log = logging.getLogger(__name__)
 
-_GONE: Final = ".gone-"  # no task's name begins with a dot
+_GONE: Final = ".gone-"  # not a task: no task's name begins with a dot
 _NEW: Final = ".new"
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """`previous` is the label that the picture had before; None for a new one."""
+    """The entry of one picture. `previous` is the label that it had before; None for a new picture."""
 
-    word: Word
+    entry: FeedbackEntry
     previous: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some words, newest first; `next` is where the following page begins. `counts` are of all, by label."""
+    """Some entries, newest first; `next` is the `before` of the following page. `counts`: all pictures, by label."""
 
     counts: Mapping[str, int]
-    words: Sequence[Word]
+    entries: Sequence[FeedbackEntry]
     next: int | None
 
 
@@ -61,74 +61,76 @@ class FeedbackStore:
     ) -> None:
         self._root, self._lock = root, root / "lock"
         self._max_images, self._max_pixels, self._decode = max_images, max_image_pixels, decode
-        self._files: dict[str, WordFile] = {}
-        with disk():
+        self._files: dict[str, FeedbackLogFile] = {}
+        with disk_errors():
             root.mkdir(parents=True, exist_ok=True)
-            with flocked(self._lock):
+            with file_lock(self._lock):
                 for path in [path for path in root.iterdir() if path.is_dir()]:
                     self._sweep(path)
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]:
-        """Store pictures under their right label, or give them another; on the disk on return.
+        """Store pictures with their right label, or relabel them; on the disk on return.
 
-        The same said again changes nothing. Raises what decoding raises, before any is stored; Conflict feedback_full,
-        DiskFull, and then those before it are stored.
+        Repeating the same label changes nothing. Raises what decoding raises, before any picture is stored; Conflict
+        feedback_full and DiskFull, after the pictures before the failing one have been stored.
         """
         sizes = [self._size(data, at, len(pictures)) for at, data in enumerate(pictures)]
-        with disk(), flocked(self._lock):
+        with disk_errors(), file_lock(self._lock):
             return [self._add(task, data, label, size) for data, size in zip(pictures, sizes, strict=True)]
 
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page:
-        """`label` narrows the words, not the counts; `before` is an earlier page's `next`."""
-        words = self._read(task).newest_first()
-        counts = dict(Counter(word.label for word in words).most_common())
-        found = [one for one in words if label in (None, one.label) and (before is None or one.seq < before)]
-        return Page(counts, found[:limit], found[limit - 1].seq if len(found) > limit else None)
+        """`label` filters the entries, not the counts; `before` is an earlier page's `next`."""
+        entries = self._read(task).newest_first()
+        counts = dict(Counter(entry.label for entry in entries).most_common())
+        matching = [
+            entry for entry in entries if label in (None, entry.label) and (before is None or entry.seq < before)
+        ]
+        return Page(counts, matching[:limit], matching[limit - 1].seq if len(matching) > limit else None)
 
     def examples(self, task: str) -> list[tuple[Example, Path]]:
-        """All pictures as training examples, oldest first, and where they lie."""
+        """All pictures as training examples with the paths of their files, oldest first."""
         return [
-            (_example(word), self._picture(task, word.sha256)) for word in reversed(self._read(task).newest_first())
+            (_example(entry), self._picture(task, entry.sha256)) for entry in reversed(self._read(task).newest_first())
         ]
 
     def delete(self, task: str, sha256: str) -> None:
-        """Withdraw what was said about a picture and forget it. Raises NotFound feedback_not_found."""
-        with disk(), flocked(self._lock):
-            words = self._file(task).read()
-            if sha256 not in words.last:
+        """Remove a picture and its label. Raises NotFound feedback_not_found."""
+        with disk_errors(), file_lock(self._lock):
+            feedback = self._file(task).read()
+            if sha256 not in feedback.last:
                 raise no_feedback(task, sha256)
-            self._file(task).append(Word(words.next_seq, sha256, ""))
+            self._file(task).append(FeedbackEntry(feedback.next_seq, sha256, ""))
             self._picture(task, sha256).unlink(missing_ok=True)
 
     def delete_task(self, task: str) -> None:
-        """All of a task's feedback; there may be none."""
-        with disk(), flocked(self._lock):
-            gone = self._root / f"{_GONE}{secrets.token_hex(8)}"
+        """Remove all of a task's feedback, if there is any."""
+        with disk_errors(), file_lock(self._lock):
+            trash = self._root / f"{_GONE}{secrets.token_hex(8)}"
             try:
-                os.replace(self._root / task, gone)
+                os.replace(self._root / task, trash)
             except FileNotFoundError:
                 return
             sync(self._root)
-            shutil.rmtree(gone)
+            shutil.rmtree(trash)
 
-    # --- words --------------------------------------------------------------------------------------------------------
+    # --- entries ------------------------------------------------------------------------------------------------------
 
     def _add(self, task: str, data: bytes, label: str, size: tuple[int, int]) -> Added:
         sha256 = hashlib.sha256(data).hexdigest()
-        words = self._file(task).read()
-        known = words.last.get(sha256)
-        if known is not None and known.label == label:
-            return Added(known, label)
-        if known is None and len(words.last) >= self._max_images:
-            detail = f"task {task!r} has {len(words.last)} images of feedback, as many as are kept"
+        feedback = self._file(task).read()
+        previous = feedback.last.get(sha256)
+        if previous is not None and previous.label == label:
+            return Added(previous, label)
+        if previous is None and len(feedback.last) >= self._max_images:
+            detail = f"task {task!r} has {len(feedback.last)} images of feedback, the most that are kept"
             raise Conflict(detail, code="feedback_full")
         self._keep_picture(task, sha256, data)
-        word = Word(words.next_seq, sha256, label, len(data), *size, time.time())
-        self._file(task).append(word)
-        return Added(word, known.label if known else None)
+        entry = FeedbackEntry(feedback.next_seq, sha256, label, len(data), *size, time.time())
+        self._file(task).append(entry)
+        return Added(entry, previous.label if previous else None)
 
     def _size(self, data: bytes, at: int, count: int) -> tuple[int, int]:
-        """Width and height, by looking at every pixel."""
+        """Width and height in pixels, by decoding the picture. Raises ServiceError that says which image it is."""
         try:
             width, height = self._decode(data, max_pixels=self._max_pixels).size
         except ServiceError as error:
@@ -141,18 +143,18 @@ class FeedbackStore:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def _file(self, task: str) -> WordFile:
-        return self._files.setdefault(task, WordFile(self._root / task / "words"))
+    def _file(self, task: str) -> FeedbackLogFile:
+        return self._files.setdefault(task, FeedbackLogFile(self._root / task / "words"))
 
-    def _read(self, task: str) -> Words:
-        with disk():
+    def _read(self, task: str) -> FeedbackLog:
+        with disk_errors():
             return self._file(task).read()
 
     def _picture(self, task: str, sha256: str) -> Path:
         return self._root / task / "pictures" / sha256
 
     def _keep_picture(self, task: str, sha256: str, data: bytes) -> None:
-        """Under the lock, so that a file that is not whole belongs to a dead process."""
+        """The caller holds the lock, so an incomplete file is a dead process's."""
         path = self._picture(task, sha256)
         if path.exists():
             return
@@ -171,24 +173,24 @@ class FeedbackStore:
         sync(path.parent)
 
     def _sweep(self, folder: Path) -> None:
-        """Pictures that nobody said a word about, and tasks that were being deleted."""
+        """Remove pictures without an entry, and tasks whose deletion was interrupted."""
         if folder.name.startswith(_GONE):
             shutil.rmtree(folder)
             return
         try:
-            said = self._file(folder.name).read().last
+            entries = self._file(folder.name).read().last
         except Unavailable as error:
             log.error("pictures of %s are kept: %s", folder.name, error.detail)
             return
         for path in (folder / "pictures").glob("*"):
-            if path.name not in said:
+            if path.name not in entries:
                 path.unlink()
 
 
-def _example(word: Word) -> Example:
-    name = f"feedback/{word.sha256[:12]}"
-    return Example("train", word.label, name, word.sha256, word.bytes, word.width, word.height)
+def _example(entry: FeedbackEntry) -> Example:
+    name = f"feedback/{entry.sha256[:12]}"
+    return Example("train", entry.label, name, entry.sha256, entry.bytes, entry.width, entry.height)
 
 
 def no_feedback(task: str, sha256: str) -> NotFound:
-    return NotFound(f"task {task!r} has no feedback {shown(sha256, 64)!r}", code="feedback_not_found")
+    return NotFound(f"task {task!r} has no feedback {printable(sha256, 64)!r}", code="feedback_not_found")

@@ -1,4 +1,4 @@
-"""Adding to what never changes: the pictures of a dataset and some more are the pictures of a new one."""
+"""Extending an immutable dataset: its pictures and some more make a new one."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-from .dataset import MIN_TRAIN, Example, Skipped, bad
+from .dataset import MIN_TRAIN, Example, Skipped, bad_dataset
 
 
-def joined(parent: Sequence[Example], added: Iterable[Example], max_images: int) -> list[Example]:
-    """The parent's examples and the added ones, no picture twice. Raises BadRequest bad_dataset when they are too many.
+def merge_examples(parent: Sequence[Example], added: Iterable[Example], max_images: int) -> list[Example]:
+    """The parent's examples and the added ones, no picture twice. Raises BadRequest bad_dataset beyond `max_images`.
 
-    A picture that the parent has keeps its split, so that nothing leaks from test into train, and takes the label that
-    was said last.
+    A picture that the parent has keeps its split, so that nothing leaks from test into train, and takes the label of
+    the last example that was added for it.
     """
     known = {example.sha256 for example in parent}
-    said: dict[str, str] = {}
-    fresh: dict[tuple[str, str, str], Example] = {}
+    relabelled: dict[str, str] = {}
+    new: dict[tuple[str, str, str], Example] = {}
     for example in added:
         if example.sha256 in known:
-            said[example.sha256] = example.label
+            relabelled[example.sha256] = example.label
         else:
-            fresh.setdefault((example.split, example.label, example.sha256), example)
-    count = len(parent) + len(fresh)
+            new.setdefault((example.split, example.label, example.sha256), example)
+    count = len(parent) + len(new)
     if count > max_images:
-        raise bad(f"together with its parent's the dataset has {count:,} pictures; at most {max_images:,} are allowed")
-    kept = [replace(example, label=said.get(example.sha256, example.label)) for example in parent]
-    return kept + list(fresh.values())
+        detail = f"with its parent's the dataset has {count:,} pictures; at most {max_images:,} are allowed"
+        raise bad_dataset(detail)
+    kept = [replace(example, label=relabelled.get(example.sha256, example.label)) for example in parent]
+    return kept + list(new.values())
 
 
-def without_lone(examples: Sequence[Example], labels: Collection[str]) -> tuple[list[Example], list[Skipped]]:
-    """The examples of `labels`, and of other labels where there are enough to learn from; those left out, with why."""
+def drop_rare_labels(examples: Sequence[Example], labels: Collection[str]) -> tuple[list[Example], list[Skipped]]:
+    """Drop examples of labels that are not in `labels` and have too few training pictures; returns kept and skipped."""
     train = Counter(example.label for example in examples if example.split == "train")
-    lone = {label for label, count in train.items() if count < MIN_TRAIN and label not in labels}
+    rare = {label for label, count in train.items() if count < MIN_TRAIN and label not in labels}
     reason = f"its label has no other training picture; expected at least {MIN_TRAIN}"
-    skipped = [Skipped(f"{one.label}/{one.name}", reason) for one in examples if one.label in lone]
-    return [one for one in examples if one.label not in lone], skipped
+    skipped = [Skipped(f"{e.label}/{e.name}", reason) for e in examples if e.label in rare]
+    return [e for e in examples if e.label not in rare], skipped

@@ -1,6 +1,6 @@
-"""What a person should know about a dataset before they train on it, counted from its examples.
+"""The report on a dataset: sizes, formats, duplicates, and warnings of what would mislead training or evaluation.
 
-Everything that misleads is a warning: a short sentence, and a stable code that programs may act on.
+A warning is a short sentence and a stable code that programs may act on.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Final, Self
 
 from .example import SPLITS, Example, natural
 
-MAX_LISTED: Final = 50  # of repeated pictures, as many are listed by name
-MAX_NAMES: Final = 10  # of one picture
-FEW: Final = 10  # training pictures of a class, below which a lens is a guess
+MAX_LISTED: Final = 50  # repeated pictures that are listed by name
+MAX_NAMES: Final = 10  # names listed for one picture
+FEW: Final = 10  # training pictures of a class, below which its accuracy is left to chance
 IMBALANCE: Final = 10  # times as many training pictures in the largest class as in the smallest
 SMALL_SIDE: Final = 32  # pixels
 MANY_SKIPPED: Final = 0.1  # of all files
@@ -31,7 +31,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """One picture under several names, the first of them listed: `count` is of all, `names` are split/label: path."""
+    """One picture under several names: `count` of all names, and the first of them as `split/label: path`."""
 
     sha256: str
     count: int
@@ -40,8 +40,8 @@ class Copies:
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Exact ones: the same bytes. `repeated` counts, for each split, the pictures beyond the first; `leaked` and
-    `contradictory` count different pictures, and the first of these are listed."""
+    """Files with the same bytes. `repeated`: copies beyond the first, by split. `leaked`, `contradictory`: distinct
+    pictures in several splits, and under several labels, the first of which are listed."""
 
     repeated: dict[str, int]
     leaked: int
@@ -70,30 +70,30 @@ class Report:
 
     @classmethod
     def of(cls, examples: Sequence[Example], skipped: int) -> Self:
-        """Of one example at least. `skipped` is how many files became none."""
+        """The report on one example or more; `skipped` is the number of files that were left out."""
         duplicates = _duplicates(examples)
         return cls(
-            _spread([one.width for one in examples]),
-            _spread([one.height for one in examples]),
-            _spread([one.bytes for one in examples]),
-            _counted(one.mode for one in examples),
-            _counted(one.format for one in examples),
+            _spread([e.width for e in examples]),
+            _spread([e.height for e in examples]),
+            _spread([e.bytes for e in examples]),
+            _frequencies(e.mode for e in examples),
+            _frequencies(e.format for e in examples),
             duplicates,
             tuple(_warnings(examples, duplicates, skipped)),
         )
 
     @classmethod
-    def from_json(cls, read: Mapping[str, Any]) -> Self:
-        """Of what `asdict` made and JSON carried."""
-        width, height, size = (Spread(**read[name]) for name in ("width", "height", "bytes"))
-        found = read["duplicates"]
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        width, height, size = (Spread(**fields[name]) for name in ("width", "height", "bytes"))
+        copies = fields["duplicates"]
         leaks, contradictions = (
-            tuple(Copies(each["sha256"], each["count"], tuple(each["names"])) for each in found[name])
+            tuple(Copies(row["sha256"], row["count"], tuple(row["names"])) for row in copies[name])
             for name in ("leaks", "contradictions")
         )
-        duplicates = Duplicates(**{**found, "leaks": leaks, "contradictions": contradictions})
-        warnings = tuple(WarningText(**each) for each in read["warnings"])
-        return cls(width, height, size, read["modes"], read["formats"], duplicates, warnings)
+        duplicates = Duplicates(**{**copies, "leaks": leaks, "contradictions": contradictions})
+        warnings = tuple(WarningText(**row) for row in fields["warnings"])
+        return cls(width, height, size, fields["modes"], fields["formats"], duplicates, warnings)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,11 +103,11 @@ def _spread(numbers: Sequence[int]) -> Spread:
     return Spread(min(numbers), statistics.median(numbers), max(numbers))
 
 
-def _counted(names: Iterator[str]) -> dict[str, int]:
-    """The most frequent first; empty names are of pictures that nobody looked at."""
+def _frequencies(names: Iterator[str]) -> dict[str, int]:
+    """name → count, the most frequent first; empty names (unknown) are left out."""
     counts = Counter(names)
     del counts[""]
-    return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------
@@ -115,11 +115,11 @@ def _counted(names: Iterator[str]) -> dict[str, int]:
 
 def _duplicates(examples: Sequence[Example]) -> Duplicates:
     groups = _groups(examples)
-    leaks = [group for group in groups if len({one.split for one in group}) > 1]
-    contradictions = [group for group in groups if len({one.label for one in group}) > 1]
+    leaks = [group for group in groups if len({e.split for e in group}) > 1]
+    contradictions = [group for group in groups if len({e.label for e in group}) > 1]
     repeated: Counter[str] = Counter()
     for group in groups:
-        repeated.update({split: count - 1 for split, count in Counter(one.split for one in group).items()})
+        repeated.update({split: count - 1 for split, count in Counter(e.split for e in group).items()})
     return Duplicates(
         {split: repeated[split] for split in SPLITS if repeated[split]},
         len(leaks),
@@ -130,17 +130,17 @@ def _duplicates(examples: Sequence[Example]) -> Duplicates:
 
 
 def _groups(examples: Sequence[Example]) -> list[list[Example]]:
-    """The pictures that come more than once, in the order of the examples."""
-    times = Counter(one.sha256 for one in examples)
+    """The examples of each picture that occurs more than once, in the order of the examples."""
+    times = Counter(e.sha256 for e in examples)
     groups: dict[str, list[Example]] = defaultdict(list)
-    for one in examples:
-        if times[one.sha256] > 1:
-            groups[one.sha256].append(one)
+    for e in examples:
+        if times[e.sha256] > 1:
+            groups[e.sha256].append(e)
     return list(groups.values())
 
 
 def _copies(group: Sequence[Example]) -> Copies:
-    names = tuple(f"{one.split}/{one.label}: {one.name}" for one in group[:MAX_NAMES])
+    names = tuple(f"{e.split}/{e.label}: {e.name}" for e in group[:MAX_NAMES])
     return Copies(group[0].sha256, len(group), names)
 
 
@@ -150,29 +150,27 @@ def _copies(group: Sequence[Example]) -> Copies:
 def _warnings(examples: Sequence[Example], duplicates: Duplicates, skipped: int) -> Iterator[WarningText]:
     yield from _leakage(examples)
     if count := duplicates.contradictory:
-        yield WarningText(
-            "contradictory_labels", f"{_pictures(count)} under two labels or more: one of them must be wrong"
-        )
+        yield WarningText("contradictory_labels", f"{_pictures(count)} under several labels: all but one must be wrong")
     if count := sum(duplicates.repeated.values()):
         yield WarningText("duplicates", f"{_pictures(count)} the exact copy of another in the same split")
-    yield from _uneven(Counter(one.label for one in examples if one.split == "train"))
+    yield from _imbalance(Counter(e.label for e in examples if e.split == "train"))
     yield from _absent(examples)
-    if small := sum(min(one.width, one.height) < SMALL_SIDE for one in examples):
-        why = "the backbone sees an enlarged blur"
+    if small := sum(min(e.width, e.height) < SMALL_SIDE for e in examples):
+        why = "enlarged for the backbone, they are blurred"
         yield WarningText("small_images", f"{_pictures(small)} smaller than {SMALL_SIDE} pixels a side: {why}")
     if skipped > MANY_SKIPPED * (skipped + len(examples)):
         yield WarningText("many_skipped", f"{skipped:,} of {skipped + len(examples):,} files were left out")
 
 
 def _leakage(examples: Sequence[Example]) -> Iterator[WarningText]:
-    inside = {split: {one.sha256 for one in examples if one.split == split} for split in SPLITS}
+    inside = {split: {e.sha256 for e in examples if e.split == split} for split in SPLITS}
     for first, second in combinations(SPLITS, 2):
         if count := len(inside[first] & inside[second]):
-            text = f"{_pictures(count)} in {first} and in {second} as well: what {second} measures will look too good"
+            text = f"{_pictures(count)} in both {first} and {second}: accuracy on {second} will be too high"
             yield WarningText("leakage", text)
 
 
-def _uneven(train: Mapping[str, int]) -> Iterator[WarningText]:
+def _imbalance(train: Mapping[str, int]) -> Iterator[WarningText]:
     most, least = max(train, key=lambda label: train[label]), min(train, key=lambda label: train[label])
     if train[most] > IMBALANCE * train[least]:
         text = f"class {most!r} has {train[most]:,} training pictures and class {least!r} has {train[least]:,}"
@@ -183,10 +181,10 @@ def _uneven(train: Mapping[str, int]) -> Iterator[WarningText]:
 
 
 def _absent(examples: Sequence[Example]) -> Iterator[WarningText]:
-    """A split that has been cut by hand and does not know every class."""
-    labels = {one.label for one in examples}
+    """Splits that lack a class."""
+    labels = {e.label for e in examples}
     for split in SPLITS:
-        there = {one.label for one in examples if one.split == split}
+        there = {e.label for e in examples if e.split == split}
         if there and there != labels:
             yield WarningText(
                 "absent_classes", f"{_classes(sorted(labels - there, key=natural))} no picture in {split}"
@@ -198,5 +196,5 @@ def _pictures(count: int) -> str:
 
 
 def _classes(labels: Sequence[str]) -> str:
-    shown = ", ".join(repr(label) for label in labels[:5]) + (", …" if len(labels) > 5 else "")
-    return f"class {shown} has" if len(labels) == 1 else f"{len(labels):,} classes ({shown}) have"
+    names = ", ".join(repr(label) for label in labels[:5]) + (", …" if len(labels) > 5 else "")
+    return f"class {names} has" if len(labels) == 1 else f"{len(labels):,} classes ({names}) have"

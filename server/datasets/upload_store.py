@@ -1,11 +1,11 @@
-"""Uploads that outlive their connection, below one folder:
+"""Resumable uploads, below one folder:
 
-    <id>/about        length and what the client says of it: present means that the upload exists
-    <id>/data         what has come so far; locked while it is written, ingested or deleted
-    <id>/dataset      what it has become; kept so that an answer that was lost can be given again
+    <id>/about        length and the client's metadata: present means that the upload exists
+    <id>/data         the bytes received so far; locked while it is written, ingested or deleted
+    <id>/dataset      the id of the dataset made of it; kept so that a lost answer can be given again
 
-The length of `data` is the offset. It is told only after the file has been flushed to the disk, so nothing that was
-acknowledged is lost, whatever ends the process. What nobody has touched for `expiry_s` is swept.
+The length of `data` is the offset. It is reported only after the file has been flushed to the disk, so nothing that was
+acknowledged is lost, however the process ends. Uploads that do not change for `expiry_s` are swept.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import Any, Final
 from server.clock import WallClock
 from server.errors import BadRequest, Conflict, DiskFull, NotFound, QueueFull, TooLarge
 
-from .disk import disk, flock, sync, write
-from .formats.member_names import shown
+from .disk import disk_errors, flock, sync, write
+from .formats.member_names import printable
 
 log = logging.getLogger(__name__)
 
-FLUSH_BYTES: Final = 16 * 2**20  # so that the last flush of a large body has little left to do
-MAX_UPLOADS: Final = 1000  # begun and not expired: each costs a folder, even an empty one
+FLUSH_BYTES: Final = 16 * 2**20  # flushed along the way, so that the last flush of a large body is short
+MAX_UPLOADS: Final = 1000  # begun and not expired: even an empty one costs a folder
 
 _ID: Final = re.compile("[0-9a-f]{32}")
 
@@ -51,13 +51,13 @@ class Upload:
 
 
 class UploadBusy(Conflict):
-    """Somebody else is writing, ingesting or deleting the upload."""
+    """Another request is writing, ingesting or deleting the upload."""
 
     code, retry_after_s = "upload_busy", 1.0
 
 
 class Part:
-    """The one writer of an upload. Appending and closing may come from different threads."""
+    """The only writer of an upload. `append` and `close` may be called from different threads."""
 
     def __init__(self, file: int, length: int) -> None:
         self._file, self._length = file, length
@@ -65,18 +65,18 @@ class Part:
         self._mutex, self._closed = threading.Lock(), False
 
     def require(self, offset: int, count: int) -> None:
-        """The client must go on where the upload stands and not beyond its end. Raises Conflict, TooLarge."""
+        """Raise Conflict unless the client continues at the upload's offset, TooLarge if beyond its end."""
         if offset != self.offset:
-            detail = f"Upload-Offset: expected {self.offset}, where the upload stands, got {offset}"
+            detail = f"Upload-Offset: expected {self.offset}, the bytes stored so far, got {offset}"
             raise Conflict(detail, code="upload_offset_conflict", expected=self.offset, actual=offset)
         if count > self._length - offset:
             raise self._too_much(count)
 
     def append(self, data: bytes) -> None:
-        """Raises TooLarge, DiskFull; what fitted has been written by then."""
-        with self._mutex, disk():
+        """Append to the upload. Raises TooLarge, DiskFull, after writing what fits."""
+        with self._mutex, disk_errors():
             if self._closed:
-                return  # a writer that was given up while this thread was on its way
+                return  # closed by another thread meanwhile
             fitting = memoryview(data)[: self._length - self.offset]
             over = len(data) - len(fitting)
             while fitting:
@@ -88,11 +88,11 @@ class Part:
             raise self._too_much(over)
 
     def close(self) -> int:
-        """Let go; how many bytes are on the disk."""
+        """Flush and release the upload; returns how many bytes are on the disk."""
         with self._mutex:
             self._closed = True
             try:
-                with disk():
+                with disk_errors():
                     self._flush()
             finally:
                 os.close(self._file)
@@ -104,7 +104,7 @@ class Part:
 
     def _too_much(self, count: int) -> TooLarge:
         left = self._length - self.offset
-        return TooLarge(f"expected at most the {left} bytes that are left of the upload, got {count}")
+        return TooLarge(f"expected at most the {left} bytes that the upload still lacks, got {count}")
 
 
 class UploadStore:
@@ -112,24 +112,24 @@ class UploadStore:
 
     def __init__(self, root: Path, *, max_bytes: int, expiry_s: float, clock: WallClock | None = None) -> None:
         self._root, self._max_bytes, self._expiry_s = root, max_bytes, expiry_s
-        self._now = (clock or WallClock()).earliest  # a clock set forward must not end what is under way
+        self._now = (clock or WallClock()).earliest  # a clock set forward must not expire uploads in progress
         self._owner = ""
-        with disk():
+        with disk_errors():
             root.mkdir(parents=True, exist_ok=True)
         self.sweep()
 
-    def of(self, owner: str) -> UploadStore:
-        """The same uploads as who stores under this prefix is to have them: only those of owners that begin with it."""
-        own = copy.copy(self)
-        own._owner = owner
-        return own
+    def scoped(self, owner: str) -> UploadStore:
+        """A view of the uploads whose owner begins with `owner`."""
+        view = copy.copy(self)
+        view._owner = owner
+        return view
 
     def create(self, length: int, metadata: str = "") -> Upload:
-        """Raises TooLarge, DiskFull, QueueFull too_many_uploads."""
+        """Begin an upload of `length` bytes. Raises TooLarge, DiskFull, QueueFull too_many_uploads."""
         if length > self._max_bytes:
             raise TooLarge(f"Upload-Length: expected at most {self._max_bytes} bytes, got {length}")
         self.sweep()
-        with disk():
+        with disk_errors():
             self._require_space(length)
             folder = self._root / secrets.token_hex(16)
             folder.mkdir()
@@ -141,14 +141,14 @@ class UploadStore:
             return self._read(folder)
 
     def get(self, upload_id: str) -> Upload:
-        """As it stands. Raises NotFound upload_not_found."""
-        with disk():
+        """The upload's present state. Raises NotFound upload_not_found."""
+        with disk_errors():
             return self._read(self._folder(upload_id))
 
     def open(self, upload_id: str) -> Part:
-        """To write more of it; to be closed. Raises UploadBusy, NotFound, Conflict upload_finished."""
+        """A writer that continues the upload, to be closed. Raises UploadBusy, NotFound, Conflict upload_finished."""
         folder = self._folder(upload_id)
-        with disk():
+        with disk_errors():
             file = self._lock(folder, os.O_WRONLY | os.O_APPEND)
             try:
                 upload = self._read(folder)
@@ -160,18 +160,18 @@ class UploadStore:
                 raise
 
     def finish(self, upload_id: str, ingest: Callable[[Path], str]) -> str:
-        """Hand a whole upload to `ingest`; the id of the dataset that it became, now or when this was asked before.
+        """Pass a complete upload to `ingest`; returns the dataset's id, also when it was finished before.
 
         Raises Conflict upload_incomplete, UploadBusy, NotFound, and what `ingest` raises. An upload that cannot become
         a dataset is deleted; after any other failure it can be tried again.
         """
         folder = self._folder(upload_id)
-        with disk(), self._locked(folder):
+        with disk_errors(), self._locked(folder):
             upload = self._read(folder)
             if _is_stored(folder):
                 return (folder / "dataset").read_text()
             if upload.offset != upload.length:
-                detail = f"the upload has {upload.offset} of its {upload.length} bytes; send the others first"
+                detail = f"the upload has {upload.offset} of its {upload.length} bytes; send the rest first"
                 raise Conflict(detail, code="upload_incomplete", expected=upload.length, actual=upload.offset)
             try:
                 dataset = ingest(folder / "data")
@@ -182,33 +182,33 @@ class UploadStore:
             return dataset
 
     def delete(self, upload_id: str) -> None:
-        """Raises UploadBusy, NotFound."""
+        """Delete the upload. Raises UploadBusy, NotFound."""
         folder = self._folder(upload_id)
-        with disk(), self._locked(folder):
+        with disk_errors(), self._locked(folder):
             self._read(folder)
             _remove(folder)
 
     def sweep(self) -> None:
-        """Delete what nobody has touched for `expiry_s`, and what a process that died left of a beginning or an end."""
+        """Delete expired uploads, and what a dead process left of one that it was creating or deleting."""
         swept = 0
-        with disk():
+        with disk_errors():
             for folder in self._root.iterdir():
                 with suppress(FileNotFoundError, UploadBusy, NotFound):
                     if self._expires_at(folder) <= self._now():
                         self._delete_expired(folder)
                         swept += 1
         if swept:
-            log.info("swept %d uploads that nobody went on with", swept)
+            log.info("deleted %d expired uploads", swept)
 
     # --- one upload -------------------------------------------------------------------------------------------------
 
     def _folder(self, upload_id: str) -> Path:
-        """Somebody else's upload is not told of, not even that it is busy."""
+        """Another owner's upload looks as if it did not exist; not even that it is busy shows."""
         if not _ID.fullmatch(upload_id):
             raise _no_upload(upload_id)
         folder = self._root / upload_id
         if self._owner:
-            with disk():
+            with disk_errors():
                 self._read(folder)
         return folder
 
@@ -216,21 +216,21 @@ class UploadStore:
         return json.dumps({"length": length, "metadata": metadata, "owner": self._owner}).encode()
 
     def _read(self, folder: Path) -> Upload:
-        """What is told of an upload is on the disk, also while somebody writes."""
+        """The upload's state; the offset counts flushed bytes only, also while a request writes."""
         try:
-            told: dict[str, Any] = json.loads((folder / "about").read_text())
-            if not told.get("owner", "").startswith(self._owner):
+            about: dict[str, Any] = json.loads((folder / "about").read_text())
+            if not about.get("owner", "").startswith(self._owner):
                 raise _no_upload(folder.name)
             expires_at = self._expires_at(folder)
-            offset = told["length"] if _is_stored(folder) else _flushed_size(folder / "data")
+            offset = about["length"] if _is_stored(folder) else _flushed_size(folder / "data")
         except FileNotFoundError:
             raise _no_upload(folder.name) from None
         if expires_at <= self._now():
             raise _no_upload(folder.name)
-        return Upload(folder.name, told["length"], offset, told["metadata"], expires_at)
+        return Upload(folder.name, about["length"], offset, about["metadata"], expires_at)
 
     def _expires_at(self, folder: Path) -> float:
-        """From the last byte that came; from its beginning or end where there are none."""
+        """When the upload expires: `expiry_s` after its last byte, or after its folder changed where it has no data."""
         try:
             touched = os.stat(folder / "data").st_mtime
         except FileNotFoundError:
@@ -254,7 +254,7 @@ class UploadStore:
             raise UploadBusy("the upload is being written or stored by another request") from None
 
     def _become(self, folder: Path, dataset: str) -> None:
-        """The data stays as an empty file, since it is what is locked."""
+        """Record the dataset. The data file stays, empty, since it carries the lock."""
         write(folder / "dataset", dataset.encode())
         sync(folder)
         os.truncate(folder / "data", 0)
@@ -264,14 +264,14 @@ class UploadStore:
             _remove(folder)
             return
         with self._locked(folder):
-            if self._expires_at(folder) <= self._now():  # nobody came between looking and locking
+            if self._expires_at(folder) <= self._now():  # no request wrote between looking and locking
                 _remove(folder)
 
     def _require_space(self, length: int) -> None:
         if length > shutil.disk_usage(self._root).free:
-            raise DiskFull(f"an upload of {length} bytes does not fit on the disk with the datasets")
+            raise DiskFull(f"an upload of {length} bytes does not fit on the datasets' disk")
         if sum(1 for _ in self._root.iterdir()) >= MAX_UPLOADS:
-            detail = f"{MAX_UPLOADS} uploads have been begun; end or delete some of them"
+            detail = f"{MAX_UPLOADS} uploads are in progress; finish or delete some of them"
             raise QueueFull(detail, code="too_many_uploads", retry_after_s=60.0)
 
 
@@ -290,10 +290,10 @@ def _flushed_size(path: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Without `about` it is no upload any more, however far the rest gets."""
+    """Delete an upload; without `about` it no longer exists, even if the rest is interrupted."""
     (folder / "about").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def _no_upload(upload_id: str) -> NotFound:
-    return NotFound(f"there is no upload {shown(upload_id, 40)!r}, or no longer", code="upload_not_found")
+    return NotFound(f"there is no upload {printable(upload_id, 40)!r}; it may have expired", code="upload_not_found")

@@ -152,7 +152,7 @@ def test_what_is_no_picture_is_skipped_and_listed_with_the_reason(store: Dataset
     assert {one.name for one in dataset.skipped} == set(bad)
     assert all(one.reason for one in dataset.skipped)
     assert dataset.images == 6
-    assert {one.name: one.reason for one in dataset.skipped}["loose.png"] == "outside of a class folder"
+    assert {one.name: one.reason for one in dataset.skipped}["loose.png"] == "not in a class folder"
 
 
 def test_a_file_too_large_for_a_picture_is_skipped(root: Path, tmp_path: Path) -> None:

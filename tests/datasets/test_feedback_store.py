@@ -1,4 +1,4 @@
-"""Feedback on a real disk: several processes say words at once, die while they do, and what was acknowledged stays."""
+"""Feedback on a real disk: several processes write at once, die while they do, and what was acknowledged stays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from server.datasets.feedback_store import FeedbackStore
-from server.datasets.formats import words as words_module
-from server.datasets.formats.words import Word, WordFile
+from server.datasets.formats import feedback_log
+from server.datasets.formats.feedback_log import FeedbackEntry, FeedbackLogFile
 from server.errors import BadRequest, Conflict, DiskFull, NotFound, ServiceError, Unavailable
 from tests.datasets.test_dataset_store import REPOSITORY, picture
 
@@ -28,20 +28,20 @@ def store(tmp_path: Path) -> FeedbackStore:
 
 
 def labels(store: FeedbackStore, task: str = "pets") -> dict[str, str]:
-    return {word.sha256: word.label for word in store.page(task, limit=1000).words}
+    return {word.sha256: word.label for word in store.page(task, limit=1000).entries}
 
 
 def test_the_last_word_counts_and_the_same_word_changes_nothing(store: FeedbackStore, tmp_path: Path) -> None:
     [first] = store.add("pets", [picture(1)], "cat")
-    assert (first.previous, first.word.label, first.word.width, first.word.height) == (None, "cat", 24, 16)
+    assert (first.previous, first.entry.label, first.entry.width, first.entry.height) == (None, "cat", 24, 16)
     [again] = store.add("pets", [picture(1)], "cat")
-    assert (again.previous, again.word) == ("cat", first.word)
+    assert (again.previous, again.entry) == ("cat", first.entry)
     [changed] = store.add("pets", [picture(1)], "dog")
-    assert (changed.previous, changed.word.seq) == ("cat", 2)
+    assert (changed.previous, changed.entry.seq) == ("cat", 2)
     store.add("pets", [picture(2), picture(3)], "cat")
     for seen in (store, opened(tmp_path / "feedback")):
         page = seen.page("pets")
-        assert (page.counts, [word.seq for word in page.words], page.next) == ({"cat": 2, "dog": 1}, [4, 3, 2], None)
+        assert (page.counts, [word.seq for word in page.entries], page.next) == ({"cat": 2, "dog": 1}, [4, 3, 2], None)
     assert {path.read_bytes() for _, path in store.examples("pets")} == {picture(1), picture(2), picture(3)}
     assert [example.label for example, _ in store.examples("pets")] == ["dog", "cat", "cat"]
     assert store.page("birds").counts == {}
@@ -53,22 +53,22 @@ def test_pages(store: FeedbackStore) -> None:
     first = store.page("pets", limit=3)
     second = store.page("pets", limit=3, before=first.next)
     third = store.page("pets", limit=3, before=second.next)
-    assert [[word.seq for word in page.words] for page in (first, second, third)] == [[7, 6, 5], [4, 3, 2], [1]]
+    assert [[word.seq for word in page.entries] for page in (first, second, third)] == [[7, 6, 5], [4, 3, 2], [1]]
     assert third.next is None
-    assert [word.seq for word in store.page("pets", label="cat").words] == [6, 4, 2]
+    assert [word.seq for word in store.page("pets", label="cat").entries] == [6, 4, 2]
 
 
 def test_withdrawing(store: FeedbackStore, tmp_path: Path) -> None:
     [one], _ = store.add("pets", [picture(1)], "cat"), store.add("birds", [picture(1)], "owl")
-    store.delete("pets", one.word.sha256)
+    store.delete("pets", one.entry.sha256)
     assert (labels(store), labels(opened(tmp_path / "feedback"))) == ({}, {})
-    for gone in (one.word.sha256, "../../lock", ""):
+    for gone in (one.entry.sha256, "../../lock", ""):
         with pytest.raises(NotFound):
             store.delete("pets", gone)
     assert [each.previous for each in store.add("pets", [picture(1)], "dog")] == [None]
     store.delete_task("pets")
     store.delete_task("pets")
-    assert (labels(store), labels(store, "birds")) == ({}, {one.word.sha256: "owl"})
+    assert (labels(store), labels(store, "birds")) == ({}, {one.entry.sha256: "owl"})
     assert sorted(path.name for path in (tmp_path / "feedback").iterdir()) == ["birds", "lock"]
 
 
@@ -126,7 +126,7 @@ def test_processes_at_once_and_one_that_is_killed_lose_no_word(tmp_path: Path) -
     counts = store.page("pets").counts
     assert {label: counts[label] for label in ("cat", "dog")} == {"cat": 60, "dog": 60}
     assert acknowledged <= counts["owl"] <= acknowledged + 1
-    assert sorted(word.seq for word in store.page("pets", limit=1000).words) == list(range(1, sum(counts.values()) + 1))
+    assert sorted(e.seq for e in store.page("pets", limit=1000).entries) == list(range(1, sum(counts.values()) + 1))
     for example, path in store.examples("pets"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name == example.sha256
     assert len(list((root / "pets" / "pictures").iterdir())) == sum(counts.values())
@@ -162,7 +162,7 @@ def test_a_start_sweeps_what_the_dead_left(store: FeedbackStore, tmp_path: Path)
     (root / "pets" / "pictures" / ("0" * 64)).write_bytes(b"nobody said a word")
     (root / ".gone-1" / "pictures").mkdir(parents=True)
     opened(root)
-    assert [path.name for path in (root / "pets" / "pictures").iterdir()] == [one.word.sha256]
+    assert [path.name for path in (root / "pets" / "pictures").iterdir()] == [one.entry.sha256]
     assert not (root / ".gone-1").exists()
 
 
@@ -185,11 +185,11 @@ def test_a_full_disk_says_no_half_word(store: FeedbackStore, tmp_path: Path, mon
 
 
 def test_a_file_of_words_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "MIN_LINES", 10)
-    file, other = WordFile(tmp_path / "words"), WordFile(tmp_path / "words")
+    monkeypatch.setattr(feedback_log, "MIN_LINES", 10)
+    file, other = FeedbackLogFile(tmp_path / "words"), FeedbackLogFile(tmp_path / "words")
     for number in range(50):
-        file.append(Word(number + 1, "ab"[number % 2] * 64, f"label {number}"))
-        assert other.read() == file.read() == WordFile(tmp_path / "words").read()
+        file.append(FeedbackEntry(number + 1, "ab"[number % 2] * 64, f"label {number}"))
+        assert other.read() == file.read() == FeedbackLogFile(tmp_path / "words").read()
     assert {word.label for word in file.read().last.values()} == {"label 48", "label 49"}
     assert (tmp_path / "words").read_bytes().count(b"\n") <= 12
     assert file.read().next_seq == 51

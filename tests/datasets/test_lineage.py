@@ -9,7 +9,7 @@ import pytest
 
 from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.lineage import joined
+from server.datasets.lineage import merge_examples
 from server.errors import BadRequest, NotFound
 from tests.datasets.test_dataset_store import EMPTY, LIMITS, blobs, pets, picture, tree, write_zip
 
@@ -75,13 +75,13 @@ def test_the_last_label_counts_and_the_first_split() -> None:
 
     parent = [example("train", "cat", "a"), example("test", "cat", "b")]
     added = [example("train", "dog", "b"), example("train", "dog", "c"), example("train", "dog", "c")]
-    assert [(one.split, one.label, one.sha256) for one in joined(parent, added, 3)] == [
+    assert [(one.split, one.label, one.sha256) for one in merge_examples(parent, added, 3)] == [
         ("train", "cat", "a"),
         ("test", "dog", "b"),
         ("train", "dog", "c"),
     ]
     with pytest.raises(BadRequest, match="has 3 pictures; at most 2"):
-        joined(parent, added, 2)
+        merge_examples(parent, added, 2)
 
 
 def test_an_unknown_parent_and_one_that_goes_meanwhile(
@@ -106,7 +106,7 @@ def test_files_of_their_own_join_a_dataset_and_stay_their_owners(
     more = [said("dog", pets()["cat/0.png"]), said("dog", picture(500)), said("owl", picture(501))]
     gone = said("dog", picture(502))
     gone[1].unlink()
-    child = store.extended(parent.id, [*more, gone], name="better")
+    child = store.extend(parent.id, [*more, gone], name="better")
     assert child.splits == {"train": {"cat": 2, "dog": 5}}
     assert (child.parent, child.name) == (parent.id, "better")
     assert [one.name.partition("/")[0] for one in child.skipped] == ["owl"]

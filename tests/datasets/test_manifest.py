@@ -124,9 +124,9 @@ def test_a_name_without_its_folder_is_found_where_it_is_the_only_one(ingest: Ing
     twin = {"other/5.png": picture(99)}
     skipped = {one.name: one.reason for one in ingest({**PICTURES, **twin, "labels.csv": table.encode()}).skipped}
     assert skipped == {
-        "5.png": "labels.csv names it, and the archive has no such picture",
-        "images/5.png": "labels.csv does not name it",
-        "other/5.png": "labels.csv does not name it",
+        "5.png": "labels.csv lists it, but the archive has no such picture",
+        "images/5.png": "not listed in labels.csv",
+        "other/5.png": "not listed in labels.csv",
     }
 
 
@@ -170,13 +170,13 @@ def test_rows_without_pictures_and_pictures_without_rows(ingest: Ingest) -> None
     skipped = {one.name: one.reason for one in dataset.skipped}
     broken = skipped.pop("images/broken.png")
     assert "expected an image" in broken
-    lost = "labels.csv names it, and the archive has no such picture"
+    lost = "labels.csv lists it, but the archive has no such picture"
     assert skipped == {
         "images/gone.png": lost,
         "../../etc/passwd": lost,
         "/etc/passwd": lost,
-        "images/6.png": "labels.csv gives it no label",
-        "images/7.png": "labels.csv does not name it",
+        "images/6.png": "labels.csv has no label for it",
+        "images/7.png": "not listed in labels.csv",
     }
     assert dataset.images == 6
 
@@ -195,7 +195,7 @@ BAD_TABLES = {
     "empty": ("labels.csv", "", "found: none"),
     "heading only": ("labels.csv", "file,label\n", "has no rows"),
     "a split nobody knows": ("labels.csv", "file,label,split\nimages/0.png,cat,fold 3\n", "line 2: expected a split"),
-    "two labels": ("labels.csv", TABLE + "images/0.png,dog\n", "line 2 of labels.csv and line 8 of labels.csv say"),
+    "two labels": ("labels.csv", TABLE + "images/0.png,dog\n", "line 2 of labels.csv and line 8 of labels.csv label"),
     "an open quote": ("labels.csv", TABLE + '"images', "no valid CSV"),
     "a field of a megabyte": ("labels.csv", TABLE + "x" * 2**20 + ",cat\n", "no valid CSV"),
     "a label of a novel": ("labels.csv", "file,label\nimages/0.png," + "x" * 300, "at most 200 are allowed"),

@@ -157,7 +157,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a column of negative size": (lambda: crafted([GOOD_PAGE], 4, meta={7: Long(-1)}), "impossible numbers"),
     "a column in another file": (lambda: crafted([GOOD_PAGE], 4, chunk={1: b"/etc/passwd"}), "impossible numbers"),
     "statistics that end the library's process": (
-        lambda: crafted([GOOD_PAGE], 4, meta={16: {2: [Long(1)] * 5, 3: [Long(1)] * 5}}), "it broke its reader",
+        lambda: crafted([GOOD_PAGE], 4, meta={16: {2: [Long(1)] * 5, 3: [Long(1)] * 5}}), "its reader crashed",
     ),
     "a schema of fifty thousand floors": (lambda: crafted([GOOD_PAGE], 4, schema=DEEP), "damaged"),
     "a footer of gigabytes": (lambda: parquet(TABLE)[:-8] + b"\xff\xff\xff\xffPAR1", "a footer of 4,294,967,295"),

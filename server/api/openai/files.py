@@ -76,7 +76,7 @@ async def get_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
 
 @router.delete("/files/{dataset_id}")
 async def delete_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
-    full = await asyncio.to_thread(services.datasets.whole_id, dataset_id)
+    full = await asyncio.to_thread(services.datasets.full_id, dataset_id)
     await asyncio.to_thread(services.datasets.delete, full)
     return {"id": full, "object": "file", "deleted": True}
 

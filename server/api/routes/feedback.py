@@ -15,8 +15,8 @@ from server.api import params, views
 from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
 from server.datasets.feedback_store import Added
+from server.datasets.formats.feedback_log import FeedbackEntry
 from server.datasets.formats.layout import label_of
-from server.datasets.formats.words import Word
 from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 from . import datasets, predict
@@ -45,9 +45,9 @@ async def give(
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
     added = await asyncio.to_thread(_give, services, task, images, label, new_label)
-    if all(one.previous == one.word.label for one in added):
+    if all(one.previous == one.entry.label for one in added):
         response.status_code = 200
-    return wire.Feedback(task=task, items=[_told(one.word, one.previous) for one in added])
+    return wire.Feedback(task=task, items=[_told(one.entry, one.previous) for one in added])
 
 
 @router.get("/tasks/{task}/feedback")
@@ -67,7 +67,7 @@ async def read(
         task=task,
         images=sum(page.counts.values()),
         labels=dict(page.counts),
-        items=[_told(word) for word in page.words],
+        items=[_told(entry) for entry in page.entries],
         next=None if page.next is None else str(page.next),
     )
 
@@ -118,7 +118,7 @@ def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dat
     if not more:
         raise Conflict(f"task {task!r} has no feedback yet", code="no_feedback")
     try:
-        return services.datasets.extended(origin, more, name=name)
+        return services.datasets.extend(origin, more, name=name)
     except NotFound as error:
         if parent is not None:
             raise
@@ -145,13 +145,13 @@ def _printable(label: str) -> str:
         raise Unprocessable(f"label: expected 1 to 200 printable characters, got {label[:40]!r}") from error
 
 
-def _told(word: Word, previous: str | None = None) -> wire.FeedbackItem:
+def _told(entry: FeedbackEntry, previous: str | None = None) -> wire.FeedbackItem:
     return wire.FeedbackItem(
-        sha256=word.sha256,
-        label=word.label,
+        sha256=entry.sha256,
+        label=entry.label,
         previous=previous,
-        bytes=word.bytes,
-        width=word.width,
-        height=word.height,
-        at=word.at,
+        bytes=entry.bytes,
+        width=entry.width,
+        height=entry.height,
+        at=entry.at,
     )

@@ -80,7 +80,7 @@ def _some(examples: Sequence[Example], label: str | None, per_label: int) -> Ite
 
 
 def _sha256(datasets: DatasetStore, dataset_id: str, number: int) -> str:
-    digests = _digests(datasets, datasets.whole_id(dataset_id))  # remembered or not, it must still be there
+    digests = _digests(datasets, datasets.full_id(dataset_id))  # remembered or not, it must still be there
     if number >= len(digests) // _DIGEST_BYTES:
         there = len(digests) // _DIGEST_BYTES
         detail = f"expected the number of a picture from 0 to {there - 1}, got {number}"

@@ -1,7 +1,7 @@
-"""Hostile-input reading of zip, tar, tar.gz and tar.zst: an iterator of members, and nothing is ever unpacked by name.
+"""Reads zip, tar, tar.gz and tar.zst as hostile input: an iterator of members; no file is ever written under its name.
 
-The kind is sniffed from the content. Whatever an archive claims about itself is checked before it is believed, and what
-it really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what was found.
+The kind is sniffed from the content. What an archive claims about itself is checked before it is used, and what it
+really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, Final, Literal
 
 from .member_names import Names
-from .metering import Limits, Member, refused
+from .metering import Limits, Member, bad_archive
 from .tar_members import BLOCK, tar_members
 from .zip_members import zip_members
 
@@ -21,18 +21,21 @@ Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
 
 _SKIPPABLE_FRAMES: Final = tuple(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))  # RFC 8878, 3.1.2
 _OTHER_ARCHIVES: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0")
-_DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")  # zips, but nobody means them as such
+_DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")  # zips too, but not archives of files
 
 
 def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
-    """The files of an archive in their order; folders and what operating systems strew about are passed over."""
+    """The files of an archive in their order, without folders and the hidden files of operating systems.
+
+    Raises `BadRequest` bad_archive.
+    """
     file.seek(0)
     kind = sniff(file.read(BLOCK))
     file.seek(0)
     if kind is None:
         start = file.read(4).hex(" ") or "nothing"
         expected = "a zip, tar, tar.gz or tar.zst archive, a parquet file or an npz"
-        raise refused(f"expected {expected}, got a file that begins with {start}")
+        raise bad_archive(f"expected {expected}, got a file that begins with {start}")
     names = Names(limits.max_members)
     if kind == "zip":
         yield from zip_members(file, limits, names)
@@ -41,7 +44,7 @@ def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
 
 
 def sniff(head: bytes) -> Kind | None:
-    """What the first 512 bytes say the content is."""
+    """The kind of archive that begins with these 512 bytes; None for anything else."""
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
     if head.startswith(b"\x1f\x8b"):
@@ -56,6 +59,6 @@ def sniff(head: bytes) -> Kind | None:
 
 
 def looks_like_archive(name: str, data: bytes) -> bool:
-    """Whether a member is an archive in its turn, of any kind that is common."""
+    """Whether a member is itself an archive, of any common kind."""
     head = data[:BLOCK]
     return (sniff(head) is not None or head.startswith(_OTHER_ARCHIVES)) and not name.lower().endswith(_DOCUMENTS)

@@ -1,7 +1,7 @@
-"""What is in an upload, whatever it is: the files of an archive, the rows of a table file, the slices of arrays.
+"""The members of an upload of any format: files of an archive, rows of a parquet file, slices of arrays.
 
 zip, tar, tar.gz, tar.zst ── members ──┬── *.parquet ── rows ──┐
-parquet ───────────────────────────────┴───────────────────────┼──► Member: a name, bytes, perhaps its place
+parquet ───────────────────────────────┴───────────────────────┼──► Member: a name, bytes, and its place if known
 npz ──────────────────────────────────────────────── slices ───┘    or Skipped, with the reason
 """
 
@@ -16,16 +16,16 @@ from typing import BinaryIO
 from server.datasets.example import Skipped
 
 from .archive import BLOCK, Limits, Member, members, sniff
-from .metering import MAX_READ_BYTES, Meter, refused
+from .metering import MAX_READ_BYTES, Meter, bad_archive
 from .npz_members import is_npz, npz_members
 from .parquet_members import parquet_members
 from .parquet_pages import MAGIC
 
 
 def contents(file: BinaryIO, limits: Limits, scratch: Path) -> Iterator[Member | Skipped]:
-    """`scratch` is a folder for what must be read out of order.
+    """The members of the upload. `scratch` is a folder for files that cannot be read in one pass.
 
-    Raises `BadRequest`: bad_archive for what is damaged or hostile, bad_dataset where no labelled pictures are.
+    Raises `BadRequest`: bad_archive for damaged or hostile input, bad_dataset where there are no labelled pictures.
     """
     head = file.read(BLOCK)
     rows = Meter("the upload", file.seek(0, os.SEEK_END), limits)
@@ -42,11 +42,11 @@ def contents(file: BinaryIO, limits: Limits, scratch: Path) -> Iterator[Member |
 
 
 def _rows(member: Member, limits: Limits, scratch: Path, total: Meter) -> Iterator[Member | Skipped]:
-    """A table file inside an archive: its end says what it holds, so it has to lie on the disk as a whole."""
+    """The rows of a parquet file inside an archive. Its index is at its end, so all of it is copied to disk first."""
     with tempfile.TemporaryFile(dir=scratch) as file:
         while piece := member.take(MAX_READ_BYTES):
             file.write(piece)
         file.seek(0)
         if file.read(len(MAGIC)) != MAGIC:
-            raise refused(f"the archive's member {member.name!r} is no parquet file, whatever its name says")
+            raise bad_archive(f"the archive's member {member.name!r} is no parquet file, although its name ends so")
         yield from parquet_members(file, member.path, limits, total)

@@ -1,4 +1,4 @@
-"""What a picture's file is, from its header: the format, and the colours it had before it became RGB.
+"""Format and colour mode of a picture's file, read from its header, before decoding makes it RGB.
 
 PNG 11.2.1 (IHDR) · ITU-T T.81 B.2.2 (SOF) · RFC 9649 2.5 to 2.7 (VP8, VP8L, VP8X) · BITMAPINFOHEADER
 """
@@ -21,10 +21,10 @@ _ALPHA_VP8L: Final = 1 << 28
 
 
 def kind(data: bytes) -> Kind:
-    """Format and mode of a picture that has been decoded before, so that its header is known to be there."""
-    what = sniff.sniff(data)
-    read = {"JPEG": _jpeg_mode, "PNG": _png_mode, "WEBP": _webp_mode, "BMP": _bmp_mode}[what]
-    return what.lower(), read(data)
+    """Format and mode of a picture that has been decoded, so its header is known to be complete."""
+    name = sniff.sniff(data)
+    mode_of = {"JPEG": _jpeg_mode, "PNG": _png_mode, "WEBP": _webp_mode, "BMP": _bmp_mode}[name]
+    return name.lower(), mode_of(data)
 
 
 def _png_mode(data: bytes) -> str:
@@ -41,7 +41,7 @@ def _jpeg_mode(data: bytes) -> str:
         if data[at + 1] in _FRAMES:
             return _JPEG_MODES[data[at + 9]]
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return ""  # not after decoding
+    return ""  # no frame header; cannot happen after decoding
 
 
 def _webp_mode(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Where a picture belongs, told from the folders of all of them:
+"""Split and label of each picture, from the folders of all pictures:
 
 [wrapper/] [train | val | test/] class/ … picture
 """
@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-from server.datasets.dataset import bad
+from server.datasets.dataset import bad_dataset
 from server.datasets.example import Place, Split
 
 Path = tuple[str, ...]
@@ -27,10 +27,10 @@ ALIASES: Final[dict[str, Split]] = {
 
 
 def places(paths: Sequence[Path]) -> list[Place]:
-    """The place of each path: split and label, or the reason why it has none."""
+    """The place of each path: its split and label, or why it has none. Raises `BadRequest` bad_dataset."""
     inner = _unwrapped(paths)
-    place = _place_in_split if any(_is_split(path) for path in inner) else _place_in_class
-    return [place(path) for path in inner]
+    place_of = _place_in_split if any(_is_split(path) for path in inner) else _place_in_class
+    return [place_of(path) for path in inner]
 
 
 def split_of(folder: str) -> Split | None:
@@ -38,18 +38,18 @@ def split_of(folder: str) -> Split | None:
 
 
 def label_of(folder: str) -> str:
-    """The folder's name as one printable line without spaces around it."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in unicodedata.normalize("NFC", folder))
-    label = " ".join(printable.split())
+    """The folder's name as a label: one printable line. Raises `BadRequest` bad_dataset."""
+    clean = "".join(letter if letter.isprintable() else " " for letter in unicodedata.normalize("NFC", folder))
+    label = " ".join(clean.split())
     if not label:
-        raise bad("a class has a name without any letter")
+        raise bad_dataset("a class has a name without any letter")
     if len(label) > MAX_LABEL:
-        raise bad(f"class {label[:40]!r}… has {len(label)} characters; at most {MAX_LABEL} are allowed")
+        raise bad_dataset(f"class {label[:40]!r}… has {len(label)} characters; at most {MAX_LABEL} are allowed")
     return label
 
 
 def _unwrapped(paths: Sequence[Path]) -> list[Path]:
-    """Without the one folder that holds all the others, if there is one."""
+    """The paths without their common top folder, if they have one and it is no split."""
     nested = [path for path in paths if len(path) > 1]
     tops = {path[0] for path in nested}
     deep = [path[1:] for path in nested if len(path) > 2]
@@ -61,16 +61,16 @@ def _unwrapped(paths: Sequence[Path]) -> list[Path]:
 
 
 def _is_split(path: Path) -> bool:
-    """A folder called `valid` with pictures right in it is a class of that name."""
+    """Whether the path begins with a split folder. A `valid` folder with pictures directly in it is a class."""
     return len(path) > 2 and split_of(path[0]) is not None
 
 
 def _place_in_split(path: Path) -> Place:
     split = split_of(path[0])
     if len(path) == 1 or split is None:
-        return "outside of the split folders train, val and test"
-    return (split, label_of(path[1])) if len(path) > 2 else "outside of a class folder"
+        return "outside the split folders train, val and test"
+    return (split, label_of(path[1])) if len(path) > 2 else "not in a class folder"
 
 
 def _place_in_class(path: Path) -> Place:
-    return ("train", label_of(path[0])) if len(path) > 1 else "outside of a class folder"
+    return ("train", label_of(path[0])) if len(path) > 1 else "not in a class folder"

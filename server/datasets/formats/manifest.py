@@ -1,10 +1,10 @@
-"""A table inside an archive that says what its pictures are: CSV with a heading, or one JSON object a line.
+"""A table of labels inside an archive: CSV with a heading, or one JSON object a line.
 
     labels.csv       file,label,split        a.jpg,cat,train
     metadata.jsonl   {"file_name": "a.jpg", "label": "cat"}
 
 Names are relative to the table's folder: the archive's root, its one top folder, or a split folder (the layout of
-Hugging Face's imagefolder). A name is only ever compared with the names of pictures that are there; nothing is opened.
+Hugging Face's imagefolder). Names are only compared with those of the archive's pictures; no file is ever opened.
 Raises `BadRequest` bad_dataset that says what was expected and what was found.
 """
 
@@ -22,12 +22,12 @@ from server.datasets.example import Place, Skipped, Split
 from server.errors import BadRequest
 
 from .layout import ALIASES, Path, label_of, split_of
-from .member_names import parts_of, shown
+from .member_names import parts_of, printable
 
 NAMES: Final = frozenset(f"{stem}.{kind}" for stem in ("manifest", "labels", "metadata") for kind in ("csv", "jsonl"))
 FILE_COLUMNS: Final = ("file", "file_name", "filename", "path", "image")
 LABEL_COLUMNS: Final = ("label", "class")
-MAX_DEPTH: Final = 3  # top folder, split folder, table
+MAX_DEPTH: Final = 3  # parts of a table's path: top folder, split folder, file
 MAX_SHOWN: Final = 20  # columns in a message
 
 
@@ -50,18 +50,21 @@ class Table:
 
     @property
     def name(self) -> str:
-        return shown("/".join(self.path))
+        return printable("/".join(self.path))
 
 
 def is_table(path: Path) -> bool:
     return len(path) <= MAX_DEPTH and path[-1].casefold() in NAMES
 
 
-def tables_that_count(found: Collection[Path], pictures: Collection[Path]) -> list[Path]:
-    """Those in the root, in the one folder that holds all the pictures, or in a split folder of these."""
+def labelling_tables(tables: Collection[Path], pictures: Collection[Path]) -> list[Path]:
+    """The tables in the root, in the pictures' common top folder, or in a split folder of one of these.
+
+    Raises `BadRequest` bad_dataset where two tables apply to the same pictures.
+    """
     tops = {path[0] if len(path) > 1 else "" for path in pictures}
     base: Path = tuple(tops) if len(tops) == 1 and "" not in tops else ()
-    chosen = [path for path in found if path[:-1] in ((), base) or _in_split_folder(path, base)]
+    chosen = [path for path in tables if path[:-1] in ((), base) or _in_split_folder(path, base)]
     folders = [path[:-1] for path in chosen]
     nested = [(a, b) for a in folders for b in folders if a != b and b[: len(a)] == a]
     if len(set(folders)) < len(folders) or nested:
@@ -75,14 +78,14 @@ def _in_split_folder(path: Path, base: Path) -> bool:
 
 
 def _names(paths: Collection[Path]) -> str:
-    return ", ".join(shown("/".join(path)) for path in sorted(paths)[:MAX_SHOWN])
+    return ", ".join(printable("/".join(path)) for path in sorted(paths)[:MAX_SHOWN])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path, data: bytes, max_rows: int) -> Table:
-    name = shown("/".join(path))
+    name = printable("/".join(path))
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,7 +106,7 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
     cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [column.strip() for column in next(cells, [])]
-        file, label, split = (None if one is None else columns.index(one) for one in _columns(name, columns))
+        file, label, split = (None if c is None else columns.index(c) for c in _columns(name, columns))
         for row in cells:
             if any(row):
                 yield Row(cells.line_num, _cell(row, file), _cell(row, label), _cell(row, split))
@@ -120,47 +123,47 @@ def _json_rows(name: str, text: str) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
-        about = f"{name}, line {number}"
-        row = _json_object(about, line)
+        where = f"{name}, line {number}"
+        row = _json_object(where, line)
         columns = columns or _columns(name, list(row))
-        yield Row(number, *(_text(about, row, column) for column in columns))
+        yield Row(number, *(_text(where, row, column) for column in columns))
 
 
-def _json_object(about: str, line: str) -> Mapping[str, Any]:
+def _json_object(where: str, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _bad(f"{about}: expected a JSON object, got {shown(line.strip(), 60)!r}") from error
+        raise _bad(f"{where}: expected a JSON object, got {printable(line.strip(), 60)!r}") from error
     if not isinstance(row, dict):
-        raise _bad(f"{about}: expected a JSON object, got {shown(line.strip(), 60)!r}")
+        raise _bad(f"{where}: expected a JSON object, got {printable(line.strip(), 60)!r}")
     return row
 
 
-def _text(about: str, row: Mapping[str, Any], column: str | None) -> str:
+def _text(where: str, row: Mapping[str, Any], column: str | None) -> str:
     value = None if column is None else row.get(column)
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _bad(f"{about}: expected a text or a whole number as {column!r}, got {shown(json.dumps(value), 60)}")
+        raise _bad(f"{where}: expected a string or an integer as {column!r}, got {printable(json.dumps(value), 60)}")
     return str(value).strip()
 
 
-def _columns(name: str, found: Sequence[str]) -> tuple[str, str, str | None]:
-    """The columns of file, label and, if there is one, split."""
-    file = _one_of(name, FILE_COLUMNS, found)
-    label = _one_of(name, LABEL_COLUMNS, found)
-    split = [column for column in found if column.casefold() == "split"]
+def _columns(name: str, header: Sequence[str]) -> tuple[str, str, str | None]:
+    """The names of the columns of file, label and, if there is one, split."""
+    file = _single_column(name, FILE_COLUMNS, header)
+    label = _single_column(name, LABEL_COLUMNS, header)
+    split = [column for column in header if column.casefold() == "split"]
     if len(split) > 1:
         raise _bad(f"{name}: expected at most one column called split, found {len(split)}")
     return file, label, split[0] if split else None
 
 
-def _one_of(name: str, expected: Sequence[str], found: Sequence[str]) -> str:
-    fitting = [column for column in found if column.casefold() in expected]
-    if len(fitting) == 1:
-        return fitting[0]
-    there = ", ".join(repr(shown(column, 40)) for column in (fitting or found)[:MAX_SHOWN]) or "none"
-    raise _bad(f"{name}: expected exactly one column called {' or '.join(expected)}, found: {there}")
+def _single_column(name: str, expected: Sequence[str], header: Sequence[str]) -> str:
+    matching = [column for column in header if column.casefold() in expected]
+    if len(matching) == 1:
+        return matching[0]
+    names = ", ".join(repr(printable(column, 40)) for column in (matching or header)[:MAX_SHOWN]) or "none"
+    raise _bad(f"{name}: expected exactly one column called {' or '.join(expected)}, found: {names}")
 
 
 # --- placing ----------------------------------------------------------------------------------------------------------
@@ -169,19 +172,19 @@ def _one_of(name: str, expected: Sequence[str], found: Sequence[str]) -> str:
 def places(
     tables: Sequence[Table], pictures: Sequence[Path], unreadable: Collection[Path]
 ) -> tuple[list[Place], list[Skipped]]:
-    """The place of each picture, and the rows that name none. `unreadable` files have been told of already."""
+    """The place of each picture, and the rows that match none. `unreadable` files have been reported already."""
     index = _Index(pictures)
     placed: dict[Path, tuple[str, Row, Place]] = {}
-    lost: list[Skipped] = []
+    unmatched: list[Skipped] = []
     for table in tables:
         for row in table.rows:
             path = index.find(table.folder, row.file)
             if path is not None:
                 _note(placed, path, table, row)
-            elif not any(one in unreadable for one in _candidates(table.folder, row.file)):
-                lost.append(Skipped(row.file, f"{table.name} names it, and the archive has no such picture"))
-    named = " or ".join(table.name for table in tables[:3])
-    return [placed[path][2] if path in placed else f"{named} does not name it" for path in pictures], lost
+            elif not any(candidate in unreadable for candidate in _candidates(table.folder, row.file)):
+                unmatched.append(Skipped(row.file, f"{table.name} lists it, but the archive has no such picture"))
+    names = " or ".join(table.name for table in tables[:3])
+    return [placed[path][2] if path in placed else f"not listed in {names}" for path in pictures], unmatched
 
 
 def _note(placed: dict[Path, tuple[str, Row, Place]], path: Path, table: Table, row: Row) -> None:
@@ -189,31 +192,31 @@ def _note(placed: dict[Path, tuple[str, Row, Place]], path: Path, table: Table, 
     name, other, before = placed.setdefault(path, (table.name, row, place))
     if before != place:
         lines = f"line {other.line} of {name} and line {row.line} of {table.name}"
-        raise _bad(f"{lines} say different things of {shown(row.file)!r}; expected one label a picture")
+        raise _bad(f"{lines} label {printable(row.file)!r} differently; expected one label a picture")
 
 
 def _place(table: Table, row: Row, path: Path) -> Place:
     if not row.label:
-        return f"{table.name} gives it no label"
+        return f"{table.name} has no label for it"
     return _split(table, row, path), label_of(row.label)
 
 
 def _split(table: Table, row: Row, path: Path) -> Split:
-    """As the row says, or else as the table's folder, or the picture's, is called."""
+    """The row's split, else that of the table's folder or the picture's folder, else train."""
     if row.split:
-        said = split_of(row.split)
-        if said is None:
-            about = f"{table.name}, line {row.line}"
-            raise _bad(f"{about}: expected a split like {', '.join(ALIASES)}, got {shown(row.split, 40)!r}")
-        return said
-    own = split_of(table.folder[-1]) if table.folder else None
+        split = split_of(row.split)
+        if split is None:
+            where = f"{table.name}, line {row.line}"
+            raise _bad(f"{where}: expected a split like {', '.join(ALIASES)}, got {printable(row.split, 40)!r}")
+        return split
+    folder_split = split_of(table.folder[-1]) if table.folder else None
     inner = path[len(table.folder) :]
-    below = split_of(inner[0]) if len(inner) > 1 else None
-    return own or below or "train"
+    picture_split = split_of(inner[0]) if len(inner) > 1 else None
+    return folder_split or picture_split or "train"
 
 
 class _Index:
-    """The pictures by their paths, and by their last parts where these are unique."""
+    """The pictures by path, and by file name where that is unique."""
 
     def __init__(self, pictures: Sequence[Path]) -> None:
         self._paths = set(pictures)
@@ -223,15 +226,15 @@ class _Index:
 
     def find(self, folder: Path, file: str) -> Path | None:
         candidates = _candidates(folder, file)
-        found = next((path for path in candidates if path in self._paths), None)
-        if found or not candidates or len(candidates[-1]) > 1:
-            return found
-        same = [path for path in self._last[candidates[-1][0]] if path[: len(folder)] == folder]
-        return same[0] if len(same) == 1 else None
+        exact = next((path for path in candidates if path in self._paths), None)
+        if exact or not candidates or len(candidates[-1]) > 1:
+            return exact
+        matches = [path for path in self._last[candidates[-1][0]] if path[: len(folder)] == folder]
+        return matches[0] if len(matches) == 1 else None
 
 
 def _candidates(folder: Path, file: str) -> tuple[Path, ...]:
-    """Where a row may point: below its table's folder, or from the archive's root. Never out of the archive."""
+    """The paths that a row may mean: below its table's folder, or from the root. Never outside the archive."""
     try:
         parts = parts_of(file.replace("\\", "/"))
     except BadRequest:

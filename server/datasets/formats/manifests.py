@@ -1,9 +1,9 @@
-"""Where the manifests of data sets lie, and whose they are.
+"""The manifest files of datasets, and their owners.
 
-    <id>.json             stored by who may see everything
-    <id>@<owner>.json     stored by an owner, with the owner's own words: the same pictures may be several owners'
+    <id>.json             stored without an owner
+    <id>@<owner>.json     stored by an owner, under the owner's name for it: several owners may store the same pictures
 
-A view of an owner finds the manifests of all owners that begin with it, and nothing of the others'.
+The view of an owner contains the manifests of all owners that begin with it, and no others.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Final
 from server.datasets.dataset import Dataset
 from server.errors import NotFound, QueueFull, Unavailable
 
-from .member_names import shown
+from .member_names import printable
 
-QUOTA_S: Final = 3600.0  # when to try again: somebody has to delete something first
+QUOTA_S: Final = 3600.0  # Retry-After: datasets have to be deleted first
 
 _ID: Final = re.compile("[0-9a-f]{8,64}")
 
@@ -25,42 +25,42 @@ Paths = list[Path]
 
 
 class Manifests:
-    """Those in `folder` that `owner` may see. `quota` is the most bytes that their data sets may have in all."""
+    """The manifests in `folder` that `owner` may see. `quota`: the most bytes that their datasets may have in all."""
 
     def __init__(self, folder: Path, owner: str = "", quota: int | None = None) -> None:
         self.folder, self._owner, self._quota = folder, owner, quota
-        self._bytes: dict[str, int] = {}  # by file: they never change
+        self._bytes: dict[str, int] = {}  # by file name; manifests never change
 
-    def of(self, owner: str, quota: int | None) -> Manifests:
+    def scoped(self, owner: str, quota: int | None) -> Manifests:
         return Manifests(self.folder, owner, quota)
 
     def place(self, dataset_id: str) -> Path:
-        """Where this owner's manifest belongs."""
+        """The path of this owner's manifest of a dataset."""
         return self.folder / (f"{dataset_id}@{self._owner}.json" if self._owner else f"{dataset_id}.json")
 
-    def found(self, dataset_id: str) -> Paths:
-        """One data set's, the owner's own first, by its id or by its first digits, eight or more, when these are only
-        its own. Raises `NotFound`."""
-        paths = self._seen(f"{dataset_id}*") if _ID.fullmatch(dataset_id) else []
+    def find(self, dataset_id: str) -> Paths:
+        """The manifests of one dataset, the owner's first, by its id or by a unique prefix of it of eight digits or
+        more. Raises `NotFound`."""
+        paths = self._visible(f"{dataset_id}*") if _ID.fullmatch(dataset_id) else []
         ids = {id_of(path) for path in paths}
         if len(ids) > 1:
-            detail = f"{len(ids)} datasets begin with {dataset_id}: give more digits"
+            detail = f"{len(ids)} datasets begin with {dataset_id}; give more digits"
             raise NotFound(detail, code="dataset_not_found")
         if not paths:
             raise no_dataset(dataset_id)
         return paths
 
     def all(self) -> Paths:
-        return self._seen("*")
+        return self._visible("*")
 
     def require_room(self, count: int) -> None:
-        """Raises `QueueFull` quota_exceeded when so many bytes more would be too many."""
+        """Raise `QueueFull` quota_exceeded when `count` more bytes exceed the quota."""
         if self._quota is None or (used := sum(map(self._size, self.all()))) + count <= self._quota:
             return
-        detail = f"this key may store {self._quota} bytes of datasets; with {used} there, {count} more are too many"
+        detail = f"this key may store {self._quota} bytes of datasets; it has {used}, and this needs {count} more"
         raise QueueFull(detail, code="quota_exceeded", retry_after_s=QUOTA_S)
 
-    def _seen(self, pattern: str) -> Paths:
+    def _visible(self, pattern: str) -> Paths:
         paths = self.folder.glob(f"{pattern}.json")
         return sorted(path for path in paths if _owner_of(path).startswith(self._owner))
 
@@ -80,7 +80,7 @@ def _owner_of(path: Path) -> str:
 
 
 def read(path: Path) -> Dataset | None:
-    """None where there is none. Raises `Unavailable` for one that is damaged."""
+    """The dataset of a manifest; None where there is no such file. Raises `Unavailable` for a damaged one."""
     try:
         return Dataset.from_json(path.read_text())
     except FileNotFoundError:
@@ -91,4 +91,4 @@ def read(path: Path) -> Dataset | None:
 
 
 def no_dataset(dataset_id: str) -> NotFound:
-    return NotFound(f"there is no dataset {shown(dataset_id, 64)!r}", code="dataset_not_found")
+    return NotFound(f"there is no dataset {printable(dataset_id, 64)!r}", code="dataset_not_found")

@@ -1,4 +1,4 @@
-"""What an archive may be, and the counting of what it really unpacks to."""
+"""The limits of an archive, and meters of what it really unpacks to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.datasets.example import Place
 from server.errors import BadRequest
 
 MIB: Final = 2**20
-MAX_READ_BYTES: Final = MIB  # of one read, whatever was asked for
+MAX_READ_BYTES: Final = MIB  # of one read, whatever size is requested
 DAMAGE: Final = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -36,8 +36,8 @@ DAMAGE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an archive may be. `max_ratio` is unpacked over packed bytes, of a member and of all; the first
-    `ratio_free_bytes` of either are not judged, because a small flat picture may compress as well as a bomb."""
+    """The limits of an archive. `max_ratio` is unpacked over packed bytes, of a member and of all; the first
+    `ratio_free_bytes` of either are exempt, because a small flat picture may compress as well as a bomb."""
 
     max_members: int = 1_000_000
     max_unpacked_bytes: int = 40 * 1024 * MIB
@@ -46,12 +46,14 @@ class Limits:
 
 
 class Readable(Protocol):
+    """What can be read in pieces."""
+
     def read(self, size: int, /) -> bytes: ...
 
 
 class Member:
-    """One regular file: `path` in parts, the `size` it claims, and `read` for as long as the iterator stands on it.
-    `place` is its split and label, or why it has none, where the upload itself says so."""
+    """One regular file: `path` in parts and the `size` it claims. It can be read until the iterator moves on.
+    `place` is its split and label, or why it has none, where its own row says so."""
 
     __slots__ = ("_file", "path", "place", "size")
 
@@ -63,12 +65,12 @@ class Member:
         return "/".join(self.path)
 
     def read(self, limit: int) -> bytes:
-        """The content; one byte more than `limit` says that there is more."""
+        """The content, up to `limit` + 1 bytes: one byte beyond the limit means that there is more."""
         return self.take(limit + 1)
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes; fewer only at the end."""
-        with refusing():
+        with refuse_damage():
             chunks: list[bytes] = []
             left = size
             while left and (chunk := self._file.read(min(left, MAX_READ_BYTES))):
@@ -78,33 +80,33 @@ class Member:
 
 
 class Meter:
-    """Counts what is really unpacked, whatever the headers claim."""
+    """Counts the bytes that are really unpacked, whatever the headers claim. Raises `BadRequest` beyond the limits."""
 
-    def __init__(self, what: str, packed_bytes: int, limits: Limits) -> None:
-        self._what, self._limits = what, limits
+    def __init__(self, subject: str, packed_bytes: int, limits: Limits) -> None:
+        self._subject, self._limits = subject, limits
         self._ratio_bytes = max(limits.ratio_free_bytes, packed_bytes * limits.max_ratio)
         self.unpacked = 0
 
     def add(self, size: int) -> None:
         self.unpacked += size
         if self.unpacked > self._limits.max_unpacked_bytes:
-            raise too_much(self._limits)
+            raise too_many_bytes(self._limits)
         if self.unpacked > self._ratio_bytes:
-            raise refused(
-                f"{self._what} unpacks to more than {self._limits.max_ratio:g} times its size, as a bomb does"
+            raise bad_archive(
+                f"{self._subject} unpacks to more than {self._limits.max_ratio:g} times its size, as a bomb does"
             )
 
 
-def too_many(max_members: int) -> BadRequest:
-    return refused(f"the archive has more than the {max_members:,} members allowed")
+def too_many_members(max_members: int) -> BadRequest:
+    return bad_archive(f"the archive has more than the {max_members:,} members allowed")
 
 
-def too_much(limits: Limits) -> BadRequest:
-    return refused(f"the archive unpacks to more than the {limits.max_unpacked_bytes:,} bytes allowed")
+def too_many_bytes(limits: Limits) -> BadRequest:
+    return bad_archive(f"the archive unpacks to more than the {limits.max_unpacked_bytes:,} bytes allowed")
 
 
-class Metered:
-    """A reader whose every byte is counted by all its meters, and which never hands out a big piece at once."""
+class MeteredReader:
+    """A reader that counts every byte with all its meters, and reads at most MAX_READ_BYTES at once."""
 
     def __init__(self, file: Readable, *meters: Meter) -> None:
         self._file, self._meters = file, meters
@@ -116,18 +118,18 @@ class Metered:
         return data
 
 
-def refused(detail: str) -> BadRequest:
+def bad_archive(detail: str) -> BadRequest:
     return BadRequest(detail, code="bad_archive")
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """What the libraries raise on damaged input, as our refusal. A failing disk stays what it is."""
+def refuse_damage() -> Iterator[None]:
+    """Turn what the libraries raise on damaged input into `BadRequest` bad_archive. Disk errors pass through."""
     try:
         yield
     except DAMAGE as error:
-        raise refused(f"the archive is damaged or truncated ({type(error).__name__})") from error
+        raise bad_archive(f"the archive is damaged or truncated ({type(error).__name__})") from error
     except OSError as error:
         if not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:  # a seek to before the start
             raise
-        raise refused(f"the archive is damaged or truncated ({type(error).__name__})") from error
+        raise bad_archive(f"the archive is damaged or truncated ({type(error).__name__})") from error

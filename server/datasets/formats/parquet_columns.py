@@ -1,7 +1,7 @@
-"""Which columns of a parquet file hold pictures and labels: by Hugging Face's features, or else by types and names.
+"""The columns of a parquet file that hold pictures and labels, by Hugging Face's features, else by type and name.
 
 pictures   a struct of bytes and path, or plain binary
-labels     integers, with the names of Hugging Face's ClassLabel where there are such, or text
+labels     integers, with the names of Hugging Face's ClassLabel if there are any, or text
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from server.datasets.dataset import bad
+from server.datasets.dataset import bad_dataset
 from server.errors import BadRequest
 
-from .member_names import shown
+from .member_names import printable
 
 IMAGE_NAMES: Final = ("image", "img", "picture")
 LABEL_NAMES: Final = ("label", "labels", "class", "category", "target")
@@ -25,8 +25,8 @@ MAX_SHOWN: Final = 20  # columns in a message
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """`nested`: a picture's bytes lie in a struct, beside a path that is never followed. `names` are of the labels'
-    numbers; without them a label is called as it is written."""
+    """`nested`: a picture's bytes are in a struct, beside a path that is never followed. `names`: the label of each
+    number; without them a value is its own label."""
 
     image: str
     nested: bool
@@ -35,30 +35,30 @@ class Columns:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """What is to be read, as paths in the file's schema. A picture's path is not among them."""
+        """The columns to read, as paths in the file's schema: never a picture's path."""
         return (f"{self.image}.bytes" if self.nested else self.image), self.label
 
 
-def columns_of(about: str, schema: pa.Schema) -> Columns:
-    """Raises `BadRequest` bad_dataset that says what was expected and what the file has."""
+def columns_of(file: str, schema: pa.Schema) -> Columns:
+    """The columns of pictures and labels. Raises `BadRequest` bad_dataset that says what the file has instead."""
     features = _features(schema.metadata or {})
     images = [field.name for field in schema if _is_image(field.type)]
     labels = [field.name for field in schema if _is_label(field.type)]
-    image = _chosen([name for name in images if _kind(features, name) == "Image"] or images, IMAGE_NAMES)
+    image = _choose([name for name in images if _kind(features, name) == "Image"] or images, IMAGE_NAMES)
     classes = [name for name in labels if _kind(features, name) == "ClassLabel"]
-    label = _chosen(classes, LABEL_NAMES) if classes else _named(labels, LABEL_NAMES)
+    label = _choose(classes, LABEL_NAMES) if classes else _by_name(labels, LABEL_NAMES)
     if image is None or label is None:
-        raise _unknown(about, schema, "image" if image is None else "label")
+        raise _no_column(file, schema, "image" if image is None else "label")
     nested = pa.types.is_struct(schema.field(image).type)
-    names = _class_names(about, features[label]) if label in classes else ()
+    names = _class_names(file, features[label]) if label in classes else ()
     return Columns(image, nested, label, names if pa.types.is_integer(schema.field(label).type) else ())
 
 
 def _is_image(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
         return _is_binary(kind)
-    found = [kind.field(i) for i in range(kind.num_fields)]
-    return [_is_binary(field.type) for field in found if field.name == "bytes"] == [True]
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    return [_is_binary(field.type) for field in fields if field.name == "bytes"] == [True]
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -66,7 +66,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):  # what pandas calls a category
+    if pa.types.is_dictionary(kind):  # a pandas category
         return _is_text(kind.value_type)
     return bool(pa.types.is_integer(kind)) or _is_text(kind)
 
@@ -75,30 +75,30 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _chosen(found: Collection[str], preferred: Collection[str]) -> str | None:
-    """The only one, or the only one with a name that everybody gives it."""
-    return next(iter(found)) if len(found) == 1 else _named(found, preferred)
+def _choose(candidates: Collection[str], preferred: Collection[str]) -> str | None:
+    """The only candidate, else the only one with a customary name."""
+    return next(iter(candidates)) if len(candidates) == 1 else _by_name(candidates, preferred)
 
 
-def _named(found: Collection[str], names: Collection[str]) -> str | None:
-    """The first of the names in their order of frequency, if it is there once."""
-    return next((name for name in names if list(found).count(name) == 1), None)
+def _by_name(candidates: Collection[str], names: Collection[str]) -> str | None:
+    """The first of `names`, most customary first, that exactly one column has."""
+    return next((name for name in names if list(candidates).count(name) == 1), None)
 
 
-def _unknown(about: str, schema: pa.Schema, what: str) -> BadRequest:
+def _no_column(file: str, schema: pa.Schema, missing: str) -> BadRequest:
     expected = {
         "image": "one column of images (struct of bytes and path, or binary)",
         "label": "one column of labels (integers or text, a ClassLabel or called label)",
     }
-    there = [f"{shown(field.name, 40)}: {shown(str(field.type), 60)}" for field in list(schema)[:MAX_SHOWN]]
-    return bad(f"{about}: expected {expected[what]}, found {', '.join(there) or 'no columns'}")
+    columns = [f"{printable(field.name, 40)}: {printable(str(field.type), 60)}" for field in list(schema)[:MAX_SHOWN]]
+    return bad_dataset(f"{file}: expected {expected[missing]}, found {', '.join(columns) or 'no columns'}")
 
 
 # --- Hugging Face's features ------------------------------------------------------------------------------------------
 
 
 def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
-    """column → what Hugging Face's library says of it; empty where it says nothing that can be read."""
+    """column → its description by Hugging Face's library; empty where there is none that can be read."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -111,8 +111,9 @@ def _kind(features: Mapping[str, Any], name: str) -> object:
     return feature.get("_type") if isinstance(feature, dict) else None
 
 
-def _class_names(about: str, feature: Mapping[str, Any]) -> tuple[str, ...]:
+def _class_names(file: str, feature: Mapping[str, Any]) -> tuple[str, ...]:
     names = feature.get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise bad(f"{about}: expected a ClassLabel with a list of names, got {shown(json.dumps(names), 60)}")
+        got = printable(json.dumps(names), 60)
+        raise bad_dataset(f"{file}: expected a ClassLabel with a list of names, got {got}")
     return tuple(names)

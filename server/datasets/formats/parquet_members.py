@@ -1,4 +1,4 @@
-"""The pictures of a parquet file: a row is a file of its own, with its place.
+"""The pictures of a parquet file: each row is a member with its place.
 
 the file ──stdin──► parquet_reader, a process with limits ──stdout──► frames
 """
@@ -18,8 +18,8 @@ from server.datasets.example import Place, Skipped, Split
 from server.errors import BadRequest
 
 from .layout import split_of
-from .member_names import shown
-from .metering import Limits, Member, Meter, refused
+from .member_names import printable
+from .metering import Limits, Member, Meter, bad_archive
 from .parquet_frames import Frame, read_frame
 
 _WORDS: Final = re.compile("[A-Za-z]+")
@@ -28,23 +28,24 @@ Path = tuple[str, ...]
 
 
 def parquet_members(file: BinaryIO, path: Path, limits: Limits, total: Meter) -> Iterator[Member | Skipped]:
-    """`path` is the file's own; it names the rows and may name their split. `total` counts what they unpack to.
+    """The rows of a parquet file. `path` is the file's: it names the rows and may name their split. `total` counts the
+    bytes that they unpack to.
 
-    Raises `BadRequest`: bad_archive for what is damaged or hostile, bad_dataset for no set of labelled pictures.
+    Raises `BadRequest`: bad_archive for damaged or hostile input, bad_dataset where there are no labelled pictures.
     """
-    about = f"the parquet file {shown('/'.join(path))!r}"
+    name = f"the parquet file {printable('/'.join(path))!r}"
     split = split_of_file(path)
-    for number, (kind, told, data) in enumerate(_frames(file, about, limits)):
+    for number, (kind, message, data) in enumerate(_frames(file, name, limits)):
         inner = (*path, str(number))
         if kind == b"n":
-            yield Skipped("/".join(inner), "its row has no bytes; a path alone is never followed")
+            yield Skipped("/".join(inner), "its row has no picture bytes; paths are never followed")
         else:
             total.add(len(data))
-            yield Member(inner, len(data), io.BytesIO(data), _place(split, told))
+            yield Member(inner, len(data), io.BytesIO(data), _place(split, message))
 
 
 def split_of_file(path: Path) -> Split:
-    """By the name, as in train-00000-of-00002.parquet, or by a folder: data/test/0000.parquet."""
+    """The split that the file's name or a folder names: train-00000-of-00002.parquet, data/test/0000.parquet."""
     for part in reversed(path):
         for word in _WORDS.findall(part.removesuffix(".parquet")):
             split = split_of(word)
@@ -53,37 +54,37 @@ def split_of_file(path: Path) -> Split:
     return "train"
 
 
-def _place(split: Split, told: dict[str, Any]) -> Place:
-    return (split, str(told["label"])) if "label" in told else str(told["reason"])
+def _place(split: Split, message: dict[str, Any]) -> Place:
+    return (split, str(message["label"])) if "label" in message else str(message["reason"])
 
 
-def _frames(file: BinaryIO, about: str, limits: Limits) -> Iterator[Frame]:
-    with _reader(file, about, limits) as reader:
+def _frames(file: BinaryIO, name: str, limits: Limits) -> Iterator[Frame]:
+    with _reader(file, name, limits) as reader:
         assert reader.stdout is not None
         while (frame := read_frame(reader.stdout)) is not None:
-            kind, told, _ = frame
+            kind, message, _ = frame
             if kind == b"e":
-                _raise(told)
+                _raise(message)
                 return
             yield frame
-        reader.kill()  # where it still lives, it has said what no reader would
+        reader.kill()  # if it is still alive, it has broken the format of the frames
         code = reader.wait()
-    raise refused(f"{about} is damaged or hostile: it broke its reader ({code})")
+    raise bad_archive(f"{name} is damaged or hostile: its reader crashed or was stopped (exit status {code})")
 
 
-def _raise(told: dict[str, Any]) -> None:
-    if "errno" in told:
-        raise OSError(told["errno"], os.strerror(told["errno"]))
-    if told:
-        raise BadRequest(told["detail"], code=told["code"])
+def _raise(message: dict[str, Any]) -> None:
+    if "errno" in message:
+        raise OSError(message["errno"], os.strerror(message["errno"]))
+    if message:
+        raise BadRequest(message["detail"], code=message["code"])
 
 
 @contextmanager
-def _reader(file: BinaryIO, about: str, limits: Limits) -> Iterator[subprocess.Popen[bytes]]:
+def _reader(file: BinaryIO, name: str, limits: Limits) -> Iterator[subprocess.Popen[bytes]]:
     file.flush()
     file.seek(0)
     numbers = map(str, (limits.max_members, limits.max_ratio, limits.ratio_free_bytes))
-    command = [sys.executable, "-m", "server.datasets.formats.parquet_reader", about, *numbers]
+    command = [sys.executable, "-m", "server.datasets.formats.parquet_reader", name, *numbers]
     with subprocess.Popen(
         command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment()
     ) as reader:
@@ -94,7 +95,8 @@ def _reader(file: BinaryIO, about: str, limits: Limits) -> Iterator[subprocess.P
 
 
 def _environment() -> dict[str, str]:
-    """Ours without our secrets, with allocators that keep within a limit of address space."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LENSRACK_")}
-    found = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    return {**kept, **found, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    """The environment without our settings, which hold secrets, and with allocators that need little address space."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LENSRACK_")}
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    allocators = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    return {**inherited, "PYTHONPATH": path, **allocators}

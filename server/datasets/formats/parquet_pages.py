@@ -1,8 +1,8 @@
-"""The pages of a parquet file, counted before a library unpacks one of them.
+"""Checks the pages of a parquet file before a library unpacks any of them.
 
-A page's header says how much it unpacks to, and the library allocates what it says. So every header of the columns that
-will be read is read here first, and must keep to the limits. Sources: parquet-format (PageHeader in parquet.thrift),
-Thrift compact protocol.
+A page's header says how much it unpacks to, and the library allocates that much. So every page header of the columns
+that will be read is parsed here first, and must keep to the limits. Sources: parquet-format (PageHeader in
+parquet.thrift), Thrift compact protocol.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-from .metering import Limits, refused
+from .metering import Limits, bad_archive
 
 MAGIC: Final = b"PAR1"
-MAX_PAGE_BYTES: Final = 256 * 2**20  # unpacked; a page of a hundred photographs has a few
+MAX_PAGE_BYTES: Final = 256 * 2**20  # unpacked; a page of a hundred photographs has a few MiB
 MAX_HEADER_BYTES: Final = 2**20
 MAX_DEPTH: Final = 8  # of structures in a page's header
 SMALLEST_VALUE: Final = 4  # bytes in a dictionary: an int32, or the length of a text
@@ -28,7 +28,7 @@ Fields = dict[int, "int | Fields"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A column's part of a row group: where its pages lie, and how many values these hold."""
+    """A column's part of a row group: where its pages are (bytes), and how many values they hold."""
 
     name: str
     start: int
@@ -37,19 +37,19 @@ class Chunk:
 
 
 def largest_page(file: BinaryIO, chunk: Chunk, limits: Limits) -> int:
-    """Bytes that the largest page of a chunk unpacks to. Raises `BadRequest` bad_archive for a bomb or damage."""
+    """The unpacked size in bytes of a chunk's largest page. Raises `BadRequest` bad_archive for a bomb or damage."""
     at, end, unpacked, values, largest = chunk.start, chunk.start + chunk.length, 0, 0, 0
     allowed = max(limits.ratio_free_bytes, chunk.length * limits.max_ratio)
     while at < end:
         header, size = _page_header(file, at, end, chunk)
         page, packed = _number(header, _UNPACKED, chunk), _number(header, _PACKED, chunk)
         if page > MAX_PAGE_BYTES:
-            told = f"column {chunk.name!r} has a page of {page:,} bytes; at most {MAX_PAGE_BYTES:,} are allowed"
-            raise refused(f"the parquet file's {told} (write smaller row groups)")
+            problem = f"column {chunk.name!r} has a page of {page:,} bytes; at most {MAX_PAGE_BYTES:,} are allowed"
+            raise bad_archive(f"the parquet file's {problem} (write smaller row groups)")
         unpacked += page
         if unpacked > allowed:
-            told = f"column {chunk.name!r} unpacks to more than {limits.max_ratio:g} times its size"
-            raise refused(f"the parquet file's {told}, as a bomb does")
+            problem = f"column {chunk.name!r} unpacks to more than {limits.max_ratio:g} times its size"
+            raise bad_archive(f"the parquet file's {problem}, as a bomb does")
         values += _values(header, page, chunk)
         largest = max(largest, page)
         at += size + packed
@@ -59,12 +59,12 @@ def largest_page(file: BinaryIO, chunk: Chunk, limits: Limits) -> int:
 
 
 def _values(header: Fields, page: int, chunk: Chunk) -> int:
-    """How many values of the column a page holds. Those of a dictionary are only referred to, but space is made."""
+    """The number of column values in a page. A dictionary's entries do not count, but must fit into the page."""
     dictionary = header.get(_DICTIONARY)
     if isinstance(dictionary, dict) and _number(dictionary, 1, chunk) * SMALLEST_VALUE > page:
         raise _damaged(chunk, "a dictionary claims more values than it has bytes for")
     data = [header[field] for field in (_DATA, _DATA_V2) if field in header]
-    return sum(_number(each, 1, chunk) for each in data if isinstance(each, dict))
+    return sum(_number(part, 1, chunk) for part in data if isinstance(part, dict))
 
 
 def _number(fields: Fields, field: int, chunk: Chunk) -> int:
@@ -83,7 +83,7 @@ def _page_header(file: BinaryIO, at: int, end: int, chunk: Chunk) -> tuple[Field
         try:
             reader = _Compact(data)
             return reader.struct(), reader.at
-        except IndexError:  # it is longer than the window
+        except IndexError:  # the header is longer than the window
             if len(data) < window or window >= MAX_HEADER_BYTES:
                 raise _damaged(chunk, "a page's header has no end") from None
             window *= 8
@@ -92,13 +92,13 @@ def _page_header(file: BinaryIO, at: int, end: int, chunk: Chunk) -> tuple[Field
 
 
 def _damaged(chunk: Chunk, why: str) -> Exception:
-    return refused(f"the parquet file's column {chunk.name!r} is damaged or truncated: {why}")
+    return bad_archive(f"the parquet file's column {chunk.name!r} is damaged or truncated: {why}")
 
 
 class _Compact:
-    """Thrift's compact protocol: the 32-bit numbers of nested structures, and past everything else.
+    """Parser of Thrift's compact protocol: returns the 32-bit numbers of nested structures and skips everything else.
 
-    Raises IndexError at the data's end, ValueError for what no page's header holds.
+    Raises IndexError at the end of the data, ValueError for what no page header contains.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -123,10 +123,10 @@ class _Compact:
             return self._zigzag()
         if kind == _STRUCT:
             return self.struct(depth + 1)
-        self._pass_over(kind, depth)
+        self._skip_value(kind, depth)
         return None
 
-    def _pass_over(self, kind: int, depth: int) -> None:
+    def _skip_value(self, kind: int, depth: int) -> None:
         if kind in _FIXED:
             self._skip(_FIXED[kind])
         elif kind in (4, 6):
@@ -134,11 +134,11 @@ class _Compact:
         elif kind == 8:
             self._skip(self._varint())
         elif kind in (_LIST, _SET):
-            self._pass_over_list(depth)
+            self._skip_list(depth)
         else:
             raise ValueError(f"a page's header has a field of type {kind}")
 
-    def _pass_over_list(self, depth: int) -> None:
+    def _skip_list(self, depth: int) -> None:
         head = self._byte()
         count = head >> 4 if head >> 4 != 15 else self._varint()
         for _ in range(count):

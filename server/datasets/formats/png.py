@@ -1,7 +1,7 @@
-"""Pixels as a PNG file whose bytes depend on nothing but the pixels.
+"""Writes PNG files whose bytes depend on the pixels alone.
 
-A dataset is known by its files' digests, and compressors give other bytes in other versions. So nothing is compressed:
-the zlib stream holds stored blocks (RFC 1951, 3.2.4).
+A dataset is identified by its files' digests, and a compressor's output changes with its version. So nothing is
+compressed: the zlib stream contains stored blocks (RFC 1951, 3.2.4).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COLOUR_TYPES: Final = {1: 0, 3: 2}  # channels to grey, RGB
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """The file of uint8 [h, w, 1] (grey) or [h, w, 3] (RGB)."""
+    """A PNG file of uint8 [h, w, 1] (grey) or [h, w, 3] (RGB)."""
     height, width, channels = pixels.shape
     lines = np.zeros((height, 1 + width * channels), np.uint8)  # every line begins with its filter: 0, none
     lines[:, 1:] = pixels.reshape(height, width * channels)

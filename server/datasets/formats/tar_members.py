@@ -10,12 +10,22 @@ from typing import IO, BinaryIO, Final, Self, cast
 
 from backports import zstd
 
-from .member_names import Names, is_litter, parts_of, shown
-from .metering import MAX_READ_BYTES, Limits, Member, Meter, Metered, Readable, refused, refusing, too_much
+from .member_names import Names, is_litter, parts_of, printable
+from .metering import (
+    MAX_READ_BYTES,
+    Limits,
+    Member,
+    Meter,
+    MeteredReader,
+    Readable,
+    bad_archive,
+    refuse_damage,
+    too_many_bytes,
+)
 
 BLOCK: Final = 512
-MAX_HEADER_BYTES: Final = 64 * 1024  # of one extended header, which tarfile reads into memory as a whole
-MAX_WINDOW_LOG: Final = 27  # 128 MiB, what the zstd tool itself takes without being asked: a frame may want 2 GiB
+MAX_HEADER_BYTES: Final = 64 * 1024  # of one extended header; tarfile reads all of it into memory
+MAX_WINDOW_LOG: Final = 27  # 128 MiB, the zstd tool's default; a frame may demand 2 GiB
 PLAIN: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED: Final = (
     tarfile.XHDTYPE,
@@ -27,40 +37,41 @@ EXTENDED: Final = (
 
 
 class _TarHeader(tarfile.TarInfo):
-    """A header that is checked before tarfile acts on it: tarfile takes damage in the middle for the archive's end."""
+    """A header that is checked before tarfile acts on it; tarfile takes a damaged header for the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         if len(buf) < BLOCK:
-            raise refused("the tar archive is truncated: it has no end mark")
+            raise bad_archive("the tar archive is truncated: it has no end mark")
         try:
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if not any(buf):
                 raise  # the end mark
-            raise refused("the tar archive is damaged: it has a header with a wrong checksum") from error
+            raise bad_archive("the tar archive is damaged: it has a header with a wrong checksum") from error
         header.check()
         return header
 
     def check(self) -> None:
-        name = shown(self.name)
+        name = printable(self.name)
         if self.type in EXTENDED and self.size > MAX_HEADER_BYTES:
-            raise refused(f"a tar header of {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+            raise bad_archive(f"a tar header has {self.size:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
         if self.islnk() or self.issym():
-            raise refused(f"the archive's member {name!r} is a link; only files and folders are accepted")
+            raise bad_archive(f"the archive's member {name!r} is a link; only files and folders are accepted")
         if self.type not in PLAIN and self.type not in EXTENDED:
             kinds = "a device, a pipe or a sparse file"
-            raise refused(f"the archive's member {name!r} is {kinds}; only files and folders are accepted")
+            raise bad_archive(f"the archive's member {name!r} is {kinds}; only files and folders are accepted")
         if self.size < 0:
-            raise refused(f"the archive's member {name!r} claims {self.size} bytes")
+            raise bad_archive(f"the archive's member {name!r} claims {self.size} bytes")
 
 
 def tar_members(file: BinaryIO, limits: Limits, names: Names, kind: str) -> Iterator[Member]:
+    """The files of a tar archive in their order. Raises `BadRequest` bad_archive."""
     packed_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
-    stream = Metered(_unpacked(file, kind), Meter("the archive", packed_bytes, limits))
-    with refusing():
-        archive = tarfile.open(  # noqa: SIM115  # closed by the `with` outside of `refusing`
+    stream = MeteredReader(_unpacked(file, kind), Meter("the archive", packed_bytes, limits))
+    with refuse_damage():
+        archive = tarfile.open(  # noqa: SIM115  # closed by the `with` outside of `refuse_damage`
             fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_TarHeader, encoding="utf-8", errors="replace"
         )
     with archive:
@@ -68,9 +79,9 @@ def tar_members(file: BinaryIO, limits: Limits, names: Names, kind: str) -> Iter
             names.count()
             path = parts_of(info.name)
             if info.issparse():
-                raise refused(f"the archive's member {shown(info.name)!r} is a sparse file")
+                raise bad_archive(f"the archive's member {printable(info.name)!r} is a sparse file")
             if info.size > limits.max_unpacked_bytes:
-                raise too_much(limits)
+                raise too_many_bytes(limits)
             if info.isdir() or is_litter(path):
                 continue
             names.add(path)
@@ -89,18 +100,18 @@ def _unpacked(file: BinaryIO, kind: str) -> Readable:
 
 
 def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """`next` instead of iteration, which would keep every header it has met."""
+    """The headers, by `next` instead of iteration, which would keep all of them in memory."""
     while True:
-        with refusing():
+        with refuse_damage():
             info = archive.next()
         if info is None:
             return
         yield info
-        archive.members = []  # type: ignore[attr-defined]  # typeshed does not know the list of what was met
+        archive.members = []  # type: ignore[attr-defined]  # typeshed lacks this list
 
 
-def _drain(stream: Metered) -> None:
-    """To the end, where gzip and Zstandard keep their checksums."""
-    with refusing():
+def _drain(stream: MeteredReader) -> None:
+    """Read to the end, so that gzip and Zstandard verify their checksums."""
+    with refuse_damage():
         while stream.read(MAX_READ_BYTES):
             pass

@@ -1,4 +1,4 @@
-"""The members of a zip archive, by its directory."""
+"""The members of a zip archive, as its central directory lists them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, BinaryIO, Final, cast
 
-from .member_names import Names, is_litter, parts_of, shown
-from .metering import MIB, Limits, Member, Meter, Metered, refused, refusing, too_many, too_much
+from .member_names import Names, is_litter, parts_of, printable
+from .metering import (
+    MIB,
+    Limits,
+    Member,
+    Meter,
+    MeteredReader,
+    bad_archive,
+    refuse_damage,
+    too_many_bytes,
+    too_many_members,
+)
 
-DIRECTORY_BYTES: Final = 512  # of the directory per member allowed: an entry is 46 bytes and a name
+DIRECTORY_BYTES: Final = 512  # of the directory for each member: an entry is 46 bytes and a name
 CENTRAL_ENTRY: Final = b"PK\x01\x02"  # begins every entry of the directory
 LOCAL_HEADER_BYTES: Final = 30
 
 
 class _Directory:
-    """The archive as zipfile sees it, which reads the directory into memory at once: measured before, counted after."""
+    """A file for zipfile, which reads the whole directory into memory: size checked before, entries after."""
 
     def __init__(self, file: BinaryIO, max_members: int) -> None:
         self._file, self._max_members = file, max_members
@@ -28,17 +38,18 @@ class _Directory:
 
     def read(self, size: int = -1, /) -> bytes:
         if self.opening and size > self._allowed:
-            raise refused(f"the zip's directory claims {size:,} bytes; at most {self._allowed:,} are allowed")
-        data = self._file.read(size if size >= 0 else self._allowed)  # without a size it wants the last 64 KiB
+            raise bad_archive(f"the zip's directory claims {size:,} bytes; at most {self._allowed:,} are allowed")
+        data = self._file.read(size if size >= 0 else self._allowed)  # zipfile reads without a size for the last 64 KiB
         if self.opening and data.count(CENTRAL_ENTRY) > self._max_members:
-            raise too_many(self._max_members)
+            raise too_many_members(self._max_members)
         return data
 
 
 def zip_members(file: BinaryIO, limits: Limits, names: Names) -> Iterator[Member]:
+    """The files of a zip archive in the order of its directory. Raises `BadRequest` bad_archive."""
     packed_bytes = file.seek(0, os.SEEK_END)
     directory = _Directory(file, limits.max_members)
-    with refusing():
+    with refuse_damage():
         archive = zipfile.ZipFile(cast(IO[bytes], directory))
     directory.opening = False
     with archive:
@@ -50,14 +61,14 @@ def zip_members(file: BinaryIO, limits: Limits, names: Names) -> Iterator[Member
             if info.is_dir() or is_litter(path):
                 continue
             names.add(path)
-            meter = Meter(f"the archive's member {shown(info.filename)!r}", info.compress_size, limits)
+            meter = Meter(f"the archive's member {printable(info.filename)!r}", info.compress_size, limits)
             with _opened(archive, info) as content:
-                yield Member(path, info.file_size, Metered(content, meter, total))
+                yield Member(path, info.file_size, MeteredReader(content, meter, total))
 
 
 @contextmanager
 def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
-    with refusing():
+    with refuse_damage():
         content = archive.open(info)
     with content:
         yield content
@@ -65,24 +76,24 @@ def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[byte
 
 def _zip_path(info: zipfile.ZipInfo) -> tuple[str, ...]:
     path = parts_of(info.orig_filename)  # zipfile cuts `filename` at a NUL
-    name = shown(info.filename)
+    name = printable(info.filename)
     if info.flag_bits & 0x41:
-        raise refused(f"the archive's member {name!r} is encrypted")
+        raise bad_archive(f"the archive's member {name!r} is encrypted")
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise refused(f"the archive's member {name!r} is a link or a device; only files and folders are accepted")
+        raise bad_archive(f"the archive's member {name!r} is a link or a device; only files and folders are accepted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise refused(f"the archive's member {name!r} uses zip method {info.compress_type}; expected 0 or 8 (deflate)")
+        raise bad_archive(f"the archive's member {name!r} uses zip method {info.compress_type}; expected 0 or 8")
     return path
 
 
 def _check_directory(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Limits) -> None:
-    """Members that share their packed bytes make the densest bombs (D. Fifield, A better zip bomb, 2019)."""
+    """Refuse members that overlap, which make the densest bombs (D. Fifield, A better zip bomb, 2019)."""
     end = packed_bytes
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         if info.header_offset + LOCAL_HEADER_BYTES + info.compress_size > end:
-            raise refused(
-                f"the archive's member {shown(info.filename)!r} overlaps another, or the archive is truncated"
+            raise bad_archive(
+                f"the archive's member {printable(info.filename)!r} overlaps another, or the archive is truncated"
             )
         end = info.header_offset
     if sum(info.file_size for info in infos) > limits.max_unpacked_bytes:
-        raise too_much(limits)
+        raise too_many_bytes(limits)

@@ -1,7 +1,7 @@
-"""The pictures of one upload on their way into a dataset: verified, staged by content, and placed at the end.
+"""Builds a dataset of one upload: pictures are verified, staged under their digest, and labelled at the end.
 
-A picture says itself where it belongs (a row of a table file), or the archive's manifest does, or else its folders do.
-In a stream the manifest may come last, so nothing is placed before everything is there.
+A picture's split and label come from its own row (a table file), else from the archive's manifest, else from its
+folders. In a stream the manifest may come last, so no picture is labelled before the whole upload has been read.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from PIL import Image
 
 from server.errors import ServiceError
 
-from .dataset import Dataset, Example, Skipped, bad
+from .dataset import Dataset, Example, Skipped, bad_dataset
 from .disk import flush
 from .example import Place, Split
 from .formats import layout, manifest
 from .formats.archive import Member, looks_like_archive
 from .formats.image_kind import Kind, kind
-from .formats.member_names import shown
-from .formats.metering import refused
-from .lineage import joined
+from .formats.member_names import printable
+from .formats.metering import bad_archive
+from .lineage import merge_examples
 
-MAX_SKIPPED: Final = 1000  # of the files that were skipped, as many are listed by name
-MAX_TABLES: Final = 8  # files that may be a manifest: one for each split and its aliases
+MAX_SKIPPED: Final = 1000  # skipped files listed by name; the others are only counted
+MAX_TABLES: Final = 8  # files read as manifests: one for each split and its aliases
 
 Decode = Callable[..., Image.Image]  # (data, *, max_pixels); raises ServiceError
 
@@ -43,12 +43,12 @@ class _Picture:
     kind: Kind
 
     def example(self, place: tuple[Split, str]) -> Example:
-        name = shown("/".join(self.path), 1024)
+        name = printable("/".join(self.path), 1024)
         return Example(*place, name, self.sha256, self.bytes, *self.size, *self.kind)
 
 
-class Gathered:
-    """The pictures of one upload on their way into staging."""
+class DatasetBuilder:
+    """Collects the members of one upload in a staging folder; `build` makes the dataset of them."""
 
     def __init__(self, staging: Path, decode: Decode, max_pixels: int, max_file_bytes: int, max_images: int) -> None:
         self._staging, self._decode, self._max_pixels = staging, decode, max_pixels
@@ -73,22 +73,23 @@ class Gathered:
 
     def _add_picture(self, member: Member, data: bytes) -> None:
         if looks_like_archive(member.name, data):
-            raise refused(f"the archive's member {shown(member.name)!r} is an archive itself; expected pictures")
+            name = printable(member.name)
+            raise bad_archive(f"the archive's member {name!r} is an archive itself; expected pictures")
         if len(data) > self._max_file_bytes:
-            self._leave(member, f"larger than {self._max_file_bytes:,} bytes")
+            self._skip_unreadable(member, f"larger than {self._max_file_bytes:,} bytes")
             return
         try:
             size = self._decode(data, max_pixels=self._max_pixels).size
         except ServiceError as error:
-            self._leave(member, error.detail)
+            self._skip_unreadable(member, error.detail)
             return
         if len(self._pictures) == self._max_images:
-            raise bad(f"the archive has more than the {self._max_images:,} pictures allowed")
+            raise bad_dataset(f"the archive has more than the {self._max_images:,} pictures allowed")
         sha256 = self._stage(data)
         self._pictures.append(_Picture(member.path, member.place, sha256, len(data), size, kind(data)))
 
-    def dataset(self, *, name: str, parent: Dataset | None = None) -> Dataset:
-        """Every picture that it names is durable in staging."""
+    def build(self, *, name: str, parent: Dataset | None = None) -> Dataset:
+        """The dataset; its pictures are durable in staging. Raises `BadRequest` bad_dataset."""
         examples: list[Example] = []
         for picture, place in zip(self._pictures, self._places(), strict=True):
             if isinstance(place, str):
@@ -97,35 +98,35 @@ class Gathered:
                 examples.append(picture.example(place))
         if self._not_listed:
             self._skipped.append(Skipped("…", f"and {self._not_listed:,} more files"))
-        flush([self._staging / sha256 for sha256 in {one.sha256 for one in examples}])
+        flush([self._staging / sha256 for sha256 in {e.sha256 for e in examples}])
         if parent is not None:
-            examples = joined(parent.examples, examples, self._max_images)
-        origin = parent.id if parent else None
-        return Dataset.of(examples, self._skipped, name=name, created_at=time.time(), parent=origin)
+            examples = merge_examples(parent.examples, examples, self._max_images)
+        parent_id = parent.id if parent else None
+        return Dataset.of(examples, self._skipped, name=name, created_at=time.time(), parent=parent_id)
 
     # --- placing ------------------------------------------------------------------------------------------------------
 
     def _places(self) -> list[Place]:
-        """The place of each picture: its own, or what is told of all those that have none."""
-        told = iter(self._told([one.path for one in self._pictures if one.place is None]))
-        return [next(told) if one.place is None else one.place for one in self._pictures]
+        """The place of each picture: its row's, else what the manifest or the folders say."""
+        by_path = iter(self._places_by_path([picture.path for picture in self._pictures if picture.place is None]))
+        return [next(by_path) if picture.place is None else picture.place for picture in self._pictures]
 
-    def _told(self, paths: Sequence[tuple[str, ...]]) -> list[Place]:
-        counting = manifest.tables_that_count(self._tables, paths) if paths else []
-        for path in self._tables.keys() - set(counting):
-            self._skip("/".join(path), "a table that is not beside the pictures")
-        if not counting:
+    def _places_by_path(self, paths: Sequence[tuple[str, ...]]) -> list[Place]:
+        used = manifest.labelling_tables(self._tables, paths) if paths else []
+        for path in self._tables.keys() - set(used):
+            self._skip("/".join(path), "a table of labels that is not beside the pictures")
+        if not used:
             return layout.places(paths)
-        tables = [self._table(path) for path in counting]
-        places, lost = manifest.places(tables, paths, self._unreadable)
-        for each in lost:
-            self._skip(each.name, each.reason)
+        tables = [self._table(path) for path in used]
+        places, unmatched = manifest.places(tables, paths, self._unreadable)
+        for skipped in unmatched:
+            self._skip(skipped.name, skipped.reason)
         return places
 
     def _table(self, path: tuple[str, ...]) -> manifest.Table:
         data = self._tables[path]
         if len(data) > self._max_file_bytes:
-            raise bad(f"{shown('/'.join(path))} is larger than {self._max_file_bytes:,} bytes")
+            raise bad_dataset(f"{printable('/'.join(path))} is larger than {self._max_file_bytes:,} bytes")
         return manifest.read(path, data, max_rows=2 * self._max_images)
 
     # --- staging and skipping -----------------------------------------------------------------------------------------
@@ -137,12 +138,12 @@ class Gathered:
             path.write_bytes(data)
         return sha256
 
-    def _leave(self, member: Member, reason: str) -> None:
+    def _skip_unreadable(self, member: Member, reason: str) -> None:
         self._unreadable.add(member.path)
         self._skip(member.name, reason)
 
     def _skip(self, name: str, reason: str) -> None:
         if len(self._skipped) < MAX_SKIPPED:
-            self._skipped.append(Skipped(shown(name), reason))
+            self._skipped.append(Skipped(printable(name), reason))
         else:
             self._not_listed += 1

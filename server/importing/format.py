@@ -1,4 +1,4 @@
-"""What a foreign format is, and what is read out of a checkpoint of it."""
+"""The interface of a foreign format: how to recognise it, and what is read from a checkpoint of it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
-from .refusal import refused
+from .refusal import refusal
 
 Params = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Width:
-    """The running backbone, as far as a format needs to know it: D, layers, and its parameters' names and shapes."""
+    """What a format needs of the running backbone: D, the number of layers, and its parameters' shapes by name."""
 
     dim: int
     depth: int
@@ -28,8 +28,8 @@ class Width:
 class ReadParameters:
     """A task's parameters as a bundle of `method` holds them.
 
-    `preprocess`: what the scripts of this format do to a picture, unless the caller says otherwise. `backbone`: the
-    frozen backbone's own arrays as far as the checkpoint holds them, by timm's names; reading them may take its time.
+    `preprocess`: the preprocessing of this format's scripts, unless the caller overrides it. `backbone`: readers of the
+    frozen backbone's arrays in the checkpoint, by timm's names; reading them may be slow.
     """
 
     method: str
@@ -41,7 +41,7 @@ class ReadParameters:
 
 @dataclass(frozen=True)
 class Format:
-    """`recognises` looks at names only; `read` raises Unprocessable for what does not map."""
+    """`recognises` looks at names only; `read` raises Unprocessable for what cannot be converted."""
 
     name: str
     meaning: str
@@ -53,27 +53,30 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def head(checkpoint: Checkpoint, width: Width, *names: str) -> Params:
-    """`head.weight` [C, D] and `head.bias` [C] under the first of these names; a head without a bias has it at zero."""
-    name = next((own for own in names if f"{own}.weight" in checkpoint.arrays), None)
+    """`head.weight` [C, D] and `head.bias` [C] of the first of these names; a missing bias is zero.
+
+    Raises Unprocessable no_head or bad_checkpoint.
+    """
+    name = next((n for n in names if f"{n}.weight" in checkpoint.arrays), None)
     if name is None:
-        raise refused(
-            f"expected a classifier [C, {width.dim}] as {' or '.join(f'{own}.weight' for own in names)}, "
-            f"which may come in a file of its own; got {checkpoint.told}",
+        raise refusal(
+            f"expected a classifier [C, {width.dim}] as {' or '.join(f'{n}.weight' for n in names)}, "
+            f"which may come in a file of its own; got {checkpoint.summary}",
             code="no_head",
         )
     weight = checkpoint.floats(f"{name}.weight")
     if weight.ndim != 2 or weight.shape[1] != width.dim or not len(weight):
-        raise refused(f"{name}.weight: expected [C, {width.dim}], got {list(weight.shape)}")
+        raise refusal(f"{name}.weight: expected [C, {width.dim}], got {list(weight.shape)}")
     bias = checkpoint.floats(f"{name}.bias") if f"{name}.bias" in checkpoint.arrays else np.zeros(len(weight), "f4")
     if bias.shape != weight.shape[:1]:
-        raise refused(f"{name}.bias: expected [{len(weight)}], got {list(bias.shape)}")
+        raise refusal(f"{name}.bias: expected [{len(weight)}], got {list(bias.shape)}")
     return {"head.weight": weight, "head.bias": bias}
 
 
 def prompts(name: str, array: NDArray[np.float32], width: Width) -> tuple[str, tuple[int, ...], NDArray[np.float32]]:
     """Prompts [1, p, D] or [L, p, D] → method, prompt lengths, rows [Σp, D]."""
     if array.ndim != 3 or array.shape[2] != width.dim or array.shape[0] not in (1, width.depth) or not array.shape[1]:
-        raise refused(
+        raise refusal(
             f"{name}: expected [1, p, {width.dim}] or [{width.depth}, p, {width.dim}] as the running backbone has "
             f"{width.depth} layers of width {width.dim}, got {list(array.shape)}"
         )
@@ -84,7 +87,7 @@ def prompts(name: str, array: NDArray[np.float32], width: Width) -> tuple[str, t
 
 
 def frozen(checkpoint: Checkpoint, width: Width) -> dict[str, Callable[[], NDArray[np.float32]]]:
-    """The backbone's arrays where the checkpoint has them under timm's own names."""
+    """Readers of the backbone's arrays that the checkpoint has under timm's names."""
 
     def reader(name: str) -> Callable[[], NDArray[np.float32]]:
         return lambda: checkpoint.floats(name)

@@ -1,10 +1,10 @@
-"""From a stranger's checkpoint to a bundle of ours.
+"""Converts another tool's checkpoint into a bundle.
 
     files ──► arrays by name ──► format ──► method, parameters ──► the backbone's own check ──► bundle
 
-A checkpoint does not say which backbone it was fitted on. Where it holds the frozen weights they are compared with the
-running backbone's; otherwise that they are the same is the word of whoever imports it. The manifest tells which: its
-recipe says `imported_from`, the files' digest, and `backbone: verified` or `assumed`.
+A checkpoint does not name the backbone it was fitted on. Where it contains the frozen weights, they are compared with
+the running backbone's; otherwise the user has to know that they are the same. The manifest's recipe records
+`imported_from`, the files' digest, and `backbone: verified` or `assumed`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from server.errors import Conflict
 from . import cvpt, peft, spt, timm_head, vpt
 from .checkpoint import Checkpoint
 from .format import Format, ReadParameters, Width
-from .refusal import refused, shown
+from .refusal import quoted, refusal
 
 AUTO: Final = "auto"
-FORMATS: Final = {own.name: own for own in (vpt.FORMAT, spt.FORMAT, cvpt.FORMAT, peft.FORMAT, timm_head.FORMAT)}
+FORMATS: Final = {f.name: f for f in (vpt.FORMAT, spt.FORMAT, cvpt.FORMAT, peft.FORMAT, timm_head.FORMAT)}
 PREPROCESS_FIELDS: Final = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 File = tuple[str, BinaryIO]
@@ -36,8 +36,8 @@ Fingerprint = Callable[[Mapping[str, NDArray[np.float32]]], str]
 
 @dataclass(frozen=True)
 class RunningBackbone:
-    """The running backbone. `names`: its parameters' shapes; `fingerprint_of` tells the fingerprint that a backbone of
-    the same architecture with these weights would have."""
+    """The running backbone. `fingerprint_of` returns the fingerprint of a backbone of the same architecture with the
+    given weights."""
 
     arch: str
     fingerprint: str
@@ -48,8 +48,8 @@ class RunningBackbone:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a checkpoint does not say. Without `labels` classes are called 0, 1, …; `preprocess` holds any of mean, std,
-    interpolation, crop_pct, crop_mode, in the place of what the format's own scripts do."""
+    """What a checkpoint does not contain. Without `labels` the classes are called 0, 1, …; `preprocess` (any of mean,
+    std, interpolation, crop_pct, crop_mode) overrides the preprocessing of the format's scripts."""
 
     task: str
     format: str = AUTO
@@ -58,56 +58,59 @@ class ImportOptions:
 
 
 class Importer:
-    """`check` refuses a bundle that the running backbone cannot serve."""
+    """Makes bundles for the running backbone. `check` raises for a bundle that it cannot serve."""
 
     def __init__(self, backbone: RunningBackbone, check: Callable[[Bundle], None]) -> None:
         self._backbone, self._check = backbone, check
 
-    def bundle(self, files: Sequence[File], wanted: ImportOptions, store: Store) -> Bundle:
-        """A bundle of the checkpoint in `files`, not stored yet. What was imported before becomes the same version.
+    def bundle(self, files: Sequence[File], options: ImportOptions, store: Store) -> Bundle:
+        """A bundle of the checkpoint in `files`, not stored yet. Importing the same again makes the same version.
 
         Raises Unprocessable (bad_checkpoint, no_head, unknown_format), Conflict (wrong_backbone).
         """
         checkpoint = Checkpoint.read(files)
-        form = _format(checkpoint, wanted.format)
-        found = form.read(checkpoint, self._backbone.width)
+        format_ = _format(checkpoint, options.format)
+        task_params = format_.read(checkpoint, self._backbone.width)
         manifest = self._manifest(
-            found,
-            wanted,
+            task_params,
+            options,
             {
-                "imported_from": form.name,
+                "imported_from": format_.name,
                 "imported_sha256": checkpoint.sha256,
-                "backbone": self._compared(found),
+                "backbone": self._check_backbone(task_params),
             },
         )
         try:
-            bundle = Bundle.build(_as_before(manifest, store), found.params)
+            bundle = Bundle.build(_with_earlier_date(manifest, store), task_params.params)
         except BundleError as error:
-            raise refused(error.detail) from error
+            raise refusal(error.detail) from error
         self._check(bundle)
         return bundle
 
-    def _compared(self, found: ReadParameters) -> str:
-        """`verified` where the checkpoint holds the running backbone, `assumed` where it does not hold all of one."""
-        if set(found.backbone) != set(self._backbone.width.names):
+    def _check_backbone(self, task_params: ReadParameters) -> str:
+        """`verified` if the checkpoint contains the running backbone, `assumed` if it lacks parts of a backbone.
+
+        Raises Conflict wrong_backbone for another backbone.
+        """
+        if set(task_params.backbone) != set(self._backbone.width.names):
             return "assumed"
-        theirs = self._backbone.fingerprint_of({name: read() for name, read in found.backbone.items()})
+        theirs = self._backbone.fingerprint_of({name: read() for name, read in task_params.backbone.items()})
         if theirs != self._backbone.fingerprint:
             raise Conflict(
-                f"the checkpoint holds another backbone ({theirs}) than this server runs: {self._backbone.arch} "
-                f"({self._backbone.fingerprint}). A model whose backbone was trained too cannot share one with others",
+                f"the checkpoint contains another backbone ({theirs}) than this server runs: {self._backbone.arch} "
+                f"({self._backbone.fingerprint}). A model whose backbone was trained too cannot be imported",
                 code="wrong_backbone",
             )
         return "verified"
 
-    def _manifest(self, found: ReadParameters, wanted: ImportOptions, recipe: dict[str, Any]) -> Manifest:
+    def _manifest(self, task_params: ReadParameters, options: ImportOptions, recipe: dict[str, Any]) -> Manifest:
         return Manifest(
-            task=wanted.task,
-            method=found.method,
+            task=options.task,
+            method=task_params.method,
             backbone=Backbone(self._backbone.arch, self._backbone.fingerprint),
-            labels=_labels(wanted.labels, len(found.params["head.weight"])),
-            prompt_lengths=found.prompt_lengths,
-            preprocess=_preprocess(self._backbone.preprocess, found, wanted),
+            labels=_labels(options.labels, len(task_params.params["head.weight"])),
+            prompt_lengths=task_params.prompt_lengths,
+            preprocess=_preprocess(self._backbone.preprocess, task_params, options),
             metrics={},
             recipe=recipe,
             dataset=None,
@@ -119,37 +122,37 @@ class Importer:
 
 def _format(checkpoint: Checkpoint, name: str) -> Format:
     if name == AUTO:
-        found = next((own for own in FORMATS.values() if own.recognises(checkpoint)), None)
-        if found is None:
-            known = "; ".join(f"{own.name}: {own.meaning}" for own in FORMATS.values())
-            raise refused(f"expected one of these formats: {known}; got {checkpoint.told}")
-        return found
+        match = next((f for f in FORMATS.values() if f.recognises(checkpoint)), None)
+        if match is None:
+            known = "; ".join(f"{f.name}: {f.meaning}" for f in FORMATS.values())
+            raise refusal(f"expected one of these formats: {known}; got {checkpoint.summary}")
+        return match
     if name not in FORMATS:
-        raise refused(f"expected a format of {', '.join((AUTO, *FORMATS))}, got {shown(name)}", code="unknown_format")
+        raise refusal(f"expected a format of {', '.join((AUTO, *FORMATS))}, got {quoted(name)}", code="unknown_format")
     return FORMATS[name]
 
 
-def _labels(given: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if given is None:
+def _labels(labels: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if labels is None:
         return tuple(map(str, range(classes)))
-    if len(given) != classes:
-        raise refused(f"labels: expected {classes}, one for each class of the head, got {len(given)}")
-    return tuple(given)
+    if len(labels) != classes:
+        raise refusal(f"labels: expected {classes}, one for each class of the head, got {len(labels)}")
+    return tuple(labels)
 
 
-def _preprocess(own: Preprocess, found: ReadParameters, wanted: ImportOptions) -> Preprocess:
-    """The backbone's, then what the format's scripts do, then what is wanted."""
-    if unknown := sorted(set(wanted.preprocess) - set(PREPROCESS_FIELDS)):
-        raise refused(f"preprocess: expected {', '.join(PREPROCESS_FIELDS)}, got {shown(unknown[0])}")
-    return replace(own, **{**found.preprocess, **wanted.preprocess})
+def _preprocess(backbone: Preprocess, task_params: ReadParameters, options: ImportOptions) -> Preprocess:
+    """The backbone's preprocessing, overridden by the format's and then by the caller's."""
+    if unknown := sorted(set(options.preprocess) - set(PREPROCESS_FIELDS)):
+        raise refusal(f"preprocess: expected {', '.join(PREPROCESS_FIELDS)}, got {quoted(unknown[0])}")
+    return replace(backbone, **{**task_params.preprocess, **options.preprocess})
 
 
-def _as_before(manifest: Manifest, store: Store) -> Manifest:
-    """With the date of an earlier import of the same, if there is one: the same content makes the same version."""
+def _with_earlier_date(manifest: Manifest, store: Store) -> Manifest:
+    """The manifest with the date of an earlier import of the same content, so that it makes the same version."""
     try:
         infos = store.versions(manifest.task)
     except TaskNotFound:
         return manifest
-    wanted = asdict(Manifest.from_json(replace(manifest, created_at=0.0).to_json()))
-    dates = (info.manifest.created_at for info in infos if asdict(replace(info.manifest, created_at=0.0)) == wanted)
+    dateless = asdict(Manifest.from_json(replace(manifest, created_at=0.0).to_json()))
+    dates = (info.manifest.created_at for info in infos if asdict(replace(info.manifest, created_at=0.0)) == dateless)
     return replace(manifest, created_at=next(dates, manifest.created_at))

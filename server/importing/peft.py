@@ -5,8 +5,8 @@
 
     y += (alpha / r) · x · Aᵀ · Bᵀ     A: lora_A [r, D], B: lora_B [D, r], of queries, keys and values each by itself
 
-Ours has one `down` for all three, so each of theirs takes rows of its own and is zero in the others' part of `up`. What
-changes anything else (other layers, DoRA, biases) does not map, and is named. The head is what `modules_to_save` saved.
+A bundle has one `down` for all three, so each adapter takes rows of it and is zero in the others' part of `up`.
+Adapters of other layers, DoRA and biases do not map; the error names them. The head is that of `modules_to_save`.
 Transformers' ViTs have an epsilon of 1e-12 in their norms, timm's 1e-6: answers differ in the sixth digit.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
 from .format import Format, Params, ReadParameters, Width, head
-from .refusal import refused, shown
+from .refusal import quoted, refusal
 
 PREPROCESS = {
     "mean": (0.5,) * 3,
@@ -37,7 +37,7 @@ SITES: Final = (
     re.compile(r"blocks\.(?P<layer>\d+)\.attn\.(?P<part>qkv)"),
 )
 PARTS: Final = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
-# settings that change the product itself: what they are where nothing is changed
+# settings that change the product, and the values that leave it unchanged
 PLAIN: Final[Mapping[str, Any]] = {
     "use_dora": False,
     "fan_in_fan_out": False,
@@ -66,9 +66,9 @@ def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     layers: list[list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = [[] for _ in range(width.depth)]
     for layer, part, down, up in _pairs(checkpoint, width):
         scale = float(config["lora_alpha"]) / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
-        layers[layer].append((down, _placed(up.T * np.float32(scale), part, width.dim)))
-    lengths = tuple(sum(len(down) for down, _ in own) for own in layers)
-    rows = [pair for own in layers for pair in own]
+        layers[layer].append((down, _place(up.T * np.float32(scale), part, width.dim)))
+    lengths = tuple(sum(len(down) for down, _ in pairs) for pairs in layers)
+    rows = [pair for pairs in layers for pair in pairs]
     params: Params = {
         "lora.down": np.concatenate([down for down, _ in rows]),
         "lora.up": np.concatenate([up for _, up in rows]),
@@ -77,68 +77,68 @@ def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    found = [own for own in checkpoint.configs.values() if "peft_type" in own]
-    if len(found) != 1:
-        raise refused(f"expected one adapter_config.json beside the adapter's tensors, got {len(found)}")
-    config = found[0]
+    configs = [c for c in checkpoint.configs.values() if "peft_type" in c]
+    if len(configs) != 1:
+        raise refusal(f"expected one adapter_config.json beside the adapter's tensors, got {len(configs)}")
+    config = configs[0]
     if config["peft_type"] != "LORA":
-        raise refused(f"adapter_config.json: expected peft_type LORA, got {shown(config['peft_type'])}")
+        raise refusal(f"adapter_config.json: expected peft_type LORA, got {quoted(config['peft_type'])}")
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or not 0 < abs(alpha) < 1e6:
-        raise refused(f"adapter_config.json: expected a number as lora_alpha, got {shown(alpha)}")
+        raise refusal(f"adapter_config.json: expected a number as lora_alpha, got {quoted(alpha)}")
     if config.get("bias", "none") != "none":
-        raise refused(
-            f"adapter_config.json: bias: expected none, got {shown(config['bias'])}: trained biases do not map"
+        raise refusal(
+            f"adapter_config.json: bias: expected none, got {quoted(config['bias'])}: trained biases do not map"
         )
     for name, plain in PLAIN.items():
         if config.get(name) not in (plain, None, False):
-            raise refused(f"adapter_config.json: {name} does not map to a low-rank change of queries, keys and values")
+            raise refusal(f"adapter_config.json: {name} does not map to a low-rank change of queries, keys and values")
     return config
 
 
 def _pairs(checkpoint: Checkpoint, width: Width) -> Iterator[tuple[int, str, NDArray[np.float32], NDArray[np.float32]]]:
-    """Layer, part, A [r, D] and B [O, r] of each place, in order."""
+    """Layer, part, A [r, D] and B [O, r] of each adapted weight, in order."""
     sides = {name: match for name in checkpoint.arrays if (match := _LORA.fullmatch(name))}
-    _refuse_strangers(checkpoint, set(sides))
+    _refuse_others(checkpoint, set(sides))
     sites = sorted({match["site"] for match in sides.values()}, key=lambda site: (len(site), site))
     for site in sites:
-        match = next((found for pattern in SITES if (found := pattern.fullmatch(site))), None)
+        match = next((m for pattern in SITES if (m := pattern.fullmatch(site))), None)
         if match is None or int(match["layer"]) >= width.depth:
-            raise refused(
-                f"LoRA on {shown(site)} does not map: expected queries, keys and values of {width.depth} layers"
+            raise refusal(
+                f"LoRA on {quoted(site)} does not map: expected queries, keys and values of {width.depth} layers"
             )
-        named = {sides[name]["side"]: name for name in sides if sides[name]["site"] == site}
-        if set(named) != {"A", "B"}:
-            raise refused(f"{shown(site)}: expected lora_A and lora_B, got {' and '.join(sorted(named))} only")
-        down, up = checkpoint.floats(named["A"]), checkpoint.floats(named["B"])
+        names = {sides[name]["side"]: name for name in sides if sides[name]["site"] == site}
+        if set(names) != {"A", "B"}:
+            raise refusal(f"{quoted(site)}: expected lora_A and lora_B, got {' and '.join(sorted(names))} only")
+        down, up = checkpoint.floats(names["A"]), checkpoint.floats(names["B"])
         outer = width.dim * (3 if match["part"] == "qkv" else 1)
         if down.ndim != 2 or down.shape[1] != width.dim or up.shape != (outer, len(down)) or not len(down):
             got = f"{list(down.shape)} and {list(up.shape)}"
-            raise refused(f"{shown(site)}: expected lora_A [r, {width.dim}] and lora_B [{outer}, r], got {got}")
+            raise refusal(f"{quoted(site)}: expected lora_A [r, {width.dim}] and lora_B [{outer}, r], got {got}")
         yield int(match["layer"]), match["part"], down, up
 
 
-def _refuse_strangers(checkpoint: Checkpoint, known: set[str]) -> None:
-    """Whatever else was trained would be left out of the answers."""
+def _refuse_others(checkpoint: Checkpoint, known: set[str]) -> None:
+    """Refuse other trained arrays, since the answers would lack them."""
     heads = tuple(f"{name}." for name in _HEADS)
     others = sorted(name for name in checkpoint.arrays if name not in known and not name.startswith(heads))
     if others:
-        raise refused(f"{shown(others[0])} does not map: expected lora_A, lora_B and a classifier alone")
+        raise refusal(f"{quoted(others[0])} does not map: expected lora_A, lora_B and a classifier alone")
 
 
-def _placed(up: NDArray[np.float32], part: str, dim: int) -> NDArray[np.float32]:
-    """B's rows [r, D] in their third of [r, 3·D]; a change of all three fills it as it is."""
+def _place(up: NDArray[np.float32], part: str, dim: int) -> NDArray[np.float32]:
+    """B transposed [r, D], in the third of [r, 3·D] of its part; that of a joint qkv has the full width already."""
     if part == "qkv":
         return up
-    found = np.zeros((len(up), 3 * dim), np.float32)
+    placed = np.zeros((len(up), 3 * dim), np.float32)
     place = PARTS[part] * dim
-    found[:, place : place + dim] = up
-    return found
+    placed[:, place : place + dim] = up
+    return placed
 
 
 def _with_saved_head(checkpoint: Checkpoint) -> Checkpoint:
-    """Some versions write `classifier.modules_to_save.default.weight`."""
-    renamed = {re.sub(r"\.modules_to_save(\.default)?", "", name): own for name, own in checkpoint.arrays.items()}
+    """Rename the head that some versions save as `classifier.modules_to_save.default.weight`."""
+    renamed = {re.sub(r"\.modules_to_save(\.default)?", "", name): array for name, array in checkpoint.arrays.items()}
     return Checkpoint(renamed, checkpoint.configs, checkpoint.sha256)
 
 

@@ -1,13 +1,14 @@
-"""A pickle read as data: its program runs on a machine whose only values are plain ones.
+"""Reads a pickle as data: its program runs on a restricted stack machine whose values are plain ones.
 
-Python's unpickler, and torch's behind `weights_only`, look names up and call what they find; what is safe about them is
-a list of exceptions. Here no name is ever looked up and no object of a file is ever called. The opcodes are taken apart
-by the standard library's disassembler, a name is a pair of words, and what a program asks to have called is looked for
-in a closed table of functions of ours that build plain data. A name that is not in it ends the reading.
+Python's unpickler, and torch's behind `weights_only`, import names and call them, and rely on lists of exceptions for
+safety. Here no name is ever imported and no object of a file is ever called. The standard library's disassembler
+decodes the opcodes, a name is a pair of strings, and a call is looked up in a closed table of our own functions that
+build plain data. A name that is not in the table ends the reading.
 
     opcodes ──► stack of None, bool, int, float, str, bytes, list, tuple, dict, Array, Name ──► the one value left
 
-What a program can fill memory with is bounded: by its own length, its opcodes, and what its calls are given.
+The memory that a program can fill is bounded by its length, its number of opcodes, and the size of its calls'
+arguments.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, NoReturn
 
-from .refusal import refused, shown
+from .refusal import quoted, refusal
 
 MAX_OPCODES: Final = 500_000
-MAX_MADE_BYTES: Final = 256 * 2**20  # by calls, which may be given the same thing again and again
-ENTRY_BYTES: Final = 100  # of a list or dict
+MAX_BUILT_BYTES: Final = 256 * 2**20  # by calls, which may receive the same argument again and again
+ENTRY_BYTES: Final = 100  # counted for each entry of a list or dict
 _UNREADABLE: Final = (ValueError, TypeError, LookupError, OverflowError, RecursionError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a program calls a thing of Python's. It stays a pair of words."""
+    """The name of a Python object in a pickle: a pair of strings that is never resolved."""
 
     module: str
     name: str
@@ -36,8 +37,8 @@ class Name:
         return f"{self.module}.{self.name}"[:100]
 
 
-class Made:
-    """What a table's function has begun and a later opcode gives its state to."""
+class Builder:
+    """A value that a function of the table has begun and that a BUILD opcode completes."""
 
     def build(self, state: Any) -> Any:
         """The finished value."""
@@ -49,40 +50,40 @@ Persistent = Callable[[Any], Any]
 _MARK: Final = object()
 
 
-class _Hole:
-    """A value that is finished in place, so that whoever remembers it sees the finished one."""
+class _Cell:
+    """Holds a value that is completed in place, so that memo and stack see the completed one."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def read(file: BinaryIO, calls: Mapping[Name, Call], inert: frozenset[Name], persistent: Persistent) -> Any:
-    """The value of the pickle that begins where `file` stands, which then stands behind it.
+    """The value of the pickle at the position of `file`, which is left behind its end.
 
-    `calls`: what may be called, and our function for it. `inert`: names that may be mentioned. `persistent` gives what
-    an id outside of the pickle stands for. Raises Unprocessable (bad_checkpoint).
+    `calls`: names that may be called, with our functions for them. `inert`: names that may occur without being called.
+    `persistent` resolves persistent ids. Raises Unprocessable bad_checkpoint.
     """
     return _Machine(calls, inert, persistent).run(file)
 
 
 class _Machine:
     def __init__(self, calls: Mapping[Name, Call], inert: frozenset[Name], persistent: Persistent) -> None:
-        self._calls, self._known, self._persistent = calls, inert | calls.keys(), persistent
+        self._calls, self._allowed, self._persistent = calls, inert | calls.keys(), persistent
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._made_bytes = 0
+        self._built_bytes = 0
 
     def run(self, file: BinaryIO) -> Any:
         try:
             for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
                 if count >= MAX_OPCODES:
-                    raise refused(f"pickle: expected at most {MAX_OPCODES} opcodes, got more")
+                    raise refusal(f"pickle: expected at most {MAX_OPCODES} opcodes, got more")
                 if opcode.name == "STOP":
                     return plain(self._stack.pop())
-                _STEPS.get(opcode.name, _forbidden)(self, argument if opcode.name in _STEPS else opcode.name)
+                _STEPS.get(opcode.name, _forbid)(self, argument if opcode.name in _STEPS else opcode.name)
         except _UNREADABLE as error:
-            raise refused(f"pickle: damaged or not one ({type(error).__name__})") from error
-        raise refused("pickle: expected it to end with a value, got the end of the file")
+            raise refusal(f"pickle: damaged or not one ({type(error).__name__})") from error
+        raise refusal("pickle: expected it to end with a value, got the end of the file")
 
     # --- the stack ----------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class _Machine:
         return value
 
     def pop_to_mark(self) -> list[Any]:
-        """What lies above the last mark, without the mark."""
+        """The items above the last mark; removes them and the mark."""
         for place in range(len(self._stack) - 1, -1, -1):
             if self._stack[place] is _MARK:
                 items = self._stack[place + 1 :]
@@ -128,45 +129,45 @@ class _Machine:
         self.push(self._memo[number])
 
     def name(self, words: str | None) -> None:
-        """GLOBAL has both words in its argument, parted by a blank; STACK_GLOBAL finds them on the stack."""
+        """GLOBAL has module and name in its argument, separated by a space; STACK_GLOBAL takes them from the stack."""
         if words is None:
             name, module = self.pop(), self.pop()
         else:
             module, _, name = words.partition(" ")
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("a name is made of two words")
-        found = Name(module, name)
-        if found not in self._known:
-            raise refused(f"pickle: expected tensors, NumPy arrays and plain values, got {shown(str(found))}")
-        self.push(found)
+            raise ValueError("a name is two strings")
+        full_name = Name(module, name)
+        if full_name not in self._allowed:
+            raise refusal(f"pickle: expected tensors, NumPy arrays and plain values, got {quoted(str(full_name))}")
+        self.push(full_name)
 
     def call(self, _: Any) -> None:
         arguments, name = self.pop(), self.pop()
         if type(arguments) is not tuple or not isinstance(name, Name) or name not in self._calls:
-            what = str(name) if isinstance(name, Name) else name
-            raise refused(f"pickle: expected a call that builds an array, got one of {shown(what)}")
-        given = [plain(own) for own in arguments]
-        self._spend(given)
-        made = self._calls[name](*given)
-        self.push(_Hole(made) if isinstance(made, Made) else made)
+            target = str(name) if isinstance(name, Name) else name
+            raise refusal(f"pickle: expected a call that builds an array, got a call of {quoted(target)}")
+        values = [plain(argument) for argument in arguments]
+        self._count_built(values)
+        built = self._calls[name](*values)
+        self.push(_Cell(built) if isinstance(built, Builder) else built)
 
     def build(self, _: Any) -> None:
-        state, hole = plain(self.pop()), self._stack[-1]
-        self._spend([state])
-        if type(hole) is dict and type(state) is dict:
-            hole.update(state)  # attributes that torch hangs on an OrderedDict, or a Namespace's own
-        elif isinstance(hole, _Hole) and isinstance(hole.value, Made):
-            hole.value = hole.value.build(state)
+        state, cell = plain(self.pop()), self._stack[-1]
+        self._count_built([state])
+        if type(cell) is dict and type(state) is dict:
+            cell.update(state)  # attributes that torch sets on an OrderedDict, or a Namespace's
+        elif isinstance(cell, _Cell) and isinstance(cell.value, Builder):
+            cell.value = cell.value.build(state)
         else:
             raise ValueError("nothing that takes a state")
 
-    def _spend(self, given: list[Any]) -> None:
-        """What is made of these is about as large as they are."""
-        for value in given:
+    def _count_built(self, values: list[Any]) -> None:
+        """Count the values' size, which is about that of what is built of them. Raises beyond MAX_BUILT_BYTES."""
+        for value in values:
             size = len(value) if isinstance(value, str | bytes | bytearray | list | tuple | dict) else 0
-            self._made_bytes += size if isinstance(value, str | bytes | bytearray) else ENTRY_BYTES * size
-        if self._made_bytes > MAX_MADE_BYTES:
-            raise refused(f"pickle: expected it to make at most {MAX_MADE_BYTES} bytes, got more")
+            self._built_bytes += size if isinstance(value, str | bytes | bytearray) else ENTRY_BYTES * size
+        if self._built_bytes > MAX_BUILT_BYTES:
+            raise refusal(f"pickle: expected it to build at most {MAX_BUILT_BYTES} bytes, got more")
 
     def outside(self, _: Any) -> None:
         self.push(self._persistent(plain(self.pop())))
@@ -193,43 +194,43 @@ class _Machine:
 
 
 def _put(target: dict[Any, Any], items: list[Any]) -> None:
-    """Keys are words or numbers: to compare tuples within tuples may take for ever."""
+    """Set a dict's items. Keys must be strings or numbers, since comparing nested tuples may never end."""
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, int, bool, float):
-            raise refused(f"pickle: expected a dict's keys to be words or numbers, got {shown(key)}")
+            raise refusal(f"pickle: expected a dict's keys to be strings or numbers, got {quoted(key)}")
         target[key] = value
 
 
 def plain(value: Any) -> Any:
-    """A value without the hole it was built in. What lists, tuples and dicts hold, their reader asks this of."""
-    if isinstance(value, _Hole):
-        if isinstance(value.value, Made):
-            raise refused("pickle: an array without its content")
+    """The value itself, out of the cell it was built in. Readers of lists, tuples and dicts call it for each item."""
+    if isinstance(value, _Cell):
+        if isinstance(value.value, Builder):
+            raise refusal("pickle: an array without its content")
         return value.value
     return value
 
 
-def _forbidden(machine: _Machine, opcode: str) -> NoReturn:
-    raise refused(f"pickle: opcode {opcode} does what no checkpoint needs")
+def _forbid(machine: _Machine, opcode: str) -> NoReturn:
+    raise refusal(f"pickle: opcode {opcode} is not allowed; no checkpoint needs it")
 
 
-def _nothing(machine: _Machine, _: Any) -> None:
+def _skip(machine: _Machine, _: Any) -> None:
     pass
 
 
-def _value(machine: _Machine, value: Any) -> None:
+def _push(machine: _Machine, value: Any) -> None:
     machine.push(value)
 
 
 Step = Callable[[_Machine, Any], None]
-_PUSHED: Final = (
+_PUSH: Final = (
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
 _STEPS: Final[dict[str, Step]] = {
-    **dict.fromkeys(_PUSHED, _value),
-    **dict.fromkeys(("PROTO", "FRAME"), _nothing),
+    **dict.fromkeys(_PUSH, _push),
+    **dict.fromkeys(("PROTO", "FRAME"), _skip),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.remember),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.recall),
     **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), _Machine.name),

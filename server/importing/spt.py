@@ -1,8 +1,8 @@
 """Official SPT checkpoints (Wang et al., Revisiting the Power of Prompt for Visual Tuning, ICML 2024).
 
 `ckpt.pth` holds a whole timm model under `model`: `prompt_token` [L, p, D] (deep) or [1, p, D] (shallow), `head.*`,
-and the frozen backbone. The moving average beside it is not what the paper evaluates. The MAE variant has the same
-names but pools over its prompts' outputs: nothing in the file tells it from the others, so its owner must.
+and the frozen backbone. The paper does not evaluate the moving average beside it. The MAE variant has the same
+names but pools over its prompts' outputs; nothing in the file distinguishes it, so the user has to know.
 """
 
 from __future__ import annotations

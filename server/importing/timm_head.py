@@ -1,5 +1,5 @@
 """A classifier on the frozen feature as timm names it, `head.weight` [C, D] and `head.bias` [C]: alone, or in a whole
-model. A whole model's backbone must be the running one, or its head would read what it was not fitted on."""
+model, whose backbone must then be the running one, since the head was fitted on its features."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
                      in a file of its own, as head.last_layer.weight or head.weight
     whole models     enc.transformer.prompt_embeddings, enc.transformer.deep_prompt_embeddings, head.last_layer.*
 
-With PROMPT.PROJECT prompts live in another width and pass a linear layer, `prompt_proj`: it is folded into them here.
-Its scripts resize to 256 pixels and cut 224 out, and normalise with ImageNet's mean and deviation, whatever the
-backbone was pretrained with; on VTAB they squash instead.
+With PROMPT.PROJECT prompts have another width and pass a linear layer, `prompt_proj`, which is folded into them here.
+The scripts resize to 256 pixels, crop 224, and normalise with ImageNet's mean and deviation, whatever the backbone was
+pretrained with; on VTAB they squash instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
 from .format import IMAGENET, Format, ReadParameters, Width, head, prompts
-from .refusal import refused
+from .refusal import refusal
 
 Read = Callable[[], NDArray[np.float32]]
 PREPROCESS = {**IMAGENET, "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
@@ -38,57 +38,57 @@ def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     stack = [checkpoint.floats(name) for name in (first, rest) if name == first or name in checkpoint.arrays]
     for name, array in zip((first, rest), stack, strict=False):
         if array.ndim != 3 or array.shape[1:] != stack[0].shape[1:]:
-            raise refused(f"{name}: expected [layers, p, width] with one p and width, got {list(array.shape)}")
-    method, lengths, rows = prompts(first, _folded(checkpoint, np.concatenate(stack), width), width)
+            raise refusal(f"{name}: expected [layers, p, width] with one p and width, got {list(array.shape)}")
+    method, lengths, rows = prompts(first, _project(checkpoint, np.concatenate(stack), width), width)
     classifier = head(checkpoint, width, "head.last_layer", "head")
     return ReadParameters(method, lengths, {"prompts": rows, **classifier}, PREPROCESS, _frozen(checkpoint, width))
 
 
 def _refuse_others(checkpoint: Checkpoint) -> None:
-    """Variants whose answers the running forward would not give."""
+    """Refuse variants whose forward differs from ours."""
     names = checkpoint.arrays
-    for found, why in (
-        ("enc.fc_norm.weight", "an MAE model pools over its prompts' outputs, which are thrown away here"),
+    for marker, why in (
+        ("enc.fc_norm.weight", "an MAE model pools over its prompts' outputs, which this forward does not compute"),
         ("enc.prompt_embeddings", "a MoCo, MAE or Swin model: expected enc.transformer.prompt_embeddings of a ViT"),
     ):
-        if found in names:
-            raise refused(f"{found}: {why}")
+        if marker in names:
+            raise refusal(f"{marker}: {why}")
     if hidden := sorted(name for name in names if name.startswith("head.projection.")):
-        raise refused(f"{hidden[0]}: a head with hidden layers behind prompts: expected a linear one")
+        raise refusal(f"{hidden[0]}: a head with hidden layers behind prompts: expected a linear one")
 
 
-def _folded(checkpoint: Checkpoint, own: NDArray[np.float32], width: Width) -> NDArray[np.float32]:
-    """Prompts [l, p, P] through the projection to [l, p, D], once and for all."""
+def _project(checkpoint: Checkpoint, stack: NDArray[np.float32], width: Width) -> NDArray[np.float32]:
+    """Prompts [l, p, P] projected to [l, p, D]; unchanged where there is no projection."""
     name = next((n for n in (f"{WHOLE}prompt_proj", "prompt_proj") if f"{n}.weight" in checkpoint.arrays), None)
     if name is None:
-        if own.shape[2] != width.dim:
-            raise refused(
-                f"prompts are {own.shape[2]} wide, the running backbone {width.dim}: expected prompt_proj.weight "
-                f"[{width.dim}, {own.shape[2]}] with them, in this file or another"
+        if stack.shape[2] != width.dim:
+            raise refusal(
+                f"prompts are {stack.shape[2]} wide, the running backbone {width.dim}: expected prompt_proj.weight "
+                f"[{width.dim}, {stack.shape[2]}] with them, in this file or another"
             )
-        return own
+        return stack
     weight, bias = checkpoint.floats(f"{name}.weight"), checkpoint.floats(f"{name}.bias")
-    if weight.shape != (width.dim, own.shape[2]) or bias.shape != (width.dim,):
+    if weight.shape != (width.dim, stack.shape[2]) or bias.shape != (width.dim,):
         got = f"{list(weight.shape)} and {list(bias.shape)}"
-        raise refused(f"{name}: expected [{width.dim}, {own.shape[2]}] and [{width.dim}], got {got}")
-    wide = own.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        raise refusal(f"{name}: expected [{width.dim}, {stack.shape[2]}] and [{width.dim}], got {got}")
+    wide = stack.astype(np.float64) @ weight.T.astype(np.float64) + bias
     return wide.astype(np.float32)
 
 
 def _frozen(checkpoint: Checkpoint, width: Width) -> dict[str, Read]:
-    """The backbone as KMnP names it, under timm's names. Queries, keys and values are one product there."""
-    return {name: own for name in width.names if (own := _reader(checkpoint, name)) is not None}
+    """Readers of the backbone's arrays by timm's names, which join queries, keys and values."""
+    return {name: reader for name in width.names if (reader := _reader(checkpoint, name)) is not None}
 
 
 def _reader(checkpoint: Checkpoint, name: str) -> Read | None:
-    sources = [f"{WHOLE}{own}" for own in _official(name)]
-    if not sources or any(own not in checkpoint.arrays for own in sources):
+    sources = [f"{WHOLE}{n}" for n in _official_names(name)]
+    if not sources or any(n not in checkpoint.arrays for n in sources):
         return None
-    return lambda: np.concatenate([checkpoint.floats(own) for own in sources])
+    return lambda: np.concatenate([checkpoint.floats(n) for n in sources])
 
 
-def _official(name: str) -> list[str]:
-    """The official name or names of what timm calls `name`; none where there is no such thing."""
+def _official_names(name: str) -> list[str]:
+    """The official names of the arrays that make up timm's `name`; empty where there are none."""
     tops = {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -109,7 +109,7 @@ def _official(name: str) -> list[str]:
         "attn.proj": ["attn.out"],
         "attn.qkv": ["attn.query", "attn.key", "attn.value"],
     }
-    return [f"encoder.layer.{block}.{own}.{leaf}" for own in sites.get(site, [])]
+    return [f"encoder.layer.{block}.{n}.{leaf}" for n in sites.get(site, [])]
 
 
 FORMAT = Format("vpt", "official VPT: prompt_ep*.pth with a head, or a whole model", recognises, read)

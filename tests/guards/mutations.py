@@ -125,7 +125,7 @@ MUTATIONS = (
     Mutation(
         "A checkpoint runs nothing: names beyond the closed list are refused",
         "server/importing/pickled.py",
-        "        if found not in self._known:\n",
+        "        if full_name not in self._allowed:\n",
         "        if False:\n",
         "tests/security/test_checkpoint_attacks.py",
     ),

@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[list[tuple[str, Any]], str, str]] = {
     "a trained cross-attention": (
         changed(cvpt, "nano-cvpt_p5", blocks__1__CrossAttn__q__weight=torch.ones(D, D)),
         "bad_checkpoint",
-        "got others that were trained",
+        "got other, trained ones",
     ),
     "nothing known": ([("x.pth", {"weight": torch.ones(2)})], "bad_checkpoint", "expected one of these formats: vpt"),
     "no dict": ([("x.pth", torch.ones(2))], "bad_checkpoint", "expected a dict of arrays"),

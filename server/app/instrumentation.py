@@ -28,11 +28,11 @@ Entry = TypeVar("Entry")
 
 def process(settings: Settings, backbone: Backbone) -> None:
     """Metrics of a server and of a worker alike: the build, GPU memory."""
-    metrics.TASKS.limit(settings.metrics_tasks)
+    metrics.TASKS.resize(settings.metrics_tasks)
     device, dtype = backbone.device.type, backbone.precision
-    metrics.build(version=__version__, backbone=backbone.spec.arch, device=device, dtype=dtype)
+    metrics.set_build_info(version=__version__, backbone=backbone.spec.arch, device=device, dtype=dtype)
     if backbone.device.type == "cuda":
-        metrics.gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
+        metrics.bind_gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
 
 
 def engine_runtime(settings: Settings, batcher: Batcher, rack: Rack, workers: WorkerPool) -> None:

@@ -215,10 +215,12 @@ class Batcher(Queue):
         self._learn(len(batch.rows), now - max(batch.taken_at, self._finished_at))  # of two at once, each its own time
         self._finished_at = now
         metrics.FORWARD_S.observe(forward[1] - forward[0])
-        if tracing.on():
+        if tracing.enabled():
             tasks = len({id(row.seat) for row in batch.rows})
             about = {"lensrack.batch.rows": len(batch.rows), "lensrack.batch.tasks": tasks}
-            tracing.batch(((row.context, row.arrived) for row in batch.rows), batch.taken_at, forward, now, about)
+            tracing.record_batch(
+                ((row.context, row.arrived) for row in batch.rows), batch.taken_at, forward, now, about
+            )
         for row, outcome in zip(batch.rows, outcomes, strict=True):
             row.watch.queue_s, row.watch.compute_s = batch.taken_at - row.arrived, compute_s
             metrics.QUEUE_S.observe(row.watch.queue_s)

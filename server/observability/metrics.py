@@ -1,8 +1,8 @@
-"""Every metric name once. Labels are few and bounded: a task is a label only while it is among the busiest.
+"""All metrics, defined once. Labels are bounded: only the busiest tasks are labels.
 
-A server and a worker are two processes with a registry each: what only the other one feeds stays at zero. Gauges that
-somebody has to look at (stores, jobs) are `server.app.store_probe`'s; those that can be read off at any moment are
-read when Prometheus asks, see `server.app.instrumentation`.
+Server and worker are processes with a registry each; a metric that only the other sets stays at zero. Gauges that need
+a query (stores, jobs) are set by `server.app.store_probe`; those that can be read at any moment are read at each
+scrape, see `server.app.instrumentation`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from prometheus_client.samples import Sample
 
 from .task_labels import TaskLabels
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every series, which no dashboard asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard uses
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)  # process_resident_memory_bytes, process_cpu_seconds_total, process_open_fds, …
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_FEW_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)  # for series that there are many of
+_FEW_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)  # for metrics with a series for each task
 _JOB_SECONDS: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
 _COUNTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -46,35 +46,39 @@ REQUEST_BYTES = _counter("request_bytes_total", "Bytes of request bodies, upload
 
 # --- a prediction, step by step ---------------------------------------------------------------------------------------
 ROWS = _counter("rows_total", "Rows by how they ended.", "outcome")
-DECODE_S = _histogram("decode_seconds", "Time in which a request's images became pixels.")
-QUEUE_S = _histogram("queue_seconds", "Time a row waited.")
+DECODE_S = _histogram("decode_seconds", "Time to decode and resize a request's images.")
+QUEUE_S = _histogram("queue_seconds", "Time a row waited in the queue.")
 FORWARD_S = _histogram("forward_seconds", "Time of one forward.")
 BATCH_ROWS = _histogram("batch_rows", "Rows in a forward.", buckets=_COUNTS)
 BATCH_TASKS = _histogram("batch_tasks", "Distinct lenses in a forward.", buckets=_COUNTS)
-BATCH_LIMIT = _gauge("batch_limit_rows", "Most rows that the next forward may have.")
+BATCH_LIMIT = _gauge("batch_limit_rows", "Most rows in the next forward.")
 QUEUE_ROWS = _gauge("queue_rows", "Rows waiting for the engine.")
-QUEUE_PLACES = _gauge("queue_places", "Rows that may wait at this moment; beyond it the answer is 429.")
-QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "How long the oldest waiting row has waited; 0 when none waits.")
+QUEUE_PLACES = _gauge("queue_places", "Most rows that may wait at present; beyond it requests get 429.")
+QUEUE_OLDEST_S = _gauge("queue_oldest_seconds", "Age of the oldest waiting row; 0 when none waits.")
 TASK_ROWS = _counter("task_rows_total", "Rows by task and how they ended.", "task", "outcome")
-TASK_S = _histogram("task_seconds", "Time from a task's question to its labels.", "task", buckets=_FEW_SECONDS)
+TASK_S = _histogram("task_seconds", "Time from a task's request to its answer.", "task", buckets=_FEW_SECONDS)
 
 GRAPHS = _gauge("cuda_graphs", "CUDA graphs of the forward, by state: serving, refused.", "state")
-GRAPH_ROWS = _counter("cuda_graph_rows_total", "Trunk rows by the way they went: graph, beside.", "way")
-ENGINE_UP = _gauge("engine_up", "0 while an engine hangs, fails at everything that it is asked, or is away.")
-ENGINE_UP.set(1)  # where no engine is watched, as in a worker, none is down
+GRAPH_ROWS = _counter("cuda_graph_rows_total", "Trunk rows by path: graph, or beside (the ordinary forward).", "way")
+ENGINE_UP = _gauge("engine_up", "0 while an engine hangs, fails at every batch, or is not connected.")
+ENGINE_UP.set(1)  # stays 1 in processes without an engine, such as workers
 
 # --- the rack ---------------------------------------------------------------------------------------------------------
 RACK_LENSES = _gauge("rack_lenses", "Lenses resident on the device.")
-RACK_SLOTS = _gauge("rack_slots", "Lenses that may be resident.")
+RACK_SLOTS = _gauge("rack_slots", "Most lenses that can be resident.")
 RACK_BYTES = _gauge("rack_bytes", "Device memory of the rack, by state: used, total.", "state")
-RACK_HITS = _counter("rack_hits_total", "Requests whose lens was resident or on its way.", "task")
+RACK_HITS = _counter("rack_hits_total", "Requests whose lens was resident or being loaded.", "task")
 RACK_LOADS = _counter("rack_loads_total", "Lenses made resident.", "task")
 RACK_EVICTIONS = _counter("rack_evictions_total", "Lenses evicted to make room.", "task")
-QUARANTINED = _gauge("quarantined_versions", "Versions that could not be loaded and are not asked for again for now.")
-LOAD_S = _histogram("rack_load_seconds", "Store to resident lens.", "task", buckets=_FEW_SECONDS)
+QUARANTINED = _gauge("quarantined_versions", "Versions that could not be loaded and are not retried for now.")
+LOAD_S = _histogram(
+    "rack_load_seconds", "Time to load a lens from the store to the device.", "task", buckets=_FEW_SECONDS
+)
 
-# --- what the server stands on ----------------------------------------------------------------------------------------
-BUILD = _gauge("build_info", "Always 1: what runs.", "version", "backbone", "device", "dtype")
+# --- the server and its stores ----------------------------------------------------------------------------------------
+BUILD = _gauge(
+    "build_info", "Always 1; the labels describe the running server.", "version", "backbone", "device", "dtype"
+)
 STORE_UP = _gauge("store_up", "1 while the store answers, by store: bundles, jobs.", "store")
 JOBS = _gauge("jobs", "Jobs in the job store by state.", "state")
 WORKERS = _gauge("workers", "Worker processes of this server, by state: running, wanted.", "state")
@@ -84,18 +88,22 @@ GPU_BYTES = _gauge(
 )
 
 # --- training, fed by workers -----------------------------------------------------------------------------------------
-WORKER_BUSY = _gauge("worker_jobs", "Jobs that this worker is fitting.")
+WORKER_BUSY = _gauge("worker_jobs", "Jobs that the worker is fitting.")
 ATTEMPTS = _counter("job_attempts_total", "Attempts at jobs by how they ended.", "outcome")
-ATTEMPT_S = _histogram("job_attempt_seconds", "Time of an attempt by how it ended.", "outcome", buckets=_JOB_SECONDS)
-LEASES_LOST = _counter("job_leases_lost_total", "Leases that ran out, by who saw it: holder, successor.", "seen_by")
-HEARTBEATS_FAILED = _counter("job_heartbeats_failed_total", "Heartbeats that the job store did not take.")
-EPOCHS = _counter("training_epochs_total", "Epochs ended, those of a search's trials included.")
+ATTEMPT_S = _histogram(
+    "job_attempt_seconds", "Time of an attempt at a job by how it ended.", "outcome", buckets=_JOB_SECONDS
+)
+LEASES_LOST = _counter(
+    "job_leases_lost_total", "Leases that expired, by the worker that noticed: holder, successor.", "seen_by"
+)
+HEARTBEATS_FAILED = _counter("job_heartbeats_failed_total", "Heartbeats that the job store did not accept.")
+EPOCHS = _counter("training_epochs_total", "Epochs completed, those of a search's trials included.")
 STEPS = _counter("training_steps_total", "Optimiser steps.")
 IMAGES = _counter("training_images_total", "Training images seen by optimiser steps, once for each epoch.")
-CACHE = _counter("cache_requests_total", "Looks into a cache: pixels, features.", "cache", "result")
+CACHE = _counter("cache_requests_total", "Lookups in a cache: pixels, features.", "cache", "result")
 
-# a series that is there from the start: the first failure of a process is a step from 0 to 1, which `increase` can see
-_KNOWN: Final[tuple[tuple[Counter, tuple[tuple[str, ...], ...]], ...]] = (
+# series created at the start, so that the first failure is a step from 0 to 1, which `increase` sees
+_FROM_START: Final[tuple[tuple[Counter, tuple[tuple[str, ...], ...]], ...]] = (
     (ROWS, (("answered",), ("refused",), ("failed",), ("expired",), ("departed",))),
     (ATTEMPTS, (("succeeded",), ("failed",), ("retried",), ("cancelled",), ("released",), ("superseded",))),
     (LEASES_LOST, (("holder",), ("successor",))),
@@ -105,48 +113,49 @@ _KNOWN: Final[tuple[tuple[Counter, tuple[tuple[str, ...], ...]], ...]] = (
 _BY_TASK: Final = (TASK_ROWS, TASK_S, RACK_HITS, RACK_LOADS, RACK_EVICTIONS, LOAD_S)
 
 
-def _forget(task: str) -> None:
+def _remove_task(task: str) -> None:
     for metric in _BY_TASK:
         metric.remove_by_labels({"task": task})
 
 
-def _begin_at_zero() -> None:
-    for counter, known in _KNOWN:
-        for labels in known:
+def _create_series() -> None:
+    for counter, label_sets in _FROM_START:
+        for labels in label_sets:
             counter.labels(*labels)
 
 
 def samples(metric: Counter | Histogram) -> list[Sample]:
-    """A metric's samples as a scrape would show them, other processes' of the same server included."""
-    wanted = next(iter(metric.collect())).name
-    return [sample for family in exposed.collect() if family.name == wanted for sample in family.samples]
+    """A metric's samples as in a scrape, those of the server's other processes included."""
+    name = next(iter(metric.collect())).name
+    return [sample for family in scrape_registry.collect() if family.name == name for sample in family.samples]
 
 
-async def _nothing_to_wait_for() -> None:
+async def _no_refresh() -> None:
     pass
 
 
-_begin_at_zero()
-exposed: CollectorRegistry = REGISTRY  # what a scrape tells; in a server of several processes that of all of them
-refresh: Callable[[], Awaitable[None]] = _nothing_to_wait_for  # `exposed`, before it is told
-TASKS = TaskLabels(50, _forget)  # LENSRACK_METRICS_TASKS
+_create_series()
+scrape_registry: CollectorRegistry = REGISTRY  # what a scrape shows: merged where the server has several processes
+refresh: Callable[[], Awaitable[None]] = _no_refresh  # called before each scrape
+TASKS = TaskLabels(50, _remove_task)  # LENSRACK_METRICS_TASKS
 
 
 def bind_gauge(gauge: Gauge, read: Callable[[], float]) -> None:
-    """The gauge's value is whatever `read` says at the moment of a scrape."""
+    """Read the gauge's value from `read` at each scrape."""
     gauge.set_function(read)
 
 
-def build(**facts: Any) -> None:
+def set_build_info(**labels: Any) -> None:
+    """Set the labels of `lensrack_build_info`: version, backbone, device, dtype."""
     BUILD.clear()
-    BUILD.labels(**facts).set(1)
+    BUILD.labels(**labels).set(1)
 
 
-def _one(read: Callable[[], Mapping[str, int]], kind: str) -> float:
+def _value(read: Callable[[], Mapping[str, int]], kind: str) -> float:
     return read()[kind]
 
 
-def gpu_memory(read: Callable[[], Mapping[str, int]], device: str) -> None:
-    """`read` says how many bytes of `device` are allocated, reserved, free and there in all."""
+def bind_gpu_memory(read: Callable[[], Mapping[str, int]], device: str) -> None:
+    """Read GPU_BYTES of `device` from `read` at each scrape: bytes allocated, reserved, free, and total."""
     for kind in ("allocated", "reserved", "free", "total"):
-        bind_gauge(GPU_BYTES.labels(device, kind), partial(_one, read, kind))
+        bind_gauge(GPU_BYTES.labels(device, kind), partial(_value, read, kind))

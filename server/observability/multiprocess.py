@@ -1,10 +1,9 @@
-"""One set of metrics for several processes: what a scrape of any front end tells.
+"""Merged metrics of several processes: a scrape of any front end shows all of them.
 
-Each process writes its own samples into a file of a folder they share, every WRITE_S; who is scraped adds its own, of
-this moment, to what the others' files say. Counters and histograms are sums. When a process has ended, its counts are
-added to those of all who ended before it (`retire`), so no sum ever falls; its gauges go with it. A gauge of several
-processes is the largest, as most are fed by one of them and 0 in the others; the exceptions are named here: among them
-what each of several engines has of its own, which is 0 in a process without one.
+Each process writes its samples into a file of a shared folder every WRITE_S; the scraped process merges its current
+samples with the others' files. Counters and histograms are summed. When a process ends, its counts are added to those
+of all ended processes (`retire`), so no sum ever falls, and its gauges are dropped. Gauges merge by maximum, since most
+are set by one process and 0 in the others; the exceptions are listed here: gauges that each engine sets are summed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from . import metrics
 WRITE_S: Final = 2.0
 SUFFIX: Final = ".metrics"
 PAST: Final = "past.json"
-LEAST: Final = frozenset({"lensrack_engine_up", "process_start_time_seconds", "process_max_fds"})
+MINIMUM: Final = frozenset({"lensrack_engine_up", "process_start_time_seconds", "process_max_fds"})
 OF_EACH_ENGINE: Final = ("queue_rows", "queue_places", "rack_lenses", "rack_slots", "rack_bytes", "cuda_graphs")
 SUMMED: Final = frozenset(
     {"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"}
@@ -35,44 +34,49 @@ Family = dict[str, Any]  # type, help, samples: [name, labels, value]
 
 
 class ProcessMetrics:
-    """The metrics of all processes of a server. `own`: this process's name among them, such as `front-0-4711`."""
+    """The metrics of all processes of a server. `name`: this process's, such as `front-0-4711`; names never repeat."""
 
-    def __init__(self, folder: Path, own: str, registry: CollectorRegistry = metrics.REGISTRY) -> None:
-        self._folder, self._own, self._registry = folder, own, registry
+    def __init__(self, folder: Path, name: str, registry: CollectorRegistry = metrics.REGISTRY) -> None:
+        self._folder, self._name, self._registry = folder, name, registry
 
-    def write(self) -> None:
-        _replace(self._folder / f"{self._own}{SUFFIX}", json.dumps(_snapshot(self._registry)))
+    def write_snapshot(self) -> None:
+        """Replace this process's file with its current samples."""
+        _replace(self._folder / f"{self._name}{SUFFIX}", json.dumps(_snapshot(self._registry)))
 
-    async def keep_writing(self) -> None:
+    async def write_periodically(self) -> None:
+        """Write a snapshot every WRITE_S, until cancelled."""
         while True:
-            self.write()
+            self.write_snapshot()
             await asyncio.sleep(WRITE_S)
 
     def collect(self) -> Iterator[Metric]:
-        """As a registry's collector."""
+        """The merged metrics; makes this object a collector of prometheus_client."""
         parts = [_snapshot(self._registry)]
-        others = {file.name: _read(file) for file in self._folder.glob(f"*{SUFFIX}") if file.stem != self._own}
-        past = _read(self._folder / PAST) or {"ended": [], "families": {}}  # read last: who ended meanwhile is in it
+        others = {file.name: _read(file) for file in self._folder.glob(f"*{SUFFIX}") if file.stem != self._name}
+        past = _read(self._folder / PAST) or {
+            "ended": [],
+            "families": {},
+        }  # read last: contains processes that ended meanwhile
         parts += [part for name, part in others.items() if part is not None and name not in past["ended"]]
-        yield from _metrics(_merged([*parts, past["families"]]))
+        yield from _metrics(_merge([*parts, past["families"]]))
 
     def retire(self, name: str) -> None:
-        """Its process has ended: its counts stay, its gauges go. Called by one process only."""
+        """Fold an ended process's counts into the past and drop its gauges. Called by one process only."""
         file = self._folder / f"{name}{SUFFIX}"
         last = _read(file)
         if last is None:
             return
         past = _read(self._folder / PAST) or {"ended": [], "families": {}}
-        counts = {family: found for family, found in last.items() if found["type"] != "gauge"}
-        families = _of_few_tasks(_merged([past["families"], counts]), metrics.TASKS.most)
+        counts = {key: family for key, family in last.items() if family["type"] != "gauge"}
+        families = _limit_tasks(_merge([past["families"], counts]), metrics.TASKS.capacity)
         _replace(self._folder / PAST, json.dumps({"ended": [*past["ended"][-999:], file.name], "families": families}))
         file.unlink(missing_ok=True)
 
 
-def merged_registry(ledger: ProcessMetrics) -> CollectorRegistry:
-    """A registry that gives what all processes have counted."""
+def merged_registry(process_metrics: ProcessMetrics) -> CollectorRegistry:
+    """A registry of the merged metrics of all processes."""
     registry = CollectorRegistry()
-    registry.register(ledger)
+    registry.register(process_metrics)
     return registry
 
 
@@ -81,13 +85,13 @@ def _snapshot(registry: CollectorRegistry) -> dict[str, Family]:
         family.name: {
             "type": family.type,
             "help": family.documentation,
-            "samples": [[one.name, one.labels, one.value] for one in family.samples],
+            "samples": [[s.name, s.labels, s.value] for s in family.samples],
         }
         for family in registry.collect()
     }
 
 
-def _merged(parts: Iterable[Mapping[str, Family]]) -> dict[str, Family]:
+def _merge(parts: Iterable[Mapping[str, Family]]) -> dict[str, Family]:
     families: dict[str, Family] = {}
     sums: dict[str, dict[Key, float]] = {}
     for part in parts:
@@ -96,17 +100,17 @@ def _merged(parts: Iterable[Mapping[str, Family]]) -> dict[str, Family]:
             into = sums.setdefault(name, {})
             for sample, labels, value in family["samples"]:
                 key = (sample, tuple(labels.items()))
-                into[key] = _combined(name, family["type"], into[key], value) if key in into else value
+                into[key] = _combine(name, family["type"], into[key], value) if key in into else value
     return {
         name: {**family, "samples": [[sample, dict(labels), value] for (sample, labels), value in sums[name].items()]}
         for name, family in families.items()
     }
 
 
-def _combined(family: str, type_: str, one: float, other: float) -> float:
+def _combine(family: str, type_: str, a: float, b: float) -> float:
     if type_ != "gauge" or family in SUMMED:
-        return one + other
-    return min(one, other) if family in LEAST else max(one, other)
+        return a + b
+    return min(a, b) if family in MINIMUM else max(a, b)
 
 
 def _metrics(families: Mapping[str, Family]) -> Iterator[Metric]:
@@ -117,20 +121,20 @@ def _metrics(families: Mapping[str, Family]) -> Iterator[Metric]:
         yield metric
 
 
-def _of_few_tasks(families: Mapping[str, Family], most: int) -> dict[str, Family]:
-    """Of tasks no more than have a label of their own: over the years every task has been among the busiest."""
+def _limit_tasks(families: Mapping[str, Family], most: int) -> dict[str, Family]:
+    """Keep the series of the last `most` tasks, since in time every task has been among the busiest."""
     tasks = dict.fromkeys(
         labels["task"] for family in families.values() for _, labels, _ in family["samples"] if "task" in labels
     )
     kept = {None, "other", *list(tasks)[-most - 1 :]}
     return {
-        name: {**family, "samples": [one for one in family["samples"] if one[1].get("task") in kept]}
+        name: {**family, "samples": [s for s in family["samples"] if s[1].get("task") in kept]}
         for name, family in families.items()
     }
 
 
 def _read(file: Path) -> Any:
-    """None where there is nothing, or what is there is no JSON."""
+    """The file's JSON; None where the file is missing or damaged."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError):

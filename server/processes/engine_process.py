@@ -42,7 +42,7 @@ class EngineProcess:
         await room.warm_up()
         await self._desk.start()
         room.start()
-        others = [asyncio.create_task(work) for work in (self._ledger.keep_writing(), self._keep_weights())]
+        others = [asyncio.create_task(work) for work in (self._ledger.write_periodically(), self._keep_weights())]
         ready(room.facts.as_json())
         await self._leaving.wait()
         await room.drain(0.0 if room.lost else grace_s)
@@ -51,7 +51,7 @@ class EngineProcess:
             task.cancel()
         await room.stop()
         await close_all(room.store, self._ring)
-        self._ledger.write()
+        self._ledger.write_snapshot()
         return EXIT_CODE if room.lost else 0
 
     async def _keep_weights(self) -> None:
@@ -69,7 +69,7 @@ def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
             "retry_after_s": room.batcher.retry_after_s(),
             "trouble": room.batcher.trouble or room.watchdog.trouble,
             "workers": len(room.workers.pids),
-            "tasks": metrics.TASKS.placed(),
+            "tasks": metrics.TASKS.tasks(),
         }
 
     def residents() -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
 
 
 async def _written(ledger: ProcessMetrics) -> None:
-    ledger.write()
+    ledger.write_snapshot()
 
 
 async def _rack(room: EngineRuntime) -> Any:

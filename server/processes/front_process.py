@@ -75,7 +75,7 @@ class RemoteEngines:
                 await asyncio.gather(*(engine.connection.connected() for engine in self.engines.all))
 
     def start(self) -> None:
-        self._writing = asyncio.create_task(self.ledger.keep_writing())
+        self._writing = asyncio.create_task(self.ledger.write_periodically())
 
     async def drain(self, timeout_s: float) -> None:
         await self.batcher.drain(timeout_s)
@@ -85,7 +85,7 @@ class RemoteEngines:
             await engine.connection.stop()
         if self._writing is not None:
             self._writing.cancel()
-        self.ledger.write()
+        self.ledger.write_snapshot()
 
 
 def build_front(
@@ -96,7 +96,7 @@ def build_front(
     ring, bundles = open_authenticator(settings), open_store(settings.store_url)
     engines = _far_engines(settings, facts, folder)
     residency, batcher = _pair(engines)
-    metrics.exposed, metrics.refresh = merged_registry(own), partial(_counted, engines)
+    metrics.scrape_registry, metrics.refresh = merged_registry(own), partial(_counted, engines)
     metrics.bind_gauge(metrics.ENGINE_UP, lambda: not engines.troubles)
     return build_server_over(
         RemoteEngines(engines, batcher, own),

@@ -88,7 +88,7 @@ class Heartbeat:
     def _end_epoch(self, progress: Progress) -> None:
         began, self._epoch_began = self._epoch_began, time.monotonic()
         metrics.EPOCHS.inc()
-        tracing.since("epoch", self._epoch_began - began, {"lensrack.epoch": progress.epoch})
+        tracing.record_span("epoch", self._epoch_began - began, {"lensrack.epoch": progress.epoch})
         self.tell("epoch", _shown(progress))
 
     def beat(self) -> None:

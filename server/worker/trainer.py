@@ -177,7 +177,7 @@ class Trainer:
         began = time.monotonic()
         about = {"lensrack.job": job.id, "lensrack.task": job.task, "lensrack.method": job.method}
         with (
-            logs.about(logs.JOB_ID, job.id),
+            logs.context(logs.JOB_ID, job.id),
             tracing.span("job", {**about, "lensrack.attempt": job.attempt}),
             metrics.WORKER_BUSY.track_inprogress(),
         ):

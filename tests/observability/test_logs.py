@@ -60,8 +60,8 @@ def lines(out: io.StringIO, logger: str) -> list[dict[str, object]]:
 def test_a_json_line_says_when_who_what_and_of_which_request(out: io.StringIO):
     logs.start("info", "json", out)
     log = logging.getLogger("server.somewhere")
-    with logs.about(logs.REQUEST_ID, "r-1"):
-        log.info("one\ntwo %s", "three", extra=logs.facts(status=200))
+    with logs.context(logs.REQUEST_ID, "r-1"):
+        log.info("one\ntwo %s", "three", extra=logs.fields(status=200))
     log.debug("not this")
     log.warning("four")
     first, second = lines(out, "server.somewhere")
@@ -75,7 +75,7 @@ def test_a_json_line_says_when_who_what_and_of_which_request(out: io.StringIO):
 def test_a_text_line_names_request_and_job_once(out: io.StringIO):
     logs.start("info", "text", out)
     log = logging.getLogger("server.somewhere")
-    with logs.about(logs.REQUEST_ID, "r-1"), logs.about(logs.JOB_ID, "job_1"):
+    with logs.context(logs.REQUEST_ID, "r-1"), logs.context(logs.JOB_ID, "job_1"):
         log.info("job job_1: done")
         log.info("a line\n2000-01-01 00:00:00,000 ERROR forged: one")
     log.info("nobody's")
@@ -90,7 +90,7 @@ def test_no_line_holds_a_password_or_grows_without_bound(out: io.StringIO, forma
     logs.start("info", format_, out)
     log = logging.getLogger("server.somewhere")
     log.info(
-        "store redis://user:s3cr3t@redis:6379/0 and rediss://:s3@cr3t@h", extra=logs.facts(url="redis://:s3cr3t@h")
+        "store redis://user:s3cr3t@redis:6379/0 and rediss://:s3@cr3t@h", extra=logs.fields(url="redis://:s3cr3t@h")
     )
     try:
         raise ValueError("x" * 100_000 + " redis://:s3cr3t@h")
@@ -100,7 +100,7 @@ def test_no_line_holds_a_password_or_grows_without_bound(out: io.StringIO, forma
     assert "cr3t@" not in out.getvalue()
     assert "redis://***@redis:6379/0" in out.getvalue()
     assert "ValueError" in out.getvalue()
-    assert len(out.getvalue()) < 3 * logs.MOST_CHARACTERS
+    assert len(out.getvalue()) < 3 * logs.MAX_CHARACTERS
 
 
 def test_every_line_of_a_request_has_its_id_also_from_the_engines_thread(tmp_path: Path, out: io.StringIO):

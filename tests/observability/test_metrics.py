@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from server.observability import metrics
-from server.observability.task_labels import OTHER, REVIEW_S, WATCHED, TaskLabels
+from server.observability.task_labels import CANDIDATES, OTHER, REVIEW_S, TaskLabels
 
 
 class Clock:
@@ -40,7 +40,7 @@ def test_ten_thousand_tasks_have_five_labels_and_other(labels: TaskLabels):
     seen = {labels.count(f"task-{n}") for n in range(10_000)}
     assert seen == {*(f"task-{n}" for n in range(5)), OTHER}
     assert len(labels) == 5
-    assert len(labels._watched) <= WATCHED * 5
+    assert len(labels._candidates) <= CANDIDATES * 5
 
 
 def test_ten_thousand_tasks_stay_five_over_many_reviews(labels: TaskLabels, clock: Clock, forgotten: list[str]):
@@ -108,7 +108,7 @@ def test_a_task_called_other_shares_the_label_of_the_others(labels: TaskLabels, 
 def test_fewer_places_keep_the_busiest(labels: TaskLabels, forgotten: list[str]):
     for n in range(5):
         labels.count(f"task-{n}", n + 1)
-    labels.limit(2)
+    labels.resize(2)
     assert forgotten == ["task-0", "task-1", "task-2"]
     assert [labels.label(f"task-{n}") for n in range(5)] == [OTHER] * 3 + ["task-3", "task-4"]
 
@@ -123,16 +123,16 @@ def test_places_that_open_up_are_taken_by_who_was_watched(clock: Clock):
     labels = TaskLabels(0, lambda task: None, clock=clock)
     for task in ("fish", "birds", "fish"):
         labels.count(task)
-    labels.limit(1)
+    labels.resize(1)
     clock.now = 2 * REVIEW_S
     assert labels.count("trees") == OTHER
-    assert labels.placed() == ["fish"]
+    assert labels.tasks() == ["fish"]
 
 
 def test_ten_thousand_tasks_in_the_registry_are_a_page_of_bounded_size():
     """As the floors feed it: rows, seconds, hits, loads and evictions of 10,000 tasks, and a change of the busiest."""
-    places = metrics.TASKS.most
-    metrics.TASKS.limit(10)
+    places = metrics.TASKS.capacity
+    metrics.TASKS.resize(10)
     try:
         for n in range(10_000):
             task = f"many-{n}"
@@ -147,10 +147,10 @@ def test_ten_thousand_tasks_in_the_registry_are_a_page_of_bounded_size():
         assert all(times == 1 for times in names.values())
         assert len(set(re.findall(r'task="(many-[^"]+)"', page))) <= 10
     finally:
-        for task in list(metrics.TASKS._placed):
-            metrics._forget(task)
-        metrics.TASKS.limit(0)
-        metrics.TASKS.limit(places)
+        for task in list(metrics.TASKS._traffic):
+            metrics._remove_task(task)
+        metrics.TASKS.resize(0)
+        metrics.TASKS.resize(places)
 
 
 def test_a_task_that_lost_its_place_leaves_no_series_behind():
@@ -159,7 +159,7 @@ def test_a_task_that_lost_its_place_leaves_no_series_behind():
     metrics.RACK_HITS.labels("was-here").inc()
     metrics.TASK_ROWS.labels("was-here", "answered").inc()
     metrics.TASK_ROWS.labels("was-here", "failed").inc()
-    metrics._forget("was-here")
+    metrics._remove_task("was-here")
     assert b"was-here" not in generate_latest(metrics.REGISTRY)
 
 

@@ -39,7 +39,7 @@ def two(tmp_path: Path) -> tuple[Process, Process]:
     other.rows.labels("birds").inc()
     other.seconds.observe(1.5)
     other.waiting.set(7)
-    other.ledger.write()
+    other.ledger.write_snapshot()
     return one, other
 
 
@@ -59,7 +59,7 @@ def test_gauges_are_told_as_their_meaning_asks(two: tuple[Process, Process]) -> 
     assert one.sees("waiting") == 7, "the largest: only one of them has a queue"
     assert one.sees("process_resident_memory_bytes") == 200
     other.up.set(0)
-    other.ledger.write()
+    other.ledger.write_snapshot()
     assert one.sees("lensrack_engine_up") == 0, "the least"
 
 
@@ -71,7 +71,7 @@ def test_what_each_of_several_engines_has_is_added_up(tmp_path: Path) -> None:
         Gauge("lensrack_queue_rows", "Rows.", registry=engine.registry).set(rows)
         Gauge("lensrack_queue_oldest_seconds", "Wait.", registry=engine.registry).set(rows)
         Gauge("lensrack_rack_bytes", "Bytes.", ["state"], registry=engine.registry).labels("used").set(10 * rows)
-        engine.ledger.write()
+        engine.ledger.write_snapshot()
     Gauge("lensrack_queue_rows", "Rows.", registry=front.registry)
     assert front.sees("lensrack_queue_rows") == 7
     assert front.sees("lensrack_rack_bytes", state="used") == 70
@@ -96,7 +96,7 @@ def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process
         assert one.sees("process_resident_memory_bytes") == 100
     third = Process(tmp_path, "other-3")
     third.rows.labels("fish").inc(10)
-    third.ledger.write()
+    third.ledger.write_snapshot()
     assert one.sees("rows_total", task="fish") == 17
     house.retire("other-3")
     house.retire("nobody-4")
@@ -113,13 +113,13 @@ def test_a_file_that_is_being_buried_counts_once(two: tuple[Process, Process], t
 
 
 def test_tasks_of_the_past_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.TASKS, "most", 2)
+    monkeypatch.setattr(metrics.TASKS, "capacity", 2)
     house, last = ProcessMetrics(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
     for number in range(10):
         process = Process(tmp_path, f"past-{number}")
         process.rows.labels(f"task-{number}").inc()
         process.rows.labels(OTHER).inc()
-        process.ledger.write()
+        process.ledger.write_snapshot()
         house.retire(f"past-{number}")
     past = json.loads((tmp_path / "past.json").read_text())["families"]["rows"]["samples"]
     assert len({labels["task"] for _, labels, _ in past} - {OTHER}) <= 3
@@ -141,4 +141,4 @@ def test_labels_are_taken_over_from_where_rows_are_counted() -> None:
     labels.adopt(["cats"])
     assert sorted(forgotten) == ["birds", "fish"]
     assert [labels.label(task) for task in ("fish", "cats")] == [OTHER, "cats"]
-    assert labels.placed() == ["cats"]
+    assert labels.tasks() == ["cats"]

@@ -49,7 +49,7 @@ class Spans:
 @pytest.fixture
 def spans() -> Iterator[Spans]:
     spans = Spans()
-    tracing.use(spans.provider)
+    tracing.use_provider(spans.provider)
     yield spans
     tracing.stop()
 
@@ -190,9 +190,9 @@ def test_without_traces_nothing_of_opentelemetry_is_imported():
     code = (
         "import sys, lensrack, server.serving.predictor, server.worker.heartbeat, server.observability.logs\n"
         "import server.observability.tracing as t\n"
-        "with t.span('x'), t.request('GET', [], {}): t.since('y', 1.0)\n"
+        "with t.span('x'), t.request_span('GET', [], {}): t.record_span('y', 1.0)\n"
         "lensrack.Client('http://127.0.0.1:1').close()\n"
-        "assert t.ids() is None and not t.on()\n"
+        "assert t.current_ids() is None and not t.enabled()\n"
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
@@ -250,4 +250,4 @@ def test_spans_reach_a_collector_over_otlp():
     assert path == "/v1/traces"
     assert b"something-to-send" in body
     assert b"lensrack-server" in body
-    assert not tracing.on()
+    assert not tracing.enabled()

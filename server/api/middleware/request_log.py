@@ -79,12 +79,12 @@ class _LoggedRequest:
         self.status = 0
 
     def span(self) -> AbstractContextManager[None]:
-        return self._traced() if tracing.on() else nullcontext()
+        return self._traced() if tracing.enabled() else nullcontext()
 
     @contextmanager
     def _traced(self) -> Iterator[None]:
         about = {"lensrack.request_id": self.id}
-        with tracing.request(self.scope["method"], self.scope["headers"], about) as self._span:
+        with tracing.request_span(self.scope["method"], self.scope["headers"], about) as self._span:
             yield
 
     async def receive(self) -> Message:
@@ -109,12 +109,12 @@ class _LoggedRequest:
         metrics.REQUEST_BYTES.labels(route).inc(self._got_bytes)
         known: dict[str, str | int] = {"http.request.method": method, "http.route": route}
         known["http.response.status_code"] = status
-        tracing.answered(self._span, f"{method} {route}", known, failed=status >= 500)
+        tracing.finish_request(self._span, f"{method} {route}", known, failed=status >= 500)
         self._log(took_s, route)
 
     def _log(self, took_s: float, route: str) -> None:
         path = self.scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-        told = logs.facts(
+        told = logs.fields(
             method=self.scope["method"], path=path, route=route, status=self.status, took_ms=round(1000 * took_s, 3)
         )
         line = "%s %s %d %.1f ms %s"

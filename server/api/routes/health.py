@@ -33,4 +33,4 @@ async def readyz(services: ServicesOf) -> Response:
 async def prometheus() -> Response:
     """Prometheus text format."""
     await metrics.refresh()
-    return Response(generate_latest(metrics.exposed), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(metrics.scrape_registry), media_type=CONTENT_TYPE_LATEST)

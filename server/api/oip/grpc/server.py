@@ -76,7 +76,7 @@ class _LoggedCall:
         took_s = time.perf_counter() - self.began
         metrics.REQUESTS.labels(self.route, METHOD, str(self.status)).inc()
         metrics.REQUEST_S.labels(self.route).observe(took_s)
-        facts = logs.facts(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
+        facts = logs.fields(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
         log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=facts)
 
 
@@ -137,7 +137,7 @@ def _read(kind: Any, sent: bytes) -> Any:
 async def _answered(told: _LoggedCall, context: Any) -> AsyncIterator[None]:
     """The call's id on all that is said of it, and its failure as a status."""
     try:
-        with logs.about(logs.REQUEST_ID, told.id):
+        with logs.context(logs.REQUEST_ID, told.id):
             try:
                 yield
                 told.status = 200

@@ -1,12 +1,12 @@
-"""`python -m server serve | work | keys | import | export | store | sample | pretrain | bench` and their like."""
+"""The lensrack server: serve predictions, fit training jobs, and manage keys, stores and backbones."""
 
 from __future__ import annotations
 
 import os
 
-# Before torch, which reads them once. Idle threads must not spin beside a worker's. The code that oneDNN makes for each
-# shape that it multiplies is large; two caches would keep that of 1,024, oneDNN's and that of ideep, by which PyTorch
-# calls it.
+# Set before torch is imported, which reads them once. Idle threads must not spin beside a worker's. oneDNN's generated
+# code for each shape is large, and by default two caches keep 1,024 of them: oneDNN's, and that of ideep, through which
+# PyTorch calls it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "256")

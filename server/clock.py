@@ -1,7 +1,8 @@
-"""The time of day where the clock may be set while we run: by hand, by NTP after an outage, by a machine that woke up.
+"""Time of day that is safe against clock changes while the process runs: by hand, by NTP, or after sleep.
 
-What must not end early asks for the `earliest` that it may be, what must not go on too long for the `latest`. Both go
-by the steps of a steady clock since the process began; a clock that was wrong then is believed.
+Deadlines that must not come early use `earliest`; those that must not come late use `latest`. Both compare the wall
+clock with its value at the start of the process plus the steps of a steady clock. A clock that was wrong at the start
+is not detected.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ class WallClock:
         self._began = wall() - steady()
 
     def earliest(self) -> float:
+        """The time, not later than the steady clock says."""
         return min(self._wall(), self._began + self._steady())
 
     def latest(self) -> float:
+        """The time, not earlier than the steady clock says."""
         return max(self._wall(), self._began + self._steady())
 
     def ahead_s(self) -> float:
-        """By how much the clock has been set forward; 0 where it has been set back."""
+        """Seconds by which the clock has been set forward; 0 if it has been set back."""
         return max(0.0, self._wall() - self._began - self._steady())

@@ -1,4 +1,4 @@
-"""What commands have in common: settings as sentences, logs and traces."""
+"""Shared by all commands: settings with readable errors, logs and traces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.settings import Settings
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """The environment's settings with the command line's on top; a wrong one is a sentence, not a traceback."""
+    """The environment's settings, overridden by the command line's. Prints an invalid one and exits with 2."""
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})
     except ValidationError as error:
@@ -27,17 +27,17 @@ def start_logging(settings: Settings) -> None:
     logs.start(settings.log_level, settings.log_format)
 
 
-def start_telling(settings: Settings, service: str) -> None:
-    """Logs, and traces where they are wanted; a trace names this `service`."""
+def start_observability(settings: Settings, service: str) -> None:
+    """Start logs, and traces under this `service` name if they are enabled."""
     start_logging(settings)
     require_tracing(settings)
     if settings.otlp_endpoint:
         tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
-        atexit.register(tracing.stop)  # whatever has not been sent
+        atexit.register(tracing.stop)  # sends pending spans
 
 
 def require_tracing(settings: Settings) -> None:
-    """Where traces are wanted and cannot be had, a sentence and not a traceback."""
+    """Exit with 2 and a message if traces are enabled but their packages are not installed."""
     try:
         if settings.otlp_endpoint:
             tracing.require()

@@ -1,8 +1,7 @@
-"""Small labelled picture sets, drawn by our own code, to try things out with on a machine that has no data.
+"""Draws small labelled picture sets to try lensrack with, on machines without data.
 
-Each class has its colours and its coarse shapes, which is what a frozen network with random weights can tell apart;
-position, size, light, background and noise vary, so that there is something to learn. The same seed draws the same
-pixels.
+Classes differ in colour and coarse shape, which even a frozen network with random weights can tell apart; position,
+size, light, background and noise vary, so that there is something to learn. The same seed draws the same pixels.
 """
 
 from __future__ import annotations

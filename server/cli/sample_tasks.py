@@ -1,8 +1,8 @@
-"""`python -m server sample-tasks`: the tasks that come with the bundled backbone, made anew.
+"""`python -m server sample-tasks`: fits the bundled tasks again.
 
 The pictures are real and come with Python packages: handwritten digits (scikit-learn; Alpaydin and Kaynak, 1998, CC BY
-4.0) and faces beside other things (scikit-image; a part of Labeled Faces in the Wild, Huang et al., 2007). They go
-through everything that a user's pictures go through: an archive, a data set, a job, a worker.
+4.0) and faces beside other things (scikit-image; a part of Labeled Faces in the Wild, Huang et al., 2007). They take
+the path of a user's pictures: an archive, a dataset, a job, a worker.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ from server.app.worker import build_worker
 from server.engine.bundled import BUNDLED, FOLDER
 from server.settings import Settings
 
-SIDE = 64  # pixels: enlarged once, so that whoever asks sends what the task has seen
+SIDE = 64  # pixels: enlarged once, so that clients send what the task was fitted on
 HELD_BACK = 4  # every fourth picture is a test picture
-Found = tuple[NDArray[np.uint8], list[str]]
+LabelledImages = tuple[NDArray[np.uint8], list[str]]
 
 
-def digits() -> Found:
-    """[1797, 8, 8], and what each is."""
+def digits() -> LabelledImages:
+    """Images uint8 [1797, 8, 8] and their labels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return (found.images * (255 / 16)).round().astype(np.uint8), [str(digit) for digit in found.target]
+    data = load_digits()
+    return (data.images * (255 / 16)).round().astype(np.uint8), [str(digit) for digit in data.target]
 
 
-def faces() -> Found:
-    """[200, 25, 25], the first half of them faces."""
+def faces() -> LabelledImages:
+    """Images uint8 [200, 25, 25] and their labels; the first half are faces."""
     from skimage.data import lfw_subset
 
-    found = np.asarray(lfw_subset() * 255).round().astype(np.uint8)  # type: ignore[no-untyped-call]
-    return found, ["face" if index < len(found) // 2 else "other" for index in range(len(found))]
+    images = np.asarray(lfw_subset() * 255).round().astype(np.uint8)  # type: ignore[no-untyped-call]
+    return images, ["face" if index < len(images) // 2 else "other" for index in range(len(images))]
 
 
-# pictures, method, recipe, and the class of which one test picture is kept for whoever wants to ask
-TASKS: dict[str, tuple[Callable[[], Found], str, dict[str, Any], str]] = {
+# images, method, recipe, and the class of which one test picture is bundled as a sample
+TASKS: dict[str, tuple[Callable[[], LabelledImages], str, dict[str, Any], str]] = {
     "digits": (digits, "linear", {"search": "auto"}, "7"),
     "faces": (faces, "vpt_deep", {"epochs": 6, "prompts": 5}, "face"),
 }
 
 
 def make(folder: Path = FOLDER) -> dict[str, float]:
-    """Fit them on the bundled backbone and write FOLDER/tasks and FOLDER/pictures; test accuracy by task."""
+    """Fit the tasks on the bundled backbone and write FOLDER/tasks and FOLDER/pictures; returns test accuracies."""
     accuracies = {}
     for name in ("tasks", "pictures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for task, (pictures, method, recipe, shown) in TASKS.items():
+    for task, (pictures, method, recipe, sample) in TASKS.items():
         with TemporaryDirectory() as home:
             root = Path(home) / "pictures"
             _write(root, *pictures())
-            first = min((root / "test" / shown).iterdir())
-            shutil.copy(first, folder / "pictures" / f"{shown}.png")
+            first = min((root / "test" / sample).iterdir())
+            shutil.copy(first, folder / "pictures" / f"{sample}.png")
             bundle, accuracies[task] = _fit(Path(home), root, task, method, recipe)
             (folder / "tasks" / f"{task}.safetensors").write_bytes(bundle)
     return accuracies

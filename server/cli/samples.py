@@ -1,4 +1,4 @@
-"""`python -m server sample | sample-tasks`: pictures and tasks to try things out with."""
+"""`python -m server sample | sample-tasks`: sample pictures and tasks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 from .root import load_settings, start_logging
 
 
-def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fruit and FOLDER/weather.")]) -> None:
-    """Draw two small labelled picture sets to try things out with."""
+def sample(folder: Annotated[Path, typer.Argument(help="Where to write FOLDER/fruit and FOLDER/weather.")]) -> None:
+    """Draw two small labelled picture sets to try lensrack with."""
     from server.cli.sample_pictures import draw
 
     draw(folder)
@@ -19,7 +19,7 @@ def sample(folder: Annotated[Path, typer.Argument(help="Where to draw: FOLDER/fr
 
 
 def sample_tasks() -> None:
-    """Fit the tasks that come with the bundled backbone anew, from pictures that Python packages ship."""
+    """Fit the bundled tasks again, from pictures that Python packages contain."""
     start_logging(load_settings())
     from server.cli.sample_tasks import make
 

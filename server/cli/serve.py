@@ -1,4 +1,4 @@
-"""`python -m server serve`: predictions, and jobs that are taken."""
+"""`python -m server serve`: answers predictions and accepts training jobs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from server.app import allocator
 from server.engine.import_timm import import_timm
 from server.settings import Settings
 
-from .root import load_settings, require_tracing, start_logging, start_telling
+from .root import load_settings, require_tracing, start_logging, start_observability
 
 log = logging.getLogger("server")
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (LENSRACK_HOST).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for a free one (LENSRACK_PORT).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one (LENSRACK_PORT).")] = None,
 ) -> None:
-    """Serve predictions and take training jobs."""
+    """Serve predictions and accept training jobs."""
     allocator.keep_one_heap()
     settings = load_settings(host=host, port=port)
     if settings.fronts:
         start_logging(settings)
-        require_tracing(settings)  # each process traces for itself
+        require_tracing(settings)  # each process starts its own traces
     else:
-        start_telling(settings, "lensrack-server")
+        start_observability(settings, "lensrack-server")
     import_timm(hub=settings.downloads_weights)
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
@@ -52,7 +52,7 @@ def serve(
 
 
 async def _serve(settings: Settings) -> int:
-    """All in this process. The exit status."""
+    """Run the whole server in this process; returns the exit status."""
     from server.app.server import build_server
     from server.batching.watchdog import EXIT_CODE
     from server.processes import http_server

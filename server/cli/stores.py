@@ -1,4 +1,4 @@
-"""`python -m server store export | import`: a store's backup."""
+"""`python -m server store export | import`: back up and restore a store."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prompts_store import Store, StoreError, open_store
 from .root import load_settings, start_logging
 
 cli = typer.Typer(no_args_is_help=True, help="Back a store up, restore it, or move it to another kind of store.")
-StoreUrl = Annotated[str | None, typer.Option("--store", help="Which store (LENSRACK_STORE, else HOME/store).")]
+StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL (default: LENSRACK_STORE, else HOME/store).")]
 
 
 @cli.command("export")
 def store_export(
-    path: Annotated[Path, typer.Argument(help="A folder, or a file when it ends in .tar.")], store: StoreUrl = None
+    path: Annotated[Path, typer.Argument(help="A folder, or a file if the name ends in .tar.")], store: StoreUrl = None
 ) -> None:
-    """Write a whole store into an archive: bundles, aliases and where these have pointed."""
+    """Write a whole store into an archive: bundles, aliases and their history."""
     from prompts_store.transfer import export_store
 
     with _transfer("exported", store) as opened:
@@ -32,11 +32,11 @@ def store_export(
 
 @cli.command("import")
 def store_import(
-    path: Annotated[Path, typer.Argument(help="What `store export` wrote.")],
+    path: Annotated[Path, typer.Argument(help="An archive that `store export` wrote.")],
     store: StoreUrl = None,
-    overwrite: Annotated[bool, typer.Option(help="Move aliases that point elsewhere in the store.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Overwrite aliases that point elsewhere in the store.")] = False,
 ) -> None:
-    """Add all of an archive to a store. Nothing is written unless all of it is whole."""
+    """Add an archive to a store. Nothing is written unless the whole archive is intact."""
     from prompts_store.transfer import import_store
 
     with _transfer("imported", store) as opened:
@@ -46,7 +46,7 @@ def store_import(
 
 @contextmanager
 def _transfer(verb: str, url: str | None) -> Iterator[Store]:
-    """The store, closed afterwards; a failure is a sentence."""
+    """The store, closed at the end. A failure is printed, with exit status 1."""
     settings = load_settings(store=url)
     start_logging(settings)
     try:

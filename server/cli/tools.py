@@ -1,4 +1,4 @@
-"""`python -m server pretrain | bench`: each reads its own options."""
+"""`python -m server pretrain | bench`: commands that parse their own options."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ BENCHES = (
     "training-load",
 )  # modules of `server.bench`
 
-REST = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}  # a command reads its own
+REST = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}  # parsed by the command
 
 
 def pretrain(context: typer.Context) -> None:
-    """Make a backbone like the bundled one: `pretrain --help` tells from what and how."""
+    """Train a backbone like the bundled one; see `pretrain --help`."""
     importlib.import_module("server.pretraining.command").main(context.args)
 
 
 def bench(context: typer.Context) -> None:
-    """Measure something: `bench NAME --help` tells what and how."""
+    """Run a benchmark; see `bench NAME --help`."""
     name, *arguments = context.args or ["nothing"]
     if name not in BENCHES:
         typer.echo(f"expected bench {' | '.join(BENCHES)}, got {name[:100]}", err=True)

@@ -1,4 +1,4 @@
-"""`python -m server work`: a worker."""
+"""`python -m server work`: a worker that fits training jobs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from prompts_store import StoreError
 from server.app import allocator
 from server.observability import metrics
 
-from .root import load_settings, start_telling
+from .root import load_settings, start_observability
 
 log = logging.getLogger("server")
 
 
 def work(
-    until_stdin_closes: Annotated[
-        bool, typer.Option(help="Leave when the process that started this one ends.")
-    ] = False,
+    until_stdin_closes: Annotated[bool, typer.Option(help="Stop when the process that started this one ends.")] = False,
 ) -> None:
-    """Fit queued training jobs, one after the other."""
+    """Fit queued training jobs, until it is stopped."""
     allocator.keep_one_heap()
     settings = load_settings()
-    start_telling(settings, "lensrack-worker")
+    start_observability(settings, "lensrack-worker")
     from server.app.worker import build_worker
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError
@@ -44,11 +42,11 @@ def work(
         typer.echo(f"the worker cannot start: {error}", err=True)
         raise typer.Exit(1) from None
 
-    def leave(_signal: int, _frame: FrameType | None) -> None:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
         trainer.stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+        signal.signal(number, stop)
     if until_stdin_closes:
         threading.Thread(target=_wait_for_parent, args=(trainer.stop,), daemon=True).start()
     log.info("worker ready, pid %d", os.getpid())
@@ -56,7 +54,7 @@ def work(
 
 
 def _wait_for_parent(stop: threading.Event) -> None:
-    """The pipe on stdin closes when the server ends, however it ends."""
+    """Set `stop` when stdin closes, as it does however the server ends."""
     while os.read(0, 1024):
         pass
     stop.set()

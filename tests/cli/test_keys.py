@@ -1,4 +1,4 @@
-"""`python -m server keys …`: tokens are told once, on standard output alone, and what is wrong is a sentence."""
+"""`python -m server keys …`: tokens are printed once, to standard output only, errors are messages, not tracebacks."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_class_folders_as_the_upload_wants_them(folder: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", SETS)
 def test_coarse_colour_tells_the_classes_apart(folder: Path, name: str) -> None:
-    """So that a network with random weights has a chance, and a tour has a true answer."""
+    """So that even a network with random weights learns them, and the tour shows right answers."""
 
     def thumbnails(split: str) -> tuple[np.ndarray, np.ndarray]:
         files = sorted((folder / name / split).rglob("*.png"))

@@ -270,7 +270,7 @@ def test_a_damaged_manifest_costs_no_other_dataset(store: DatasetStore, tmp_path
 
 
 def test_ingests_and_deletions_at_once_leave_whole_datasets(store: DatasetStore, tmp_path: Path, root: Path) -> None:
-    """All share pictures, so each deletion must know what the others are about to keep."""
+    """All share pictures, so each deletion must respect what the other processes are storing."""
     archives = [write_zip(tmp_path / f"{count}", pets(count=count)) for count in (2, 3, 4, 5)]
 
     def churn(path: Path) -> Dataset:
@@ -429,7 +429,7 @@ except DiskFull as error:
 
 
 def test_a_file_that_the_system_refuses_to_grow_is_a_full_disk(root: Path, tmp_path: Path) -> None:
-    """The same with no right to mount: the kernel stops the write of the first picture above 8,000 bytes."""
+    """The same without the right to mount: the kernel stops the write of the first picture above 8,000 bytes."""
     process = start(LIMITED, root, write_zip(tmp_path / "a.zip", {**pets(), **noise(2)}))
     assert json.loads(process.communicate(timeout=60)[0])[0] == "disk_full"
     assert tree(root) == EMPTY

@@ -1,4 +1,4 @@
-"""Where pictures belong, what a dataset is called, and which cannot be learned from."""
+"""Split and label from folders, the digest of a dataset, and datasets that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from server.errors import BadRequest
 
 
 def placed(*paths: str) -> dict[str, object]:
-    found = places([tuple(path.split("/")) for path in paths])
-    return {path: place if isinstance(place, tuple) else None for path, place in zip(paths, found, strict=True)}
+    result = places([tuple(path.split("/")) for path in paths])
+    return {path: place if isinstance(place, tuple) else None for path, place in zip(paths, result, strict=True)}
 
 
 def test_class_folders() -> None:
@@ -65,8 +65,8 @@ def test_a_class_may_be_called_valid() -> None:
 
 
 def test_pictures_beside_the_split_folders_have_no_place() -> None:
-    found = placed("train/cat/1.jpg", "train/loose.jpg", "extra/dog/2.jpg", "loose.jpg")
-    assert [path for path, place in found.items() if place is None] == [
+    result = placed("train/cat/1.jpg", "train/loose.jpg", "extra/dog/2.jpg", "loose.jpg")
+    assert [path for path, place in result.items() if place is None] == [
         "train/loose.jpg", "extra/dog/2.jpg", "loose.jpg",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Datasets that add to a dataset: the union of the pictures, each once, whoever deletes what in between."""
+"""Datasets that extend a dataset: the union of the pictures, each once, whatever is deleted in between."""
 
 from __future__ import annotations
 

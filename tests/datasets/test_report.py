@@ -1,4 +1,4 @@
-"""What a dataset's report counts, what it warns of, and that old manifests get one."""
+"""A dataset's report: its counts, its warnings, and reports for old manifests."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_the_wire_carries_the_report(store: DatasetStore) -> None:
 
 
 def test_a_manifest_of_format_1_still_reads() -> None:
-    """As it was written before there were reports."""
+    """As written before reports existed."""
     dataset = Dataset.of(SOUND, [], name="pets", created_at=1.0)
     old = json.loads(dataset.to_json())
     assert old["format"] == 2

@@ -40,7 +40,7 @@ def drawn(case: Case) -> dict[str, np.ndarray]:
 
 def official_backbone() -> dict[str, Tensor]:
     """The frozen weights of the golden cases by the names that KMnP/vpt gives them."""
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in golden_backbone(ARCH, 101, torch.float32).model.state_dict().items():
         for old, new in (
             ("cls_token", "embeddings.cls_token"),
@@ -56,36 +56,36 @@ def official_backbone() -> dict[str, Tensor]:
         name = f"encoder.encoder_{name}" if name.startswith("norm.") else name  # noqa: PLW2901
         if "attn.qkv" in name:
             parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-            found |= {f"enc.transformer.{name.replace('qkv', part)}": own.clone() for part, own in parts}
+            state |= {f"enc.transformer.{name.replace('qkv', part)}": chunk.clone() for part, chunk in parts}
         else:
-            found[f"enc.transformer.{name}"] = tensor
-    return found
+            state[f"enc.transformer.{name}"] = tensor
+    return state
 
 
 def prompt_ep(case: Case) -> list[tuple[str, Any]]:
     raw = drawn(case)
     file = {"shallow_prompt": raw["prompts"][:1], "deep_prompt": raw["prompts"][1:]}
     head = {f"head.last_layer.{leaf}": torch.from_numpy(raw[f"head.{leaf}"]) for leaf in ("weight", "bias")}
-    extra = {name: torch.from_numpy(own) for name, own in raw.items() if name.startswith("prompt_proj")}
+    extra = {name: torch.from_numpy(array) for name, array in raw.items() if name.startswith("prompt_proj")}
     if len(raw["prompts"]) == 1:
         del file["deep_prompt"]
     return [("prompt_ep100.pth", file), ("head.pth", head | extra)]
 
 
 def whole_vpt(case: Case) -> list[tuple[str, Any]]:
-    raw = {name: torch.from_numpy(own) for name, own in drawn(case).items()}
+    raw = {name: torch.from_numpy(array) for name, array in drawn(case).items()}
     state = official_backbone() | {
         "enc.transformer.prompt_embeddings": raw["prompts"][:1],
         "enc.transformer.deep_prompt_embeddings": raw["prompts"][1:],
-        **{f"enc.transformer.{name}": own for name, own in raw.items() if name.startswith("prompt_proj")},
+        **{f"enc.transformer.{name}": array for name, array in raw.items() if name.startswith("prompt_proj")},
         **{f"head.last_layer.{leaf}": raw[f"head.{leaf}"] for leaf in ("weight", "bias")},
     }
     return [("last_model.pth", {"model": state})]
 
 
 def spt(case: Case) -> list[tuple[str, Any]]:
-    """As the script writes it: a wrapped model, its optimiser, a moving average that is something else."""
-    raw = {name: torch.from_numpy(own) for name, own in drawn(case).items()}
+    """As the script writes it: a wrapped model, its optimiser, and a moving average with other values."""
+    raw = {name: torch.from_numpy(array) for name, array in drawn(case).items()}
     prompts = torch.nn.Parameter(raw["prompts"])
     frozen = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
     state = OrderedDict({"prompt_token": prompts, **frozen, **{n: raw[n] for n in ("head.weight", "head.bias")}})
@@ -106,20 +106,20 @@ def spt(case: Case) -> list[tuple[str, Any]]:
 
 
 def cvpt(case: Case) -> list[tuple[str, Any]]:
-    raw = {name: torch.from_numpy(own) for name, own in drawn(case).items()}
+    raw = {name: torch.from_numpy(array) for name, array in drawn(case).items()}
     frozen = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
     state = {"Prompt_Tokens": raw["prompts"], **{n: raw[n] for n in ("head.weight", "head.bias")}, **frozen}
     for layer in range(DEPTH):
         for leaf in ("weight", "bias"):
-            own = f"blocks.{layer}"
-            copies = zip("qkv", frozen[f"{own}.attn.qkv.{leaf}"].chunk(3), strict=True)
-            state |= {f"{own}.CrossAttn.{part}.{leaf}": tensor for part, tensor in copies}
-            state[f"{own}.CrossAttn.proj.{leaf}"] = frozen[f"{own}.attn.proj.{leaf}"]
+            block = f"blocks.{layer}"
+            copies = zip("qkv", frozen[f"{block}.attn.qkv.{leaf}"].chunk(3), strict=True)
+            state |= {f"{block}.CrossAttn.{part}.{leaf}": tensor for part, tensor in copies}
+            state[f"{block}.CrossAttn.proj.{leaf}"] = frozen[f"{block}.attn.proj.{leaf}"]
     return [("cvpt.pth", state)]
 
 
 def timm_head(case: Case) -> list[tuple[str, Any]]:
-    return [("head.pth", {name: torch.from_numpy(own) for name, own in drawn(case).items()})]
+    return [("head.pth", {name: torch.from_numpy(array) for name, array in drawn(case).items()})]
 
 
 WRITERS = {
@@ -136,24 +136,24 @@ WRITERS = {
 
 
 def files(parts: list[tuple[str, Any]], **how: Any) -> list[tuple[str, io.BytesIO]]:
-    found = []
+    named = []
     for name, content in parts:
         file = io.BytesIO()
         torch.save(content, file, **how)
-        found.append((name, file))
-    for _, file in found:
+        named.append((name, file))
+    for _, file in named:
         file.seek(0)
-    return found
+    return named
 
 
 def own_importer() -> Importer:
     return importer_for(BackboneInfo.of(golden_backbone(ARCH, 101, torch.float32)), Registry())
 
 
-def imported(given: list[tuple[str, Any]], **wanted: Any) -> Bundle:
+def imported(parts: list[tuple[str, Any]], **options: Any) -> Bundle:
     importer = own_importer()
     with closing(open_store("memory://")) as store:
-        return importer.bundle(given, ImportOptions("birds", **wanted), store)
+        return importer.bundle(parts, ImportOptions("birds", **options), store)
 
 
 def served(bundle: Bundle, images: Tensor) -> Tensor:
@@ -182,22 +182,23 @@ def test_an_imported_task_gives_the_official_numbers(name: str, how: Mapping[str
 def test_what_is_imported_is_what_the_golden_bundle_holds() -> None:
     """To the last bit where nothing is folded."""
     case = CASES["nano-vpt_deep_p6"]
-    own: Task = task(case, ARCH, torch.float32)
+    golden: Task = task(case, ARCH, torch.float32)
     bundle = imported(files(prompt_ep(case)))
-    assert (bundle.manifest.method, bundle.manifest.prompt_lengths) == (own.method, own.lengths)
-    for name, tensor in own.params.items():
+    assert (bundle.manifest.method, bundle.manifest.prompt_lengths) == (golden.method, golden.lengths)
+    for name, tensor in golden.params.items():
         np.testing.assert_array_equal(bundle.tensors[name], tensor.numpy())
 
 
 def test_labels_and_preprocessing_are_the_callers() -> None:
     case = CASES["nano-vpt_deep_p6"]
-    given = files(prompt_ep(case))
-    own = imported(given).manifest.preprocess
-    assert (own.mean, own.interpolation, own.crop_pct) == ((0.485, 0.456, 0.406), "bilinear", 0.875)
+    parts = files(prompt_ep(case))
+    default = imported(parts).manifest.preprocess
+    assert (default.mean, default.interpolation, default.crop_pct) == ((0.485, 0.456, 0.406), "bilinear", 0.875)
     labels = [f"bird {number}" for number in range(case["classes"])]
-    told = imported(given, labels=labels, preprocess={"mean": [0.5, 0.5, 0.5], "crop_mode": "squash"}).manifest
-    assert told.labels == tuple(labels)
-    assert (told.preprocess.mean, told.preprocess.crop_mode, told.preprocess.std) == ((0.5,) * 3, "squash", own.std)
+    manifest = imported(parts, labels=labels, preprocess={"mean": [0.5, 0.5, 0.5], "crop_mode": "squash"}).manifest
+    assert manifest.labels == tuple(labels)
+    preprocess = manifest.preprocess
+    assert (preprocess.mean, preprocess.crop_mode, preprocess.std) == ((0.5,) * 3, "squash", default.std)
 
 
 def test_the_same_checkpoint_is_the_same_version() -> None:
@@ -210,10 +211,10 @@ def test_the_same_checkpoint_is_the_same_version() -> None:
         assert importer.bundle(parts, ImportOptions("birds", preprocess={"crop_pct": 1.0}), store) != first
 
 
-def refusal(given: list[tuple[str, Any]], **wanted: Any) -> ServiceError:
-    with pytest.raises(ServiceError) as found:
-        imported(given, **wanted)
-    return found.value
+def refusal(parts: list[tuple[str, Any]], **options: Any) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        imported(parts, **options)
+    return caught.value
 
 
 def changed(write: Any, golden: str, **arrays: Any) -> list[tuple[str, Any]]:
@@ -312,11 +313,11 @@ def hugging_face_vit() -> Any:
     torch.manual_seed(0)
     model = transformers.ViTForImageClassification(config).eval()
     state = golden_backbone(ARCH, 101, torch.float32).model.state_dict()
-    own = model.state_dict()
-    for name in own:
+    state_dict = model.state_dict()
+    for name in state_dict:
         if not name.startswith("classifier"):
-            own[name] = _as_hugging_face(name, state).reshape(own[name].shape)
-    model.load_state_dict(own)
+            state_dict[name] = _as_hugging_face(name, state).reshape(state_dict[name].shape)
+    model.load_state_dict(state_dict)
     return model
 
 
@@ -367,13 +368,13 @@ def adapter(folder: Path, model: Any, **config: Any) -> tuple[Any, list[tuple[st
 def test_peft_of_a_transformers_vit(tmp_path: Path, rslora: bool) -> None:
     model = hugging_face_vit()
     targets = ["q_proj", "v_proj"] if any("q_proj" in name for name in model.state_dict()) else ["query", "value"]
-    tuned, given = adapter(
+    tuned, parts = adapter(
         tmp_path, model, r=3, target_modules=targets, modules_to_save=["classifier"], use_rslora=rslora
     )
     images = pixels(CASES["nano-linear"], ARCH, torch.float32)
     with torch.inference_mode():
         truth = tuned(pixel_values=images).logits
-    bundle = imported(given)
+    bundle = imported(parts)
     assert (bundle.manifest.method, bundle.manifest.prompt_lengths) == ("lora", (6,) * DEPTH)
     torch.testing.assert_close(served(bundle, images), truth, atol=2e-4, rtol=0)
 
@@ -384,27 +385,27 @@ def test_peft_of_a_timm_vit(tmp_path: Path) -> None:
 
     model = VisionTransformer(img_size=64, patch_size=16, embed_dim=D, depth=DEPTH, num_heads=4, num_classes=5)
     model.load_state_dict(golden_backbone(ARCH, 101, torch.float32).model.state_dict(), strict=False)
-    tuned, given = adapter(tmp_path, model, r=2, target_modules=["attn.qkv"], modules_to_save=["head"])
+    tuned, parts = adapter(tmp_path, model, r=2, target_modules=["attn.qkv"], modules_to_save=["head"])
     images = pixels(CASES["nano-linear"], ARCH, torch.float32)
     with torch.inference_mode():
         truth = tuned(images)
-    torch.testing.assert_close(served(imported(given), images), truth, atol=2e-4, rtol=0)
+    torch.testing.assert_close(served(imported(parts), images), truth, atol=2e-4, rtol=0)
 
 
 def lora_files(folder: Path, config: Mapping[str, Any], **tensors: Tensor) -> list[tuple[str, io.BytesIO]]:
     """An adapter of the documented format, with the names of transformers 4."""
-    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"], **config}
+    full_config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"], **config}
     site = "base_model.model.vit.encoder.layer.1.attention.attention.query"
-    own = {
+    tensors = {
         f"{site}.lora_A.weight": torch.ones(2, D),
         f"{site}.lora_B.weight": torch.ones(D, 2),
         "base_model.model.classifier.weight": torch.ones(3, D),
         "base_model.model.classifier.bias": torch.ones(3),
         **{name.replace("__", "."): tensor for name, tensor in tensors.items()},
     }
-    save_file(own, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors")
     return [
-        ("adapter_config.json", io.BytesIO(json.dumps(told).encode())),
+        ("adapter_config.json", io.BytesIO(json.dumps(full_config).encode())),
         ("adapter_model.safetensors", io.BytesIO((folder / "adapter_model.safetensors").read_bytes())),
     ]
 

@@ -1,4 +1,4 @@
-"""What the server tells of itself: log lines that name their request or job, and the gauges that somebody looks at."""
+"""Log lines that name their request or job, and the gauges that need a query."""
 
 from __future__ import annotations
 

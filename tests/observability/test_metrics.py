@@ -1,4 +1,4 @@
-"""The metrics' labels stay few whatever is asked, and stable while the traffic is."""
+"""The metrics' labels stay few whatever tasks are requested, and stable while the traffic is."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_task_that_becomes_busy_gets_the_place_of_the_least_busy_one(
 
 
 def test_a_crowd_of_strangers_takes_no_place(labels: TaskLabels, clock: Clock, forgotten: list[str]):
-    """Space-Saving gives a stranger the traffic of whom it replaced; only what is certain may count."""
+    """Space-Saving gives a new task the traffic of the one it replaced; only the certain part may count."""
     for n in range(5):
         labels.count(f"task-{n}", 30)
     for n in range(20_000):
@@ -130,7 +130,7 @@ def test_places_that_open_up_are_taken_by_who_was_watched(clock: Clock):
 
 
 def test_ten_thousand_tasks_in_the_registry_are_a_page_of_bounded_size():
-    """As the floors feed it: rows, seconds, hits, loads and evictions of 10,000 tasks, and a change of the busiest."""
+    """As the server sets them: rows, seconds, hits, loads and evictions of 10,000 tasks, then other busiest tasks."""
     places = metrics.TASKS.capacity
     metrics.TASKS.resize(10)
     try:

@@ -14,7 +14,7 @@ from server.observability.task_labels import OTHER, TaskLabels
 
 
 class Process:
-    """One with a few metrics of its own."""
+    """A process with a few metrics."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.registry = CollectorRegistry()
@@ -64,7 +64,7 @@ def test_gauges_are_told_as_their_meaning_asks(two: tuple[Process, Process]) -> 
 
 
 def test_what_each_of_several_engines_has_is_added_up(tmp_path: Path) -> None:
-    """Rows that wait, places, racks; a front end has none of these. What is not a number of things is not added."""
+    """Waiting rows, places, racks, which a front end lacks, are summed; gauges that are no counts are not."""
     engines = [Process(tmp_path, name) for name in ("engine-0-1", "engine-1-2")]
     front = Process(tmp_path, "front-0-3")
     for engine, rows in zip(engines, (3, 4), strict=True):
@@ -76,8 +76,8 @@ def test_what_each_of_several_engines_has_is_added_up(tmp_path: Path) -> None:
     assert front.sees("lensrack_queue_rows") == 7
     assert front.sees("lensrack_rack_bytes", state="used") == 70
     assert front.sees("lensrack_queue_oldest_seconds") == 4
-    house = ProcessMetrics(tmp_path, "house", CollectorRegistry())
-    house.retire("engine-1-2")
+    manager = ProcessMetrics(tmp_path, "house", CollectorRegistry())
+    manager.retire("engine-1-2")
     assert front.sees("lensrack_queue_rows") == 3, "what waited at an engine that has ended waits no more"
 
 
@@ -88,9 +88,9 @@ def test_the_gauges_that_are_added_up_are_there() -> None:
 
 def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process], tmp_path: Path) -> None:
     one, _ = two
-    house = ProcessMetrics(tmp_path, "house", CollectorRegistry())
+    manager = ProcessMetrics(tmp_path, "house", CollectorRegistry())
     for _ in range(2):
-        house.retire("other-2")
+        manager.retire("other-2")
         assert one.sees("rows_total", task="fish") == 7
         assert one.sees("waiting") == 0, "its gauges have gone with it"
         assert one.sees("process_resident_memory_bytes") == 100
@@ -98,13 +98,13 @@ def test_what_a_process_had_counted_outlives_it_once(two: tuple[Process, Process
     third.rows.labels("fish").inc(10)
     third.ledger.write_snapshot()
     assert one.sees("rows_total", task="fish") == 17
-    house.retire("other-3")
-    house.retire("nobody-4")
+    manager.retire("other-3")
+    manager.retire("nobody-4")
     assert one.sees("rows_total", task="fish") == 17
 
 
 def test_a_file_that_is_being_buried_counts_once(two: tuple[Process, Process], tmp_path: Path) -> None:
-    """Between the two steps of a burial both places tell of it."""
+    """Between the two steps of `retire` both files contain the counts."""
     one, _ = two
     left = (tmp_path / "other-2.metrics").read_bytes()
     ProcessMetrics(tmp_path, "house", CollectorRegistry()).retire("other-2")
@@ -114,13 +114,13 @@ def test_a_file_that_is_being_buried_counts_once(two: tuple[Process, Process], t
 
 def test_tasks_of_the_past_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.TASKS, "capacity", 2)
-    house, last = ProcessMetrics(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
+    manager, last = ProcessMetrics(tmp_path, "house", CollectorRegistry()), Process(tmp_path, "now-1")
     for number in range(10):
         process = Process(tmp_path, f"past-{number}")
         process.rows.labels(f"task-{number}").inc()
         process.rows.labels(OTHER).inc()
         process.ledger.write_snapshot()
-        house.retire(f"past-{number}")
+        manager.retire(f"past-{number}")
     past = json.loads((tmp_path / "past.json").read_text())["families"]["rows"]["samples"]
     assert len({labels["task"] for _, labels, _ in past} - {OTHER}) <= 3
     assert last.sees("rows_total", task=OTHER) == 10

@@ -28,7 +28,7 @@ JPEG = {"content-type": "image/jpeg"}
 
 
 class Spans:
-    """What has been traced: the spans of one trace, by name, and who is below whom."""
+    """The recorded spans: those of one trace, by name, and their parents."""
 
     def __init__(self) -> None:
         self._memory = InMemorySpanExporter()
@@ -39,11 +39,11 @@ class Spans:
         return list(self._memory.get_finished_spans())
 
     def of(self, trace_id: int) -> dict[str, list[ReadableSpan]]:
-        found: dict[str, list[ReadableSpan]] = {}
+        traced: dict[str, list[ReadableSpan]] = {}
         for span in self.all():
             if span.context.trace_id == trace_id:
-                found.setdefault(span.name, []).append(span)
-        return found
+                traced.setdefault(span.name, []).append(span)
+        return traced
 
 
 @pytest.fixture
@@ -67,18 +67,18 @@ def test_a_request_is_one_trace_from_the_caller_to_the_forward(spans: Spans, api
     headers = {**JPEG, "traceparent": f"00-{theirs}-00f067aa0ba902b7-01"}
     assert api.http.post("/predict/fish", content=png(3), headers=headers).status_code == 200
     api.http.get("/healthz")  # an answer of the same connection: the request before has been recorded
-    found = spans.of(int(theirs, 16))
-    assert set(found) == {"POST /predict/{task}", "predict", "seat", "decode", "queue", "batch", "forward"}
-    assert all(len(each) == 1 for each in found.values())
-    (request,), (predict,), (batch,) = found["POST /predict/{task}"], found["predict"], found["batch"]
+    traced = spans.of(int(theirs, 16))
+    assert set(traced) == {"POST /predict/{task}", "predict", "seat", "decode", "queue", "batch", "forward"}
+    assert all(len(each) == 1 for each in traced.values())
+    (request,), (predict,), (batch,) = traced["POST /predict/{task}"], traced["predict"], traced["batch"]
     assert request.parent.span_id == int("00f067aa0ba902b7", 16)
     assert request.kind is trace.SpanKind.SERVER
     assert request.attributes["http.response.status_code"] == 200
     assert predict.parent.span_id == request.context.span_id
     for name in ("seat", "decode", "queue", "batch"):
-        assert found[name][0].parent.span_id == predict.context.span_id, name
-    assert found["forward"][0].parent.span_id == batch.context.span_id
-    times = [at for name in ("queue", "batch") for at in (found[name][0].start_time, found[name][0].end_time)]
+        assert traced[name][0].parent.span_id == predict.context.span_id, name
+    assert traced["forward"][0].parent.span_id == batch.context.span_id
+    times = [at for name in ("queue", "batch") for at in (traced[name][0].start_time, traced[name][0].end_time)]
     assert times == sorted(times), "first it waits, then it is computed"
     assert predict.start_time <= times[0]
 
@@ -92,8 +92,8 @@ def test_a_batch_is_in_the_trace_of_everybody_who_shares_it(spans: Spans, api: A
     def ask(n: int) -> None:
         headers = {"traceparent": f"00-{ids[n]}-00f067aa0ba902b7-01"}
         files = [("images", (f"{i}.png", png(i))) for i in range(2)]
-        asked = api.http.post("/predict", params={"task": ["fish", "birds"]}, files=files, headers=headers)
-        assert asked.status_code == 200
+        response = api.http.post("/predict", params={"task": ["fish", "birds"]}, files=files, headers=headers)
+        assert response.status_code == 200
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]
     threads[0].start()
@@ -107,10 +107,10 @@ def test_a_batch_is_in_the_trace_of_everybody_who_shares_it(spans: Spans, api: A
         thread.join(10)
     api.http.get("/healthz")
     for n in (1, 2):
-        found = spans.of(int(ids[n], 16))
-        assert len(found["predict"]) == 2, "two tasks"
+        traced = spans.of(int(ids[n], 16))
+        assert len(traced["predict"]) == 2, "two tasks"
         batches = [
-            (span.attributes["lensrack.batch.rows"], span.attributes["lensrack.rows"]) for span in found["batch"]
+            (span.attributes["lensrack.batch.rows"], span.attributes["lensrack.rows"]) for span in traced["batch"]
         ]
         assert batches == [(8, 2), (8, 2)], "each task once, with how many rows of it and how many in all"
 
@@ -126,10 +126,10 @@ def test_a_failed_request_is_a_failed_span_and_an_unsampled_one_none(spans: Span
         "/predict/fish", content=png(3), headers={**JPEG, "traceparent": f"00-{unsampled}-00f067aa0ba902b7-00"}
     )
     api.http.get("/healthz")
-    found = spans.of(int(theirs, 16))
-    assert not found["POST /predict/{task}"][0].status.is_ok
-    assert not found["predict"][0].status.is_ok
-    assert found["predict"][0].events[0].name == "exception"
+    traced = spans.of(int(theirs, 16))
+    assert not traced["POST /predict/{task}"][0].status.is_ok
+    assert not traced["predict"][0].status.is_ok
+    assert traced["predict"][0].events[0].name == "exception"
     assert not spans.of(int(unsampled, 16)), "the caller has decided"
 
 
@@ -186,7 +186,7 @@ def test_a_log_line_names_its_trace(spans: Spans):
 
 
 def test_without_traces_nothing_of_opentelemetry_is_imported():
-    """Of our own accord: FastAPI brings its interfaces along, which do nothing by themselves."""
+    """By our code: FastAPI imports the interfaces, which do nothing by themselves."""
     code = (
         "import sys, lensrack, server.serving.predictor, server.worker.heartbeat, server.observability.logs\n"
         "import server.observability.tracing as t\n"

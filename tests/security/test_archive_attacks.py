@@ -1,4 +1,4 @@
-"""Archives that someone made to do harm: each is refused by name, and the store's folder is left as it was."""
+"""Malicious archives: each is refused with its reason, and the store's folder is left unchanged."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Asks:
 
 
 def zipped(program: bytes, *, compression: int = zipfile.ZIP_STORED, **storages: bytes) -> bytes:
-    """A file of torch.save around a program of ours."""
+    """A file of torch.save around a given program."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program)
@@ -73,7 +73,7 @@ def tuple_of(values: tuple[int, ...]) -> bytes:
 
 
 def array(shape: tuple[int, ...], data: bytes = b"\0" * 8, dtype: bytes = b"f4") -> bytes:
-    """A NumPy array as protocol 2 writes it, with a shape of ours."""
+    """A NumPy array as protocol 2 writes it, with a given shape."""
     kind = (
         b"cnumpy\ndtype\n"
         + text(dtype.decode())
@@ -230,7 +230,7 @@ def test_it_is_refused_and_runs_nothing(name: str) -> None:
 
 
 def test_an_unpickler_would_have_run_it() -> None:
-    """The attacks are real: what we refuse, Python's own unpickler does."""
+    """The attacks are real: Python's own unpickler runs what we refuse."""
     data = pickle.dumps(Asks(os.system, (f"touch {MARKER}",)), protocol=4)
     try:
         pickle.loads(data)  # noqa: S301

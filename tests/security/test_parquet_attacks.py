@@ -1,4 +1,4 @@
-"""Parquet files that someone made to do harm, byte by byte: each is refused, the server lives, and nothing is left."""
+"""Malicious parquet files, crafted byte by byte: each is refused, the server survives, and nothing is left behind."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from typing import Final
 
 from server.errors import BadRequest
 
+from .metering import bad_archive, too_many_members
+
 MAX_PATH: Final = 1024  # characters
 MAX_PART: Final = 255
 MAX_DEPTH: Final = 16
@@ -60,7 +62,7 @@ class Names:
         """Count a member of any kind. Raises `BadRequest` beyond `max_members`."""
         self._members += 1
         if self._members > self._max_members:
-            raise BadRequest(f"the archive has more than the {self._max_members:,} members allowed", code="bad_archive")
+            raise too_many_members(self._max_members)
 
     def add(self, parts: tuple[str, ...]) -> None:
         """Add a file's path. Raises `BadRequest` when it collides with another."""
@@ -76,4 +78,4 @@ class Names:
 
 
 def _bad(name: str, why: str) -> BadRequest:
-    return BadRequest(f"the archive's member {printable(name)!r} is refused: {why}", code="bad_archive")
+    return bad_archive(f"the archive's member {printable(name)!r} is refused: {why}")

@@ -203,7 +203,7 @@ BAD_TABLES = {
     "a JSON list": ("labels.jsonl", '["a.png", "cat"]\n', "line 1: expected a JSON object"),
     "deep JSON": ("labels.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
     "several labels": ("labels.jsonl", '{"file": "images/0.png", "label": ["a", "b"]}', "got [\"a\", \"b\"]"),
-    "a fraction": ("labels.jsonl", '{"file": "images/0.png", "label": 0.5}', "a whole number as 'label', got 0.5"),
+    "a fraction": ("labels.jsonl", '{"file": "images/0.png", "label": 0.5}', "an integer as 'label', got 0.5"),
     "no label key": ("labels.jsonl", '{"file": "images/0.png", "objects": 1}', "found: 'file', 'objects'"),
 }  # fmt: skip
 
@@ -242,7 +242,7 @@ def test_too_large_and_too_long_tables_are_refused(root: Path, tmp_path: Path) -
 def test_class_folders_that_hold_tables_of_their_own_are_class_folders(ingest: Ingest) -> None:
     dataset = ingest({**FOLDERS, "cat/labels.csv": b"whatever", "dog/metadata.csv": b"whatever"})
     assert dataset.splits == {"train": {"cat": 3, "dog": 3}}
-    assert {one.reason for one in dataset.skipped} == {"a table that is not beside the pictures"}
+    assert {one.reason for one in dataset.skipped} == {"a table of labels that is not beside the pictures"}
 
 
 def test_a_table_without_pictures_is_no_dataset(store: DatasetStore, root: Path, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def test_rows_without_a_picture_or_a_label_are_skipped_and_no_path_is_followed(
     reasons = {one.name: one.reason for one in dataset.skipped}
     assert "expected an image" in reasons.pop("rows/8")
     assert reasons == {
-        "rows/6": "its row has no bytes; a path alone is never followed",
-        "rows/7": "its row has no bytes; a path alone is never followed",
+        "rows/6": "its row has no picture bytes; paths are never followed",
+        "rows/7": "its row has no picture bytes; paths are never followed",
         "rows/9": "its row has no label",
         "rows/10": "its row has no label",
     }
@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[pa.Table, str]] = {
     "fractions as labels": (pa.table({"image": images(), "label": [0.5] * 6}), "label: double"),
     "pictures as text": (pa.table({"image": ["aGVsbG8="] * 6, "label": LABELS}), "image: string"),
     "lists of pictures": (pa.table({"image": [[one] for one in DATA], "label": LABELS}), "image: list<element: bin"),
-    "a label without a name": (TABLE.set_column(1, "label", pa.array([0, 2] * 3)), "numbers from 0 to 1, for which"),
+    "a label without a name": (TABLE.set_column(1, "label", pa.array([0, 2] * 3)), "numbers from 0 to 1, which have"),
     "names that are none": (
         hugging_face({"image": images(), "label": NUMBERS}, {**FEATURES, "label": {"_type": "ClassLabel", "names": 3}}),
         "expected a ClassLabel with a list of names, got 3",

@@ -63,9 +63,9 @@ def test_copies_across_splits_are_leakage_with_their_names() -> None:
     assert report.duplicates.leaks[0] == Copies(f"{3:064x}", 3, names)
     leaks = [warning.text for warning in report.warnings if warning.code == "leakage"]
     assert leaks == [
-        "1 picture is in train and in val as well: what val measures will look too good",
-        "4 pictures are in train and in test as well: what test measures will look too good",
-        "1 picture is in val and in test as well: what test measures will look too good",
+        "1 picture is in both train and val: accuracy on val will be too high",
+        "4 pictures are in both train and test: accuracy on test will be too high",
+        "1 picture is in both val and test: accuracy on test will be too high",
     ]
     assert report.duplicates.repeated == {}
 

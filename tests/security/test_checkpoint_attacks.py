@@ -148,7 +148,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a defaultdict, which calls": (lambda: asking(collections.defaultdict, (print,)), "'collections.defaultdict'"),
     "a name called that is not for calling": (
         lambda: zipped(b"\x80\x02cnumpy\nndarray\n" + tuple_of((3,)) + b"R."),
-        "got one of 'numpy.ndarray'",
+        "got a call of 'numpy.ndarray'",
     ),
     "INST": (lambda: zipped(b"(" + text("id") + b"ios\nsystem\n."), "opcode INST"),
     "OBJ": (lambda: zipped(b"(cos\nsystem\n" + text("id") + b"o."), "'os.system'"),
@@ -185,7 +185,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "dicts within dicts": (deep, "at most 8 deep"),
     "bytes made again and again": (doubled, "expected it to build at most"),
     "lists handed over again and again": (copied, "expected it to build at most"),
-    "an endless list called": (lambda: zipped(b"\x80\x02" + endless() + b")R."), "got one of a list"),
+    "an endless list called": (lambda: zipped(b"\x80\x02" + endless() + b")R."), "got a call of a list"),
     "an endless list as a key": (lambda: zipped(b"\x80\x02" + endless() + b"}h\x1dNs."), "got a list"),
     "an endless list as an id": (lambda: zipped(b"\x80\x02" + endless() + b"Q."), "a persistent id"),
     "nothing but an endless list": (lambda: zipped(b"\x80\x02" + endless() + b"."), "got a list"),
@@ -194,7 +194,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "keys that hold themselves": (lambda: zipped(b"\x80\x02}K\x01\x85K\x01s."), "keys to be strings or numbers"),
     # the zip
     "a compressed program": (lambda: zipped(b"\x80\x02}." * 9, compression=zipfile.ZIP_DEFLATED), "got it compressed"),
-    "no program": (lambda: zipped(b"\x80\x02}.").replace(b"data.pkl", b"data.txt"), "got 0 of these"),
+    "no program": (lambda: zipped(b"\x80\x02}.").replace(b"data.pkl", b"data.txt"), "NAME/data.pkl, got 0"),
     "a zip cut short": (lambda: zipped(b"\x80\x02}.")[:-30], "damaged zip"),
     "a stack that ran dry": (lambda: zipped(b"\x80\x020."), "IndexError"),
     "a program without an end": (lambda: zipped(b"\x80\x02}"), "damaged"),

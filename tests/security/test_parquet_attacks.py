@@ -162,7 +162,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a schema of fifty thousand floors": (lambda: crafted([GOOD_PAGE], 4, schema=DEEP), "damaged"),
     "a footer of gigabytes": (lambda: parquet(TABLE)[:-8] + b"\xff\xff\xff\xffPAR1", "a footer of 4,294,967,295"),
     "a footer that is cut": (lambda: b"PAR1" + crafted([GOOD_PAGE], 4)[-80:], "claims a footer"),
-    "an encrypted file": (lambda: b"PAR1" + parquet(TABLE)[4:-4] + b"PARE", "does not end as a parquet file does"),
+    "an encrypted file": (lambda: b"PAR1" + parquet(TABLE)[4:-4] + b"PARE", "does not end like a parquet file"),
     "a metadata of nonsense": (lambda: b"PAR1" + os.urandom(500) + (400).to_bytes(4, "little") + b"PAR1", "damaged"),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Final
 from server.datasets.dataset import bad_dataset
 from server.datasets.example import Place, Split
 
-Path = tuple[str, ...]
+MemberPath = tuple[str, ...]  # in parts
 
 MAX_LABEL: Final = 200
 ALIASES: Final[dict[str, Split]] = {
@@ -26,7 +26,7 @@ ALIASES: Final[dict[str, Split]] = {
 }
 
 
-def places(paths: Sequence[Path]) -> list[Place]:
+def places(paths: Sequence[MemberPath]) -> list[Place]:
     """The place of each path: its split and label, or why it has none. Raises `BadRequest` bad_dataset."""
     inner = _unwrapped(paths)
     place_of = _place_in_split if any(_is_split(path) for path in inner) else _place_in_class
@@ -48,7 +48,7 @@ def label_of(folder: str) -> str:
     return label
 
 
-def _unwrapped(paths: Sequence[Path]) -> list[Path]:
+def _unwrapped(paths: Sequence[MemberPath]) -> list[MemberPath]:
     """The paths without their common top folder, if they have one and it is no split."""
     nested = [path for path in paths if len(path) > 1]
     tops = {path[0] for path in nested}
@@ -60,17 +60,17 @@ def _unwrapped(paths: Sequence[Path]) -> list[Path]:
     return [path[1:] if len(path) > 1 else path for path in paths]
 
 
-def _is_split(path: Path) -> bool:
+def _is_split(path: MemberPath) -> bool:
     """Whether the path begins with a split folder. A `valid` folder with pictures directly in it is a class."""
     return len(path) > 2 and split_of(path[0]) is not None
 
 
-def _place_in_split(path: Path) -> Place:
+def _place_in_split(path: MemberPath) -> Place:
     split = split_of(path[0])
     if len(path) == 1 or split is None:
         return "outside the split folders train, val and test"
     return (split, label_of(path[1])) if len(path) > 2 else "not in a class folder"
 
 
-def _place_in_class(path: Path) -> Place:
+def _place_in_class(path: MemberPath) -> Place:
     return ("train", label_of(path[0])) if len(path) > 1 else "not in a class folder"

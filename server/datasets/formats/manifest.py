@@ -21,7 +21,7 @@ from typing import Any, Final
 from server.datasets.example import Place, Skipped, Split
 from server.errors import BadRequest
 
-from .layout import ALIASES, Path, label_of, split_of
+from .layout import ALIASES, MemberPath, label_of, split_of
 from .member_names import parts_of, printable
 
 NAMES: Final = frozenset(f"{stem}.{kind}" for stem in ("manifest", "labels", "metadata") for kind in ("csv", "jsonl"))
@@ -32,7 +32,9 @@ MAX_SHOWN: Final = 20  # columns in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LabelRow:
+    """One row of a table: its line number; file, label and split as written, empty where missing."""
+
     line: int
     file: str
     label: str
@@ -41,11 +43,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    path: Path
-    rows: tuple[Row, ...]
+    """A table of labels: its path in the archive, and its rows."""
+
+    path: MemberPath
+    rows: tuple[LabelRow, ...]
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> MemberPath:
         return self.path[:-1]
 
     @property
@@ -53,17 +57,17 @@ class Table:
         return printable("/".join(self.path))
 
 
-def is_table(path: Path) -> bool:
+def is_table(path: MemberPath) -> bool:
     return len(path) <= MAX_DEPTH and path[-1].casefold() in NAMES
 
 
-def labelling_tables(tables: Collection[Path], pictures: Collection[Path]) -> list[Path]:
+def labelling_tables(tables: Collection[MemberPath], pictures: Collection[MemberPath]) -> list[MemberPath]:
     """The tables in the root, in the pictures' common top folder, or in a split folder of one of these.
 
     Raises `BadRequest` bad_dataset where two tables apply to the same pictures.
     """
     tops = {path[0] if len(path) > 1 else "" for path in pictures}
-    base: Path = tuple(tops) if len(tops) == 1 and "" not in tops else ()
+    base: MemberPath = tuple(tops) if len(tops) == 1 and "" not in tops else ()
     chosen = [path for path in tables if path[:-1] in ((), base) or _in_split_folder(path, base)]
     folders = [path[:-1] for path in chosen]
     nested = [(a, b) for a in folders for b in folders if a != b and b[: len(a)] == a]
@@ -72,25 +76,25 @@ def labelling_tables(tables: Collection[Path], pictures: Collection[Path]) -> li
     return chosen
 
 
-def _in_split_folder(path: Path, base: Path) -> bool:
+def _in_split_folder(path: MemberPath, base: MemberPath) -> bool:
     folder = path[:-1]
     return bool(folder) and split_of(folder[-1]) is not None and folder[:-1] in ((), base)
 
 
-def _names(paths: Collection[Path]) -> str:
+def _names(paths: Collection[MemberPath]) -> str:
     return ", ".join(printable("/".join(path)) for path in sorted(paths)[:MAX_SHOWN])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, data: bytes, max_rows: int) -> Table:
+def read(path: MemberPath, data: bytes, max_rows: int) -> Table:
     name = printable("/".join(path))
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _bad(f"{name}: expected UTF-8, got something else at byte {error.start:,}") from error
-    rows: list[Row] = []
+    rows: list[LabelRow] = []
     for row in (_json_rows if path[-1].casefold().endswith(".jsonl") else _csv_rows)(name, text):
         if len(rows) == max_rows:
             raise _bad(f"{name} has more than the {max_rows:,} rows allowed")
@@ -100,7 +104,7 @@ def read(path: Path, data: bytes, max_rows: int) -> Table:
     return Table(path, tuple(rows))
 
 
-def _csv_rows(name: str, text: str) -> Iterator[Row]:
+def _csv_rows(name: str, text: str) -> Iterator[LabelRow]:
     heading = text.partition("\n")[0]
     delimiter = max(",;\t", key=heading.count)
     cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -109,7 +113,7 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
         file, label, split = (None if c is None else columns.index(c) for c in _columns(name, columns))
         for row in cells:
             if any(row):
-                yield Row(cells.line_num, _cell(row, file), _cell(row, label), _cell(row, split))
+                yield LabelRow(cells.line_num, _cell(row, file), _cell(row, label), _cell(row, split))
     except csv.Error as error:
         raise _bad(f"{name}, line {cells.line_num}: no valid CSV ({error})") from error
 
@@ -118,7 +122,7 @@ def _cell(row: Sequence[str], column: int | None) -> str:
     return row[column].strip() if column is not None and column < len(row) else ""
 
 
-def _json_rows(name: str, text: str) -> Iterator[Row]:
+def _json_rows(name: str, text: str) -> Iterator[LabelRow]:
     columns: tuple[str, str, str | None] | None = None
     for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
@@ -126,7 +130,7 @@ def _json_rows(name: str, text: str) -> Iterator[Row]:
         where = f"{name}, line {number}"
         row = _json_object(where, line)
         columns = columns or _columns(name, list(row))
-        yield Row(number, *(_text(where, row, column) for column in columns))
+        yield LabelRow(number, *(_text(where, row, column) for column in columns))
 
 
 def _json_object(where: str, line: str) -> Mapping[str, Any]:
@@ -170,11 +174,11 @@ def _single_column(name: str, expected: Sequence[str], header: Sequence[str]) ->
 
 
 def places(
-    tables: Sequence[Table], pictures: Sequence[Path], unreadable: Collection[Path]
+    tables: Sequence[Table], pictures: Sequence[MemberPath], unreadable: Collection[MemberPath]
 ) -> tuple[list[Place], list[Skipped]]:
     """The place of each picture, and the rows that match none. `unreadable` files have been reported already."""
     index = _Index(pictures)
-    placed: dict[Path, tuple[str, Row, Place]] = {}
+    placed: dict[MemberPath, tuple[str, LabelRow, Place]] = {}
     unmatched: list[Skipped] = []
     for table in tables:
         for row in table.rows:
@@ -187,7 +191,7 @@ def places(
     return [placed[path][2] if path in placed else f"not listed in {names}" for path in pictures], unmatched
 
 
-def _note(placed: dict[Path, tuple[str, Row, Place]], path: Path, table: Table, row: Row) -> None:
+def _note(placed: dict[MemberPath, tuple[str, LabelRow, Place]], path: MemberPath, table: Table, row: LabelRow) -> None:
     place = _place(table, row, path)
     name, other, before = placed.setdefault(path, (table.name, row, place))
     if before != place:
@@ -195,13 +199,13 @@ def _note(placed: dict[Path, tuple[str, Row, Place]], path: Path, table: Table, 
         raise _bad(f"{lines} label {printable(row.file)!r} differently; expected one label a picture")
 
 
-def _place(table: Table, row: Row, path: Path) -> Place:
+def _place(table: Table, row: LabelRow, path: MemberPath) -> Place:
     if not row.label:
         return f"{table.name} has no label for it"
     return _split(table, row, path), label_of(row.label)
 
 
-def _split(table: Table, row: Row, path: Path) -> Split:
+def _split(table: Table, row: LabelRow, path: MemberPath) -> Split:
     """The row's split, else that of the table's folder or the picture's folder, else train."""
     if row.split:
         split = split_of(row.split)
@@ -218,13 +222,13 @@ def _split(table: Table, row: Row, path: Path) -> Split:
 class _Index:
     """The pictures by path, and by file name where that is unique."""
 
-    def __init__(self, pictures: Sequence[Path]) -> None:
+    def __init__(self, pictures: Sequence[MemberPath]) -> None:
         self._paths = set(pictures)
-        self._last: dict[str, list[Path]] = defaultdict(list)
+        self._last: dict[str, list[MemberPath]] = defaultdict(list)
         for path in pictures:
             self._last[path[-1]].append(path)
 
-    def find(self, folder: Path, file: str) -> Path | None:
+    def find(self, folder: MemberPath, file: str) -> MemberPath | None:
         candidates = _candidates(folder, file)
         exact = next((path for path in candidates if path in self._paths), None)
         if exact or not candidates or len(candidates[-1]) > 1:
@@ -233,7 +237,7 @@ class _Index:
         return matches[0] if len(matches) == 1 else None
 
 
-def _candidates(folder: Path, file: str) -> tuple[Path, ...]:
+def _candidates(folder: MemberPath, file: str) -> tuple[MemberPath, ...]:
     """The paths that a row may mean: below its table's folder, or from the root. Never outside the archive."""
     try:
         parts = parts_of(file.replace("\\", "/"))

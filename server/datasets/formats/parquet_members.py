@@ -17,17 +17,15 @@ from typing import Any, BinaryIO, Final
 from server.datasets.example import Place, Skipped, Split
 from server.errors import BadRequest
 
-from .layout import split_of
+from .layout import MemberPath, split_of
 from .member_names import printable
 from .metering import Limits, Member, Meter, bad_archive
 from .parquet_frames import Frame, read_frame
 
 _WORDS: Final = re.compile("[A-Za-z]+")
 
-Path = tuple[str, ...]
 
-
-def parquet_members(file: BinaryIO, path: Path, limits: Limits, total: Meter) -> Iterator[Member | Skipped]:
+def parquet_members(file: BinaryIO, path: MemberPath, limits: Limits, total: Meter) -> Iterator[Member | Skipped]:
     """The rows of a parquet file. `path` is the file's: it names the rows and may name their split. `total` counts the
     bytes that they unpack to.
 
@@ -44,7 +42,7 @@ def parquet_members(file: BinaryIO, path: Path, limits: Limits, total: Meter) ->
             yield Member(inner, len(data), io.BytesIO(data), _place(split, message))
 
 
-def split_of_file(path: Path) -> Split:
+def split_of_file(path: MemberPath) -> Split:
     """The split that the file's name or a folder names: train-00000-of-00002.parquet, data/test/0000.parquet."""
     for part in reversed(path):
         for word in _WORDS.findall(part.removesuffix(".parquet")):

@@ -40,7 +40,7 @@ BYTES_PER_CPU_S: Final = 4 * MIB
 _TAIL_BYTES: Final = 8  # the footer's length and the magic
 _UNKNOWN: Final = -1  # Hugging Face's number for a missing label
 
-Row = tuple[Any, Any]  # picture, label
+Record = tuple[Any, Any]  # picture, label
 
 
 def main(name: str, max_members: int, max_ratio: float, ratio_free_bytes: int) -> None:
@@ -107,7 +107,7 @@ def _check_footer(file: BinaryIO, name: str) -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(file: BinaryIO, parquet: pq.ParquetFile, columns: Columns, name: str, limits: Limits) -> Iterator[Row]:
+def _rows(file: BinaryIO, parquet: pq.ParquetFile, columns: Columns, name: str, limits: Limits) -> Iterator[Record]:
     leaves = _leaves(parquet, columns, name)
     for group in range(parquet.metadata.num_row_groups):
         if not parquet.metadata.row_group(group).num_rows:

@@ -34,7 +34,7 @@ Family = dict[str, Any]  # type, help, samples: [name, labels, value]
 
 
 class ProcessMetrics:
-    """The metrics of all processes of a server. `name`: this process's, such as `front-0-4711`; names never repeat."""
+    """The metrics of all processes of a server. `name`: this process's, such as `front-0-4711`."""
 
     def __init__(self, folder: Path, name: str, registry: CollectorRegistry = metrics.REGISTRY) -> None:
         self._folder, self._name, self._registry = folder, name, registry

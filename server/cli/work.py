@@ -15,6 +15,7 @@ from prometheus_client import start_http_server
 
 from prompts_store import StoreError
 from server.app import allocator
+from server.engine.import_timm import import_timm
 from server.observability import metrics
 
 from .root import load_settings, start_observability
@@ -29,6 +30,7 @@ def work(
     allocator.keep_one_heap()
     settings = load_settings()
     start_observability(settings, "lensrack-worker")
+    import_timm(hub=settings.downloads_weights)
     from server.app.worker import build_worker
     from server.engine.backbone import BackboneError
     from server.errors import ServiceError

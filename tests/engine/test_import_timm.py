@@ -59,6 +59,24 @@ print(json.dumps(there()))
     assert told(LEAN + served) == []
 
 
+def test_a_worker_loads_it_with_its_first_optimizer(tmp_path: Path) -> None:
+    working = f"""
+import os
+os.environ |= {{"LENSRACK_HOME": {str(tmp_path)!r}, "LENSRACK_BACKBONE": "untrained"}}
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+from server.cli.work import work
+work(until_stdin_closes=True)
+idle = there()
+import torch
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([weight])
+weight.sum().backward()
+optimizer.step()
+print(json.dumps([idle, bool((weight < 1).all()), "torch._dynamo" in there()]))
+"""
+    assert told(LOADED + working) == [[], True, True]
+
+
 def test_who_wants_it_gets_the_real_one() -> None:
     modules = """
 import torch, torchvision

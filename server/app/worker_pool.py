@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from .backoff import Backoff
+
 log = logging.getLogger(__name__)
 
-LONG_LIFE_S = 60.0
-LONGEST_PAUSE_S = 30.0
+FIRST_PAUSE_S = 0.5
 
 
 class WorkerPool:
@@ -52,7 +53,7 @@ class WorkerPool:
         self._alive.clear()
 
     async def _keep(self, number: int) -> None:
-        pause_s = 0.5
+        backoff = Backoff(FIRST_PAUSE_S)
         while True:
             started = time.monotonic()
             process = await asyncio.create_subprocess_exec(
@@ -61,10 +62,9 @@ class WorkerPool:
             self._alive[number] = process
             code = await process.wait()
             lived_s = time.monotonic() - started
-            pause_s = 0.5 if lived_s > LONG_LIFE_S else min(LONGEST_PAUSE_S, pause_s * 2)
             log.error("worker %d (pid %d) ended with %d after %.1f s", number, process.pid, code, lived_s)
             self._on_restart()
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(backoff.pause_s(lived_s))
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is not None:

@@ -30,6 +30,7 @@ from typing import Final
 from server import __version__
 from server.api.binding import require_safe_bind
 from server.app.backbone import BackboneInfo
+from server.app.backoff import Backoff
 from server.app.stores import open_authenticator
 from server.observability import logs, tracing
 from server.observability.multiprocess import ProcessMetrics
@@ -40,8 +41,6 @@ from . import engine_process, front_process, http_server, runtime_dir
 log = logging.getLogger("server")
 
 PR_SET_PDEATHSIG: Final = 1
-LONG_LIFE_S: Final = 60.0
-LONGEST_PAUSE_S: Final = 30.0
 FIRST_PAUSE_S: Final = 0.1
 MARGIN_S: Final = 8.0  # for what a process does besides draining
 NOT_STARTED: Final = 1
@@ -60,7 +59,7 @@ class ChildProcess:
     since: float = 0.0
     said: bytearray = field(default_factory=bytearray)
     ready: bool = False
-    pause_s: float = FIRST_PAUSE_S
+    backoff: Backoff = field(default_factory=partial(Backoff, FIRST_PAUSE_S))
     again_at: float = 0.0  # when to fork it, while it has no pid
 
     @property
@@ -174,8 +173,7 @@ class ProcessManager:
             log.error("%s (pid %d) ended with %d after %.1f s", child.name, child.pid, code, lived_s)
         ProcessMetrics(self._folder, "house").retire(child.ledger_name)
         child.pid, child.ready = 0, False
-        child.pause_s = FIRST_PAUSE_S if lived_s > LONG_LIFE_S else min(LONGEST_PAUSE_S, child.pause_s * 2)
-        child.again_at = time.monotonic() + child.pause_s
+        child.again_at = time.monotonic() + child.backoff.pause_s(lived_s)
 
     def _end(self, status: int) -> int:
         """Front ends first: they still need the engines. While they drain nobody new is to wait at a door that stays

@@ -132,8 +132,9 @@ class Soak:
         time.sleep(SETTLE_S)
         house = psutil.Process(self._pid)
         worker = next(child for child in house.children(recursive=True) if "work" in child.cmdline())
-        engine = next(child for child in house.children() if child.pid == worker.ppid())
-        front = next(child for child in house.children() if child.pid != engine.pid)
+        engine, front = sorted(
+            (child for child in house.children() if child.pid != worker.pid), key=psutil.Process.create_time
+        )  # front ends are forked when the engine is ready
         return {name: _reading(process) for name, process in zip(PROCESSES, (front, engine, worker), strict=True)}
 
 

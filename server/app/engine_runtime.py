@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -107,8 +105,11 @@ class EngineRuntime:
         )
 
 
-def build_engine_runtime(settings: Settings, ring: Authenticator, number: int = 0) -> EngineRuntime:
-    """The engine of a `number`, from 0; the first of several does what one alone must do. Raises ValueError."""
+def build_engine_runtime(
+    settings: Settings, ring: Authenticator, number: int = 0, *, workers: int = 0
+) -> EngineRuntime:
+    """Build the engine of a `number`, from 0, and a pool of so many `workers`. The first of several engines does what
+    a single one must do. Raises ValueError."""
     first = number == 0
     backbone = _load_for_device(settings, number)
     registry = Registry.installed()
@@ -137,9 +138,9 @@ def build_engine_runtime(settings: Settings, ring: Authenticator, number: int = 
     watchdog = Watchdog(
         batcher, partial(run_blank_image, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )
-    workers = build_worker_pool(settings, settings.workers if first else 0)
+    pool = WorkerPool(settings, workers, on_restart=metrics.WORKER_RESTARTS.inc)
     instrumentation.process(settings, backbone)
-    instrumentation.engine_runtime(settings, batcher, rack, workers)
+    instrumentation.engine_runtime(batcher, rack, pool)
     facts = BackboneInfo.of(backbone)
     backbone.free_unpacked_weights()
     allocator.hand_back()
@@ -155,7 +156,7 @@ def build_engine_runtime(settings: Settings, ring: Authenticator, number: int = 
         engine,
         batcher,
         watchdog,
-        workers,
+        pool,
         loading,
     )
 
@@ -188,24 +189,6 @@ def build_residency(
 
     return Residency(
         rack, load, pool, on_load=instrumentation.loaded, on_hit=instrumentation.hit, on_evict=instrumentation.evicted
-    )
-
-
-def build_worker_pool(settings: Settings, count: int) -> WorkerPool:
-    """Workers are this program again. They find the same packages and the same home, wherever they start."""
-    root, port = str(Path(__file__).resolve().parents[2]), settings.worker_metrics_port
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, str(Path(root) / "client"), os.environ.get("PYTHONPATH")))),
-        "LENSRACK_HOME": str(settings.home.resolve()),
-    }
-    return WorkerPool(
-        [sys.executable, "-m", "server", "work", "--until-stdin-closes"],
-        count,
-        env=env,
-        grace_s=settings.drain_timeout_s,
-        on_restart=metrics.WORKER_RESTARTS.inc,
-        own_env=lambda number: {"LENSRACK_WORKER_METRICS_PORT": str(port + number if port else 0)},
     )
 
 

@@ -129,7 +129,7 @@ def build_server(settings: Settings) -> Server[EngineRuntime]:
         raise ValueError("LENSRACK_DEVICES: several devices need LENSRACK_FRONTS of 1 or more, got 0")
     ring = open_authenticator(settings)
     require_safe_bind(settings, locked=ring.locked)
-    room = build_engine_runtime(settings, ring)
+    room = build_engine_runtime(settings, ring, workers=settings.workers)
     side = EngineBindings(
         room.facts,
         room.residency,

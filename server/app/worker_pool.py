@@ -1,68 +1,87 @@
-"""Keeps the embedded worker processes alive: a worker that dies is started again, one that keeps dying more slowly.
+"""Worker processes: how one is started, and, for a server in a single process, a pool that keeps them running.
 
-A worker holds the reading end of a pipe to this process. When the pipe closes, however this process ended, the worker
-gives its job back and leaves; so no worker outlives its server.
+A worker is this program again, as `python -m server work`. Its standard input is a pipe from the process that started
+it. When the pipe closes, however that process ended, the worker gives its job back to the queue and leaves; so no
+worker outlives its server. Where front ends are processes of their own, `server.processes.manager` keeps the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from server.settings import Settings
 
 from .backoff import Backoff
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 0.5
+COMMAND: Final = (sys.executable, "-m", "server", "work", "--until-stdin-closes")
+FIRST_PAUSE_S: Final = 0.5
+
+WorkerProgram = subprocess.Popen[bytes]
+
+
+def worker_environment(settings: Settings, number: int) -> dict[str, str]:
+    """Return the environment of a worker of a `number`, from 0: it finds the same packages and the same home, wherever
+    it starts, and has a port of its own for its metrics."""
+    root, port = Path(__file__).resolve().parents[2], settings.worker_metrics_port
+    path = (str(root), str(root / "client"), os.environ.get("PYTHONPATH"))
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "LENSRACK_HOME": str(settings.home.resolve()),
+        "LENSRACK_WORKER_METRICS_PORT": str(port + number if port else 0),
+    }
+
+
+def start_worker(settings: Settings, number: int, *, preexec: Callable[[], None]) -> WorkerProgram:
+    """Start a worker; `preexec` runs in its process, before the program. No other thread may run. Raises OSError."""
+    environment = worker_environment(settings, number)
+    return subprocess.Popen(COMMAND, stdin=subprocess.PIPE, env=environment, preexec_fn=preexec)  # noqa: PLW1509
 
 
 class WorkerPool:
-    """`count` processes of `command`. `on_restart` is called for each one that has to be started again; `own_env` is
-    what the n-th one, from 0, has in its environment and the others have not."""
+    """Keeps `count` workers running on the event loop. `on_restart` is called for each one that has ended by itself."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        count: int,
-        *,
-        env: Mapping[str, str],
-        grace_s: float,
-        on_restart: Callable[[], None],
-        own_env: Callable[[int], Mapping[str, str]] = lambda number: {},
-    ) -> None:
-        self._command, self._count, self._env, self._grace_s = command, count, env, grace_s
-        self._on_restart, self._own_env = on_restart, own_env
-        self._keepers: list[asyncio.Task[None]] = []
-        self._alive: dict[int, asyncio.subprocess.Process] = {}
+    def __init__(self, settings: Settings, count: int, on_restart: Callable[[], None]) -> None:
+        self.count = count
+        self._settings, self._on_restart = settings, on_restart
+        self._tasks: list[asyncio.Task[None]] = []
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._alive.values() if process.returncode is None]
+        """The processes that run."""
+        return [process.pid for process in self._processes.values() if process.returncode is None]
 
     def start(self) -> None:
-        self._keepers = [asyncio.create_task(self._keep(n), name=f"worker-{n}") for n in range(self._count)]
+        self._tasks = [asyncio.create_task(self._keep_running(n), name=f"worker-{n}") for n in range(self.count)]
 
     async def stop(self) -> None:
-        """Ask every worker to leave, wait `grace_s`, then end it. A job under way goes back to the queue."""
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        await asyncio.gather(*(self._end(process) for process in list(self._alive.values())))
-        self._alive.clear()
+        """Ask every worker to leave, wait as long as a drain may take, then kill it. Its job goes back to the queue."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._end(process) for process in list(self._processes.values())))
+        self._processes.clear()
 
-    async def _keep(self, number: int) -> None:
-        backoff = Backoff(FIRST_PAUSE_S)
+    async def _keep_running(self, number: int) -> None:
+        backoff, environment = Backoff(FIRST_PAUSE_S), worker_environment(self._settings, number)
         while True:
-            started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, env={**self._env, **self._own_env(number)}
-            )
-            self._alive[number] = process
-            code = await process.wait()
-            lived_s = time.monotonic() - started
-            log.error("worker %d (pid %d) ended with %d after %.1f s", number, process.pid, code, lived_s)
+            started_at = time.monotonic()
+            process = await asyncio.create_subprocess_exec(*COMMAND, stdin=asyncio.subprocess.PIPE, env=environment)
+            self._processes[number] = process
+            status = await process.wait()
+            lived_s = time.monotonic() - started_at
+            log.error("worker %d (pid %d) ended with %d after %.1f s", number, process.pid, status, lived_s)
             self._on_restart()
             await asyncio.sleep(backoff.pause_s(lived_s))
 
@@ -70,9 +89,10 @@ class WorkerPool:
         if process.returncode is not None:
             return
         process.terminate()
+        grace_s = self._settings.drain_timeout_s
         try:
-            await asyncio.wait_for(process.wait(), self._grace_s)
+            await asyncio.wait_for(process.wait(), grace_s)
         except TimeoutError:
-            log.warning("worker %d did not leave within %.0f s", process.pid, self._grace_s)
+            log.warning("worker %d did not leave within %.0f s", process.pid, grace_s)
             process.kill()
             await process.wait()

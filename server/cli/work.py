@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 from typing import Annotated
 
@@ -50,13 +51,20 @@ def work(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     if until_stdin_closes:
-        threading.Thread(target=_wait_for_parent, args=(trainer.stop,), daemon=True).start()
+        leaving = (trainer.stop, settings.drain_timeout_s)
+        threading.Thread(target=leave_with_parent, args=leaving, daemon=True).start()
     log.info("worker ready, pid %d", os.getpid())
     trainer.run()
 
 
-def _wait_for_parent(stop: threading.Event) -> None:
-    """Set `stop` when stdin closes, as it does however the server ends."""
+def leave_with_parent(stop: threading.Event, grace_s: float) -> None:
+    """Set `stop` when standard input closes, and kill this process `grace_s` later if it still runs.
+
+    Standard input is a pipe from the server: it closes when the server ends, in whatever way.
+    """
     while os.read(0, 1024):
         pass
     stop.set()
+    time.sleep(grace_s)
+    log.warning("the worker has not left within %.0f s and is killed", grace_s)
+    os.kill(os.getpid(), signal.SIGKILL)

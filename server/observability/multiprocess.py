@@ -60,6 +60,12 @@ class ProcessMetrics:
         parts += [part for name, part in others.items() if part is not None and name not in past["ended"]]
         yield from _metrics(_merge([*parts, past["families"]]))
 
+    def sample(self, process: str, name: str, **labels: str) -> float:
+        """Return the value that another process has last written for a sample, 0 where there is none."""
+        families: Mapping[str, Family] = _read(self._folder / f"{process}{SUFFIX}") or {}
+        samples = (sample for family in families.values() for sample in family["samples"])
+        return next((value for written, own, value in samples if (written, own) == (name, labels)), 0.0)
+
     def retire(self, name: str) -> None:
         """Fold an ended process's counts into the past and drop its gauges. Called by one process only."""
         file = self._folder / f"{name}{SUFFIX}"

@@ -68,7 +68,6 @@ def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
             "places": room.batcher.places,
             "retry_after_s": room.batcher.retry_after_s(),
             "trouble": room.batcher.trouble or room.watchdog.trouble,
-            "workers": len(room.workers.pids),
             "tasks": metrics.TASKS.tasks(),
         }
 

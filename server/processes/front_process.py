@@ -38,6 +38,7 @@ from server.rpc.shared_memory import PixelWriter
 from server.settings import Settings
 
 from .engine_socket import COUNTS, LOOK, socket_path
+from .worker_metrics import running_workers
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def build_front(
             batcher,
             look=RemoteCall(LOOK, _looked),
             rack=engines.rack,
-            ready=partial(_ready, engines, facts, settings),
+            ready=partial(_ready, engines, facts, settings, own),
         ),
         settings,
         ring=ring,
@@ -117,10 +118,9 @@ def build_front(
     )
 
 
-def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings) -> wire.Ready:
-    workers = sum(int(one.connection.state.facts.get("workers", 0)) for one in engines.all)
+def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings, process_metrics: ProcessMetrics) -> wire.Ready:
     away = [] if len(engines.all) == 1 else engines.troubles
-    return readiness(facts, settings, engines.trouble, workers, away)
+    return readiness(facts, settings, engines.trouble, running_workers(process_metrics), away)
 
 
 async def _counted(engines: EnginePool) -> None:

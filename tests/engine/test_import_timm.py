@@ -62,7 +62,8 @@ print(json.dumps(there()))
 def test_a_worker_loads_it_with_its_first_optimizer(tmp_path: Path) -> None:
     working = f"""
 import os
-os.environ |= {{"LENSRACK_HOME": {str(tmp_path)!r}, "LENSRACK_BACKBONE": "untrained"}}
+home = {str(tmp_path)!r}
+os.environ |= {{"LENSRACK_HOME": home, "LENSRACK_BACKBONE": "untrained", "LENSRACK_DRAIN_TIMEOUT_S": "600"}}
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 from server.cli.work import work
 work(until_stdin_closes=True)

@@ -54,6 +54,14 @@ def test_counts_are_sums_of_what_others_wrote_and_of_ones_own_moment(two: tuple[
     assert one.sees("seconds_sum") == 2.0
 
 
+def test_a_sample_of_another_process_can_be_read_by_name(two: tuple[Process, Process]) -> None:
+    one, _ = two
+    assert one.ledger.sample("other-2", "rows_total", task="fish") == 4
+    assert one.ledger.sample("other-2", "waiting") == 7
+    assert one.ledger.sample("other-2", "rows_total", task="cats") == 0
+    assert one.ledger.sample("other-3", "rows_total", task="fish") == 0
+
+
 def test_gauges_are_told_as_their_meaning_asks(two: tuple[Process, Process]) -> None:
     one, other = two
     assert one.sees("waiting") == 7, "the largest: only one of them has a queue"

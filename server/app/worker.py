@@ -1,4 +1,4 @@
-"""A worker: the trainer with its backbone, its stores and its caches, built and wired."""
+"""What a worker's process is built of: the trainer with its backbone, its stores and its caches."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def build_worker(settings: Settings, name: str) -> Trainer:
+    """Load the backbone, open the stores and return the trainer. `name`: the worker's name in the job store.
+
+    Raises BackboneError, StoreError, ServiceError, ValueError, OSError.
+    """
     cores = os.cpu_count() or 1
     threads = settings.worker_threads or max(1, cores // 2)
     backbone = load_backbone(settings, threads, settings.worker_device, training=True)

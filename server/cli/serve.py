@@ -1,4 +1,4 @@
-"""`python -m server serve`: answers predictions and accepts training jobs."""
+"""`python -m server serve`: the HTTP server, with its engines and its workers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def serve(
 
 
 async def _serve(settings: Settings) -> int:
-    """Run the whole server in this process; returns the exit status."""
+    """Serve in this process, without front ends, and return the exit status."""
     from server.app.server import build_server
     from server.batching.watchdog import EXIT_CODE
     from server.processes import http_server
@@ -60,9 +60,9 @@ async def _serve(settings: Settings) -> int:
     listener = http_server.listen(settings)
     server = build_server(settings)
 
-    def ready(front: http_server.HttpServer) -> None:
+    def ready(http: http_server.HttpServer) -> None:
         log.info("serving on http://%s:%d", *listener.getsockname()[:2])
-        server.room.watchdog.on_lost = lambda: setattr(front, "should_exit", True)
+        server.room.watchdog.on_lost = lambda: setattr(http, "should_exit", True)
 
     await http_server.serve_http(server, listener, ready)
     return EXIT_CODE if server.room.lost else 0

@@ -1,9 +1,10 @@
-"""An engine's own process: everything of a server but HTTP, behind an RPC server."""
+"""An engine's process: all of a server but HTTP, behind an RPC server for the front ends."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,84 +21,90 @@ from server.settings import Settings
 
 from .engine_socket import COUNTS, LOOK, socket_path
 
-KEYS_S: Final = 2.0  # between two looks at the tenants' weights
+KEYS_S: Final = 2.0  # between two reads of the tenants' weights
 
 
 class EngineProcess:
-    """Everything but HTTP, on the device of a `number`. `folder` is where the desk listens and the ledger lies."""
+    """The engine of a `number`, from 0. Its socket and its metrics are in `folder`, which all processes share."""
 
-    def __init__(self, settings: Settings, folder: Path, ledger: ProcessMetrics, number: int = 0) -> None:
-        self.settings, self._ledger = settings, ledger
-        self._ring = open_authenticator(settings)
-        self.room = build_engine_runtime(settings, self._ring, number)
-        self._desk = EngineServer(socket_path(folder, number), _desk_room(self.room, ledger))
-        self._leaving = asyncio.Event()
+    def __init__(self, settings: Settings, folder: Path, process_metrics: ProcessMetrics, number: int = 0) -> None:
+        self._settings, self._metrics = settings, process_metrics
+        self._authenticator = open_authenticator(settings)
+        self._runtime = build_engine_runtime(settings, self._authenticator, number)
+        self._server = EngineServer(socket_path(folder, number), _backend(self._runtime, process_metrics))
+        self._stop = asyncio.Event()
 
-    async def run(self, ready: Any) -> int:
-        """Until a signal comes or the engine is lost; `ready` is called with the facts in JSON. The exit status."""
-        room, grace_s = self.room, self.settings.drain_timeout_s
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._leaving.set)
-        room.watchdog.on_lost = self._leaving.set
-        await room.warm_up()
-        await self._desk.start()
-        room.start()
-        others = [asyncio.create_task(work) for work in (self._ledger.write_periodically(), self._keep_weights())]
-        ready(room.facts.as_json())
-        await self._leaving.wait()
-        await room.drain(0.0 if room.lost else grace_s)
-        await self._desk.stop()
-        for task in others:
+    async def run(self, send_ready: Callable[[str], None]) -> int:
+        """Serve until SIGTERM, or until the engine is lost, and return the exit status.
+
+        `send_ready` is called with the backbone's facts as JSON when front ends can connect.
+        """
+        runtime = self._runtime
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        runtime.watchdog.on_lost = self._stop.set
+        await runtime.warm_up()
+        await self._server.start()
+        runtime.start()
+        tasks = [asyncio.create_task(work) for work in (self._metrics.write_periodically(), self._keep_weights())]
+        send_ready(runtime.facts.as_json())
+        await self._stop.wait()
+        await self._end(tasks)
+        return EXIT_CODE if runtime.lost else 0
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        runtime = self._runtime
+        await runtime.drain(0.0 if runtime.lost else self._settings.drain_timeout_s)
+        await self._server.stop()
+        for task in tasks:
             task.cancel()
-        await room.stop()
-        await close_all(room.store, self._ring)
-        self._ledger.write_snapshot()
-        return EXIT_CODE if room.lost else 0
+        await runtime.stop()
+        await close_all(runtime.store, self._authenticator)
+        self._metrics.write_snapshot()
 
     async def _keep_weights(self) -> None:
-        """Tenants' shares are their keys', which nobody here asks for otherwise."""
+        """Keep the tenants' weights fresh: no request is authenticated here, so nothing else reads the keys."""
         while True:
-            await self._ring.refresh()
+            await self._authenticator.refresh()
             await asyncio.sleep(KEYS_S)
 
 
-def _desk_room(room: EngineRuntime, ledger: ProcessMetrics) -> EngineBackend:
+def _backend(runtime: EngineRuntime, process_metrics: ProcessMetrics) -> EngineBackend:
     def facts() -> dict[str, Any]:
         return {
-            "waiting": len(room.batcher),
-            "places": room.batcher.places,
-            "retry_after_s": room.batcher.retry_after_s(),
-            "trouble": room.batcher.trouble or room.watchdog.trouble,
+            "waiting": len(runtime.batcher),
+            "places": runtime.batcher.places,
+            "retry_after_s": runtime.batcher.retry_after_s(),
+            "trouble": runtime.batcher.trouble or runtime.watchdog.trouble,
             "tasks": metrics.TASKS.tasks(),
         }
 
     def residents() -> dict[str, Any]:
-        return {f"{one.seat.task}@{one.seat.version}": [one.bytes, one.pinned] for one in room.residency.occupants()}
+        return {f"{o.seat.task}@{o.seat.version}": [o.bytes, o.pinned] for o in runtime.residency.occupants()}
 
     return EngineBackend(
-        batcher=room.batcher,
-        residency=room.residency,
-        size=room.facts.spec.image_size,
-        exclusive_works={LOOK: partial(_look, room)},
+        batcher=runtime.batcher,
+        residency=runtime.residency,
+        size=runtime.facts.spec.image_size,
+        exclusive_works={LOOK: partial(_attention_maps, runtime)},
         facts=facts,
         residents=residents,
-        revision=lambda: room.residency.revision,
-        views={"rack": partial(_rack, room), COUNTS: partial(_written, ledger)},
+        revision=lambda: runtime.residency.revision,
+        views={"rack": partial(_rack, runtime), COUNTS: partial(_write_metrics, process_metrics)},
     )
 
 
-async def _written(ledger: ProcessMetrics) -> None:
-    ledger.write_snapshot()
+async def _write_metrics(process_metrics: ProcessMetrics) -> None:
+    process_metrics.write_snapshot()
 
 
-async def _rack(room: EngineRuntime) -> Any:
-    return (await room.occupied()).model_dump(mode="json")
+async def _rack(runtime: EngineRuntime) -> Any:
+    return (await runtime.occupied()).model_dump(mode="json")
 
 
-def _look(room: EngineRuntime, pixels: Any, seat: Any) -> Any:
-    """In the engine's thread."""
-    seen = attention_maps.look(room.engine, pixels, seat)
+def _attention_maps(runtime: EngineRuntime, pixels: Any, seat: Any) -> Any:
+    """Return the attention maps of an image as JSON. Runs in the engine's thread."""
+    maps = attention_maps.look(runtime.engine, pixels, seat)
     return {
         name: {**asdict(one), "grid": one.grid.tolist()}
-        for name, one in (("last", seen.last), ("rollout", seen.rollout))
+        for name, one in (("last", maps.last), ("rollout", maps.rollout))
     }

@@ -1,4 +1,4 @@
-"""Where the engine's process listens, and what front ends may ask it by name."""
+"""The socket of an engine's process, and the names of what front ends call there besides predictions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Final
 
 SOCKET: Final = "engine"  # in the folder that the processes share
-LOOK: Final = "look"
-COUNTS: Final = "counts"  # a view that shows nothing: the engine's counts are in the ledger when it is answered
+LOOK: Final = "look"  # work between two batches: an image's attention maps
+COUNTS: Final = "counts"  # a view without content: once it is answered, the engine has written its metrics
 
 
 def socket_path(folder: Path, number: int) -> Path:

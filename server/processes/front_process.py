@@ -1,8 +1,8 @@
-"""A front end's process: HTTP before engines in other processes.
+"""A front end's process: HTTP, with the engines in other processes.
 
-    FarRoom         lines to engines ─► remote residency and batcher
+    RemoteEngines      connections to the engines ─► remote residency and batcher
 
-Whoever forks it is `server.processes.manager`. A front end is a `server.app.server.Server` before such a room.
+`server.processes.manager` forks it. A front end is a `server.app.server.Server` over `RemoteEngines`.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ from .worker_metrics import running_workers
 log = logging.getLogger(__name__)
 
 CONNECT_S: Final = 5.0  # before the first request is accepted
-COUNTS_S: Final = 1.0  # an engine that is busy with something else is told as it stood
+COUNTS_S: Final = 1.0  # longest wait for an engine's latest counts; after it those of its last write are shown
 
 
-def _looked(told: Mapping[str, Any]) -> Any:
-    """What the route asks of a `server.engine.attention_maps.AttentionMaps`."""
+def _attention_maps(reply: Mapping[str, Any]) -> Any:
+    """Return what the route reads of a `server.engine.attention_maps.AttentionMaps`."""
     return SimpleNamespace(
-        **{name: SimpleNamespace(**{**one, "grid": np.asarray(one["grid"])}) for name, one in told.items()}
+        **{name: SimpleNamespace(**{**fields, "grid": np.asarray(fields["grid"])}) for name, fields in reply.items()}
     )
 
 
 @dataclass
 class RemoteEngines:
-    """Engine rooms in other processes, as a front end has them: lines to them, and a ledger of its own counts."""
+    """Engines in other processes, as a front end uses them, and the metrics of this process."""
 
     engines: EnginePool
     batcher: RemoteBatcher | BalancedBatcher
-    ledger: ProcessMetrics
+    process_metrics: ProcessMetrics
     _writing: asyncio.Task[None] | None = None
 
     @property
     def lost(self) -> bool:
-        """Never: an engine that has ended is forked anew."""
+        """Always false: the process manager restarts an engine that has ended."""
         return False
 
     async def warm_up(self) -> None:
-        """An engine that is away is told of; one that is there is not to be missed."""
+        """Wait up to 5 s for the engines to connect. `/readyz` names those that have not."""
         for engine in self.engines.all:
             engine.connection.start()
         with suppress(TimeoutError):
@@ -76,7 +76,7 @@ class RemoteEngines:
                 await asyncio.gather(*(engine.connection.connected() for engine in self.engines.all))
 
     def start(self) -> None:
-        self._writing = asyncio.create_task(self.ledger.write_periodically())
+        self._writing = asyncio.create_task(self.process_metrics.write_periodically())
 
     async def drain(self, timeout_s: float) -> None:
         await self.batcher.drain(timeout_s)
@@ -86,31 +86,31 @@ class RemoteEngines:
             await engine.connection.stop()
         if self._writing is not None:
             self._writing.cancel()
-        self.ledger.write_snapshot()
+        self.process_metrics.write_snapshot()
 
 
 def build_front(
-    settings: Settings, facts: BackboneInfo, folder: Path, own: ProcessMetrics, *, first: bool
+    settings: Settings, facts: BackboneInfo, folder: Path, process_metrics: ProcessMetrics, *, first: bool
 ) -> Server[RemoteEngines]:
-    """`first`: see `server.app.server.build_server_over`."""
+    """Build a server over the engines whose sockets are in `folder`. `first`: see `build_server_over`."""
     torch.set_num_threads(1)
-    ring, bundles = open_authenticator(settings), open_store(settings.store_url)
-    engines = _far_engines(settings, facts, folder)
-    residency, batcher = _pair(engines)
-    metrics.scrape_registry, metrics.refresh = merged_registry(own), partial(_counted, engines)
+    authenticator, bundles = open_authenticator(settings), open_store(settings.store_url)
+    engines = _engine_pool(settings, facts, folder)
+    residency, batcher = _residency_and_batcher(engines)
+    metrics.exposed, metrics.refresh = merged_registry(process_metrics), partial(_refresh_counts, engines)
     metrics.bind_gauge(metrics.ENGINE_UP, lambda: not engines.troubles)
     return build_server_over(
-        RemoteEngines(engines, batcher, own),
+        RemoteEngines(engines, batcher, process_metrics),
         EngineBindings(
             facts,
             residency,
             batcher,
-            look=RemoteCall(LOOK, _looked),
+            look=RemoteCall(LOOK, _attention_maps),
             rack=engines.rack,
-            ready=partial(_ready, engines, facts, settings, own),
+            ready=partial(_ready, engines, facts, settings, process_metrics),
         ),
         settings,
-        ring=ring,
+        ring=authenticator,
         registry=Registry.installed(),
         bundles=bundles,
         store=CachedStore(bundles, max_bytes=settings.cache_bytes),
@@ -123,28 +123,30 @@ def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings, process
     return readiness(facts, settings, engines.trouble, running_workers(process_metrics), away)
 
 
-async def _counted(engines: EnginePool) -> None:
-    """What engines have counted so far is in the ledger, as far as they answer."""
+async def _refresh_counts(engines: EnginePool) -> None:
+    """Have the engines write what they have counted so far; those that do not answer in time are left out."""
     with suppress(TimeoutError, ServiceError):
         async with asyncio.timeout(COUNTS_S):
-            await engines.each(lambda one: one.connection.call("view", name=COUNTS))
+            await engines.each(lambda engine: engine.connection.call("view", name=COUNTS))
 
 
-def _far_engines(settings: Settings, facts: BackboneInfo, folder: Path) -> EnginePool:
-    def far(number: int, device: str) -> RemoteEngine:
+def _engine_pool(settings: Settings, facts: BackboneInfo, folder: Path) -> EnginePool:
+    def connect(number: int, device: str) -> RemoteEngine:
         slots = PixelWriter(with_reserve(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
         connection = EngineConnection(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
         batcher = RemoteBatcher(connection, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
         return RemoteEngine(number, device, connection, RemoteResidency(connection, number), batcher)
 
-    engines = EnginePool([far(*one) for one in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
-    for one in engines.all:
-        one.connection.on_state = lambda _: take_over_tasks([one.connection.state for one in engines.all])
+    engines = EnginePool([connect(*each) for each in enumerate(settings.engine_devices)], max_batch=settings.max_batch)
+    for engine in engines.all:
+        engine.connection.on_state = lambda _: take_over_tasks([each.connection.state for each in engines.all])
     return engines
 
 
-def _pair(engines: EnginePool) -> tuple[RemoteResidency | BalancedResidency, RemoteBatcher | BalancedBatcher]:
-    """With one engine there is nothing to choose."""
+def _residency_and_batcher(
+    engines: EnginePool,
+) -> tuple[RemoteResidency | BalancedResidency, RemoteBatcher | BalancedBatcher]:
+    """Return the pair of the only engine, or one that balances over several."""
     if len(engines.all) == 1:
         return engines.all[0].residency, engines.all[0].batcher
     return BalancedResidency(engines), BalancedBatcher(engines)

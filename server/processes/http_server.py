@@ -1,4 +1,4 @@
-"""Serving HTTP in this process, and leaving it: what a whole server and a front end have in common."""
+"""HTTP in this process until a signal ends it: the same for a server in one process and for a front end."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from server.settings import Settings
 
 log = logging.getLogger("server")
 
-LEAVE_S = 1.0
-KEEP_ALIVE_S = 75  # longer than clients and proxies keep a silent connection (httpx 5 s, nginx and AWS 60 s): whoever
-# closes first, while the other is just about to use it, breaks a request, and only its sender can know not to
+LEAVE_S = 1.0  # longest wait for threads at the end
+KEEP_ALIVE_S = 75  # longer than clients and proxies keep an idle connection (httpx 5 s, nginx and AWS 60 s): the side
+# that closes it while the other is about to use it breaks a request, and only the client can avoid that
 
 
 class ServedApp(Protocol):
-    """What is served: a `server.app.server.Server`, whole or a front end."""
+    """A `server.app.server.Server`, in one process or as a front end."""
 
     settings: Settings
     app: FastAPI
@@ -43,15 +43,15 @@ class ServedApp(Protocol):
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A taken port is known at once. Raises OSError."""
+    """Return the listening socket. Raises OSError, for example where the port is taken."""
     listener = socket.create_server((settings.host, settings.port), backlog=1024)
-    # asyncio does this only for sockets that name their protocol; without it an answer waits 40 ms for the client's ACK
+    # asyncio sets it only where a socket names its protocol; without it an answer waits 40 ms for the client's ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def run(work: Callable[[], Awaitable[int]]) -> int:
-    """On an event loop of its own, whose threads are not waited for."""
+    """Run `work` on a new event loop and return its exit status, without waiting for the loop's threads."""
 
     async def main() -> int:
         asyncio.get_running_loop().set_default_executor(_UnawaitedThreads(thread_name_prefix="asyncio"))
@@ -62,7 +62,7 @@ def run(work: Callable[[], Awaitable[int]]) -> int:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's own way raises the signal again afterwards and so would end us before the workers are stopped."""
+    """uvicorn that does not raise a signal again after the shutdown, as it would end us before the workers stop."""
 
     def __init__(self, server: ServedApp) -> None:
         settings, self._server = server.settings, server
@@ -73,7 +73,7 @@ class HttpServer(uvicorn.Server):
             server_header=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # who is told off by a drain hears it
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # refusals of a drain still go out
             http=limited(with_files_for(settings.max_connections), settings.body_timeout_s),
         )
         super().__init__(config)
@@ -91,31 +91,31 @@ class HttpServer(uvicorn.Server):
 
 
 async def serve_http(server: ServedApp, listener: socket.socket, ready: Callable[[HttpServer], None]) -> None:
-    """Until a signal comes; `ready` is called when requests can be answered."""
+    """Serve until a signal comes. `ready` is called when requests can be answered."""
     async with server.running():
-        front = HttpServer(server)
+        http = HttpServer(server)
         gc.collect()
-        gc.freeze()  # what is there now stays: a collection amid thousands of requests need not look at it
-        ready(front)
+        gc.freeze()  # what exists now stays: no collection among thousands of requests need visit it
+        ready(http)
         try:
-            await front.serve(sockets=[listener])
+            await http.serve(sockets=[listener])
         finally:
-            gc.unfreeze()  # extensions that look at the end for what has leaked would take it for that
+            gc.unfreeze()  # extensions that search for leaks at the exit would report frozen objects
 
 
 class _UnawaitedThreads(ThreadPoolExecutor):
-    """Those of `asyncio.to_thread`, without asyncio's waiting for one that hangs in a store: see `wait_for_threads`."""
+    """The threads of `asyncio.to_thread`. asyncio would wait for one that hangs in a store: see `wait_for_threads`."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=True)
 
 
 def wait_for_threads(status: int) -> None:
-    """Where a thread is still at something (an engine, a store that hangs), end the process without waiting for it."""
-    until = time.monotonic() + LEAVE_S
-    while busy := [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]:
-        if time.monotonic() > until:
-            log.warning("left while %d threads were at something: %s", len(busy), ", ".join(one.name for one in busy))
+    """Wait for all threads. Exit with `status` where one still runs after a second (an engine or a store hangs)."""
+    end_at = time.monotonic() + LEAVE_S
+    while busy := [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]:
+        if time.monotonic() > end_at:
+            log.warning("exit while %d threads still run: %s", len(busy), ", ".join(thread.name for thread in busy))
             tracing.stop()
             logging.shutdown()
             os._exit(status)

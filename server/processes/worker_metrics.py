@@ -35,7 +35,7 @@ class WorkerMetrics:
         """Write the metrics if they have changed."""
         figures = self._running(), self._restarts()
         if figures != self._written:
-            self._metrics.write()
+            self._metrics.write_snapshot()
             self._written = figures
 
     def collect(self) -> Iterator[Metric]:

@@ -33,31 +33,31 @@ libc.fflush(None)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts glibc's heaps")
 
 
-def untold() -> dict[str, str]:
-    """This environment, but for what would keep the server from choosing."""
+def environment() -> dict[str, str]:
+    """Return this environment without the variables that override the server's choice."""
     return {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
 
 
-def told(how: str, **environment: str) -> tuple[str, int]:
-    """What `keep_one_heap` said, and how many heaps there are once four threads have allocated."""
+def heaps(how: str, **variables: str) -> tuple[str, int]:
+    """Return the answer of `keep_one_heap`, and the number of heaps once four threads have allocated."""
     done = subprocess.run(
         [sys.executable, "-c", THREADS, how],
-        cwd=ROOT, env={**untold(), **environment}, capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, env={**environment(), **variables}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout.split(maxsplit=1)[0], done.stdout.count("<heap nr=")
 
 
 @glibc
 def test_threads_keep_one_heap() -> None:
-    assert told("leave")[1] > 1, "nothing to share: the test shows nothing"
-    assert told("keep") == ("True", 1)
+    assert heaps("leave")[1] > 1, "nothing to share: the test shows nothing"
+    assert heaps("keep") == ("True", 1)
 
 
 @glibc
 def test_what_the_environment_says_stays() -> None:
-    said, heaps = told("keep", MALLOC_ARENA_MAX="3")
-    assert said == "False"
-    assert 1 < heaps <= 3
+    answer, count = heaps("keep", MALLOC_ARENA_MAX="3")
+    assert answer == "False"
+    assert 1 < count <= 3
 
 
 FAULTS = """
@@ -87,7 +87,7 @@ def test_what_one_batch_frees_the_next_one_has_without_new_pages() -> None:
     def faults(how: str) -> float:
         done = subprocess.run(
             [sys.executable, "-c", FAULTS, how],
-            cwd=ROOT, env=untold(), capture_output=True, text=True, timeout=120, check=True,
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
         return float(done.stdout)
 

@@ -1,4 +1,4 @@
-"""What a killed server leaves in the folder for temporary things, and who may clear it away."""
+"""What a killed server leaves in the folder for temporary files, and that a later server removes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.processes.runtime_dir import LOCK, sweep, taken
+from server.processes.runtime_dir import LOCK, create, sweep
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def killed_owner() -> None:
-    """A process that takes a folder and is killed in it."""
+    """Start a process that creates a folder, and kill it there."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        with taken() as folder:
+        with create() as folder:
             (folder / "engine").write_text("a socket")
             os.write(writing, b".")
             signal.pause()
@@ -36,18 +36,18 @@ def killed_owner() -> None:
 
 
 def test_it_is_its_owners_alone_and_goes_with_it(temporary: Path) -> None:
-    with taken() as folder:
+    with create() as folder:
         assert folder.parent == temporary
         assert folder.stat().st_mode & 0o777 == 0o700
         sweep(temporary)
-        assert (folder / LOCK).exists(), "its owner lives"
+        assert (folder / LOCK).exists(), "its owner runs"
     assert list(temporary.iterdir()) == []
 
 
 def test_what_a_killed_owner_left_is_swept_by_the_next(temporary: Path) -> None:
     killed_owner()
     [left] = temporary.iterdir()
-    with taken() as folder:
+    with create() as folder:
         assert [*temporary.iterdir()] == [folder]
         assert folder != left
 
@@ -57,7 +57,7 @@ def test_a_folder_is_kept_while_a_process_that_its_owner_forked_lives(temporary:
     reading, writing = os.pipe()
     owner = os.fork()
     if not owner:
-        with taken():
+        with create():
             forked = os.fork()
             if forked:
                 os.write(writing, forked.to_bytes(4, "big"))

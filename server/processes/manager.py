@@ -168,10 +168,16 @@ class ProcessManager:
     def _handle_end(self, child: ChildProcess, status: int) -> None:
         pid = child.pid
         if isinstance(child, ForkedProcess):
-            ProcessMetrics(self._folder, MANAGER).retire(child.metrics_name)
+            self._retire_metrics(child)
         lived_s = child.schedule_restart()
         if not self._stop_signals:
             log.error("%s (pid %d) ended with %d after %.1f s", child.name, pid, status, lived_s)
+
+    def _retire_metrics(self, child: ForkedProcess) -> None:
+        try:
+            ProcessMetrics(self._folder, MANAGER).retire(child.metrics_name)
+        except OSError as error:  # the disk is full
+            log.warning("the counts of %s are lost: %s", child.name, error)
 
     def _end(self, status: int) -> int:
         """End all processes and return `status`. The listener is closed first: as long as one process has the socket,

@@ -6,6 +6,7 @@ are not in the common registry of its process, as forks inherit the values there
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,8 @@ from server.observability import metrics
 from server.observability.multiprocess import ProcessMetrics
 
 from .child import WorkerProcess
+
+log = logging.getLogger(__name__)
 
 MANAGER: Final = "manager"  # the manager's name among the processes that write metrics
 
@@ -32,11 +35,15 @@ class WorkerMetrics:
         self._metrics = ProcessMetrics(folder, MANAGER, registry)
 
     def write(self) -> None:
-        """Write the metrics if they have changed."""
+        """Write the metrics if they have changed. The manager must go on where the disk is full."""
         figures = self._running(), self._restarts()
-        if figures != self._written:
+        if figures == self._written:
+            return
+        try:
             self._metrics.write_snapshot()
             self._written = figures
+        except OSError as error:
+            log.warning("the metrics of workers could not be written: %s", error)
 
     def collect(self) -> Iterator[Metric]:
         [workers], [restarts] = metrics.WORKERS.describe(), metrics.WORKER_RESTARTS.describe()

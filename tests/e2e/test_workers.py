@@ -119,6 +119,19 @@ def test_a_killed_worker_is_restarted_and_counted(tmp_path: Path) -> None:
         assert metric(server, 'lensrack_workers{state="wanted"}') == 2
 
 
+def test_a_server_in_one_process_restarts_its_worker_as_well(tmp_path: Path) -> None:
+    with served(tmp_path, fronts="0") as server:
+        [first] = worker_pids(server.process.pid)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: metric(server, RESTARTS) == 1, "the end is counted")
+        until(lambda: workers_check(server) == "1 of 1", "another worker runs")
+        assert metric(server, RUNNING) == 1
+        [second] = worker_pids(server.process.pid)
+        assert second != first
+        assert server.stop() == 0
+        assert ended(second)
+
+
 def test_a_worker_that_cannot_run_is_missed_and_the_server_serves(tmp_path: Path) -> None:
     with served(tmp_path, worker_metrics_host="no.such.host.invalid", worker_metrics_port="1") as server:
         until(lambda: workers_check(server) == "0 of 1", "its end is reported")
@@ -136,11 +149,10 @@ def test_no_worker_outlives_the_manager(tmp_path: Path, pictures: Path, number: 
         dataset = client.datasets.upload(pictures)
         job = client.train("weather", dataset.id, method="vpt_deep", recipe={"epochs": 1000, "prompts": 2})
         until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch has ended")
-        busy = worker_of(tmp_path, job.id)
-        [idle] = set(worker_pids(server.process.pid)) - {busy}
-        os.kill(idle, signal.SIGKILL)
-        until(lambda: len(set(worker_pids(server.process.pid)) - {idle, busy}) == 1, "another one starts")
-        workers = worker_pids(server.process.pid)
+        names = ("worker-0", "worker-1")
+        [idle] = [name for name in names if pid_of(server, name) != worker_of(tmp_path, job.id)]
+        kill(server, idle)
+        workers = [pid_of(server, name) for name in names]
         server.process.send_signal(number)
         server.process.wait(40)
         until(lambda: all(ended(pid) for pid in workers), "the workers have left", 20)

@@ -38,6 +38,15 @@ def test_the_metrics_are_those_of_a_server_in_one_process(tmp_path: Path, worker
     assert len(here) == 2
 
 
+def test_what_cannot_be_written_is_written_later(tmp_path: Path, workers: list[WorkerProcess]) -> None:
+    folder = tmp_path / "not yet"
+    written = WorkerMetrics(workers, folder)
+    written.write()
+    folder.mkdir()
+    written.write()
+    assert (folder / f"{MANAGER}.metrics").exists()
+
+
 def test_only_changes_are_written(tmp_path: Path, workers: list[WorkerProcess]) -> None:
     written, file = WorkerMetrics(workers, tmp_path), tmp_path / f"{MANAGER}.metrics"
     written.write()

@@ -60,7 +60,7 @@ class RemoteEngines:
     engines: EnginePool
     batcher: RemoteBatcher | BalancedBatcher
     process_metrics: ProcessMetrics
-    _writing: asyncio.Task[None] | None = None
+    _write_task: asyncio.Task[None] | None = None
 
     @property
     def lost(self) -> bool:
@@ -76,7 +76,7 @@ class RemoteEngines:
                 await asyncio.gather(*(engine.connection.connected() for engine in self.engines.all))
 
     def start(self) -> None:
-        self._writing = asyncio.create_task(self.process_metrics.write_periodically())
+        self._write_task = asyncio.create_task(self.process_metrics.write_periodically())
 
     async def drain(self, timeout_s: float) -> None:
         await self.batcher.drain(timeout_s)
@@ -84,8 +84,8 @@ class RemoteEngines:
     async def stop(self) -> None:
         for engine in self.engines.all:
             await engine.connection.stop()
-        if self._writing is not None:
-            self._writing.cancel()
+        if self._write_task is not None:
+            self._write_task.cancel()
         self.process_metrics.write_snapshot()
 
 

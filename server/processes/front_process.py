@@ -97,7 +97,7 @@ def build_front(
     authenticator, bundles = open_authenticator(settings), open_store(settings.store_url)
     engines = _engine_pool(settings, facts, folder)
     residency, batcher = _residency_and_batcher(engines)
-    metrics.exposed, metrics.refresh = merged_registry(process_metrics), partial(_refresh_counts, engines)
+    metrics.scrape_registry, metrics.refresh = merged_registry(process_metrics), partial(_refresh_counts, engines)
     metrics.bind_gauge(metrics.ENGINE_UP, lambda: not engines.troubles)
     return build_server_over(
         RemoteEngines(engines, batcher, process_metrics),

@@ -124,7 +124,7 @@ class ProcessManager:
     def _start_workers(self) -> None:
         for worker in self._workers:
             self._start(worker)
-        self._worker_metrics.write_snapshot()  # before a front end reports them
+        self._worker_metrics.write()  # before a front end reports them
 
     def _restart_ended(self) -> float | None:
         """Start what does not run and has paused; return the seconds until the next restart, None where all run."""
@@ -132,7 +132,7 @@ class ProcessManager:
         for child in self._children:
             if not child.pid and child.restart_at <= now:
                 self._start(child)
-        self._worker_metrics.write_snapshot()
+        self._worker_metrics.write()
         pauses = [child.restart_at - now for child in self._children if not child.pid]
         return max(0.0, min(pauses)) if pauses else None
 

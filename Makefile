@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference release serve test test-long fuzz guards soak swaps redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
+.PHONY: docs reference sync-client release serve test test-long fuzz guards soak swaps redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
 
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -91,6 +91,9 @@ verify-deploy: $(STAMP)  ## the production shape in containers: up, broken in ev
 
 reference: $(STAMP)  ## docs/reference and the pictures of the docs, made anew from the code
 	$(BIN)/python -m docs.generator
+
+sync-client: $(STAMP)  ## client/lensrack/client.py, generated again after a change of async_client.py
+	$(BIN)/python client/generate_sync.py
 
 docs: $(STAMP)   ## the site in build/site, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

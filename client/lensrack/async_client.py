@@ -1,24 +1,22 @@
 """The client for asyncio and trio. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`.
 
-`client` says the same without await; a test holds the two to the same methods and signatures.
+`client.py` is generated from this file by client/generate_sync.py (`make sync-client`); what the two do differently is
+in `_async_runtime` and `_sync_runtime`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeVar, cast, overload
 
-import anyio
-import anyio.to_thread
 import httpx
 
-from . import _calls, _steps, wire
+from . import _async_runtime, _calls, _steps, wire
 from ._archive import Progress, Source, open_archive
 from ._calls import Images
 from ._core import DIRECT, Call, Config, Exchange, Reply
@@ -30,13 +28,6 @@ from .answers import Answer, ManyAnswers, RawResponse
 from .errors import InvalidInput, JobFailed, LensrackError
 
 T = TypeVar("T")
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise InvalidInput("map needs asyncio: with trio, start predictions in a nursery of your own") from None
 
 
 class AsyncClient:
@@ -118,7 +109,8 @@ class AsyncClient:
         """
         if isinstance(images, list | tuple):
             return await self._predict(task, images, top_k=top_k, key=key)
-        return (await self._predict(task, [images], top_k=top_k, key=key))[0]
+        [answer] = await self._predict(task, [images], top_k=top_k, key=key)
+        return answer
 
     async def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
         if not self._config.client_resize:
@@ -163,30 +155,21 @@ class AsyncClient:
         an image that got no answer has its LensrackError in its place, and the others go on.
         """
         _calls.check_map(images, in_flight, errors)
-        loop = _loop()
-        waiting: deque[asyncio.Task[Answer | LensrackError]] = deque()
-        try:
-            for image in images:
-                asking = self._answer_or_error(task, image, top_k=top_k, key=key, errors=errors)
-                waiting.append(loop.create_task(asking))
-                if len(waiting) == in_flight:
-                    yield await waiting.popleft()
-            while waiting:
-                yield await waiting.popleft()
-        finally:
-            for asking_still in waiting:
-                asking_still.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+        ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
+        async with aclosing(_async_runtime.map_in_order(ask, images, in_flight)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def _answer_or_error(
         self, task: str, image: ImageInput, *, top_k: int, key: str | None, errors: str
     ) -> Answer | LensrackError:
         try:
-            return (await self._predict(task, [image], top_k=top_k, key=key))[0]
+            [answer] = await self._predict(task, [image], top_k=top_k, key=key)
         except LensrackError as error:
             if errors == "raise":
                 raise
             return error
+        return answer
 
     async def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
@@ -204,7 +187,8 @@ class AsyncClient:
         """The frozen backbone's features of an image, [D], or of a list of them, [n, D]."""
         if isinstance(images, list | tuple):
             return await self._send(_calls.embed(images))
-        return (await self._send(_calls.embed([images])))[0]
+        [embedding] = await self._send(_calls.embed([images]))
+        return embedding
 
     async def feedback(
         self, task: str, images: ImageInput | Images, label: str, *, new_label: bool = False
@@ -315,11 +299,11 @@ class AsyncClient:
             step = next(steps)
             while True:
                 try:
-                    told = await self._send(step) if isinstance(step, Call) else await anyio.to_thread.run_sync(step)
+                    outcome = await self._send(step) if isinstance(step, Call) else await _async_runtime.run(step)
                 except LensrackError as error:
                     step = steps.throw(error)
                 else:
-                    step = steps.send(told)
+                    step = steps.send(outcome)
         except StopIteration as end:
             return cast(T, end.value)
 
@@ -337,7 +321,7 @@ class AsyncClient:
                         self._heard.append(reply)
                     return exchange.value(reply)
                 pause_s = pause
-            await anyio.sleep(pause_s)
+            await _async_runtime.sleep(pause_s)
 
     async def _attempt(self, exchange: Exchange[T]) -> Reply:
         content = bytearray()
@@ -481,13 +465,10 @@ class AsyncDatasets:
         What is large goes in pieces: when the line breaks, the upload goes on where it stood. `on_upload(id)` is
         called when such an upload has begun; with `resume=id` a later call goes on with it.
         """
-        archive = await anyio.to_thread.run_sync(open_archive, source)
-        try:
+        with closing(await _async_runtime.run(partial(open_archive, source))) as archive:
             return await self._store(
                 Uploading(archive, name=name, progress=progress, resume=resume, on_upload=on_upload)
             )
-        finally:
-            archive.close()
 
     async def add(
         self,
@@ -504,20 +485,17 @@ class AsyncDatasets:
         A picture that the parent has takes the label it has in `source` and stays in its split. The rest is as in
         `upload`.
         """
-        archive = await anyio.to_thread.run_sync(open_archive, source)
-        try:
+        with closing(await _async_runtime.run(partial(open_archive, source))) as archive:
             return await self._store(
                 Uploading(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
             )
-        finally:
-            archive.close()
 
     async def _store(self, upload: Uploading) -> wire.Dataset:
         while upload.dataset is None:
             try:
                 upload.take(await self._send(upload.call()))
             except LensrackError as error:
-                await anyio.sleep(upload.lost(error))
+                await _async_runtime.sleep(upload.lost(error))
         return upload.dataset
 
     async def list(self) -> Sequence[wire.Dataset]:
@@ -549,13 +527,14 @@ class AsyncJobs:
 
     async def iterate(self, *, task: str | None = None, state: wire.JobState | None = None) -> AsyncIterator[wire.Job]:
         """All of them, page by page."""
-        page = await self.list(task=task, state=state)
-        for job in page.jobs:
-            yield job
-        while page.next is not None:
-            page = await self.list(cursor=page.next, task=task, state=state)
+        cursor: str | None = None
+        while True:
+            page = await self.list(cursor=cursor, task=task, state=state)
             for job in page.jobs:
                 yield job
+            if page.next is None:
+                return
+            cursor = page.next
 
     async def get(self, job: str) -> wire.Job:
         return await self._send(_calls.get_job(job))
@@ -612,16 +591,17 @@ class AsyncJobHandle:
             try:
                 new = cursor.take(await self._client._send(call))
             except LOST as error:
-                await anyio.sleep(cursor.lost(error))
+                await _async_runtime.sleep(cursor.lost(error))
                 continue
             for event in new:
                 yield event
-            await anyio.sleep(cursor.rest_s(new))
+            await _async_runtime.sleep(cursor.rest_s(new))
 
     async def wait(self, timeout: float | None = None) -> wire.Job:  # noqa: ASYNC109 - as above
         """The job when it has succeeded. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
         async for _ in self.events(timeout=timeout):
             pass
-        if (await self.refresh()).state != "succeeded":
-            raise JobFailed(self.job)
-        return self.job
+        job = await self.refresh()
+        if job.state != "succeeded":
+            raise JobFailed(job)
+        return job

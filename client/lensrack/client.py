@@ -1,15 +1,10 @@
-"""The client for ordinary code. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`.
-
-`async_client` says the same with await; a test holds the two to the same methods and signatures.
-"""
+# Generated from async_client.py by client/generate_sync.py: change that file, then `make sync-client`.
+"""The client for ordinary code. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`."""
 
 from __future__ import annotations
 
 import copy
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,7 +13,7 @@ from typing import IO, Any, Literal, TypeVar, cast, overload
 
 import httpx
 
-from . import _calls, _steps, wire
+from . import _calls, _steps, _sync_runtime, wire
 from ._archive import Progress, Source, open_archive
 from ._calls import Images
 from ._core import DIRECT, Call, Config, Exchange, Reply
@@ -109,7 +104,8 @@ class Client:
         """
         if isinstance(images, list | tuple):
             return self._predict(task, images, top_k=top_k, key=key)
-        return self._predict(task, [images], top_k=top_k, key=key)[0]
+        [answer] = self._predict(task, [images], top_k=top_k, key=key)
+        return answer
 
     def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
         if not self._config.client_resize:
@@ -155,28 +151,19 @@ class Client:
         """
         _calls.check_map(images, in_flight, errors)
         ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
-        waiting: deque[Future[Answer | LensrackError]] = deque()
-        with ThreadPoolExecutor(in_flight) as pool:
-            try:
-                for image in images:
-                    waiting.append(pool.submit(ask, image))
-                    if len(waiting) == in_flight:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for asking in waiting:
-                    asking.cancel()
+        with closing(_sync_runtime.map_in_order(ask, images, in_flight)) as answers:
+            yield from answers
 
     def _answer_or_error(
         self, task: str, image: ImageInput, *, top_k: int, key: str | None, errors: str
     ) -> Answer | LensrackError:
         try:
-            return (self._predict(task, [image], top_k=top_k, key=key))[0]
+            [answer] = self._predict(task, [image], top_k=top_k, key=key)
         except LensrackError as error:
             if errors == "raise":
                 raise
             return error
+        return answer
 
     def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
@@ -194,7 +181,8 @@ class Client:
         """The frozen backbone's features of an image, [D], or of a list of them, [n, D]."""
         if isinstance(images, list | tuple):
             return self._send(_calls.embed(images))
-        return self._send(_calls.embed([images]))[0]
+        [embedding] = self._send(_calls.embed([images]))
+        return embedding
 
     def feedback(self, task: str, images: ImageInput | Images, label: str, *, new_label: bool = False) -> wire.Feedback:
         """Say what an image, or a list of them, shows; `tasks.freeze_feedback` makes a dataset of what was said.
@@ -303,11 +291,11 @@ class Client:
             step = next(steps)
             while True:
                 try:
-                    told = self._send(step) if isinstance(step, Call) else step()
+                    outcome = self._send(step) if isinstance(step, Call) else _sync_runtime.run(step)
                 except LensrackError as error:
                     step = steps.throw(error)
                 else:
-                    step = steps.send(told)
+                    step = steps.send(outcome)
         except StopIteration as end:
             return cast(T, end.value)
 
@@ -325,7 +313,7 @@ class Client:
                         self._heard.append(reply)
                     return exchange.value(reply)
                 pause_s = pause
-            time.sleep(pause_s)
+            _sync_runtime.sleep(pause_s)
 
     def _attempt(self, exchange: Exchange[T]) -> Reply:
         content = bytearray()
@@ -468,7 +456,7 @@ class Datasets:
         What is large goes in pieces: when the line breaks, the upload goes on where it stood. `on_upload(id)` is
         called when such an upload has begun; with `resume=id` a later call goes on with it.
         """
-        with closing(open_archive(source)) as archive:
+        with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
             return self._store(Uploading(archive, name=name, progress=progress, resume=resume, on_upload=on_upload))
 
     def add(
@@ -486,7 +474,7 @@ class Datasets:
         A picture that the parent has takes the label it has in `source` and stays in its split. The rest is as in
         `upload`.
         """
-        with closing(open_archive(source)) as archive:
+        with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
             return self._store(
                 Uploading(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
             )
@@ -496,7 +484,7 @@ class Datasets:
             try:
                 upload.take(self._send(upload.call()))
             except LensrackError as error:
-                time.sleep(upload.lost(error))
+                _sync_runtime.sleep(upload.lost(error))
         return upload.dataset
 
     def list(self) -> Sequence[wire.Dataset]:
@@ -528,11 +516,13 @@ class Jobs:
 
     def iterate(self, *, task: str | None = None, state: wire.JobState | None = None) -> Iterator[wire.Job]:
         """All of them, page by page."""
-        page = self.list(task=task, state=state)
-        yield from page.jobs
-        while page.next is not None:
-            page = self.list(cursor=page.next, task=task, state=state)
+        cursor: str | None = None
+        while True:
+            page = self.list(cursor=cursor, task=task, state=state)
             yield from page.jobs
+            if page.next is None:
+                return
+            cursor = page.next
 
     def get(self, job: str) -> wire.Job:
         return self._send(_calls.get_job(job))
@@ -573,7 +563,12 @@ class JobHandle:
         self.job = self._client.jobs.cancel(self.id)
         return self.job
 
-    def events(self, *, after: int = 0, timeout: float | None = None) -> Iterator[wire.JobEvent]:
+    def events(
+        self,
+        *,
+        after: int = 0,
+        timeout: float | None = None,
+    ) -> Iterator[wire.JobEvent]:
         """Every event once, as it happens, up to the last one; a connection that breaks is taken up again.
 
         Raises RequestTimeout when the job has not ended after `timeout` seconds.
@@ -584,15 +579,16 @@ class JobHandle:
             try:
                 new = cursor.take(self._client._send(call))
             except LOST as error:
-                time.sleep(cursor.lost(error))
+                _sync_runtime.sleep(cursor.lost(error))
                 continue
             yield from new
-            time.sleep(cursor.rest_s(new))
+            _sync_runtime.sleep(cursor.rest_s(new))
 
     def wait(self, timeout: float | None = None) -> wire.Job:
         """The job when it has succeeded. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
         for _ in self.events(timeout=timeout):
             pass
-        if self.refresh().state != "succeeded":
-            raise JobFailed(self.job)
-        return self.job
+        job = self.refresh()
+        if job.state != "succeeded":
+            raise JobFailed(job)
+        return job

@@ -1,0 +1,35 @@
+"""What the synchronous client waits with. `_async_runtime` has the same names for the asynchronous one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+sleep = time.sleep
+
+
+def run(work: Callable[[], T]) -> T:
+    """Call `work` here: a synchronous client may block its caller's thread."""
+    return work()
+
+
+def map_in_order(call: Callable[[S], T], items: Iterable[S], in_flight: int) -> Generator[T, None, None]:
+    """Yield the results of `call` in the order of `items`; at most `in_flight` calls run at any time, in threads."""
+    pending: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(in_flight) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(call, item))
+                if len(pending) == in_flight:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

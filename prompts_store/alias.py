@@ -58,6 +58,11 @@ class Alias:
     revision: int
     changed_at: float
 
+    @property
+    def heaviest(self) -> str:
+        """The version with the largest share of the requests; the first of several with the same share."""
+        return max(self.targets, key=lambda target: target.weight).version
+
     def choose(self, key: str) -> str:
         """The version that answers requests with this key: always the same, with shares as the weights say.
 

@@ -12,11 +12,6 @@ from lensrack import wire
 from .services import Services
 
 
-def heaviest(state: stored.Alias) -> str:
-    """The version with most of an alias' requests."""
-    return max(state.targets, key=lambda target: target.weight).version
-
-
 def resident_now(services: Services, task: wire.Task) -> wire.Task:
     """A task as the store knows it, with what this process knows of it."""
     resident = task.live is not None and services.residency.resident(task.task, task.live)

@@ -107,7 +107,7 @@ def _resolve(store: Store, name: str) -> tuple[str, str]:
     task, _, suffix = name.partition("@")
     aliases = store.aliases(task)
     if (suffix or "live") in aliases:
-        return task, max(aliases[suffix or "live"].targets, key=lambda target: target.weight).version
+        return task, aliases[suffix or "live"].heaviest
     matching = [info.version for info in store.versions(task) if suffix and info.version.startswith(suffix)]
     if len(matching) != 1:
         raise VersionNotFound(task, suffix or "live")

@@ -18,7 +18,6 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from prompts_store import (
-    Alias,
     AliasConflict,
     AliasNotFound,
     Bundle,
@@ -82,8 +81,8 @@ class Publisher:
         while True:
             live = self._store.aliases(task).get(LIVE)
             judged: Outcome = {"new": asdict(new)}
-            if live is not None and (old := self._score(task, _heaviest(live), judge, pulse)):
-                judged["live"] = {"version": _heaviest(live), **asdict(old)}
+            if live is not None and (old := self._score(task, live.heaviest, judge, pulse)):
+                judged["live"] = {"version": live.heaviest, **asdict(old)}
                 if not new.better_than(old):
                     return _kept(bundle, pulse, "not_better", judged)
             pulse.beat()
@@ -109,11 +108,6 @@ class Publisher:
         except AliasNotFound:
             return False
         return any(target.version == bundle.version for state in history for target in state.targets)
-
-
-def _heaviest(alias: Alias) -> str:
-    """The version with most of the requests."""
-    return max(alias.targets, key=lambda target: target.weight).version
 
 
 def _published(bundle: Bundle, pulse: Heartbeat, judged: Outcome | None = None) -> Outcome:

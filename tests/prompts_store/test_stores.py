@@ -433,6 +433,12 @@ def test_delete_task_takes_everything(store: Store) -> None:
 # --- choosing -----------------------------------------------------------------------------------------------------
 
 
+def test_the_heaviest_target_has_the_largest_share() -> None:
+    alias = Alias("live", (Target("a" * 64, 0.2), Target("b" * 64, 0.5), Target("c" * 64, 0.3)), 1, 0.0)
+    assert alias.heaviest == "b" * 64
+    assert replace(alias, targets=(Target("a" * 64, 0.5), Target("b" * 64, 0.5))).heaviest == "a" * 64
+
+
 def test_choose_is_stable_and_fair() -> None:
     alias = Alias("live", (Target("a" * 64, 0.9), Target("b" * 64, 0.1)), 1, 0.0)
     keys = [f"request-{number}" for number in range(20_000)]

@@ -34,7 +34,7 @@ async def _version(services: Services, task: str, name: str) -> str:
     """Of an alias the version with most of the requests."""
     alias = (await asyncio.to_thread(services.store.aliases, task)).get(name)
     if alias is not None:
-        return max(alias.targets, key=lambda target: target.weight).version
+        return alias.heaviest
     return await services.predictor.version_like(task, name)
 
 

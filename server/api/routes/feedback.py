@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 import prompts_store as stored
 from lensrack import wire
-from server.api import params, views
+from server.api import params
 from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
 from server.datasets.feedback_store import Added
@@ -131,7 +131,7 @@ def _live(services: Services, task: str) -> stored.Manifest:
     aliases = services.store.aliases(task)
     if "live" not in aliases:
         raise stored.AliasNotFound(task, "live")
-    version = views.heaviest(aliases["live"])
+    version = aliases["live"].heaviest
     for info in services.store.versions(task):
         if info.version == version:
             return info.manifest

@@ -54,5 +54,5 @@ async def one_version(services: Services, ref: Ref) -> str:
     """The version that a reference means; of a split alias the one with most of the requests."""
     aliases = await asyncio.to_thread(services.store.aliases, ref.task)
     if ref.name in aliases:
-        return views.heaviest(aliases[ref.name])
+        return aliases[ref.name].heaviest
     return await services.predictor.resolve(ref, key="")

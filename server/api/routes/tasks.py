@@ -152,7 +152,7 @@ def _summaries(store: stored.Store) -> list[wire.Task]:
 
 def _summary(store: stored.Store, task: str) -> wire.Task:
     aliases, versions = store.aliases(task), store.versions(task)
-    live = views.heaviest(aliases["live"]) if "live" in aliases else None
+    live = aliases["live"].heaviest if "live" in aliases else None
     return wire.Task(
         task=task,
         live=live,

@@ -1,4 +1,4 @@
-"""Bundles and where they are kept. numpy only: no torch; what a store alone needs loads with the store."""
+"""Bundles and their stores. Needs numpy, not torch; a backend's own library is imported when that store is opened."""
 
 from prompts_store.alias import ANY, Alias, Expect, Target, Targets
 from prompts_store.bundle import MAX_BUNDLE_BYTES, Bundle

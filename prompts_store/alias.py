@@ -1,6 +1,6 @@
-"""Aliases: what a name points at, how a request chooses, and the one set of rules by which they change.
+"""Aliases: their targets, how a request's key chooses among these, and the rules by which aliases change.
 
-Every backend loads an `AliasBook`, lets it change, and stores it again atomically, so all of them have the same rules.
+Every backend loads an `AliasBook`, changes it and stores it again atomically, so all backends follow the same rules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prompts_store.errors import (
     CorruptAliases,
     NoHistory,
     VersionNotFound,
-    shown,
+    excerpt,
 )
 from prompts_store.names import ALIAS, is_alias
 
@@ -34,7 +34,7 @@ class _Any(enum.Enum):
 
 ANY: Final = _Any.ANY
 Expect = int | None | Literal[_Any.ANY]
-"""What a compare-and-set wants to find: a revision, None for no such alias, or ANY."""
+"""What compare-and-set expects: the current revision, None for an alias that does not exist, or ANY."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ Targets = str | Mapping[str, float] | Iterable[Target]
 
 @dataclass(frozen=True)
 class Alias:
-    """Where an alias points. `revision` grows with every change and is never used twice; `changed_at` in seconds."""
+    """A name and its target versions.
+
+    `revision` grows with every change and is never reused; `changed_at` is in seconds since the Unix epoch.
+    """
 
     name: str
     targets: tuple[Target, ...]
@@ -64,9 +67,10 @@ class Alias:
         return max(self.targets, key=lambda target: target.weight).version
 
     def choose(self, key: str) -> str:
-        """The version that answers requests with this key: always the same, with shares as the weights say.
+        """Return the version that answers requests with this key: always the same one for the same weights.
 
-        Weighted rendezvous hashing: when weights move, only the keys that must change version do.
+        Weighted rendezvous hashing: over many keys the shares follow the weights, and when weights change, as few keys
+        as possible change version.
         """
         if len(self.targets) == 1:
             return self.targets[0].version
@@ -81,7 +85,7 @@ def _score(target: Target, key: str) -> float:
 
 @dataclass
 class _Record:
-    """All that is known of one alias. An empty history: deleted, kept so that no revision is given out twice."""
+    """An alias with its history. A deleted alias stays with an empty history, so that no revision is reused."""
 
     revision: int = 0
     history: list[Alias] = field(default_factory=list)
@@ -92,25 +96,28 @@ class _Record:
 
 
 class AliasBook:
-    """Every alias of one task, with history. Not thread-safe: a store loads, changes and saves it atomically."""
+    """The aliases of one task with their histories. Not thread-safe: stores load, change and save it atomically."""
 
     def __init__(self, task: str, records: dict[str, _Record] | None = None) -> None:
         self._task = task
         self._records = records or {}
 
     def current(self) -> dict[str, Alias]:
+        """Return the aliases that exist, sorted by name."""
         return {name: record.history[-1] for name, record in sorted(self._records.items()) if record.history}
 
     def history(self, alias: str) -> list[Alias]:
-        """Oldest first; the last one is current."""
+        """Return an alias' states, oldest first; the last one is current. Raises AliasNotFound."""
         return list(self._existing(alias).history)
 
     def users_of(self, version: str) -> list[str]:
+        """Return the names of the aliases that have `version` among their targets."""
         return [name for name, alias in self.current().items() if version in {t.version for t in alias.targets}]
 
     def set(self, alias: str, targets: Targets, *, expect: Expect, versions: Collection[str], now: float) -> Alias:
+        """Set an alias' targets. Raises BadAlias, AliasConflict, and VersionNotFound for a target not in `versions`."""
         if not is_alias(alias):
-            raise BadAlias(f"expected an alias name like {ALIAS.pattern}, got {shown(alias)}")
+            raise BadAlias(f"expected an alias name like {ALIAS.pattern}, got {excerpt(alias)}")
         shares = _normalised(targets)
         self._compare(alias, expect)
         for target in shares:
@@ -127,7 +134,10 @@ class AliasBook:
             record.history.clear()
 
     def rollback(self, alias: str, *, expect: Expect, versions: Collection[str], now: float) -> Alias:
-        """Point where it pointed before. Earlier targets of which a version is gone are passed over."""
+        """Restore the last different targets whose versions all still exist.
+
+        Raises AliasNotFound, AliasConflict, NoHistory.
+        """
         self._compare(alias, expect)
         *earlier, current = self._existing(alias).history
         for entry in reversed(earlier):
@@ -157,13 +167,14 @@ class AliasBook:
     # --- as JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Readable by a person; empty when there is nothing to remember."""
+        """Return indented JSON; an empty string for a task that never had an alias."""
         if not self._records:
             return ""
         return json.dumps({name: asdict(record) for name, record in sorted(self._records.items())}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, task: str, text: str | bytes) -> AliasBook:
+        """Read what `to_json` wrote. Raises CorruptAliases."""
         try:
             records = {name: _record(value) for name, value in json.loads(text or "{}").items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -181,19 +192,19 @@ def _alias(value: dict[str, Any]) -> Alias:
 
 
 def _normalised(targets: Targets) -> tuple[Target, ...]:
-    """Targets with shares that add up to 1, in the order given."""
+    """Return the targets with weights scaled to add up to 1, in the same order. Raises BadAlias."""
     if isinstance(targets, str):
         return (Target(targets),)
-    given = [Target(*pair) for pair in targets.items()] if isinstance(targets, Mapping) else list(targets)
-    if not 1 <= len(given) <= MAX_TARGETS:
-        raise BadAlias(f"expected 1 to {MAX_TARGETS} targets, got {len(given)}")
-    if len({target.version for target in given}) != len(given):
+    shares = [Target(*pair) for pair in targets.items()] if isinstance(targets, Mapping) else list(targets)
+    if not 1 <= len(shares) <= MAX_TARGETS:
+        raise BadAlias(f"expected 1 to {MAX_TARGETS} targets, got {len(shares)}")
+    if len({target.version for target in shares}) != len(shares):
         raise BadAlias("expected every version once, got one twice")
-    total = math.fsum(_weight(target) for target in given)
-    return tuple(Target(target.version, target.weight / total) for target in given)
+    total = math.fsum(_weight(target) for target in shares)
+    return tuple(Target(target.version, target.weight / total) for target in shares)
 
 
 def _weight(target: Target) -> float:
     if not isinstance(target.weight, int | float) or not 1e-9 <= target.weight <= 1e9:
-        raise BadAlias(f"expected weights from 1e-9 to 1e9, got {shown(target.weight)}")
+        raise BadAlias(f"expected weights from 1e-9 to 1e9, got {excerpt(target.weight)}")
     return target.weight

@@ -1,11 +1,11 @@
-"""A whole store as files that any tool can copy: a folder, or the same as one tar file.
+"""A whole store as files that any tool can copy: a folder, or the same files in one tar file.
 
-    store.json                      what there is: tasks, their versions, and where each alias has pointed
+    store.json                      the index: tasks, their versions, and the history of each alias
     tasks/<task>/<version>.safetensors
 
-A bundle's name is its digest, and `store.json` carries its own, so whatever was damaged on the way is noticed. It is
-written last, and bundles are never changed or removed: a folder without it is an export that has not been finished, and
-an update that broke off leaves the archive of before. Equal stores give equal archives.
+A bundle's name is its digest, and `store.json` contains its own, so damage is detected. The index is written last, and
+bundles are never changed or removed: a folder without an index is an unfinished export, and an interrupted update
+leaves the previous archive. Equal stores give equal archives.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ INDEX: Final = "store.json"
 MAX_INDEX_BYTES: Final = 256 * 2**20  # some millions of versions
 
 State = tuple[Target, ...]
-States = tuple[State, ...]  # where an alias has pointed, oldest first
+States = tuple[State, ...]  # the history of an alias, oldest first
 
 
 class BadArchive(StoreError):
-    """The archive is not whole, or not what was exported."""
+    """The archive is incomplete or damaged, or is not an archive of a store."""
 
     code = "bad_archive"
 
 
 @dataclass(frozen=True)
 class TaskIndex:
-    """What an archive holds of a task. `versions`, by name: the size of each in bytes."""
+    """A task in an archive. `versions` maps each version to its size in bytes."""
 
     versions: Mapping[str, int]
     aliases: Mapping[str, States]
@@ -52,16 +52,16 @@ Index = dict[str, TaskIndex]
 
 
 class Archive(Protocol):
-    """The files of an archive, by the names given above."""
+    """The files of an archive, by the names in the module's docstring."""
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Raises BadArchive when there is no such file, or a longer one."""
+        """Return a file's bytes. Raises BadArchive when it is missing or longer than `max_bytes`."""
 
     def holds(self, name: str, sha256: str) -> bool:
-        """Whether this very content is there already."""
+        """Whether the file exists with this content."""
 
     def write(self, name: str, data: bytes) -> None:
-        """A new file, or another content for it."""
+        """Create or replace a file."""
 
 
 class Folder:
@@ -84,7 +84,7 @@ class Folder:
             return False
 
     def write(self, name: str, data: bytes) -> None:
-        """Whole or not at all, and durable on return."""
+        """Write a file whole or not at all, durable on return."""
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.parent / f".new-{secrets.token_hex(8)}"
@@ -101,7 +101,7 @@ class Folder:
 
 
 class Tar:
-    """An archive as an open tar file without compression, which bundles hardly take."""
+    """An archive as an open tar file, uncompressed, because bundles hardly compress."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
         self._tar = tar
@@ -125,8 +125,8 @@ class Tar:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Archive]:
-    """The archive at `path` to read. Raises BadArchive, OSError."""
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open the archive at `path` for reading. Raises BadArchive, OSError."""
     if path.is_dir():
         yield Folder(path)
         return
@@ -139,7 +139,7 @@ def opened(path: Path) -> Iterator[Archive]:
 
 @contextmanager
 def new_tar(path: Path) -> Iterator[Tar]:
-    """A tar file that appears at `path` when it is whole."""
+    """Write a tar file, which appears at `path` when it is complete."""
     new = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
     try:
         with open(new, "xb") as file:
@@ -166,7 +166,7 @@ def file_name(task: str, version: str) -> str:
 
 
 def read_bundle(archive: Archive, task: str, version: str, size: int) -> Bundle:
-    """Raises BadArchive when it is absent or longer, CorruptBundle when it is not what the index says."""
+    """Read a bundle. Raises BadArchive when it is missing or too long, CorruptBundle when it is not that version."""
     return Bundle.verified(archive.read(file_name(task, version), size), task=task, version=version)
 
 
@@ -184,11 +184,11 @@ def read_index(archive: Archive) -> Index:
     data = archive.read(INDEX, MAX_INDEX_BYTES)
     try:
         whole = json.loads(data)
-        told, content = whole["digest"], whole["tasks"]
+        digest, content = whole["digest"], whole["tasks"]
         if whole["format"] != FORMAT:
             raise BadArchive(f"{INDEX}: expected the format {FORMAT}, got {str(whole['format'])[:40]!r}")
-        if _digest(content) != told:
-            raise BadArchive(f"{INDEX}: expected the digest {told!s:.64}, got {_digest(content)}")
+        if _digest(content) != digest:
+            raise BadArchive(f"{INDEX}: expected the digest {digest!s:.64}, got {_digest(content)}")
         return {_named(is_task, task): _from_json(entry) for task, entry in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadArchive(f"{INDEX}: expected an index of a store, got {type(error).__name__}") from error
@@ -216,20 +216,20 @@ def _from_json(entry: Mapping[str, Any]) -> TaskIndex:
 
 
 def _states(states: Any, versions: Mapping[str, int]) -> States:
-    """Checked by the rules that a store has for aliases."""
+    """Read the history of an alias, checked by a store's rules for aliases."""
     if not 1 <= len(states) <= MAX_HISTORY:
         raise BadArchive(f"{INDEX}: expected 1 to {MAX_HISTORY} states of an alias, got {len(states)}")
-    read = tuple(tuple(Target(version, float(weight)) for version, weight in state) for state in states)
+    history = tuple(tuple(Target(version, float(weight)) for version, weight in state) for state in states)
     try:
-        for state in read:
+        for state in history:
             AliasBook("").set("any", state, expect=ANY, versions=versions, now=0.0)
     except StoreError as error:
         raise BadArchive(f"{INDEX}: {error.detail}") from error
-    return read
+    return history
 
 
 def _named(fits: Any, name: str) -> str:
-    """Names become paths and keys; nothing else may."""
+    """Check a name, for it becomes a path and a key."""
     if not fits(name):
         raise BadArchive(f"{INDEX}: expected the name of a task, a version or an alias, got {name[:80]!r}")
     return name
@@ -248,4 +248,6 @@ def _whole(data: bytes, name: str, max_bytes: int) -> bytes:
 
 
 def _absent(name: str) -> BadArchive:
-    return BadArchive(f"expected {name} in the archive, found none: it is not one, or its export was not finished")
+    return BadArchive(
+        f"expected {name} in the archive, got none: it is not an archive of a store, or its export did not finish"
+    )

@@ -1,4 +1,4 @@
-"""Changes from one place to many watchers within a process."""
+"""Delivers changes to any number of watchers in the same process."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Final
 from prompts_store.store import Change
 
 STOP_CHECK_S: Final = 0.1
-"""How long a watcher waits for a change before it looks at its stop event: the two cannot be awaited together."""
+"""How long a watcher waits for a change before it checks its stop event; one call cannot wait for both."""
 
 
 class Broadcast:
-    """A watcher that is dropped by its owner is forgotten here without having to say so."""
+    """One queue for each watcher; the queue goes when its watcher is garbage-collected."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: weakref.WeakSet[queue.Queue[Change]] = weakref.WeakSet()
 
     def publish(self, task: str) -> None:
+        """Report a change of `task` to every watcher."""
         with self._lock:
             watchers = list(self._queues)
         for watcher in watchers:
             watcher.put(Change(task))
 
     def subscribe(self, stop: threading.Event) -> Iterator[Change]:
-        """Everything published from this call on, until `stop` is set."""
+        """Yield every change published after this call, until `stop` is set."""
         changes: queue.Queue[Change] = queue.Queue()
         with self._lock:
             self._queues.add(changes)

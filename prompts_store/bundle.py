@@ -3,8 +3,8 @@
     build   manifest + tensors ── normalise, check ──► _encode ──► bytes ──► version
     parse   bytes ── sizes, header, layout, numbers, manifest, shapes ──► encode again: the same bytes, or refused
 
-The file is laid out here and not by the safetensors library: a version is a digest of these bytes, so they must not
-change with a library's release. Any safetensors reader reads them. Every refusal is a BundleError.
+This module writes the file itself, not by the safetensors library: a version is the digest of these bytes, so they must
+not change with a library's release. Any safetensors reader can read them. Every refusal is a BundleError.
 
 https://github.com/huggingface/safetensors#format
 """
@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from prompts_store import names, strict_json
-from prompts_store.errors import BundleError, CorruptBundle, shown
+from prompts_store.errors import BundleError, CorruptBundle, excerpt
 from prompts_store.manifest import MAX_MANIFEST_BYTES, Manifest
 
 METADATA_KEY: Final = "lensrack"
@@ -36,9 +36,9 @@ _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """An immutable artefact. Equal when the version is; arrays that come from `parse` or `build` are read-only.
+    """An immutable bundle, equal to another with the same version; its arrays are read-only views of `data`.
 
-    `tensors` by name, float32 or float16, in the order of the file; `data` is the file; `version` its sha256 in hex.
+    `tensors` by name, float32 or float16, in the order of the file; `data` is the file, `version` its sha256 in hex.
     """
 
     manifest: Manifest
@@ -48,7 +48,7 @@ class Bundle:
 
     @classmethod
     def build(cls, manifest: Manifest, tensors: Mapping[str, np.ndarray[Any, Any]]) -> Bundle:
-        """Check and encode; the same content gives the same bytes whatever the order of `tensors`.
+        """Check and encode a bundle; equal content gives equal bytes, whatever the order of `tensors`.
 
         Raises BundleError for anything that `parse` would refuse.
         """
@@ -57,7 +57,7 @@ class Bundle:
 
     @classmethod
     def parse(cls, data: bytes, *, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
-        """Read a file that a stranger may have written. Raises BundleError naming what was expected and what came."""
+        """Read an untrusted file. Raises BundleError, which names the expected and the actual value."""
         header, body = _split(data, max_bytes)
         manifest = _manifest(header.pop("__metadata__", None))
         tensors = _arrays(header, body)
@@ -68,7 +68,7 @@ class Bundle:
 
     @classmethod
     def verified(cls, data: bytes, *, task: str, version: str) -> Bundle:
-        """Read back what a store holds under (`task`, `version`). Raises CorruptBundle unless it is exactly that."""
+        """Read the bytes that a store holds as `version` of `task`. Raises CorruptBundle if they are anything else."""
         digest = hashlib.sha256(data).hexdigest()
         if digest != version:
             raise CorruptBundle(f"task {task}: expected a bundle with digest {version}, stored is {digest}")
@@ -88,12 +88,12 @@ class Bundle:
 
 
 def read_manifest(data: bytes) -> Manifest:
-    """The manifest from the first bytes of a bundle (`header_bytes` says how many), without reading the arrays."""
+    """Read the manifest from the first `header_bytes` bytes of a bundle. Raises BundleError."""
     return _manifest(_header(data[8 : header_bytes(data)]).pop("__metadata__", None))
 
 
 def header_bytes(data: bytes) -> int:
-    """How many leading bytes hold the length and the header, from the first 8."""
+    """Return the size in bytes of a bundle's length and header, read from its first 8 bytes. Raises BundleError."""
     if len(data) < 8:
         raise BundleError(f"bundle: expected at least 8 bytes, got {len(data)}")
     length = int.from_bytes(data[:8], "little")
@@ -109,12 +109,12 @@ def _storable(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     _check_name(name)
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float16):
         got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise BundleError(f"tensor {shown(name)}: expected a float32 or float16 array, got {got}")
-    return array  # order in memory and strides are lost in tobytes, which writes C order
+        raise BundleError(f"tensor {excerpt(name)}: expected a float32 or float16 array, got {got}")
+    return array  # its strides do not matter: tobytes writes C order
 
 
 def _encode(manifest: Manifest, tensors: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
-    """float32 before float16, so that every array lies aligned; then by name."""
+    """Encode float32 before float16, so that every array is aligned; then by name."""
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: manifest.to_json()}}
     end = 0
@@ -142,22 +142,22 @@ def _split(data: bytes, max_bytes: int) -> tuple[dict[str, Any], memoryview]:
 def _header(text: bytes) -> dict[str, Any]:
     header = strict_json.loads(text, "bundle header")
     if not isinstance(header, dict):
-        raise BundleError(f"bundle header: expected an object, got {shown(header)}")
+        raise BundleError(f"bundle header: expected an object, got {excerpt(header)}")
     return header
 
 
 def _manifest(metadata: Any) -> Manifest:
     if not isinstance(metadata, dict) or list(metadata) != [METADATA_KEY]:
         got = sorted(metadata) if isinstance(metadata, dict) else metadata
-        raise BundleError(f"bundle header: expected metadata with the one key {METADATA_KEY!r}, got {shown(got)}")
+        raise BundleError(f"bundle header: expected metadata with the one key {METADATA_KEY!r}, got {excerpt(got)}")
     text = metadata[METADATA_KEY]
     if not isinstance(text, str):
-        raise BundleError(f"bundle header: expected the manifest as text, got {shown(text)}")
+        raise BundleError(f"bundle header: expected the manifest as text, got {excerpt(text)}")
     return Manifest.from_json(text)
 
 
 def _arrays(header: dict[str, Any], body: memoryview) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays as read-only views of the file, which must cover it from end to end: no hole, no overlap."""
+    """Return the arrays as read-only views of the file, which they must cover without holes or overlaps."""
     if len(header) > MAX_TENSORS:
         raise BundleError(f"bundle: expected at most {MAX_TENSORS} tensors, got {len(header)}")
     entries = sorted((_entry(name, fields) for name, fields in header.items()), key=lambda entry: entry[3:])
@@ -180,14 +180,14 @@ _Entry = tuple[str, np.dtype[Any], tuple[int, ...], int, int]  # name, dtype, sh
 def _entry(name: str, fields: Any) -> _Entry:
     _check_name(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise BundleError(f"tensor {name}: expected the fields dtype, shape and data_offsets, got {shown(fields)}")
+        raise BundleError(f"tensor {name}: expected the fields dtype, shape and data_offsets, got {excerpt(fields)}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise BundleError(f"tensor {name}: expected dtype {' or '.join(_DTYPES)}, got {shown(code)}")
+        raise BundleError(f"tensor {name}: expected dtype {' or '.join(_DTYPES)}, got {excerpt(code)}")
     if not (_naturals(shape) and 1 <= len(shape) <= 3 and max(shape) <= MAX_DIM):
-        raise BundleError(f"tensor {name}: expected 1 to 3 sizes of 0 to {MAX_DIM}, got {shown(shape)}")
+        raise BundleError(f"tensor {name}: expected 1 to 3 sizes of 0 to {MAX_DIM}, got {excerpt(shape)}")
     if not (_naturals(offsets) and len(offsets) == 2):
-        raise BundleError(f"tensor {name}: expected two offsets, got {shown(offsets)}")
+        raise BundleError(f"tensor {name}: expected two offsets, got {excerpt(offsets)}")
     needed, got = math.prod(shape) * _DTYPES[code].itemsize, offsets[1] - offsets[0]
     if needed != got:
         raise BundleError(f"tensor {name}: expected {needed} bytes for {code} {shape}, got {got}")
@@ -196,7 +196,7 @@ def _entry(name: str, fields: Any) -> _Entry:
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not names.TENSOR.fullmatch(name) or name == "__metadata__":
-        raise BundleError(f"bundle: expected tensor names like {names.TENSOR.pattern}, got {shown(name)}")
+        raise BundleError(f"bundle: expected tensor names like {names.TENSOR.pattern}, got {excerpt(name)}")
 
 
 def _naturals(values: Any) -> bool:
@@ -210,13 +210,13 @@ def _finite(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _check_shapes(manifest: Manifest, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """What the manifest promises, the tensors keep. D is the backbone's width: the engine checks that."""
-    _check_rows(tensors, "head.weight", 2, len(manifest.labels), "one row a label")
-    _check_rows(tensors, "head.bias", 1, len(manifest.labels), "one number a label")
-    _check_rows(tensors, "prompts", 2, sum(manifest.prompt_lengths), "one row a prompt, layer after layer")
+    """Check the tensors against the manifest; the engine checks D, the backbone's width."""
+    _check_rows(tensors, "head.weight", 2, len(manifest.labels), "one row for each label")
+    _check_rows(tensors, "head.bias", 1, len(manifest.labels), "one number for each label")
+    _check_rows(tensors, "prompts", 2, sum(manifest.prompt_lengths), "one row for each prompt, layer after layer")
 
 
 def _check_rows(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, ndim: int, rows: int, meaning: str) -> None:
     if name in tensors and (tensors[name].ndim != ndim or len(tensors[name]) != rows):
-        wanted = f"[{rows}, D]" if ndim == 2 else f"[{rows}]"
-        raise BundleError(f"tensor {name}: expected {wanted} ({meaning}), got {list(tensors[name].shape)}")
+        shape = f"[{rows}, D]" if ndim == 2 else f"[{rows}]"
+        raise BundleError(f"tensor {name}: expected {shape} ({meaning}), got {list(tensors[name].shape)}")

@@ -1,12 +1,12 @@
-"""Any store, remembered: answers from memory, kept true by a thread that watches, and still there in an outage.
+"""A cache in front of any store: reads come from memory, a watching thread invalidates them, an outage is survived.
 
     read   fresh? ── yes ─────────────────────────► from memory
-              └─ no ── inner store ── answers ────► remembered, fresh while the watch stands
-                             └─ unavailable, known? ► what was last known; one that hangs is waited for once
-    write  inner store, then what is remembered of the task is stale (the alias just set is known)
-    watch  a task changed ── stale ── then told to those who watch this store
+              └─ no ── inner store ── answers ────► cached; fresh while the watch runs
+                             └─ unavailable, cached? ► the stale value; a store that hangs is waited for once
+    write  inner store, then the task's cached values are stale (but know the alias just set)
+    watch  a task changed ── its values are stale ── then this store's own watchers are notified
 
-Verified bundles lie in a least-recently-used cache bounded by bytes. Names that do not exist are not remembered.
+Verified bundles are in a least-recently-used cache bounded by bytes. Names that do not exist are not cached.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prompts_store.alias import ANY, Alias, Expect, Targets
 from prompts_store.broadcast import Broadcast
 from prompts_store.bundle import Bundle
 from prompts_store.errors import StoreUnavailable, TaskNotFound
-from prompts_store.remembered import Answers, Bundles, Patience
+from prompts_store.read_cache import BundleCache, CircuitBreaker, ReadCache
 from prompts_store.store import Change, Store, VersionInfo
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ class CachedStore:
 
     def __init__(self, inner: Store, *, max_bytes: int = CACHE_BYTES) -> None:
         self._inner = inner
-        self._bundles = Bundles(max_bytes)
+        self._bundles = BundleCache(max_bytes)
         self._watched, self._stop = threading.Event(), threading.Event()
-        self._patience = Patience()
-        self._tasks: Answers[list[str]] = Answers(self._watched, self._patience)
-        self._versions: Answers[list[VersionInfo]] = Answers(self._watched, self._patience)
-        self._aliases: Answers[dict[str, Alias]] = Answers(self._watched, self._patience)
+        self._breaker = CircuitBreaker()
+        self._tasks: ReadCache[list[str]] = ReadCache(self._watched, self._breaker)
+        self._versions: ReadCache[list[VersionInfo]] = ReadCache(self._watched, self._breaker)
+        self._aliases: ReadCache[dict[str, Alias]] = ReadCache(self._watched, self._breaker)
         self._broadcast = Broadcast()
         changes = self._first_watch()
         self._watcher = threading.Thread(target=self._follow, args=(changes,), name="store-watch", daemon=True)
@@ -54,7 +54,7 @@ class CachedStore:
         if bundle is not None and self._still_listed(task, version):
             return bundle
         bundle = self._inner.get(task, version)
-        self._bundles.keep(bundle)
+        self._bundles.put(bundle)
         return bundle
 
     def _still_listed(self, task: str, version: str) -> bool:
@@ -75,23 +75,23 @@ class CachedStore:
         return dict(self._aliases.read(task, lambda: self._inner.aliases(task)))
 
     def known_aliases(self, task: str) -> dict[str, Alias] | None:
-        """What `aliases` would answer from memory, None where it would have to ask: an event loop may call this."""
-        known = self._aliases.fresh(task)
-        return dict(known) if known is not None else None
+        """Return `aliases` from memory, or None where the inner store would be read. Safe to call on an event loop."""
+        cached = self._aliases.peek(task)
+        return dict(cached) if cached is not None else None
 
     def history(self, task: str, alias: str) -> list[Alias]:
         return self._inner.history(task, alias)
 
     def refresh(self, task: str) -> None:
-        """Read a task again now; one that is gone is forgotten. Raises StoreUnavailable and keeps what it knew."""
+        """Read a task again now, or forget one that is gone. Raises StoreUnavailable and keeps the stale values."""
         try:
             aliases, versions = self._inner.aliases(task), self._inner.versions(task)
         except TaskNotFound:
             self._forget(task)
             return
-        self._tasks.stale(_ALL)
-        self._aliases.learn(task, aliases)
-        self._versions.learn(task, versions)
+        self._tasks.mark_stale(_ALL)
+        self._aliases.put_stale(task, aliases)
+        self._versions.put_stale(task, versions)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -102,17 +102,17 @@ class CachedStore:
     def set_alias(self, task: str, alias: str, targets: Targets, *, expect: Expect = ANY) -> Alias:
         with self._writing(task):
             changed = self._inner.set_alias(task, alias, targets, expect=expect)
-        return self._learn(task, changed)
+        return self._put_alias(task, changed)
 
     def delete_alias(self, task: str, alias: str, *, expect: Expect = ANY) -> None:
         with self._writing(task):
             self._inner.delete_alias(task, alias, expect=expect)
-        self._aliases.amend(task, lambda known: {name: kept for name, kept in known.items() if name != alias})
+        self._aliases.amend(task, lambda aliases: {name: other for name, other in aliases.items() if name != alias})
 
     def rollback(self, task: str, alias: str, *, expect: Expect = ANY) -> Alias:
         with self._writing(task):
             changed = self._inner.rollback(task, alias, expect=expect)
-        return self._learn(task, changed)
+        return self._put_alias(task, changed)
 
     def delete_version(self, task: str, version: str) -> None:
         with self._writing(task):
@@ -126,46 +126,46 @@ class CachedStore:
 
     @contextmanager
     def _writing(self, task: str) -> Iterator[None]:
-        """Whatever becomes of the write, even an outcome that is not known: the next read asks the inner store."""
+        """Mark the task stale after the write, even if its outcome is unknown: the next read asks the inner store."""
         try:
             yield
         finally:
-            self._stale(task)
+            self._mark_stale(task)
 
-    def _learn(self, task: str, changed: Alias) -> Alias:
-        """So that an outage right after a write does not bring back what was there before it."""
+    def _put_alias(self, task: str, changed: Alias) -> Alias:
+        """Cache the alias just written, so that an outage right after the write does not bring its old targets back."""
 
-        def newer(known: dict[str, Alias]) -> dict[str, Alias]:
-            old = known.get(changed.name)
-            return known if old is not None and old.revision > changed.revision else known | {changed.name: changed}
+        def newer(aliases: dict[str, Alias]) -> dict[str, Alias]:
+            old = aliases.get(changed.name)
+            return aliases if old is not None and old.revision > changed.revision else aliases | {changed.name: changed}
 
         self._aliases.amend(task, newer)
         return changed
 
-    def _stale(self, task: str) -> None:
-        self._tasks.stale(_ALL)
-        self._aliases.stale(task)
-        self._versions.stale(task)
+    def _mark_stale(self, task: str) -> None:
+        self._tasks.mark_stale(_ALL)
+        self._aliases.mark_stale(task)
+        self._versions.mark_stale(task)
 
     def _forget(self, task: str) -> None:
-        self._tasks.stale(_ALL)
+        self._tasks.mark_stale(_ALL)
         self._aliases.drop(task)
         self._versions.drop(task)
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
     def watch(self, stop: threading.Event) -> Iterator[Change]:
-        """As the inner store's, and what it reports is already stale here: reading after a change reads the change."""
+        """As the inner store's. A reported change is already stale in the cache: a read after it sees the change."""
         return self._broadcast.subscribe(stop)
 
     def close(self) -> None:
         self._stop.set()
         self._watcher.join()
-        self._patience.close()
+        self._breaker.close()
         self._inner.close()
 
     def _first_watch(self) -> Iterator[Change] | None:
-        """Started here and not in the thread, so that nothing that happens after the constructor goes unheard."""
+        """Start watching in the constructor, not in the thread, so that no change after the constructor is missed."""
         try:
             changes = self._inner.watch(self._stop)
         except StoreUnavailable as error:
@@ -178,24 +178,24 @@ class CachedStore:
         while not self._stop.is_set():
             try:
                 for change in changes or self._watch_again():
-                    self._stale(change.task)
+                    self._mark_stale(change.task)
                     self._broadcast.publish(change.task)
             except StoreUnavailable as error:
                 log.warning("the store cannot be watched: %s", error.detail)
-            except Exception:  # whatever it is, this thread must live: without it nothing would be fresh again
+            except Exception:  # this thread must survive any error: without it no value would be fresh again
                 log.exception("watching the store failed")
             changes = None
             self._watched.clear()
-            self._all_stale()
+            self._mark_all_stale()
             self._stop.wait(REWATCH_S)
 
     def _watch_again(self) -> Iterator[Change]:
-        """After an outage nobody knows what was missed: every task counts as changed."""
+        """Watch after an outage: changes may have been missed, so every task counts as changed."""
         changes = self._inner.watch(self._stop)
         self._watched.set()
         yield from map(Change, sorted({*self._inner.tasks(), *self._aliases.keys(), *self._versions.keys()}))
         yield from changes
 
-    def _all_stale(self) -> None:
-        for answers in (self._tasks, self._aliases, self._versions):
-            answers.all_stale()
+    def _mark_all_stale(self) -> None:
+        for cache in (self._tasks, self._aliases, self._versions):
+            cache.mark_all_stale()

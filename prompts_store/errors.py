@@ -1,21 +1,21 @@
-"""Everything that can go wrong with bundles and stores: a stable code and a sentence.
+"""Errors of bundles and stores: each has a stable code and a sentence.
 
     StoreError
-    ├── BundleError           bad_bundle          the bytes or the parts are no bundle
+    ├── BundleError           bad_bundle          the bytes or the parts are not a bundle
     ├── TaskNotFound          task_not_found
     ├── VersionNotFound       version_not_found
     ├── AliasNotFound         alias_not_found
     ├── BadAlias              bad_alias           a name, a weight or a list of targets that no alias can have
-    ├── AliasConflict         alias_conflict      compare-and-set found another revision
+    ├── AliasConflict         alias_conflict      compare-and-set met another revision
     ├── VersionInUse          version_in_use      an alias still points at it
-    ├── NoHistory             no_history          there is nothing to roll back to
-    ├── CorruptBundle         corrupt_bundle      what is stored under a version is not what was put there
+    ├── NoHistory             no_history          the alias has no earlier targets to roll back to
+    ├── CorruptBundle         corrupt_bundle      the stored bytes do not match their version
     ├── CorruptAliases        corrupt_aliases     the stored aliases of a task cannot be read
     ├── BadStoreUrl           bad_store_url
     └── StoreUnavailable      store_unavailable   the disk or the server did not answer; the outcome may be unknown
         └── StoreFull         disk_full
 
-`detail` names what was expected and what came. It never holds a path, a host or a password.
+`detail` names the expected and the actual value. It never holds a path, a host or a password.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TaskNotFound(StoreError):
     code = "task_not_found"
 
     def __init__(self, task: str) -> None:
-        super().__init__(f"no task {shown(task)} in the store")
+        super().__init__(f"no task {excerpt(task)} in the store")
         self.task = task
 
 
@@ -50,7 +50,7 @@ class VersionNotFound(StoreError):
     code = "version_not_found"
 
     def __init__(self, task: str, version: str) -> None:
-        super().__init__(f"task {shown(task)} has no version {shown(version)}")
+        super().__init__(f"task {excerpt(task)} has no version {excerpt(version)}")
         self.task, self.version = task, version
 
 
@@ -58,7 +58,7 @@ class AliasNotFound(StoreError):
     code = "alias_not_found"
 
     def __init__(self, task: str, alias: str) -> None:
-        super().__init__(f"task {shown(task)} has no alias {shown(alias)}")
+        super().__init__(f"task {excerpt(task)} has no alias {excerpt(alias)}")
         self.task, self.alias = task, alias
 
 
@@ -72,7 +72,7 @@ class AliasConflict(StoreError):
     code = "alias_conflict"
 
     def __init__(self, expected: int | None, actual: int | None) -> None:
-        super().__init__(f"expected {_revision(expected)}, found {_revision(actual)}")
+        super().__init__(f"expected {_revision(expected)}, got {_revision(actual)}")
         self.expected, self.actual = expected, actual
 
 
@@ -81,7 +81,7 @@ class VersionInUse(StoreError):
 
     def __init__(self, task: str, version: str, aliases: Sequence[str]) -> None:
         names = ", ".join(sorted(aliases))
-        super().__init__(f"version {version} of task {task} is pointed at by: {names}; expected no alias to")
+        super().__init__(f"version {version} of task {task} is still the target of aliases: {names}")
         self.task, self.version, self.aliases = task, version, tuple(sorted(aliases))
 
 
@@ -89,7 +89,7 @@ class NoHistory(StoreError):
     code = "no_history"
 
     def __init__(self, task: str, alias: str) -> None:
-        super().__init__(f"alias {alias} of task {task} has no earlier targets that still exist")
+        super().__init__(f"alias {alias} of task {task} has no earlier versions that still exist")
         self.task, self.alias = task, alias
 
 
@@ -113,8 +113,8 @@ class StoreFull(StoreUnavailable):
     code = "disk_full"
 
 
-def shown(value: object, limit: int = 80) -> str:
-    """`value` as an error may quote it: escaped, and short whatever a stranger sent."""
+def excerpt(value: object, limit: int = 80) -> str:
+    """Return `value` for an error's text: escaped, and cut to `limit` characters, for it may be untrusted input."""
     text = repr(value[: limit + 1] if isinstance(value, str | bytes | list) else value)
     return text if len(text) <= limit else f"{text[:limit]}…"
 

@@ -1,12 +1,12 @@
-"""The store as files, for one machine or a shared disk, and for a person with `ls`:
+"""A store of files on one machine or a shared disk, readable with `ls`:
 
-    tasks/<task>/versions/<version>.safetensors     bundles, never changed once there
+    tasks/<task>/versions/<version>.safetensors     bundles, which never change
     tasks/<task>/aliases.json                       aliases with their history
-    tasks/<task>/.new-<random>                      a file on its way; left only by a crash, swept by the next writer
-    locks/<task>.lock                               held by whoever changes the task
+    tasks/<task>/.new-<random>                      a file being written; left by a crash, the next writer deletes it
+    locks/<task>.lock                               locked during a change of the task
 
-Files appear whole: write → fsync → rename → fsync of the folder. Readers take no lock. Writers of a task, threads and
-processes alike, take turns by flock, which the kernel releases when its holder dies.
+Files appear whole: write → fsync → rename → fsync of the folder. Readers take no lock. Writers of a task, in threads
+and processes, take turns by flock, which the kernel releases when its holder dies.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 NEW: Final = ".new-"
-RECONCILE_S: Final = 2.0  # the kernel's events may overflow, and a remote disk sends none
+RECONCILE_S: Final = 2.0  # events of the kernel may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]
-_NOTHING: Final[_Stamp] = (frozenset[str](),)  # of a task that is not there, or is only being made
+_NOTHING: Final[_Stamp] = (frozenset[str](),)  # of a task that does not exist yet
 
 
 class FileStore:
-    """The store contract over a folder, which is made when it is not there."""
+    """The store contract over a folder, which is created when it is missing."""
 
     def __init__(self, root: Path) -> None:
         self._tasks, self._locks = root / "tasks", root / "locks"
@@ -56,7 +56,7 @@ class FileStore:
         with self._changing(task):
             path = self._path(task, kept.version)
             _make_folder(path.parent)
-            if _read(path) != kept.data:  # absent, or damaged since: both are mended by writing it
+            if _read(path) != kept.data:  # absent or damaged: writing it repairs both
                 _write(path, kept.data, self._tasks / task)
         return kept.version
 
@@ -64,22 +64,22 @@ class FileStore:
         with _disk():
             data = _read(self._path(task, version)) if is_task(task) and is_version(version) else None
             if data is None:
-                self._listed(task)
+                self._require_versions(task)
                 raise VersionNotFound(task, version)
         return Bundle.verified(data, task=task, version=version)
 
     def tasks(self) -> list[str]:
         with _disk():
-            return sorted(name for name in os.listdir(self._tasks) if is_task(name) and self._names(name))
+            return sorted(name for name in os.listdir(self._tasks) if is_task(name) and self._version_names(name))
 
     def versions(self, task: str) -> list[VersionInfo]:
         with _disk():
-            infos = [self._info(task, version) for version in self._listed(task)]
+            infos = [self._info(task, version) for version in self._require_versions(task)]
         return newest_first(info for info in infos if info is not None)
 
     def aliases(self, task: str) -> dict[str, Alias]:
         with _disk():
-            self._listed(task)
+            self._require_versions(task)
             return self._book(task).current()
 
     def set_alias(self, task: str, alias: str, targets: Targets, *, expect: Expect = ANY) -> Alias:
@@ -95,7 +95,7 @@ class FileStore:
 
     def history(self, task: str, alias: str) -> list[Alias]:
         with _disk():
-            self._listed(task)
+            self._require_versions(task)
             return self._book(task).history(alias)
 
     def rollback(self, task: str, alias: str, *, expect: Expect = ANY) -> Alias:
@@ -113,14 +113,14 @@ class FileStore:
             self._remove(task, [version])
 
     def delete_task(self, task: str) -> None:
-        """Aliases go first: whatever a crash leaves of the versions, no alias points at what is gone."""
+        """Delete the aliases first: if a crash leaves some versions, no alias points at a deleted one."""
         with self._changing_existing(task) as (versions, book):
             book.clear()
             self._save(task, book)
             self._remove(task, sorted(versions))
 
     def close(self) -> None:
-        """Nothing to let go of: locks are held only during a call."""
+        """There is nothing to close: locks are held only during a call."""
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
@@ -129,23 +129,23 @@ class FileStore:
             return self._changes(stop, self._stamps(os.listdir(self._tasks)))
 
     def _changes(self, stop: threading.Event, seen: dict[str, _Stamp]) -> Iterator[Change]:
-        """The kernel's events say where to look; comparing stamps says what changed, and finds what they missed."""
+        """Events say which tasks to check; comparing stamps tells what changed, missed events included."""
         with _disk():
-            for touched in folder_events.touched(self._tasks, stop, RECONCILE_S):
-                now = self._stamps({*seen, *os.listdir(self._tasks)} if touched is None else touched)
+            for names in folder_events.changed_names(self._tasks, stop, RECONCILE_S):
+                now = self._stamps({*seen, *os.listdir(self._tasks)} if names is None else names)
                 changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task, _NOTHING))
                 seen |= now
                 yield from map(Change, changed)
 
     def _stamps(self, names: Iterable[str]) -> dict[str, _Stamp]:
-        """A value for each task that is another one after any change: a rename gives a new inode."""
+        """Return a stamp for each task, which any change of the task changes: a rename gives a new inode."""
         stamps: dict[str, _Stamp] = {}
         for task in filter(is_task, names):
             try:
                 book = os.stat(self._tasks / task / "aliases.json")
-                stamps[task] = (self._names(task), book.st_ino, book.st_mtime_ns)
+                stamps[task] = (self._version_names(task), book.st_ino, book.st_mtime_ns)
             except FileNotFoundError:
-                stamps[task] = (self._names(task),)
+                stamps[task] = (self._version_names(task),)
         return stamps
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -153,21 +153,22 @@ class FileStore:
     def _path(self, task: str, version: str) -> Path:
         return self._tasks / task / "versions" / f"{version}{SUFFIX}"
 
-    def _names(self, task: str) -> frozenset[str]:
+    def _version_names(self, task: str) -> frozenset[str]:
         try:
             files = os.listdir(self._tasks / task / "versions")
         except (FileNotFoundError, NotADirectoryError):
             return frozenset()
         return frozenset(file.removesuffix(SUFFIX) for file in files if is_version(file.removesuffix(SUFFIX)))
 
-    def _listed(self, task: str) -> frozenset[str]:
-        versions = self._names(task) if is_task(task) else frozenset()
+    def _require_versions(self, task: str) -> frozenset[str]:
+        """Return the versions of a task. Raises TaskNotFound."""
+        versions = self._version_names(task) if is_task(task) else frozenset()
         if not versions:
             raise TaskNotFound(task)
         return versions
 
     def _info(self, task: str, version: str) -> VersionInfo | None:
-        """From the header alone. None when the file has just been deleted, or is damaged: `get` says how."""
+        """Read a version's header. None when the file was just deleted or is damaged; `get` raises what is wrong."""
         try:
             with open(self._path(task, version), "rb") as file:
                 head = file.read(8)
@@ -198,9 +199,9 @@ class FileStore:
     @contextmanager
     def _changing_existing(self, task: str) -> Iterator[tuple[frozenset[str], AliasBook]]:
         with _disk():
-            self._listed(task)  # a name that is no task must not leave a lock file behind
+            self._require_versions(task)  # a name that is not a task must not leave a lock file behind
         with self._changing(task):
-            yield self._listed(task), self._book(task)
+            yield self._require_versions(task), self._book(task)
 
     def _save(self, task: str, book: AliasBook) -> None:
         folder = self._tasks / task
@@ -213,7 +214,7 @@ class FileStore:
         _sync_folder(self._tasks / task / "versions")
 
     def _sweep(self, task: str) -> None:
-        """Whoever holds the task's lock is its only writer: what is on its way belongs to the dead."""
+        """Delete unfinished files. The caller holds the task's lock, so they belong to writers that have crashed."""
         for leftover in (self._tasks / task).glob(f"{NEW}*"):
             leftover.unlink(missing_ok=True)
 
@@ -222,7 +223,7 @@ class FileStore:
             crashed = {path.parent.name for path in self._tasks.glob(f"*/{NEW}*")}
         for task in filter(is_task, crashed):
             with self._changing(task):
-                log.info("task %s: swept what a crash had left half written", task)
+                log.info("task %s: deleted the unfinished files of a crash", task)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class FileStore:
 
 @contextmanager
 def _disk() -> Iterator[None]:
-    """A failing disk as a StoreError that names no path."""
+    """Translate an OSError into a StoreError that names no path."""
     try:
         yield
     except OSError as error:
@@ -246,7 +247,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, data: bytes, staging: Path) -> None:
-    """Whole or not at all, and durable on return. `staging` must be on the same disk as `path`."""
+    """Write a file whole or not at all, durable on return. `staging` must be on the same disk as `path`."""
     new = staging / f"{NEW}{secrets.token_hex(8)}"
     try:
         with open(new, "xb") as file:
@@ -261,7 +262,7 @@ def _write(path: Path, data: bytes, staging: Path) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, each one durable."""
+    """Create a folder and its parents, each durable."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)

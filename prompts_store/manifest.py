@@ -1,6 +1,6 @@
-"""The manifest: what a bundle says about itself, as canonical JSON, and every check on it.
+"""The manifest: a bundle's metadata as canonical JSON, with every check on it.
 
-A manifest from a stranger and one from our own trainer pass the same checks: `from_json` is the only gate.
+Untrusted manifests and those of our own trainer pass the same checks, all in `from_json`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, get_args
 
 from prompts_store import names, strict_json
-from prompts_store.errors import BundleError, shown
+from prompts_store.errors import BundleError, excerpt
 
 FORMAT: Final = 1
 MAX_MANIFEST_BYTES: Final = 2**20
@@ -22,7 +22,7 @@ MAX_LAYERS: Final = 256
 MAX_PROMPTS: Final = 1000
 MAX_IMAGE_SIZE: Final = 4096
 _FAR_FUTURE: Final = 1e11  # seconds: the year 5138; beyond it a clock is broken or the unit is wrong
-_OPTIONAL: Final = {"pool"}  # left out where it is None: bundles from before it keep their bytes
+_OPTIONAL: Final = {"pool"}  # not written where it is None: bundles that are older than the field keep their bytes
 _UNPRINTABLE: Final = {"Cc", "Cs", "Zl", "Zp"}  # controls, surrogates, line and paragraph separators
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
@@ -40,7 +40,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture to [size, size, 3] and its normalisation: (pixel / 255 - mean) / std, per channel."""
+    """How a picture becomes [size, size, 3] and is normalised: (pixel / 255 - mean) / std, per channel."""
 
     size: int
     mean: tuple[float, float, float]
@@ -52,11 +52,11 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says about itself.
+    """The metadata of a bundle.
 
     `labels[i]` names logit i. `prompt_lengths[l]` is the number of prompts of layer l; 0 is allowed.
     `created_at` is in seconds since the Unix epoch; `parent` is the version this one was fitted from.
-    `pool` says which tokens the head reads; None, which is not written, for what the backbone was made with.
+    `pool` says which tokens the head reads; None, which is not written, means the backbone's own pooling.
     """
 
     task: str
@@ -75,37 +75,37 @@ class Manifest:
     pool: Pool | None = None
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, no NaN. Raises BundleError for what JSON cannot hold."""
-        written = {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
-        return strict_json.dumps(written, "manifest")
+        """Return canonical JSON: sorted keys, no spaces, no NaN. Raises BundleError for what JSON cannot hold."""
+        content = {name: value for name, value in asdict(self).items() if name not in _OPTIONAL or value is not None}
+        return strict_json.dumps(content, "manifest")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Read and check a manifest; BundleError names the field, what was expected and what came."""
+        """Read and check a manifest. Raises BundleError, which names the field, the expected and the actual value."""
         size = len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"manifest: expected at most {MAX_MANIFEST_BYTES} bytes of JSON, got {size}")
         return cls(**_object(strict_json.loads(text, "manifest"), "manifest", _MANIFEST, cls))
 
 
-# --- checks: each takes a value and the name of its place, and gives back the value in its Python type ----------------
+# --- checks: each takes a value and the name of its field, and returns the value in its Python type -------------------
 
 _Check = Callable[[Any, str], Any]
 
 
 def _refuse(where: str, expected: str, got: object) -> BundleError:
-    return BundleError(f"{where}: expected {expected}, got {shown(got)}")
+    return BundleError(f"{where}: expected {expected}, got {excerpt(got)}")
 
 
 def _object(value: Any, where: str, checks: dict[str, _Check], cls: type) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _refuse(where, "an object", value)
-    wanted = [field.name for field in fields(cls) if field.name not in _OPTIONAL or field.name in value]
-    if missing := [name for name in wanted if name not in value]:
+    present = [field.name for field in fields(cls) if field.name not in _OPTIONAL or field.name in value]
+    if missing := [name for name in present if name not in value]:
         raise BundleError(f"{where}: expected the field {missing[0]!r}, got none")
     if unknown := [name for name in value if name not in checks]:
-        raise BundleError(f"{where}: expected only the fields {', '.join(wanted)}, got {shown(unknown[0])}")
-    return {name: checks[name](value[name], f"{where}: {name}") for name in wanted}
+        raise BundleError(f"{where}: expected only the fields {', '.join(present)}, got {excerpt(unknown[0])}")
+    return {name: checks[name](value[name], f"{where}: {name}") for name in present}
 
 
 def _matching(pattern: re.Pattern[str], meaning: str) -> _Check:

@@ -1,4 +1,4 @@
-"""A store in this process's memory: for tests and for trying things out. Nothing of it is left at the end."""
+"""A store in the memory of the process, for tests and experiments; its contents go with the process."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class MemoryStore:
         return self._broadcast.subscribe(stop)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """There is nothing to close."""
 
     def _versions(self, task: str) -> dict[str, Bundle]:
         if task not in self._bundles:

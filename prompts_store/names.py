@@ -1,4 +1,4 @@
-"""The names a store knows, and what each may look like. Matched as a whole: `$` would let a line break through."""
+"""Patterns of the names in a store. They must match the whole name: `$` would accept a trailing line break."""
 
 from __future__ import annotations
 

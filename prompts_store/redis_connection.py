@@ -1,4 +1,4 @@
-"""How a Redis server is reached, for whoever keeps something there: opened alike, and refused alike."""
+"""Opens a connection to Redis with the same timeouts, retries and errors for every user of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S: Final = 5.0
 
 
 def connect(url: str, *, text: bool = False) -> redis.Redis:
-    """A client, whose answers are bytes or `text`. Connects nothing yet. Raises BadStoreUrl."""
+    """Return a client that has not connected yet; replies are bytes, or str with `text`. Raises BadStoreUrl."""
     with suppress(ValueError, TypeError):
         client = redis.Redis.from_url(
             url,
@@ -25,7 +25,7 @@ def connect(url: str, *, text: bool = False) -> redis.Redis:
             health_check_interval=30,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
         )
-        client.connection_pool.make_connection()  # connects nothing, but refuses unknown options of the URL
+        client.connection_pool.make_connection()  # does not connect, but refuses unknown options of the URL
         return client
-    # What from_url says quotes pieces of the URL, which may be pieces of the password: it is not even chained.
+    # The message of from_url quotes parts of the URL, which may hold the password: the error is not even chained.
     raise BadStoreUrl("expected redis://[[user]:password@]host[:port][/database], got another form")

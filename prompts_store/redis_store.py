@@ -1,15 +1,15 @@
-"""The store in Redis, shared by any number of servers and workers. Every key begins with a prefix:
+"""A store in Redis, shared by any number of servers and workers. Every key begins with a prefix:
 
     <prefix>:tasks                        set of task names
-    <prefix>:stamps                       hash task → stamp, another one after every change; outlives the task
+    <prefix>:stamps                       hash task → stamp, which every change replaces; outlives the task
     <prefix>:task:<task>:versions         hash version → {"bytes", "manifest"}
     <prefix>:task:<task>:aliases          the alias book, as JSON
     <prefix>:task:<task>:bundle:<version> the file
     <prefix>:changes                      channel: the names of tasks that changed
 
-A change reads a task with its stamp, decides in Python, and commits by a script that refuses if the stamp has moved,
-in which case it starts again. The stamp is random and chosen by the writer, so a commit whose answer was lost can be
-sent twice and still counts once. Pub/sub may drop messages; comparing stamps now and then finds what it dropped.
+A change reads a task with its stamp, is computed in Python, and is committed by a script that refuses if the stamp has
+changed; then it starts again. The writer draws the stamp at random, so a commit whose reply was lost can be sent again
+and still counts once. Pub/sub may drop messages; comparing all stamps at intervals finds the changes that it dropped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from prompts_store.store import Change, VersionInfo, newest_first
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_ATTEMPTS: Final = 1000  # commits lost to other writers of the same task before giving up; one of them always wins
+MAX_ATTEMPTS: Final = 1000  # commits lost to other writers of the task before giving up; one writer always wins
 
 # KEYS: stamps, tasks, aliases, versions, bundle…   ARGV: task, stamp read, new stamp, aliases, channel, version…
 _COMMIT: Final = """
@@ -67,7 +67,7 @@ return 1
 
 @dataclass
 class _Task:
-    """A task as it was at `stamp`, and the change being made to it."""
+    """A task as it was at `stamp`, with the change being made to it."""
 
     stamp: bytes
     book: AliasBook
@@ -106,7 +106,7 @@ class RedisStore:
                 self._read(task)
                 raise VersionNotFound(task, version)
         if data is None:
-            raise CorruptBundle(f"task {task}: expected the bytes of version {version}, found none")
+            raise CorruptBundle(f"task {task}: expected the bytes of version {version}, got none")
         return Bundle.verified(data, task=task, version=version)
 
     def tasks(self) -> list[str]:
@@ -170,7 +170,7 @@ class RedisStore:
         return self._key(task, f"bundle:{version}")
 
     def _stored(self, task: str, version: str) -> tuple[bool, bytes | None]:
-        """Whether the version is listed, and its bytes."""
+        """Return whether the version is listed, and its bytes."""
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.hexists(self._key(task, "versions"), version)
             pipe.get(self._bundle_key(task, version))
@@ -178,7 +178,7 @@ class RedisStore:
         return bool(listed), data
 
     def _read(self, task: str) -> _Task:
-        """One moment of a task. Raises TaskNotFound."""
+        """Read a task in one transaction. Raises TaskNotFound."""
         if not is_task(task):
             raise TaskNotFound(task)
         with _server(), self._redis.pipeline(transaction=True) as pipe:
@@ -191,7 +191,7 @@ class RedisStore:
         return _Task(stamp or b"", AliasBook.from_json(task, book or b""), frozenset(v.decode() for v in versions))
 
     def _change(self, task: str, decide: Callable[[_Task], T]) -> T:
-        """Read, decide, commit; again from the start whenever another writer of the task was faster."""
+        """Read, decide and commit; start again whenever another writer of the task was faster."""
         for _ in range(MAX_ATTEMPTS):
             state = self._read(task)
             result = decide(state)
@@ -226,7 +226,7 @@ class RedisStore:
         return {task: _text(self._redis.hget(self._stamps, task) or b"")}
 
     def _changes(self, stop: threading.Event, channel: redis.client.PubSub, seen: dict[str, str]) -> Iterator[Change]:
-        """A message says where to look; comparing stamps says what changed, and finds what messages missed."""
+        """Messages say which task to check; comparing stamps tells what changed, dropped messages included."""
         due = time.monotonic() + self._reconcile_s
         with closing(channel):
             while not stop.is_set():
@@ -252,7 +252,7 @@ class RedisStore:
 
 @contextmanager
 def _server() -> Iterator[None]:
-    """Whatever the server or the way to it does, as a StoreError that names neither host nor password."""
+    """Translate an error of Redis or the network into a StoreError that names neither host nor password."""
     try:
         yield
     except redis.exceptions.OutOfMemoryError:

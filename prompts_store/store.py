@@ -1,7 +1,7 @@
-"""The store protocol: what every backend promises. One contract suite holds them all to it.
+"""The store protocol that every backend implements; one contract suite tests them all.
 
-A task exists while it has at least one version. Reads are of one moment; every change is atomic and durable when the
-call returns. Any name that no task, version or alias can have is simply not found.
+A task exists while it has at least one version. A read sees a single moment; every change is atomic, and durable when
+the call returns. A name that no task, version or alias can have is not found.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VersionInfo:
 
 @dataclass(frozen=True)
 class Change:
-    """Something of this task is not what it was: read it again."""
+    """The versions or aliases of `task` have changed: read them again."""
 
     task: str
 
@@ -40,51 +40,60 @@ class Store(Protocol):
     """Bundles by (task, version) and aliases by (task, name). Thread-safe; every call may raise StoreUnavailable."""
 
     def put(self, bundle: Bundle) -> str:
-        """Keep a bundle and give its version. Idempotent; moves no alias. Raises CorruptBundle for a false version."""
+        """Store a bundle and return its version. Idempotent; moves no alias.
+
+        Raises CorruptBundle when the bundle's version is not its digest.
+        """
 
     def get(self, task: str, version: str) -> Bundle:
-        """Raises TaskNotFound, VersionNotFound, or CorruptBundle when the digest is not the version."""
+        """Return a bundle. Raises TaskNotFound, VersionNotFound, and CorruptBundle if its digest is not the version."""
 
     def tasks(self) -> list[str]:
-        """Names of all tasks, sorted."""
+        """Return the names of all tasks, sorted."""
 
     def versions(self, task: str) -> list[VersionInfo]:
-        """Newest `created_at` first, ties by version. Raises TaskNotFound."""
+        """Return the versions of a task, newest `created_at` first, ties by version. Raises TaskNotFound."""
 
     def aliases(self, task: str) -> dict[str, Alias]:
-        """By name, sorted. Raises TaskNotFound."""
+        """Return the aliases of a task by name, sorted. Raises TaskNotFound."""
 
     def set_alias(self, task: str, alias: str, targets: Targets, *, expect: Expect = ANY) -> Alias:
-        """Compare and set: an int must be the current revision, None means the alias must not exist.
+        """Set an alias if `expect` holds: the current revision, None for an alias that must not exist, or ANY.
 
         Weights are scaled to add up to 1. Raises TaskNotFound, VersionNotFound, BadAlias, AliasConflict.
         """
 
     def delete_alias(self, task: str, alias: str, *, expect: Expect = ANY) -> None:
-        """Raises TaskNotFound, AliasNotFound, AliasConflict. A later `set_alias` goes on with higher revisions."""
+        """Delete an alias. A later `set_alias` continues its revisions.
+
+        Raises TaskNotFound, AliasNotFound, AliasConflict.
+        """
 
     def history(self, task: str, alias: str) -> list[Alias]:
-        """The last 100 states since the alias was made, oldest first. Raises TaskNotFound, AliasNotFound."""
+        """Return the last 100 states of an alias, oldest first. Raises TaskNotFound, AliasNotFound."""
 
     def rollback(self, task: str, alias: str, *, expect: Expect = ANY) -> Alias:
-        """Point where the alias pointed before, as a new revision; a second rollback undoes the first.
+        """Restore the alias' previous targets as a new revision; a second rollback undoes the first.
 
-        States of which a version has been deleted are passed over. Raises TaskNotFound, AliasNotFound, AliasConflict,
-        and NoHistory when nothing is left.
+        States with a deleted version are skipped. Raises TaskNotFound, AliasNotFound, AliasConflict, and NoHistory when
+        no state is left.
         """
 
     def delete_version(self, task: str, version: str) -> None:
-        """Raises TaskNotFound, VersionNotFound, and VersionInUse while an alias points at it."""
+        """Delete a version. Raises TaskNotFound, VersionNotFound, and VersionInUse while an alias points at it."""
 
     def delete_task(self, task: str) -> None:
-        """All versions and aliases. Revisions stay used: should the task come back, they go on. Raises TaskNotFound."""
+        """Delete a task with its versions and aliases. Should the task come back, its revisions continue.
+
+        Raises TaskNotFound.
+        """
 
     def watch(self, stop: threading.Event) -> Iterator[Change]:
-        """Changes from the moment of this call, by anybody, at least once each; ends soon after `stop` is set.
+        """Yield every change made by any process after this call, at least once; end soon after `stop` is set.
 
-        Several changes of one task may come as one. Raises StoreUnavailable when it cannot start or go on: then watch
-        again and take everything for changed.
+        Several changes of a task may be reported as one. Raises StoreUnavailable when watching cannot start or
+        continue: watch again then, and treat every task as changed.
         """
 
     def close(self) -> None:
-        """Let go of connections and threads. Idempotent; what is stored stays."""
+        """Close connections and end threads. Idempotent; stored data stays."""

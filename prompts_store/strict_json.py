@@ -1,4 +1,4 @@
-"""JSON with one meaning: no duplicate keys, no NaN, bounded depth and numbers; and one canonical spelling of it."""
+"""Unambiguous JSON: no duplicate keys, no NaN, bounded depth and numbers; and its canonical text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from collections import Counter
 from typing import Any, NoReturn
 
-from prompts_store.errors import BundleError, shown
+from prompts_store.errors import BundleError, excerpt
 
 MAX_DEPTH = 12
 MAX_INTEGER = 2**63
 
 
 def loads(text: str | bytes, what: str) -> Any:
-    """The value of a JSON text that a stranger wrote; BundleError, naming `what`, for anything ambiguous."""
+    """Parse untrusted JSON. Raises BundleError, which names `what`, for malformed or ambiguous text."""
     try:
         source = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(source, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -27,7 +27,7 @@ def loads(text: str | bytes, what: str) -> Any:
 
 
 def dumps(value: object, what: str) -> str:
-    """The canonical text: sorted keys, no spaces, no NaN, Unicode as itself."""
+    """Return the canonical text: sorted keys, no spaces, no NaN, Unicode unescaped. Raises BundleError."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -37,13 +37,13 @@ def dumps(value: object, what: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {shown(twice)} more than once in one object")
+        duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {excerpt(duplicate)} more than once in one object")
     return values
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name}, which is no JSON number")
+    raise ValueError(f"{name}, which is not a JSON number")
 
 
 def _check(value: Any, what: str, depth: int) -> None:
@@ -64,4 +64,4 @@ def _check_text(text: str, what: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BundleError(f"{what}: expected Unicode text, got a lone surrogate in {shown(text)}") from None
+        raise BundleError(f"{what}: expected Unicode text, got a lone surrogate in {excerpt(text)}") from None

@@ -1,8 +1,8 @@
-"""A store into an archive and back: backup, and the way from one kind of store to another.
+"""Exports a store to an archive and imports it again: for backup, and to move to another kind of store.
 
-Bundles keep their bytes and so their versions. Of an alias goes along where it points and has pointed, as far as those
-versions still exist; the new store is told so state by state, as if it happened again, so revisions and times are its
-own. Both ways can be broken off and started again: what is there already is verified and not written twice.
+Bundles keep their bytes and so their versions. An alias is exported with its history, without the states whose versions
+no longer exist; the import repeats these states one by one, so revisions and times are the new store's. Both can be
+interrupted and started again: bundles that exist are verified and not written twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prompts_store.archive import (
     TaskIndex,
     file_name,
     new_tar,
-    opened,
+    open_archive,
     read_bundle,
     read_index,
     write_index,
@@ -35,14 +35,14 @@ MAX_TRIES: Final = 20  # times that a task may change while it is read
 
 
 class AliasesDiffer(StoreError):
-    """An alias of the store has gone another way than that of the archive."""
+    """An alias has a different history in the store and in the archive."""
 
     code = "alias_conflict"
 
 
 @dataclass(frozen=True)
-class Transferred:
-    """Of `versions` bundles, `written` were not there yet."""
+class TransferCounts:
+    """What an export or an import has handled; of `versions` bundles, `written` were new."""
 
     tasks: int
     versions: int
@@ -52,46 +52,46 @@ class Transferred:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export_store(store: Store, path: Path) -> Transferred:
-    """Into the folder `path`, or into a file when its name ends in .tar; an earlier export is brought up to date.
+def export_store(store: Store, path: Path) -> TransferCounts:
+    """Export to the folder `path`, or to a file when its name ends in .tar; an earlier export is updated.
 
-    Raises BadArchive for a folder with other things in it, CorruptBundle for what is damaged in the store, OSError.
+    Raises BadArchive for a folder with other files in it, CorruptBundle for a damaged version, OSError.
     """
     if path.suffix == ".tar":
         with new_tar(path) as tar:
-            return _exported(store, tar)
-    _require_ours(path)
-    return _exported(store, Folder(path))
+            return _export(store, tar)
+    _require_export_folder(path)
+    return _export(store, Folder(path))
 
 
-def _require_ours(path: Path) -> None:
+def _require_export_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    if strange := sorted(entry.name for entry in path.iterdir() if entry.name not in (INDEX, "tasks")):
-        raise BadArchive(f"expected an empty folder or an earlier export, found {strange[0][:80]!r} in it")
+    if others := sorted(entry.name for entry in path.iterdir() if entry.name not in (INDEX, "tasks")):
+        raise BadArchive(f"expected an empty folder or an earlier export, got {others[0][:80]!r} in it")
 
 
-def _exported(store: Store, archive: Archive) -> Transferred:
+def _export(store: Store, archive: Archive) -> TransferCounts:
     index: Index = {}
     written = 0
     for task in store.tasks():
         for _ in range(MAX_TRIES):
             try:
                 index[task] = _snapshot(store, task)
-                written += sum(_saved(store, archive, task, version) for version in index[task].versions)
+                written += sum(_save_bundle(store, archive, task, version) for version in index[task].versions)
                 break
             except (VersionNotFound, AliasNotFound):
-                continue  # deleted while it was read: look again at what there is
+                continue  # deleted while it was read: read the task again
             except TaskNotFound:
                 index.pop(task, None)
                 break
         else:
             raise StoreError(f"task {task}: versions were deleted {MAX_TRIES} times while it was exported")
     archive.write(INDEX, write_index(index))
-    return Transferred(len(index), sum(len(entry.versions) for entry in index.values()), written)
+    return TransferCounts(len(index), sum(len(entry.versions) for entry in index.values()), written)
 
 
 def _snapshot(store: Store, task: str) -> TaskIndex:
-    """Aliases first: what they point at is then among the versions, unless it was deleted between the two looks."""
+    """Read aliases first: their targets are then among the versions, unless deleted between the two reads."""
     histories = {name: store.history(task, name) for name in store.aliases(task)}
     versions = {info.version: info.bytes for info in store.versions(task)}
     aliases = {name: _existing([alias.targets for alias in history], versions) for name, history in histories.items()}
@@ -108,14 +108,14 @@ def _existing(states: Collection[State], versions: Collection[str]) -> States:
 
 
 def _require_listed(store: Store, task: str, name: str) -> None:
-    """A store does not list what is damaged; an alias must not vanish from a backup because of that."""
+    """Raise CorruptBundle for a damaged target: a store does not list it, yet its alias must not vanish silently."""
     for target in store.history(task, name)[-1].targets:
         store.get(task, target.version)
-    raise VersionNotFound(task, name)  # it was moved meanwhile
+    raise VersionNotFound(task, name)  # the alias was changed meanwhile
 
 
-def _saved(store: Store, archive: Archive, task: str, version: str) -> bool:
-    """Whether the bundle had to be written."""
+def _save_bundle(store: Store, archive: Archive, task: str, version: str) -> bool:
+    """Return whether the bundle had to be written."""
     name = file_name(task, version)
     if archive.holds(name, version):
         return False
@@ -126,21 +126,21 @@ def _saved(store: Store, archive: Archive, task: str, version: str) -> bool:
 # --- import -----------------------------------------------------------------------------------------------------------
 
 
-def import_store(store: Store, path: Path, *, overwrite: bool = False) -> Transferred:
-    """Add what the archive at `path` holds. Nothing is written unless all of it is whole and fits.
+def import_store(store: Store, path: Path, *, overwrite: bool = False) -> TransferCounts:
+    """Import the archive at `path`. Nothing is written unless the whole archive is intact and fits.
 
-    An alias of the store that has gone another way is AliasesDiffer; with `overwrite` it moves to where the archive's
-    points. Raises BadArchive, CorruptBundle, StoreUnavailable, OSError.
+    Raises AliasesDiffer for an alias with another history in the store; with `overwrite` the alias takes the archive's
+    targets. Raises BadArchive, CorruptBundle, StoreUnavailable, OSError.
     """
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         index = read_index(archive)
         for _ in _bundles(archive, index):
             pass  # each one is read and verified
         _require_fitting(store, index, overwrite)
-        written = sum(_stored(store, bundle) for bundle in _bundles(archive, index))
+        written = sum(_put_bundle(store, bundle) for bundle in _bundles(archive, index))
     for task, name, states in _aliases(index):
-        _follow(store, task, name, states, overwrite)
-    return Transferred(len(index), sum(len(entry.versions) for entry in index.values()), written)
+        _import_alias(store, task, name, states, overwrite)
+    return TransferCounts(len(index), sum(len(entry.versions) for entry in index.values()), written)
 
 
 def _bundles(archive: Archive, index: Index) -> Iterator[Bundle]:
@@ -158,8 +158,8 @@ def _require_fitting(store: Store, index: Index, overwrite: bool) -> None:
         _missing(task, name, _current(store, task, name)[0], states, overwrite)
 
 
-def _stored(store: Store, bundle: Bundle) -> bool:
-    """Whether the bundle had to be put; read back in any case."""
+def _put_bundle(store: Store, bundle: Bundle) -> bool:
+    """Return whether the bundle had to be put; it is read back in any case."""
     task, version = bundle.manifest.task, bundle.version
     try:
         store.get(task, version)
@@ -170,14 +170,14 @@ def _stored(store: Store, bundle: Bundle) -> bool:
     return False
 
 
-def _follow(store: Store, task: str, name: str, wanted: States, overwrite: bool) -> None:
-    found, revision = _current(store, task, name)
-    for state in _missing(task, name, found, wanted, overwrite):
+def _import_alias(store: Store, task: str, name: str, archived: States, overwrite: bool) -> None:
+    stored, revision = _current(store, task, name)
+    for state in _missing(task, name, stored, archived, overwrite):
         revision = store.set_alias(task, name, state, expect=revision).revision
 
 
 def _current(store: Store, task: str, name: str) -> tuple[States, int | None]:
-    """Where the alias of the store has pointed, and its revision."""
+    """Return the history of an alias in the store, and its revision."""
     try:
         history = store.history(task, name)
     except (TaskNotFound, AliasNotFound):
@@ -185,21 +185,21 @@ def _current(store: Store, task: str, name: str) -> tuple[States, int | None]:
     return tuple(alias.targets for alias in history), history[-1].revision
 
 
-def _missing(task: str, name: str, found: States, wanted: States, overwrite: bool) -> States:
-    """What the alias has still to go through to have gone the archive's way."""
-    if len(found) <= len(wanted) and all(map(_same, found, wanted)):
-        return wanted[len(found) :]
-    if _same(found[-1], wanted[-1]):
+def _missing(task: str, name: str, stored: States, archived: States, overwrite: bool) -> States:
+    """Return the states that the alias in the store still lacks. Raises AliasesDiffer."""
+    if len(stored) <= len(archived) and all(map(_same, stored, archived)):
+        return archived[len(stored) :]
+    if _same(stored[-1], archived[-1]):
         return ()
     if not overwrite:
-        detail = f"task {task}: expected alias {name} absent or as in the archive, found it pointing elsewhere"
+        detail = f"task {task}: expected alias {name} to be absent or as in the archive, got other targets"
         raise AliasesDiffer(detail)
-    return wanted[-1:]
+    return archived[-1:]
 
 
-def _same(one: State, other: State) -> bool:
-    """Shares are scaled whenever they are set, which may move their last digit."""
-    return len(one) == len(other) and all(
+def _same(left: State, right: State) -> bool:
+    """Compare targets; weights within rounding, because every change scales them again."""
+    return len(left) == len(right) and all(
         a.version == b.version and math.isclose(a.weight, b.weight, rel_tol=1e-9)
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(left, right, strict=True)
     )

@@ -1,17 +1,17 @@
-"""From a URL to a store."""
+"""Opens a store by its URL."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from prompts_store.errors import BadStoreUrl, shown
+from prompts_store.errors import BadStoreUrl, excerpt
 from prompts_store.store import Store
 
 
 def open_store(url: str) -> Store:
-    """`file://DIR` (absolute or relative), `redis://…`, `rediss://…` (TLS) or `memory://`. Raises BadStoreUrl.
+    """Return the store at `file://DIR` (absolute or relative), `redis://…`, `rediss://…` (TLS) or `memory://`.
 
-    No connection is made yet: a Redis server that is down shows itself at the first call, as StoreUnavailable.
+    Raises BadStoreUrl. It does not connect yet: when a Redis server is down, the first call raises StoreUnavailable.
     """
     scheme, separator, rest = url.partition("://")
     if scheme == "memory" and separator:
@@ -27,5 +27,5 @@ def open_store(url: str) -> Store:
 
         return RedisStore(url)
     # Only a scheme may be quoted: the rest of a mistyped URL may hold a password.
-    got = shown(scheme) if separator and scheme.isalnum() else "no such scheme"
+    got = excerpt(scheme) if separator and scheme.isalnum() else "another scheme"
     raise BadStoreUrl(f"expected file://DIR, redis://…, rediss://… or memory://, got {got}")

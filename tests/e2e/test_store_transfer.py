@@ -19,7 +19,7 @@ import pytest
 from prompts_store import Backbone, Bundle, CorruptBundle, Manifest, Preprocess, Store, open_store
 from prompts_store.archive import BadArchive
 from prompts_store.memory_store import MemoryStore
-from prompts_store.transfer import AliasesDiffer, Transferred, export_store, import_store
+from prompts_store.transfer import AliasesDiffer, TransferCounts, export_store, import_store
 from tests.e2e.server_process import ROOT, environment
 
 MANIFEST = Manifest(
@@ -243,7 +243,7 @@ def test_an_export_that_broke_off_goes_on_and_is_no_archive_before(source: Store
         import_store(MemoryStore(), tmp_path / "half")
     for version in [source.put(bundle(seed)) for seed in (10, 11, 12)]:
         source.set_alias("fish", "live", version)
-    assert export_store(source, tmp_path / "half") == Transferred(tasks=2, versions=7, written=5)
+    assert export_store(source, tmp_path / "half") == TransferCounts(tasks=2, versions=7, written=5)
     with pytest.raises(ConnectionError):
         export_store(Once(), tmp_path / "half.tar")  # type: ignore[arg-type]
     assert not list(tmp_path.glob("half.tar*"))

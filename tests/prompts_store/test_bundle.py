@@ -246,7 +246,7 @@ def test_manifest_needs_every_field(name: str) -> None:
         ("", "expected JSON"),
         ("[]", r"expected an object, got \[\]"),
         ('{"task":"a","task":"b"}', "'task' more than once"),
-        ('{"metrics":NaN}', "NaN, which is no JSON number"),
+        ('{"metrics":NaN}', "NaN, which is not a JSON number"),
         ('{"metrics":-Infinity}', "no JSON number"),
         ('{"metrics":1e999}', "finite"),
         ('{"metrics":' + "9" * 5000 + "}", "expected JSON"),

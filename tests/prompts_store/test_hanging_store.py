@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from prompts_store import Alias, CachedStore, TaskNotFound, remembered
+from prompts_store import Alias, CachedStore, TaskNotFound, read_cache
 from prompts_store.memory_store import MemoryStore
 from tests.serving.floor import bundle, publish
 
@@ -27,7 +27,7 @@ class Hanging(MemoryStore):
 
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
-    monkeypatch.setattr(remembered, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(read_cache, "READ_TIMEOUT_S", 0.05)
     made = Hanging()
     yield made
     made.answers.set()
@@ -37,7 +37,7 @@ def test_what_is_known_answers_and_the_store_is_asked_once(hanging: Hanging) -> 
     cached = CachedStore(hanging)
     first = publish(cached)
     assert cached.aliases("fish")["live"].choose("") == first
-    cached._stale("fish")
+    cached._mark_stale("fish")
     hanging.answers.clear()
     before = hanging.asked
     for _ in range(20):
@@ -47,10 +47,10 @@ def test_what_is_known_answers_and_the_store_is_asked_once(hanging: Hanging) -> 
         assert known["live"].choose("") == first
     assert hanging.asked == before + 1
     hanging.answers.set()
-    cached._patience._open.result(20)  # type: ignore[union-attr]
+    cached._breaker._hanging.result(20)  # type: ignore[union-attr]
     second = hanging.put(bundle(seed=2))
     hanging.set_alias("fish", "live", second)
-    cached._stale("fish")
+    cached._mark_stale("fish")
     assert cached.aliases("fish")["live"].choose("") == second
     cached.close()
 

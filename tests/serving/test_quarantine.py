@@ -185,7 +185,7 @@ async def test_damaged_aliases_leave_the_known_ones(damaged: Damaged) -> None:
         good = publish(damaged.store, seed=1)
         assert (await ask(built)).version == good
         damaged.spoil_aliases()
-        damaged.store._all_stale()
+        damaged.store._mark_all_stale()
         assert (await ask(built)).version == good
 
 

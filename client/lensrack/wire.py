@@ -1,4 +1,4 @@
-"""Every request and response, once. The server and both clients import these models and nothing else of each other.
+"""All requests and responses. The server and the clients share these models and nothing else.
 
 Times ending in `_s` are seconds; `*_at` are seconds since the Unix epoch (UTC).
 """
@@ -24,13 +24,13 @@ FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class Message(BaseModel):
-    """What comes from the server: unknown fields are ignored, so that an older client reads a newer server."""
+    """A message from the server: unknown fields are ignored, so that an older client can read a newer server."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Request(BaseModel):
-    """What goes to the server: an unknown field is a mistake and is refused."""
+    """A message to the server: unknown fields are refused as mistakes."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,7 +56,7 @@ class EncodedImage(Request):
 
 
 class PredictRequest(Request):
-    """The JSON form of a predict body; bytes and multipart need no model."""
+    """The JSON form of a predict body; raw bytes and multipart need no model."""
 
     images: list[EncodedImage] = Field(min_length=1)
 
@@ -70,7 +70,7 @@ class Prediction(Message):
 class PredictResponse(Message):
     """`predictions[i]` are the `top_k` best labels of image i, best first.
 
-    `versions` is there where several answered together, in the order of the request; `version` then joins them by `+`.
+    An ensemble also has `versions`, in the order of the request; `version` is then all of them, joined by `+`.
     """
 
     task: str
@@ -80,7 +80,7 @@ class PredictResponse(Message):
 
 
 class TaskResult(Message):
-    """One task's share of a many-task answer: either the predictions or the problem."""
+    """The result of one task in a response for several: either predictions or an error."""
 
     version: str | None = None
     versions: list[str] | None = None
@@ -93,8 +93,8 @@ class ManyPredictResponse(Message):
 
 
 class Looked(Message):
-    """Where attention went, in shares that add up to 1: `grid` [h][w] of each patch of the picture as the network sees
-    it, `prompts` of the learned prompts, `rest` of the class token and registers."""
+    """Attention as shares that add up to 1: `grid` [h][w] on each patch of the picture as the network sees it,
+    `prompts` on the learned prompts, `rest` on the class token and registers."""
 
     grid: list[list[float]]
     prompts: float
@@ -102,8 +102,8 @@ class Looked(Message):
 
 
 class Attention(Message):
-    """`last`: the class token's attention in the last block, its heads averaged. `rollout`: followed through all
-    blocks. `crop_mode` and `crop_pct` say which part of the picture the network saw."""
+    """`last`: the class token's attention in the last block, averaged over heads. `rollout`: attention rollout through
+    all blocks. `crop_mode` and `crop_pct` say which part of the picture the network saw."""
 
     task: str
     version: str
@@ -114,7 +114,7 @@ class Attention(Message):
 
 
 class EmbedResponse(Message):
-    """`embeddings[i]` are the backbone's features of image i, [D]; `fingerprint` names the backbone they belong to."""
+    """`embeddings[i]` are the backbone's features of image i, [D]; `fingerprint` identifies the backbone."""
 
     fingerprint: str
     embeddings: list[list[float]]
@@ -124,7 +124,7 @@ GEOMETRY_HEADER = "Lensrack-Geometry"
 
 
 class Geometry(Message):
-    """How a picture becomes `size` pixels a side, in timm's words; `fill` is the colour of a border, RGB.
+    """How a picture is resized to `size` pixels a side, in timm's terms; `fill` is the RGB colour of a border.
 
     In a header: `size=224; interpolation=bicubic; crop_pct=0.875; crop_mode=center; fill=0,0,0`.
     """
@@ -139,15 +139,15 @@ class Geometry(Message):
 
     @classmethod
     def of(cls, preprocess: Mapping[str, Any]) -> Geometry:
-        """Of a version's `preprocess`. A border has the colour of the normalisation's mean."""
-        told = {name: preprocess[name] for name in ("size", "interpolation", "crop_pct", "crop_mode")}
-        if told["crop_mode"] == "border":
-            told["fill"] = tuple(min(255, max(0, round(255 * value))) for value in preprocess["mean"])
-        return cls(**told)
+        """Return the geometry of a version's `preprocess`. A border has the colour of the normalisation's mean."""
+        fields = {name: preprocess[name] for name in ("size", "interpolation", "crop_pct", "crop_mode")}
+        if fields["crop_mode"] == "border":
+            fields["fill"] = tuple(min(255, max(0, round(255 * value))) for value in preprocess["mean"])
+        return cls(**fields)
 
     @classmethod
     def parse(cls, header: str) -> Geometry | None:
-        """None where it is no such header."""
+        """Read the header; None if it is malformed."""
         fields: dict[str, Any] = dict(re.findall(r"([a-z_]+)=([^;\s]+)", header[:400]))
         fields["fill"] = fields.get("fill", "0,0,0").split(",")
         try:
@@ -157,9 +157,9 @@ class Geometry(Message):
 
     @property
     def header(self) -> str:
-        """The same text for the same geometry."""
-        told = {**self.model_dump(), "fill": ",".join(map(str, self.fill))}
-        return "; ".join(f"{name}={value}" for name, value in told.items())
+        """The text of the header; equal geometries have equal texts."""
+        fields = {**self.model_dump(), "fill": ",".join(map(str, self.fill))}
+        return "; ".join(f"{name}={value}" for name, value in fields.items())
 
 
 # --- tasks, versions, aliases -----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class AliasTarget(Message):
 
 
 class Alias(Message):
-    """Where an alias points. `etag` goes into `If-Match` to move it only if nobody else has."""
+    """An alias and its target versions. With `etag` as `If-Match`, a change fails if the alias has changed since."""
 
     name: str
     targets: list[AliasTarget]
@@ -184,7 +184,7 @@ class Alias(Message):
 
 
 class AliasUpdate(Request):
-    """Point an alias at one version; with a `weight` below 1 the rest of the traffic stays where it is (canary)."""
+    """Point an alias at a version; with a `weight` below 1 the rest of the requests keeps its versions (canary)."""
 
     version: str
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -198,13 +198,13 @@ class AliasChange(Message):
 
 
 class AliasHistory(Message):
-    """Where an alias has pointed, oldest first; the last change is the present."""
+    """The states of an alias, oldest first; the last is the present one."""
 
     changes: list[AliasChange]
 
 
 class PinRequest(Request):
-    """Keep the version from being evicted, or no longer."""
+    """Whether the version is protected from eviction."""
 
     pinned: bool = True
 
@@ -214,7 +214,7 @@ class RollbackRequest(Request):
 
 
 ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm"]
-"""Other people's checkpoints; `auto` looks at the names of the arrays."""
+"""Kinds of checkpoints of other tools; `auto` recognises them by the names of the arrays."""
 
 
 class VersionInfo(Message):
@@ -262,15 +262,15 @@ class Method(Message):
 
 
 class MethodList(Message):
-    """What `method` in a train request can be, besides `auto`. `baselines` can be fitted and reported, not served: they
-    are asked for with the policy `never`, or in a comparison."""
+    """The values of `method` in a train request, besides `auto`. `baselines` can be fitted and reported, not served:
+    only with the publish policy `never`, or in a comparison."""
 
     methods: list[Method]
     baselines: list[Method] = []
 
 
 class RackSeat(Message):
-    """A version on the device. `in_use`: requests that hold it now; `requests`: predictions since the start."""
+    """A version on the device. `in_use`: requests that are using it now; `requests`: predictions since the start."""
 
     slot: int
     task: str
@@ -282,11 +282,11 @@ class RackSeat(Message):
 
 
 class Rack(Message):
-    """The device at this moment; `seats` least recently used first. Counts are since the start.
+    """The present state of the device; `seats` are sorted, least recently used first. Counts are since the start.
 
-    `batch_rows` and `batch_tasks` count forwards by their number of rows and of different tasks; a key is the upper
-    end of a range that begins above the key before it, `+Inf` the last. As many rows may wait as there are `places`,
-    which follows what the engine does in a second, up to `max_queue`.
+    `batch_rows` and `batch_tasks` are histograms of forward passes, by their number of rows and of different tasks; a
+    key is the upper bound of a bucket, `+Inf` the last. `places` is the present limit of the queue in rows, which
+    follows the engine's throughput, up to `max_queue`.
     """
 
     slots: int
@@ -308,7 +308,7 @@ class Rack(Message):
 
 
 class Residency(Message):
-    """Whether a task's live version sits on the device, and whether it is pinned there."""
+    """Whether a version is on the device, and whether it is pinned there."""
 
     task: str
     version: str
@@ -332,7 +332,7 @@ class Spread(Message):
 
 
 class Copies(Message):
-    """One picture under `count` names, the first of them in `names`, as split/label: path."""
+    """One picture that occurs under `count` names; `names` has the first of them, as split/label: path."""
 
     sha256: str
     count: int
@@ -340,8 +340,8 @@ class Copies(Message):
 
 
 class Duplicates(Message):
-    """Pictures of exactly the same bytes. `repeated` maps split → pictures beyond the first; `leaked` are in several
-    splits and `contradictory` under several labels: how many different pictures, of which the first are listed."""
+    """Pictures with identical bytes. `repeated` maps split → copies beyond the first; `leaked` and `contradictory`
+    count pictures in several splits and under several labels, of which `leaks` and `contradictions` list some."""
 
     repeated: dict[str, int] = {}
     leaked: int = 0
@@ -359,7 +359,7 @@ class DatasetWarning(Message):
 
 
 class DatasetReport(Message):
-    """What a dataset is made of: sides in pixels, bytes of a file, and pictures by colour mode and format."""
+    """Statistics of a dataset: sides in pixels, file sizes in bytes, and pictures by colour mode and format."""
 
     width: Spread
     height: Spread
@@ -373,7 +373,7 @@ class DatasetReport(Message):
 class Dataset(Message):
     """A stored dataset. `id` is its content digest; `splits` maps split → label → number of images.
 
-    `parent` is the id of the dataset that this one added to, which may have been deleted since.
+    `parent` is the id of the dataset that this one extends, which may have been deleted since.
     """
 
     id: str
@@ -408,7 +408,7 @@ class DatasetList(Message):
 
 
 class Upload(Message):
-    """An upload that can go on after its connection broke: `offset` of its `length` bytes are safe on the server."""
+    """A resumable upload: the server has stored `offset` of its `length` bytes."""
 
     id: str
     length: int
@@ -420,8 +420,8 @@ class Upload(Message):
 
 
 class FeedbackItem(Message):
-    """A picture, known by the digest of its bytes, and the label that it should have been given. `previous` is what
-    was said of it before, in the answer to a new word only."""
+    """A picture, identified by the digest of its bytes, with its correct label. `previous` is its label before, which
+    only the response to new feedback has."""
 
     sha256: str
     label: str
@@ -433,7 +433,7 @@ class FeedbackItem(Message):
 
 
 class Feedback(Message):
-    """What was stored, in the order in which it was sent."""
+    """The stored feedback, in the order of the request."""
 
     task: str
     items: list[FeedbackItem]
@@ -453,12 +453,12 @@ class FeedbackPage(Message):
 
 
 class Condense(Request):
-    """Fewer prompts than were fitted (Prompt Condensation, arXiv 2305.17223): the best of all layers, fitted again.
+    """Keep the most important prompts of all layers and refit them (Prompt Condensation, arXiv 2305.17223).
 
-    `keep`: shares of the prompts that are tried, the smallest first, until one loses no more than `epsilon` of the
-    validation accuracy (0.005 is half a point). `epochs`: of each refit; left out, three fifths of the fit's.
-    `version`: a version of the task, the beginning of one, or an alias, to condense instead of fitting a new one: with
-    its own method and recipe, and on its own dataset where none is named. Where no share is good enough it stays.
+    `keep`: shares of the prompts to try, the smallest first, until one loses at most `epsilon` of the validation
+    accuracy (0.005 is half a percentage point). `epochs`: of each refit; default: three fifths of the fit's.
+    `version`: a version of the task, a prefix of one, or an alias, to condense instead of fitting a new one: with its
+    own method and recipe, and by default on its own dataset. If no share is good enough, nothing changes.
     """
 
     keep: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=20)] | None = None
@@ -467,25 +467,25 @@ class Condense(Request):
     version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 
-def _switched(condense: object) -> object:
+def _as_condense(condense: object) -> object:
     return ({} if condense else None) if isinstance(condense, bool) else condense
 
 
 class Recipe(Request):
-    """Hyper-parameters of a job; what is left out takes the method's default, or is searched.
+    """Hyper-parameters of a job; fields that are not set take the method's defaults, or are searched.
 
-    `search`: `auto` finds what is left out on the validation images and takes at most about `budget` images through the
-    backbone for it; `quick` publishes a head on the frozen features within seconds and fits in full afterwards; `none`
-    just fits. Left out, it is `auto` for the method `auto` and `none` for any other; a baseline is never searched.
-    `preset`: a published recipe, and for a search its grid; fields that are given replace the preset's.
-    `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Give one or none.
-    `prompt_layers`: the first and the last layer that get prompts, from 0.
-    `init`: how prompts begin: `uniform` as the method draws them, or as tokens of the task's own images, layer by layer
+    `search`: `auto` searches the fields that are not set on the validation images, by at most about `budget` forward
+    passes of images; `quick` publishes a head on the frozen features within seconds and then fits in full; `none` only
+    fits. Default: `auto` for the method `auto`, `none` for any other; a baseline is never searched.
+    `preset`: a published recipe, and for a search its grid; fields that are set replace the preset's.
+    `lr` is the learning rate itself. `base_lr` is the VPT paper's: lr = base_lr · batch_size / 256. Set one or none.
+    `prompt_layers`: the first and the last layer with prompts, from 0.
+    `init`: the initial prompts: `uniform` as the method draws them, or tokens of the task's images, layer by layer
     (SPT, ICML 2024): random `tokens`, their means, or the centres of their k-means clusters.
     `patience`: epochs without a better validation loss after which the fit stops and keeps its best epoch; 0: never.
     `pool`: what the head reads: the class token, the mean of the image's tokens, or of these and the last layer's
-    prompts; left out, what the backbone was made with.
-    `condense`: leave out most prompts after the fit; true takes the defaults of Condense.
+    prompts; default: the backbone's own pooling.
+    `condense`: remove most prompts after the fit; true takes the defaults of Condense.
     """
 
     search: Literal["auto", "quick", "none"] | None = None
@@ -511,32 +511,30 @@ class Recipe(Request):
     pool: Literal["cls", "image", "image_and_prompts"] | None = None
     validation: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    condense: Annotated[Condense | None, BeforeValidator(_switched, json_schema_input_type=Condense | bool | None)] = (
-        None
-    )
+    condense: Annotated[
+        Condense | None, BeforeValidator(_as_condense, json_schema_input_type=Condense | bool | None)
+    ] = None
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Recipe:
         if self.lr is not None and self.base_lr is not None:
-            raise ValueError("give lr or base_lr, not both: lr = base_lr * batch_size / 256")
+            raise ValueError("expected lr or base_lr, not both: lr = base_lr * batch_size / 256")
         return self
 
 
-def _spelled_out(recipe: object) -> object:
+def _as_recipe(recipe: object) -> object:
     return {"search": recipe} if recipe in ("auto", "quick") else recipe
 
 
-RecipeOrWord = Annotated[
-    Recipe, BeforeValidator(_spelled_out, json_schema_input_type=Recipe | Literal["auto", "quick"])
-]
+RecipeOrWord = Annotated[Recipe, BeforeValidator(_as_recipe, json_schema_input_type=Recipe | Literal["auto", "quick"])]
 
 
 class TrainRequest(Request):
-    """`method` names one, or `auto` chooses among all. `recipe`: `auto` and `quick` stand for {"search": …}.
+    """`method` is a method's name, or `auto` to choose one. `recipe`: `auto` and `quick` stand for {"search": …}.
 
-    `publish`: whether the new version goes live `always`, `never`, or only `if_better` than the version that is
-    live by then, judged on the same validation images. Waiting jobs of higher `priority` come first.
-    `dataset` may be left out where `recipe.condense` names a version that tells its own.
+    `publish`: whether the new version goes live: `always`, `never`, or only `if_better` than the version that is live
+    at that time, on the same validation images. Waiting jobs of higher `priority` run first.
+    `dataset` may be omitted if `recipe.condense` names a version, whose dataset is then used.
     """
 
     task: TaskName
@@ -547,16 +545,16 @@ class TrainRequest(Request):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
     @model_validator(mode="after")
-    def _on_something(self) -> TrainRequest:
+    def _requires_dataset(self) -> TrainRequest:
         if self.dataset is None and (self.recipe.condense is None or self.recipe.condense.version is None):
-            raise ValueError("expected a dataset: only a job that condenses a version can do without")
+            raise ValueError("expected a dataset, which only a job that condenses a version can omit")
         return self
 
 
 class JobProgress(Message):
-    """How far a running job is. `eta_s` is None until an epoch has been timed.
+    """The progress of a running job. `eta_s`: seconds left, None until an epoch has been timed.
 
-    While a search tries recipes, `trial` of `trials` is under way; epochs and steps are the trial's.
+    While a search tries recipes, `trial` of `trials` is running; epochs and steps are the trial's.
     """
 
     epoch: int = 0
@@ -626,8 +624,8 @@ class JobEvents(Message):
 
 
 class ComparedRecipe(Request):
-    """What holds for every fit of a comparison; the rest is each method's own default. `epochs` does not hold for heads
-    alone, whose epochs cost next to nothing."""
+    """Hyper-parameters of every fit of a comparison; others are each method's defaults. `epochs` does not apply to
+    heads alone, whose epochs cost almost nothing."""
 
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -641,10 +639,10 @@ class ComparedRecipe(Request):
 
 
 class CompareRequest(Request):
-    """Fit several methods on one dataset, each with every seed, and tell what they reach and cost.
+    """Fit several methods on one dataset, each with every seed, and report their accuracy and cost.
 
-    Nothing is stored or published: `task` is only what the job goes under. `methods`: all that can be served, where
-    none are named; baselines can be named as well.
+    Nothing is stored or published: `task` only names the job. `methods`: default all that can be served; baselines are
+    possible as well.
     """
 
     task: TaskName
@@ -655,16 +653,16 @@ class CompareRequest(Request):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
     @model_validator(mode="after")
-    def _once_each(self) -> CompareRequest:
+    def _requires_unique(self) -> CompareRequest:
         for name, values in (("methods", self.methods or []), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected each once, got {values}")
+                raise ValueError(f"{name}: expected no duplicates, got {values}")
         return self
 
 
 class ComparedFit(Message):
-    """One fit. Without accuracies it diverged. `fit_s`: seconds, reading the pictures included; `cpu_s`: of the
-    worker's CPU time, in which a busy machine shows less."""
+    """One fit. A fit without accuracies has diverged. `fit_s`: seconds, including reading the pictures; `cpu_s`:
+    seconds of the worker's CPU time, which depends less on other load on the machine."""
 
     method: str
     seed: int
@@ -680,10 +678,10 @@ class ComparedFit(Message):
 
 
 class ComparedMethod(Message):
-    """A method over its seeds: means, and standard deviations where there are several.
+    """A method over its seeds: means, and standard deviations if there are several.
 
-    `parameters` were fitted; `bundle_bytes` is what a version takes in the store, `lens_bytes` on the device;
-    `forward_cost` is the measured time of its rows as a multiple of the plain ViT's. A baseline, which cannot be
+    `parameters`: number of fitted parameters; `bundle_bytes`: size of a version in the store, `lens_bytes` on the
+    device; `forward_cost`: measured time of its rows as a multiple of the plain ViT's. A baseline, which cannot be
     served, has none of the last three.
     """
 
@@ -704,8 +702,8 @@ class ComparedMethod(Message):
 
 
 class Comparison(Message):
-    """What a comparison has found; `rows` come with its end. `dataset_split`: whose accuracy counts, `test` where the
-    dataset has test pictures."""
+    """The results of a comparison; `rows` is empty until it has ended. `dataset_split`: the split of the accuracy that
+    counts, `test` if the dataset has test pictures."""
 
     id: str = ""
     task: str
@@ -747,14 +745,14 @@ class Health(Message):
 
 
 class SignIn(Request):
-    """A key, to be exchanged for a session cookie. `repr` does not show it."""
+    """A key to exchange for a session cookie. `repr` hides it."""
 
     key: str = Field(min_length=1, max_length=300, repr=False)
 
 
 class Session(Message):
-    """`keys`: the server asks for keys. `key` is the id of the one that came, if any; `scopes` is what may be done, and
-    `tasks` how the names of its tasks begin."""
+    """`keys`: whether the server requires keys. `key` is the id of the request's key, if any; `scopes` lists
+    what the request may do, and `tasks` is the prefix of the task names that it may use."""
 
     keys: bool
     key: str | None = None

@@ -1,7 +1,7 @@
 """`python client/generate_sync.py`: write lensrack/client.py, the synchronous client, from lensrack/async_client.py.
 
-`make sync-client` calls it after a change of the asynchronous client; a test says when that was forgotten. It needs the
-standard library and ruff, which removes the imports that are left over and formats the result.
+Run it by `make sync-client` after a change of the asynchronous client; a test fails until then. It needs the standard
+library and ruff, which removes unused imports and formats the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent / "lensrack"
 SOURCE, TARGET = PACKAGE / "async_client.py", PACKAGE / "client.py"
 
 HEADER = '''# Generated from async_client.py by client/generate_sync.py: change that file, then `make sync-client`.
-"""The client for ordinary code. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`."""
+"""The client for synchronous code. It only sends and waits; the rest is in `_core`, `_endpoints` and `_events`."""
 '''
 REPLACEMENTS = (  # in this order; a pattern that no longer occurs is an error
     (r'(?s)\A""".*?"""\n', HEADER),

@@ -1,4 +1,4 @@
-"""The SDK of lensrack: train, publish and ask many vision tasks that share one frozen backbone.
+"""The SDK of lensrack: train, publish and serve many vision tasks from one frozen backbone.
 
     from lensrack import Client
 
@@ -7,10 +7,9 @@
         client.train("trash", dataset.id).wait()
         print(client.predict("trash", "bottle.jpg").best.label)
 
-`AsyncClient` has the same methods with await. What a call can raise is drawn at the top of `lensrack.errors`.
+`AsyncClient` has the same methods with await. The docstring of `lensrack.errors` shows what a call can raise.
 
-
-Nothing is loaded before it is asked for: who wants `lensrack.wire` alone, as a server does, loads no HTTP client.
+Modules are loaded when their names are first used: a server, which imports `lensrack.wire` alone, loads no HTTP client.
 """
 
 from importlib import import_module
@@ -76,7 +75,7 @@ __all__ = [
     "__version__",
 ]
 
-_WHERE = {  # all others are errors
+_MODULE_OF = {  # all other names are in `errors`
     "Answer": "answers",
     "AsyncClient": "async_client",
     "AsyncJobHandle": "async_client",
@@ -93,14 +92,14 @@ _MODULES = ("answers", "async_client", "client", "errors", "wire")
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the module that has it (PEP 562)."""
+    """Import a public name from its module (PEP 562)."""
     if name in _MODULES:
         return import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f".{_WHERE.get(name, 'errors')}", __name__), name)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f".{_MODULE_OF.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

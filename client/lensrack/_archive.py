@@ -1,4 +1,4 @@
-"""A dataset on this machine, as a body that can be sent: a folder packed into a temporary zip, or an archive as it is.
+"""Makes a request body of a local dataset: a folder is packed into a temporary zip, an archive is sent unchanged.
 
 source ── open_archive ──> Archive(file, bytes, content type, skipped) ── FileBody ──> the connection
 """
@@ -22,7 +22,7 @@ from .errors import InvalidInput
 from .wire import Dataset, SkippedFile
 
 Progress: TypeAlias = Callable[[int, int | None], None]
-"""Called with (bytes sent, bytes in all); the second is None where the source cannot tell."""
+"""Called with (bytes sent, total bytes); the total is None where the source has no known size."""
 
 Source: TypeAlias = str | os.PathLike[str] | IO[bytes]
 
@@ -32,9 +32,9 @@ _SUFFIXES = (".gz", ".zst", ".tgz", ".tzst", ".tar", ".zip", ".npz", ".parquet")
 
 
 class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """A body read from a file in small pieces; every attempt starts again where the file stood at first.
+    """A body read from a file in chunks; every attempt starts again at `start`.
 
-    A pipe has no size and cannot start again: `head` is what has been read of it already.
+    A pipe has no size and cannot start again: `head` holds the bytes already read from it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
         return self._report(0)
 
     def _read(self, sent: int) -> bytes:
-        """At most a chunk, and of a file that grows under our hands no more than was announced."""
+        """Read at most a chunk, and no more in total than the announced size, should the file grow."""
         if self._size is not None:
             return self._file.read(min(CHUNK_BYTES, self._size - sent))
         head, self._head = self._head, b""
@@ -80,9 +80,9 @@ class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 @dataclass(frozen=True)
 class Archive:
-    """An open archive. `size` is None where the source cannot be measured, hence not sent a second time.
+    """An open archive. `size` in bytes is None for a pipe, which can be sent only once.
 
-    `fingerprint` tells it from another file of the same size.
+    `fingerprint` distinguishes it from another file of the same size.
     """
 
     file: IO[bytes]
@@ -99,7 +99,7 @@ class Archive:
         return FileBody(self.file, size=self.size, start=self.start, head=self.head, progress=progress)
 
     def complete(self, dataset: Dataset) -> Dataset:
-        """The server's answer, with the files that never left this machine among those skipped."""
+        """Return the server's dataset, with the files that were not sent added to `skipped`."""
         return dataset.model_copy(update={"skipped": [*self.skipped, *dataset.skipped]})
 
     def close(self) -> None:
@@ -108,7 +108,10 @@ class Archive:
 
 
 def open_archive(source: Source) -> Archive:
-    """A folder of class folders, a file (zip, tar, tar.gz, tar.zst, parquet, npz) or an open binary file of one."""
+    """Open a folder of class folders, a file (zip, tar, tar.gz, tar.zst, parquet, npz) or a binary file object.
+
+    Raises InvalidInput.
+    """
     if not isinstance(source, str | os.PathLike):
         return _from_file(source, owned=False)
     path = Path(source)
@@ -127,8 +130,8 @@ def _from_folder(folder: Path) -> Archive:
     with _closed_on_error(file):
         skipped = pack(folder, file)
         size, name, kind = file.tell(), folder.resolve().name, "application/zip"
-        told = _fingerprint(file, 0, size)
-        return Archive(file, size, name, kind, skipped=tuple(skipped), fingerprint=told)
+        fingerprint = _fingerprint(file, 0, size)
+        return Archive(file, size, name, kind, skipped=tuple(skipped), fingerprint=fingerprint)
 
 
 def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
@@ -140,12 +143,12 @@ def _from_file(file: IO[bytes], *, owned: bool) -> Archive:
     start, end = file.tell(), file.seek(0, os.SEEK_END)
     file.seek(start)
     kind = _content_type(file.read(_HEAD_BYTES), filename)
-    told = _fingerprint(file, start, end)
-    return Archive(file, end - start, name, kind, start=start, owned=owned, fingerprint=told)
+    fingerprint = _fingerprint(file, start, end)
+    return Archive(file, end - start, name, kind, start=start, owned=owned, fingerprint=fingerprint)
 
 
 def _fingerprint(file: IO[bytes], start: int, end: int) -> bytes:
-    """Of both ends: a zip keeps the checksums of its members at its end, a tar.gz the one of all."""
+    """Hash both ends: a zip has the checksums of its members at its end, a tar.gz the checksum of the whole."""
     digest = hashlib.sha256(str(end - start).encode())
     for position in (start, max(start, end - CHUNK_BYTES)):
         file.seek(position)
@@ -160,7 +163,7 @@ def _without_suffix(filename: str) -> str:
 
 
 def _filename(file: IO[bytes]) -> str:
-    """Empty for what has none: pipes are called by a number, stdin "<stdin>"."""
+    """Return a file's name, or an empty string: pipes are named by a number, stdin "<stdin>"."""
     name = getattr(file, "name", "")
     return Path(name).name if isinstance(name, str) and not name.startswith("<") else ""
 
@@ -186,14 +189,14 @@ def _content_type(head: bytes, name: str) -> str:
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         return "application/x-tar"
     raise InvalidInput(
-        f"{name or 'the source'} is no archive: expected a folder, zip, tar, tar.gz, tar.zst, parquet or npz"
+        f"{name or 'the source'} is not an archive: expected a folder, zip, tar, tar.gz, tar.zst, parquet or npz"
     )
 
 
 def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:
-    """Write the folder's files into an uncompressed zip (pictures are compressed already); the links left out.
+    """Write a folder's files into an uncompressed zip, for pictures are compressed already; return the skipped links.
 
-    Hidden files are left out silently. The same content gives the same bytes, whatever the files' dates.
+    Hidden files are left out without mention. Equal content gives equal bytes, whatever the files' dates.
     """
     skipped: list[SkippedFile] = []
     packed = 0
@@ -210,8 +213,8 @@ def pack(folder: Path, out: IO[bytes]) -> list[SkippedFile]:
 
 
 def _entries(folder: str | Path, prefix: str) -> Iterator[tuple[os.DirEntry[str], str]]:
-    with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _entries(entry.path, f"{prefix}{entry.name}/")
@@ -222,11 +225,11 @@ def _entries(folder: str | Path, prefix: str) -> Iterator[tuple[os.DirEntry[str]
 def _add(archive: zipfile.ZipFile, path: str, name: str) -> None:
     try:
         member = zipfile.ZipInfo(name)  # dated 1980, the format's first day
-        member.file_size = os.path.getsize(path)  # so that the writer knows when it needs zip64
+        member.file_size = os.path.getsize(path)  # tells the writer whether it needs zip64
         with open(path, "rb") as source, archive.open(member, "w") as target:
             while chunk := source.read(CHUNK_BYTES):
                 target.write(chunk)
     except UnicodeEncodeError as error:
-        raise InvalidInput(f"the file name {name!r} is no valid text; rename it") from error
+        raise InvalidInput(f"the file name {name!r} is not valid text; rename the file") from error
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from error

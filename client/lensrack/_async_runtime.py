@@ -1,4 +1,4 @@
-"""What the asynchronous client waits with. `_sync_runtime` has the same names for the synchronous one."""
+"""How the asynchronous client sleeps, runs blocking work and maps. `_sync_runtime` has the same names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sleep = anyio.sleep
 
 
 async def run(work: Callable[[], T]) -> T:
-    """Call `work` in a thread, for it reads files or cuts pictures."""
+    """Call `work` in a thread: it reads files or resizes pictures."""
     return await anyio.to_thread.run_sync(work)
 
 

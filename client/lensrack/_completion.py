@@ -1,6 +1,6 @@
-"""What the shell offers after a TAB, asked of the server: names of tasks, ids of datasets and jobs.
+"""Shell completion from the server: names of tasks, ids of datasets and jobs.
 
-Installed by `lensrack --install-completion`, which is Typer's. A server that does not answer at once offers nothing.
+Typer's `lensrack --install-completion` installs it. If the server does not answer quickly, nothing is completed.
 """
 
 from __future__ import annotations
@@ -12,29 +12,35 @@ import typer
 from . import Client
 from .errors import LensrackError
 
-PATIENCE_S = 1.5  # as long as somebody bears a TAB to take
+TIMEOUT_S = 1.5  # the longest that a TAB should take
 
-Offer = tuple[str, str]  # what completes the word, and a word about it
-
-
-def tasks(context: typer.Context, incomplete: str) -> list[Offer]:
-    return _offered(context, incomplete, lambda client: [(one.task, one.method or "") for one in client.tasks.list()])
+Completion = tuple[str, str]  # a completion and its description
 
 
-def datasets(context: typer.Context, incomplete: str) -> list[Offer]:
-    return _offered(context, incomplete, lambda client: [(one.id, one.name) for one in client.datasets.list()])
-
-
-def jobs(context: typer.Context, incomplete: str) -> list[Offer]:
-    return _offered(
-        context, incomplete, lambda client: [(one.id, f"{one.task} {one.state}") for one in client.jobs.list().jobs]
+def tasks(context: typer.Context, incomplete: str) -> list[Completion]:
+    return _completions(
+        context, incomplete, lambda client: [(task.task, task.method or "") for task in client.tasks.list()]
     )
 
 
-def _offered(context: typer.Context, incomplete: str, ask: Callable[[Client], list[Offer]]) -> list[Offer]:
-    given = context.find_root().params
+def datasets(context: typer.Context, incomplete: str) -> list[Completion]:
+    return _completions(
+        context, incomplete, lambda client: [(dataset.id, dataset.name) for dataset in client.datasets.list()]
+    )
+
+
+def jobs(context: typer.Context, incomplete: str) -> list[Completion]:
+    return _completions(
+        context, incomplete, lambda client: [(job.id, f"{job.task} {job.state}") for job in client.jobs.list().jobs]
+    )
+
+
+def _completions(
+    context: typer.Context, incomplete: str, fetch: Callable[[Client], list[Completion]]
+) -> list[Completion]:
+    options = context.find_root().params
     try:
-        with Client(given.get("url"), given.get("api_key"), timeout=PATIENCE_S, max_retries=0) as client:
-            return [offer for offer in ask(client) if offer[0].startswith(incomplete)]
+        with Client(options.get("url"), options.get("api_key"), timeout=TIMEOUT_S, max_retries=0) as client:
+            return [completion for completion in fetch(client) if completion[0].startswith(incomplete)]
     except (LensrackError, OSError):
         return []

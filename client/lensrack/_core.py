@@ -1,10 +1,10 @@
-"""The whole of a call except sending it: what a request holds, what an answer means, whether to try again.
+"""A call without its transport: it builds requests, reads responses and decides about retries.
 
     Call ──> Exchange.request() ──> [a client sends] ──> Exchange.answered(reply) ──> value, pause or error
                      ^                      └──────────> Exchange.broken(error)  ──> pause or error
                      └────────────── after the pause ────────────────┘
 
-Nothing here opens a connection or sleeps; both clients are the few lines that do.
+Nothing here opens a connection or sleeps; only the two clients do.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_RETRIES = 2
 CONNECT_TIMEOUT_S = 5.0
-QUOTA_EXCEEDED = "quota_exceeded"  # a day's jobs, or a full store: no pause between two attempts helps
+QUOTA_EXCEEDED = "quota_exceeded"  # the day's jobs, or a full store: waiting between attempts does not help
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-# A proxy from the environment is for the network; what runs on this machine is reached directly.
+# Proxies from the environment are for the network; servers on this machine are reached directly.
 DIRECT: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 
 try:
     __version__ = version("lensrack")
-except PackageNotFoundError:  # run from a checkout that was never installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A complete HTTP answer. Names of `headers` are looked up whatever their case."""
+    """A complete HTTP response. Header names are case-insensitive."""
 
     status: int
     headers: Mapping[str, str]
@@ -57,23 +57,22 @@ class Reply:
 
     @property
     def request_id(self) -> str:
-        """What the server's log calls the request."""
+        """The id of the request in the server's log."""
         return self.headers.get("x-request-id", "")
 
     @property
     def timings_s(self) -> dict[str, float]:
-        """Seconds by step, as `Server-Timing` tells them: decode, queue, compute."""
-        told = re.findall(r"([\w-]+);dur=([\d.]+)", self.headers.get("server-timing", ""))
-        return {name: float(milliseconds) / 1000 for name, milliseconds in told}
+        """Seconds by step, from the `Server-Timing` header: decode, queue, compute."""
+        entries = re.findall(r"([\w-]+);dur=([\d.]+)", self.headers.get("server-timing", ""))
+        return {name: float(milliseconds) / 1000 for name, milliseconds in entries}
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One thing to ask of the server, and how its answer is read.
+    """A request to the server, and how its response is read.
 
-    `payload` goes to `httpx.Request`. `repeatable`: sending it twice does no more than sending it once.
-    `wait_s` is added to the time that the answer may take, `limit_s` caps it; a `transfer` has no limit in all, only
-    on silence.
+    `payload` goes to `httpx.Request`. `repeatable`: sending it twice has the same effect as sending it once.
+    `wait_s` is added to the timeout, `limit_s` caps it; a `transfer` has no total timeout, only one between bytes.
     """
 
     method: str
@@ -94,7 +93,7 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True)
 class Config:
-    """Where the server is and how patient its client is."""
+    """The server's address and the client's options."""
 
     base_url: str
     api_key: str | None = field(repr=False)
@@ -104,21 +103,21 @@ class Config:
 
     @classmethod
     def of(cls, base_url: str | None, api_key: str | None, timeout: float | None, max_retries: int | None) -> Config:
-        """Fill in what was not given from the environment. Raises InvalidInput."""
+        """Return the configuration; None is replaced by the environment or the default. Raises InvalidInput."""
         key = (api_key or os.environ.get("LENSRACK_API_KEY", "")).strip()
         if not (key.isascii() and key.isprintable()):
             raise InvalidInput("the API key must be printable ASCII")
         url = _checked_url(base_url or os.environ.get("LENSRACK_URL") or DEFAULT_URL)
-        known = cls(url, key or None, DEFAULT_TIMEOUT_S, DEFAULT_RETRIES)
-        outside = known.changed(
+        defaults = cls(url, key or None, DEFAULT_TIMEOUT_S, DEFAULT_RETRIES)
+        config = defaults.changed(
             _from_environment("LENSRACK_TIMEOUT", float), _from_environment("LENSRACK_RETRIES", int)
         )
-        return outside.changed(timeout, max_retries)
+        return config.changed(timeout, max_retries)
 
     def changed(
         self, timeout: float | None = None, max_retries: int | None = None, client_resize: bool | None = None
     ) -> Config:
-        """The same with what is given. Raises InvalidInput."""
+        """Return a copy with the arguments that are not None. Raises InvalidInput."""
         timeout_s = self.timeout_s if timeout is None else timeout
         retries = self.max_retries if max_retries is None else max_retries
         if not timeout_s > 0 or retries < 0:
@@ -129,8 +128,8 @@ class Config:
         return replace(self, timeout_s=timeout_s, max_retries=retries, client_resize=resize)
 
     def headers(self) -> dict[str, str]:
-        fixed = {"User-Agent": f"lensrack/{__version__}", "Accept": "application/json, */*;q=0.5"}
-        return {**fixed, "Authorization": f"Bearer {self.api_key}"} if self.api_key else fixed
+        headers = {"User-Agent": f"lensrack/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        return {**headers, "Authorization": f"Bearer {self.api_key}"} if self.api_key else headers
 
 
 def _from_environment(name: str, kind: Callable[[str], N]) -> N | None:
@@ -142,7 +141,7 @@ def _from_environment(name: str, kind: Callable[[str], N]) -> N | None:
 
 
 def _trace() -> dict[str, str]:
-    """`traceparent` of the caller's OpenTelemetry context, if he has one; otherwise OpenTelemetry is not imported."""
+    """Return the `traceparent` header of the caller's OpenTelemetry context; imports nothing if there is none."""
     headers: dict[str, str] = {}
     if "opentelemetry.trace" in sys.modules:
         importlib.import_module("opentelemetry.propagate").inject(headers)
@@ -153,14 +152,14 @@ def _checked_url(text: str) -> str:
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL as error:
-        raise InvalidInput(f"the server's URL {text!r} is no URL: {error}") from error
+        raise InvalidInput(f"the server's URL {text!r} is invalid: {error}") from error
     if url.scheme not in {"http", "https"} or not url.host:
         raise InvalidInput(f"the server's URL must look like {DEFAULT_URL}, not {text!r}")
     return text.rstrip("/")
 
 
 class Exchange(Generic[T]):
-    """One call from its first attempt to its end."""
+    """A call with its attempts, from the first request to the result."""
 
     def __init__(self, call: Call[T], config: Config, attempts: Attempts | None = None) -> None:
         self._call, self._config = call, config
@@ -169,7 +168,7 @@ class Exchange(Generic[T]):
         self._attempts = attempts or Attempts(most, None if call.transfer else self._timeout_s)
 
     def request(self) -> httpx.Request:
-        """The next attempt's request, with the time that is left for it. Raises RequestTimeout."""
+        """Return the request of the next attempt, limited to the time left. Raises RequestTimeout."""
         request = httpx.Request(
             self._call.method,
             self._config.base_url + self._call.path,
@@ -178,19 +177,19 @@ class Exchange(Generic[T]):
             extensions={"timeout": self._limits(self.check_time())},
             **self._call.payload,
         )
-        request.headers.setdefault("Host", request.url.netloc.decode("ascii"))  # httpx leaves it out of streams
+        request.headers.setdefault("Host", request.url.netloc.decode("ascii"))  # httpx omits it for streams
         return request
 
     def check_time(self) -> float:
-        """Seconds that are left: of the whole call, or of a transfer's silence. Raises RequestTimeout."""
+        """Return the seconds left for the call, or between two bytes of a transfer. Raises RequestTimeout."""
         left_s = self._attempts.left_s()
         if left_s is not None and left_s <= 0:
-            raise self._too_late()
+            raise self._timed_out()
         return self._timeout_s if left_s is None else left_s
 
     def answered(self, reply: Reply) -> float | None:
-        """None when the reply is final, or the pause before the next attempt. Raises ApiError, ProtocolError."""
-        if reply.status < 400 or self._gone_already(reply):
+        """Return None if the reply is final, or the seconds before the next attempt. Raises ApiError, ProtocolError."""
+        if reply.status < 400 or self._already_deleted(reply):
             return None
         error = error_of(reply)
         retried = reply.status in RETRIED_STATUSES and error.code != QUOTA_EXCEEDED
@@ -199,11 +198,11 @@ class Exchange(Generic[T]):
             if pause_s is not None:
                 return pause_s
         if reply.status == 503 and self._call.path == "/readyz":
-            return None  # its body says what is missing
+            return None  # a valid answer: the body says what is missing
         raise error
 
     def broken(self, error: httpx.RequestError) -> float:
-        """The pause before the next attempt, after one that brought no answer. Raises what the caller gets to see."""
+        """Return the seconds before the next attempt, after one without a response. Raises the caller's error."""
         if isinstance(error, httpx.DecodingError | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
             raise ProtocolError(f"{self._call}: {_reason(error)}") from error
         if self._call.repeatable or isinstance(error, NEVER_SENT):
@@ -213,20 +212,20 @@ class Exchange(Generic[T]):
         raise self._translated(error) from error
 
     def value(self, reply: Reply) -> T:
-        """What the final reply says. Raises ProtocolError."""
+        """Read the final reply. Raises ProtocolError."""
         if 300 <= reply.status < 400:
             raise ProtocolError(f"{self._call}: redirected to {reply.headers.get('location')!r}; is the URL right?")
         try:
             return self._call.read(reply)
         except ValidationError as error:
-            found = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in found["loc"]) or "body"
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "body"
             raise ProtocolError(
-                f"{self._call}: the answer is no {error.title}: {where}: {found['msg']}, got {reply.content[:80]!r}"
+                f"{self._call}: the answer is not a {error.title}: {where}: {first['msg']}, got {reply.content[:80]!r}"
             ) from error
 
-    def _gone_already(self, reply: Reply) -> bool:
-        """A DELETE whose first answer was lost may well have worked."""
+    def _already_deleted(self, reply: Reply) -> bool:
+        """Whether a retried DELETE met a 404: its first attempt may have worked, and its response was lost."""
         return self._call.method == "DELETE" and reply.status == 404 and self._attempts.retries > 0
 
     def _limits(self, left_s: float) -> dict[str, float]:
@@ -234,11 +233,11 @@ class Exchange(Generic[T]):
 
     def _translated(self, error: httpx.RequestError) -> LensrackError:
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-            return self._too_late()
-        doing = "no connection to" if isinstance(error, NEVER_SENT) else "the connection broke to"
-        return ConnectError(f"{self._call}: {doing} {self._config.base_url}: {_reason(error)}")
+            return self._timed_out()
+        failure = "no connection to" if isinstance(error, NEVER_SENT) else "the connection broke to"
+        return ConnectError(f"{self._call}: {failure} {self._config.base_url}: {_reason(error)}")
 
-    def _too_late(self) -> RequestTimeout:
+    def _timed_out(self) -> RequestTimeout:
         return RequestTimeout(f"{self._call}: no complete answer within {self._timeout_s:g} s")
 
 
@@ -247,28 +246,28 @@ def _reason(error: Exception) -> str:
 
 
 def error_of(reply: Reply) -> ApiError:
-    """The typed error of a reply with a status from 400; also of one that no lensrack server wrote."""
+    """Return the error class for a reply with a status of 400 or more, from lensrack or another server."""
     retry_after_s = parse_retry_after(reply.headers.get("retry-after"))
     try:
         problem = Problem.model_validate_json(reply.content)
     except ValidationError:
-        problem = _stranger(reply)
-    identified = problem.request_id or reply.headers.get("x-request-id", "")
-    problem = problem.model_copy(update={"status": reply.status, "request_id": identified})
+        problem = _foreign_problem(reply)
+    request_id = problem.request_id or reply.headers.get("x-request-id", "")
+    problem = problem.model_copy(update={"status": reply.status, "request_id": request_id})
     return ApiError.of(problem, retry_after_s=retry_after_s)
 
 
-def _stranger(reply: Reply) -> Problem:
-    """A proxy's error page, or a server that is none of ours."""
+def _foreign_problem(reply: Reply) -> Problem:
+    """Return a problem for the error page of a proxy or of another server."""
     known = reply.status in {status.value for status in HTTPStatus}
     title = HTTPStatus(reply.status).phrase if known else f"HTTP {reply.status}"
     return Problem(title=title, status=reply.status, detail=title, code=f"http_{reply.status}")
 
 
 def read_as(model: type[M]) -> Callable[[Reply], M]:
-    """A reader of JSON answers; what is no such message becomes a ProtocolError."""
+    """Return a reader of JSON responses; its ValidationError becomes a ProtocolError."""
     return lambda reply: model.model_validate_json(reply.content)
 
 
 def read_nothing(reply: Reply) -> None:
-    """For answers whose status says it all."""
+    """Read a response without content."""

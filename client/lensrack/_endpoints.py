@@ -1,4 +1,4 @@
-"""Every endpoint once: its request, and the reader of its answer. Both clients call these and nothing else."""
+"""One function for each endpoint: it returns the request and the reader of the response. Both clients use these."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .errors import ApiError, InvalidInput, ProtocolError
 R = TypeVar("R", bound=wire.Request)
 
 Images = list[Any] | tuple[Any, ...]
-LONGEST_WAIT_S = 30.0  # the server holds an event request no longer
-UPLOAD_WAIT_S = 600.0  # after the last byte the server still unpacks and looks at every image
+LONGEST_WAIT_S = 30.0  # the longest that the server holds a request for events
+UPLOAD_WAIT_S = 600.0  # after the last byte the server still unpacks and decodes every image
 _DIGEST = re.compile(wire.VERSION_PATTERN)
 
 
@@ -35,15 +35,15 @@ _DIGEST = re.compile(wire.VERSION_PATTERN)
 def predict(
     task: str, images: Images, *, top_k: int, key: str | None, geometry: wire.Geometry | None = None
 ) -> Call[list[Answer]]:
-    """With a `geometry` the images are cut here, where that gives the very pixels that the server would make."""
+    """With a `geometry`, images are resized here if that gives exactly the pixels that the server would compute."""
 
     def read(reply: Reply) -> list[Answer]:
-        told = wire.PredictResponse.model_validate_json(reply.content)
-        _require_count(len(told.predictions), len(images))
-        return [_answer(told.task, told.version, told.versions, of_image) for of_image in told.predictions]
+        body = wire.PredictResponse.model_validate_json(reply.content)
+        _require_count(len(body.predictions), len(images))
+        return [_answer(body.task, body.version, body.versions, labels) for labels in body.predictions]
 
     path, params = f"/predict/{segment(task, 'task')}", [("top_k", str(top_k))]
-    return Call("POST", path, read, params, **_asking(images, key, geometry))
+    return Call("POST", path, read, params, **_image_request(images, key, geometry))
 
 
 def predict_many(
@@ -57,28 +57,28 @@ def predict_many(
     if isinstance(tasks, str) or not tasks:
         raise InvalidInput(f"tasks: expected a list of task names, got {tasks!r}")
     params = [*(("task", task) for task in tasks), ("top_k", str(top_k))]
-    return Call("POST", "/predict", _read_many, params, **_asking([image], key, geometry))
+    return Call("POST", "/predict", _read_many, params, **_image_request([image], key, geometry))
 
 
 def check_map(images: object, in_flight: int, errors: str) -> None:
-    """Raises InvalidInput for what would otherwise be taken apart: a path is a sequence of letters."""
+    """Raise InvalidInput for wrong arguments of `map`, such as a single path, whose characters would be iterated."""
     if isinstance(images, str | bytes | os.PathLike):
-        raise InvalidInput(f"images: expected several of them, such as a list of paths, got {str(images)[:100]!r}")
+        raise InvalidInput(f"images: expected an iterable such as a list of paths, got {str(images)[:100]!r}")
     if in_flight < 1 or errors not in ("raise", "return"):
         raise InvalidInput(f"expected in_flight >= 1 and errors raise or return, got {in_flight} and {errors!r}")
 
 
 def embed(images: Images) -> Call[list[list[float]]]:
     def read(reply: Reply) -> list[list[float]]:
-        told = wire.EmbedResponse.model_validate_json(reply.content)
-        _require_count(len(told.embeddings), len(images))
-        return told.embeddings
+        body = wire.EmbedResponse.model_validate_json(reply.content)
+        _require_count(len(body.embeddings), len(images))
+        return body.embeddings
 
-    return Call("POST", "/embed", read, **_asking(images, None))
+    return Call("POST", "/embed", read, **_image_request(images, None))
 
 
-def _asking(images: Images, key: str | None, geometry: wire.Geometry | None = None) -> dict[str, Any]:
-    """One image travels as it is, several as a multipart body."""
+def _image_request(images: Images, key: str | None, geometry: wire.Geometry | None = None) -> dict[str, Any]:
+    """Return the headers and the body of a request: the bytes of one image, or a multipart body of several."""
     if not images:
         raise InvalidInput("images: expected at least one image, got none")
     encoded = [_images.encode(image) if geometry is None else _resizing.encode(image, geometry) for image in images]
@@ -102,13 +102,13 @@ def _read_many(reply: Reply) -> ManyAnswers:
             name = task.partition("@")[0]
             answers[task] = _answer(name, result.version, result.versions, result.predictions[0])
         else:
-            raise ProtocolError(f"the answer for task {task!r} holds neither predictions nor an error")
+            raise ProtocolError(f"the answer for task {task!r} has neither predictions nor an error")
     return ManyAnswers(answers, errors)
 
 
 def _answer(task: str, version: str, versions: Sequence[str] | None, predictions: Sequence[wire.Prediction]) -> Answer:
     if not predictions:
-        raise ProtocolError(f"the answer for task {task!r} holds no label")
+        raise ProtocolError(f"the answer for task {task!r} has no label")
     return Answer(task, version, tuple(predictions), tuple(versions or (version,)))
 
 
@@ -163,17 +163,17 @@ def import_version(
     if not files:
         raise InvalidInput("expected one file or more, got none")
     params = [("format", form), *([("alias", alias)] if alias is not None else [])]
-    words = {"labels": list(labels) if labels is not None else None, "preprocess": preprocess}
+    fields = {"labels": list(labels) if labels is not None else None, "preprocess": preprocess}
     payload = {
         "files": [("file", (Path(file).name, Path(file).read_bytes())) for file in files],
-        "data": {name: json.dumps(value) for name, value in words.items() if value},
+        "data": {name: json.dumps(value) for name, value in fields.items() if value},
     }
     path = f"{_task(task)}/versions"
     return Call("PUT", path, read_as(wire.VersionInfo), params, payload=payload, transfer=True)
 
 
 def download_bundle(task: str, version: str) -> Call[bytes]:
-    """The version is the file's digest, so what arrives is checked against it."""
+    """The version is the file's digest, so the received bytes are checked against it."""
 
     def read(reply: Reply) -> bytes:
         expected = reply.headers.get("lensrack-version", version)
@@ -186,7 +186,7 @@ def download_bundle(task: str, version: str) -> Call[bytes]:
 
 
 def bundle_bytes(source: str | Path | bytes | IO[bytes]) -> bytes:
-    """A bundle's file in memory; it is a megabyte or so. Raises InvalidInput."""
+    """Read a bundle's file, about a megabyte. Raises InvalidInput."""
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str | Path):
@@ -202,7 +202,7 @@ def get_alias(task: str, alias: str) -> Call[wire.Alias]:
 
 
 def set_alias(task: str, alias: str, version: str, *, weight: float, if_match: str | None) -> Call[wire.Alias]:
-    """Sent again under a condition it would fail on its own success, so then it is sent once."""
+    """With `if_match` it is sent once: a retry after success would fail its own condition."""
     update = _checked(wire.AliasUpdate, version=version, weight=weight)
     headers = {"If-Match": if_match} if if_match is not None else {}
     return Call(
@@ -224,7 +224,7 @@ def alias_history(task: str, alias: str) -> Call[list[wire.AliasChange]]:
 
 
 def rollback(task: str, alias: str) -> Call[wire.Alias]:
-    """A second rollback undoes the first, so it is sent once."""
+    """It is sent once, because a second rollback undoes the first."""
     body = _json(_checked(wire.RollbackRequest, alias=alias))
     return Call("POST", f"{_task(task)}/rollback", read_as(wire.Alias), payload=body, repeatable=False)
 
@@ -246,14 +246,14 @@ def pin(task: str, *, pinned: bool) -> Call[wire.Residency]:
 
 
 def feedback(task: str, images: Images, label: str, *, new_label: bool) -> Call[wire.Feedback]:
-    """The last word about a picture counts, so saying it twice says it once."""
+    """The latest label of a picture counts, so a retry changes nothing."""
     params = [("label", label), *([("new_label", "true")] if new_label else [])]
-    return Call("POST", _feedback(task), read_as(wire.Feedback), params, **_asking(images, None))
+    return Call("POST", _feedback(task), read_as(wire.Feedback), params, **_image_request(images, None))
 
 
 def list_feedback(task: str, *, cursor: str | None, limit: int, label: str | None) -> Call[wire.FeedbackPage]:
-    given = {"cursor": cursor, "limit": str(limit), "label": label}
-    params = [(name, value) for name, value in given.items() if value is not None]
+    query = {"cursor": cursor, "limit": str(limit), "label": label}
+    params = [(name, value) for name, value in query.items() if value is not None]
     return Call("GET", _feedback(task), read_as(wire.FeedbackPage), params)
 
 
@@ -272,7 +272,7 @@ def freeze_feedback(task: str, *, name: str | None, parent: str | None) -> Call[
 def upload_dataset(
     archive: Archive, *, name: str | None, parent: str | None, progress: Progress | None
 ) -> Call[wire.Dataset]:
-    """Datasets are known by their content, so that sending one twice stores it once; a pipe cannot be sent twice."""
+    """A dataset's id is its content digest, so a retry stores it once; a pipe cannot be sent twice."""
     headers = {"Content-Type": archive.content_type}
     headers |= {"Transfer-Encoding": "chunked"} if archive.size is None else {"Content-Length": str(archive.size)}
     return Call(
@@ -313,10 +313,10 @@ def train(
     priority: int,
     key: str | None,
 ) -> Call[wire.Job]:
-    """The key is made here, once, so that a request that is sent again cannot start a second job."""
-    given = _checked(wire.Recipe, **recipe) if isinstance(recipe, Mapping) else recipe
-    asked = {"task": task, "dataset": dataset, "method": method, "recipe": given}
-    body = _json(_checked(wire.TrainRequest, **asked, publish=publish, priority=priority))
+    """The idempotency key is drawn here, once, so that a retried request cannot start a second job."""
+    checked = _checked(wire.Recipe, **recipe) if isinstance(recipe, Mapping) else recipe
+    fields = {"task": task, "dataset": dataset, "method": method, "recipe": checked}
+    body = _json(_checked(wire.TrainRequest, **fields, publish=publish, priority=priority))
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     return Call("POST", "/train", read_as(wire.Job), headers=headers, payload=body)
 
@@ -331,14 +331,14 @@ def compare(
     priority: int,
     key: str | None,
 ) -> Call[wire.Job]:
-    """As `train`, the key is made here, once."""
+    """As in `train`, the idempotency key is drawn once."""
     if isinstance(methods, str):
         raise InvalidInput(f"methods: expected a list of method names, got {methods!r}")
-    given = _checked(wire.ComparedRecipe, **(recipe or {})) if not isinstance(recipe, wire.ComparedRecipe) else recipe
-    asked: dict[str, Any] = {"task": task, "dataset": dataset, "seeds": list(seeds), "recipe": given}
+    checked = recipe if isinstance(recipe, wire.ComparedRecipe) else _checked(wire.ComparedRecipe, **(recipe or {}))
+    fields: dict[str, Any] = {"task": task, "dataset": dataset, "seeds": list(seeds), "recipe": checked}
     if methods is not None:
-        asked["methods"] = list(methods)
-    body = _json(_checked(wire.CompareRequest, **asked, priority=priority))
+        fields["methods"] = list(methods)
+    body = _json(_checked(wire.CompareRequest, **fields, priority=priority))
     headers = {"Idempotency-Key": key or uuid.uuid4().hex}
     return Call("POST", "/compare", read_as(wire.Job), headers=headers, payload=body)
 
@@ -359,16 +359,15 @@ def condense(
     priority: int,
     key: str | None,
 ) -> Call[wire.Job]:
-    """A job that begins with a version instead of a fit."""
+    """A training job whose recipe condenses an existing version."""
     shares = None if keep is None else list(keep)
-    how = _checked(wire.Condense, version=version, keep=shares, epsilon=epsilon, epochs=epochs)
-    recipe = wire.Recipe(condense=how)
+    recipe = wire.Recipe(condense=_checked(wire.Condense, version=version, keep=shares, epsilon=epsilon, epochs=epochs))
     return train(task, dataset, method="auto", recipe=recipe, publish=publish, priority=priority, key=key)
 
 
 def list_jobs(*, cursor: str | None, limit: int, task: str | None, state: wire.JobState | None) -> Call[wire.JobList]:
-    given = {"cursor": cursor, "limit": str(limit), "task": task, "state": state}
-    params = [(name, value) for name, value in given.items() if value is not None]
+    query = {"cursor": cursor, "limit": str(limit), "task": task, "state": state}
+    params = [(name, value) for name, value in query.items() if value is not None]
     return Call("GET", "/train", read_as(wire.JobList), params)
 
 
@@ -425,7 +424,7 @@ def _job(job: str) -> str:
 
 
 def segment(value: str, what: str) -> str:
-    """One step of a path, quoted. An empty one or dots would make a request for something else altogether."""
+    """Quote a name as one segment of a path. Raises InvalidInput for names that would address another resource."""
     if value in {"", ".", ".."}:
         raise InvalidInput(f"{what}: expected a name, got {value!r}")
     return quote(value, safe="@")
@@ -435,9 +434,9 @@ def _checked(model: type[R], **fields: Any) -> R:
     try:
         return model(**fields)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in found["loc"])
-        raise InvalidInput(f"{where}: {found['msg']}, got {found['input']!r}") from error
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"{where}: {first['msg']}, got {first['input']!r}") from error
 
 
 def _json(body: wire.Request) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Whatever a caller holds as an image, to the bytes and the content type that travel.
+"""Encodes any kind of image input as bytes and a content type.
 
-Files and bytes travel as they are; Pillow images and arrays travel as PNG, which loses nothing. Neither Pillow nor
-numpy is needed here: an array is told by its shape and dtype.
+Files and bytes are sent unchanged; Pillow images and arrays are sent as PNG, which is lossless. Neither Pillow nor
+numpy is imported: an array is recognised by its shape and dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import InvalidInput
 
 
 class PillowImage(Protocol):
-    """A `PIL.Image.Image`, as far as it matters here."""
+    """The part of `PIL.Image.Image` that is used here."""
 
     @property
     def mode(self) -> str: ...
@@ -51,7 +51,7 @@ _PNG_COLOUR = {1: 0, 3: 2, 4: 6}  # channels -> colour type, PNG specification s
 
 
 def encode(image: ImageInput) -> tuple[bytes, str]:
-    """The bytes of an image and their content type, told from the bytes; the server judges whether it reads them."""
+    """Return an image's bytes and their content type, sniffed from the bytes. Raises InvalidInput."""
     data = _bytes_of(image)
     return data, sniff(data)
 
@@ -67,7 +67,7 @@ def _bytes_of(image: Any) -> bytes:
         return bytes(image)
     if isinstance(image, str | os.PathLike):
         if isinstance(image, str) and image.partition("://")[0].lower() in {"http", "https", "data", "ftp", "s3"}:
-            raise InvalidInput(f"an image is never fetched from a URL, got {image[:100]!r}: give a path or its bytes")
+            raise InvalidInput(f"an image is never fetched from a URL, got {image[:100]!r}: pass a path or the bytes")
         return _read_path(Path(image))
     if hasattr(image, "save") and hasattr(image, "mode"):
         return _pillow_png(image)
@@ -75,8 +75,8 @@ def _bytes_of(image: Any) -> bytes:
         return _array_png(image)
     if hasattr(image, "read"):
         return _read_file(image)
-    known = "a path, bytes, a binary file, a Pillow image or a uint8 array [H, W, 3]"
-    raise InvalidInput(f"an image is {known}, not {type(image).__name__}")
+    kinds = "a path, bytes, a binary file, a Pillow image or a uint8 array [H, W, 3]"
+    raise InvalidInput(f"an image is {kinds}, not {type(image).__name__}")
 
 
 def _read_path(path: Path) -> bytes:
@@ -89,14 +89,14 @@ def _read_path(path: Path) -> bytes:
 def _read_file(file: Any) -> bytes:
     data = file.read()
     if not isinstance(data, bytes):
-        raise InvalidInput(f"the image file must be opened in binary mode: read() gave {type(data).__name__}")
+        raise InvalidInput(f"the image file must be opened in binary mode: read() returned {type(data).__name__}")
     return data
 
 
 def _pillow_png(image: Any) -> bytes:
-    from PIL import ImageOps  # whoever hands over a Pillow image has Pillow
+    from PIL import ImageOps  # installed, or there would be no Pillow image
 
-    upright = ImageOps.exif_transpose(image)  # PNG readers may not look at EXIF; a JPEG file's would be applied
+    upright = ImageOps.exif_transpose(image)  # PNG readers may ignore EXIF; in a JPEG file the server would apply it
     if upright.mode not in _PNG_MODES:
         upright = upright.convert("RGB")
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Progress at the terminal, always on stderr: a bar where somebody looks, plain lines where nobody does."""
+"""Progress of uploads and jobs on stderr: a bar at a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .client import JobHandle
 
 @contextmanager
 def upload_bar(name: str) -> Iterator[_archive.Progress]:
-    """A bar for the bytes of an upload; a retry starts it again."""
+    """Show a bar of the bytes sent; a retry starts it again."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True)) as bar:
         task = bar.add_task(f"packing {plain(name)}", total=None)
 
         def progress(sent: int, total: int | None) -> None:
-            doing = "storing" if sent == total else "sending"  # the server looks at every image before it answers
-            bar.update(task, completed=sent, total=total, description=f"{doing} {plain(name)}")
+            step = "storing" if sent == total else "sending"  # the server decodes every image before it answers
+            bar.update(task, completed=sent, total=total, description=f"{step} {plain(name)}")
 
         yield progress
 
 
 def watch(handle: JobHandle) -> wire.Job:
-    """Follow a job to its end. Raises JobFailed."""
+    """Show a job's progress until it has succeeded. Raises JobFailed."""
     if handle.job.finished:
         return handle.wait()
     if console(stderr=True).is_terminal:
@@ -39,26 +39,26 @@ def watch(handle: JobHandle) -> wire.Job:
 
 
 def _watch_bar(handle: JobHandle) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
     with Progress(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task(f"{handle.job.task}: {handle.state}", total=None, told="")
+        task = bar.add_task(f"{handle.job.task}: {handle.state}", total=None, status="")
         for event in handle.events():
-            told = _progress_of(event)
+            progress = _progress_of(event)
             if (trial := _trial_of(event)) is not None:
-                bar.update(task, completed=trial[0], total=trial[1], told=plain(_tried(event)))
-            elif told is None:
+                bar.update(task, completed=trial[0], total=trial[1], status=plain(_trial_text(event)))
+            elif progress is None:
                 bar.update(task, description=f"{plain(handle.job.task)}: {plain(event.type)}")
             else:
-                bar.update(task, completed=told.epoch, total=told.epochs, told=_told(told))
+                bar.update(task, completed=progress.epoch, total=progress.epochs, status=_progress_text(progress))
 
 
 def _watch_lines(handle: JobHandle) -> None:
     for event in handle.events():
-        told = _progress_of(event)
+        progress = _progress_of(event)
         if _trial_of(event) is not None:
-            say(f"{handle.job.task}: {_tried(event)}")
+            say(f"{handle.job.task}: {_trial_text(event)}")
         else:
-            say(f"{handle.job.task}: {event.type if told is None else _told(told)}")
+            say(f"{handle.job.task}: {event.type if progress is None else _progress_text(progress)}")
 
 
 def _progress_of(event: wire.JobEvent) -> wire.JobProgress | None:
@@ -67,28 +67,28 @@ def _progress_of(event: wire.JobEvent) -> wire.JobProgress | None:
     try:
         return wire.JobProgress.model_validate(event.data)
     except ValidationError:
-        return None  # an epoch that a newer server describes otherwise is still an event worth a line
+        return None  # from a newer server with other fields: shown by its type
 
 
 def _trial_of(event: wire.JobEvent) -> tuple[int, int] | None:
-    """The number of a search's trial that has ended, and of how many."""
+    """Return the number of the trial that has ended, and of how many the search consists; None for other events."""
     numbers = event.data.get("trial"), event.data.get("trials")
     if event.type != "trial" or not all(isinstance(number, int) for number in numbers):
         return None
     return numbers  # type: ignore[return-value]
 
 
-def _tried(event: wire.JobEvent) -> str:
-    tried = event.data
-    what = f"trial {tried['trial']}/{tried['trials']}  {tried.get('method')}  lr {tried.get('lr')}"
-    if "kept" in tried:
-        what += f"  {tried['kept']} prompts"
-    accuracy = tried.get("val_accuracy")
+def _trial_text(event: wire.JobEvent) -> str:
+    trial = event.data
+    text = f"trial {trial['trial']}/{trial['trials']}  {trial.get('method')}  lr {trial.get('lr')}"
+    if "kept" in trial:
+        text += f"  {trial['kept']} prompts"
+    accuracy = trial.get("val_accuracy")
     outcome = f"validation accuracy {accuracy:.1%}" if isinstance(accuracy, float) else "diverged"
-    return f"{what}  {outcome}"
+    return f"{text}  {outcome}"
 
 
-def _told(progress: wire.JobProgress) -> str:
+def _progress_text(progress: wire.JobProgress) -> str:
     parts = [f"epoch {progress.epoch}/{progress.epochs}"]
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.4f}")

@@ -1,7 +1,7 @@
-"""Pictures cut to a version's size here instead of on the server: the very pixels that the server would make, or none.
+"""Resizes and crops pictures on the client, to exactly the pixels that the server would compute.
 
-Cut is what Pillow decodes in one way only: RGB, grey and CMYK of 8 bits without transparency or animation. Whatever
-else comes travels as it is, and the server does the work. Needs Pillow, which the extra `lensrack[resize]` brings.
+Only pictures that Pillow decodes unambiguously are resized: RGB, grey and CMYK of 8 bits without transparency or
+animation. Others are sent as they are, and the server resizes them. Needs Pillow, from the extra `lensrack[resize]`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ NPY = "application/x-npy"
 
 _MODES = frozenset({"RGB", "L", "CMYK"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-_MAX_WHOLE = 2**24  # pixels of a resized picture; the server cuts larger ones in another way
+_MAX_WHOLE = 2**24  # pixels of a resized picture; the server handles larger ones differently
 
 
 def encode(image: ImageInput, geometry: Geometry) -> tuple[bytes, str]:
-    """What travels for an image, and its content type: its pixels, or the image itself."""
+    """Return the body for an image and its content type: resized pixels as .npy, or the image itself."""
     if not _is_file(image):
-        pixels = _cut(_held(image), geometry)
+        pixels = _resize(_from_memory(image), geometry)
         return _images.encode(image) if pixels is None else (pixels, NPY)
     data, kind = _images.encode(image)
-    pixels = _cut(_opened(data), geometry)
+    pixels = _resize(_from_file(data), geometry)
     return (data, kind) if pixels is None else (pixels, NPY)
 
 
@@ -36,8 +36,8 @@ def _is_file(image: Any) -> bool:
     return not (hasattr(image, "shape") or (hasattr(image, "save") and hasattr(image, "mode")))
 
 
-def _held(image: Any) -> Any:
-    """A Pillow image or an array, upright and of a mode that can be cut; None otherwise."""
+def _from_memory(image: Any) -> Any:
+    """Return a Pillow image or an array as an upright Pillow image, or None for an unsupported array."""
     from PIL import Image, ImageOps
 
     if hasattr(image, "shape"):
@@ -49,8 +49,8 @@ def _held(image: Any) -> Any:
     return ImageOps.exif_transpose(image)
 
 
-def _opened(data: bytes) -> Any:
-    """The picture of a file, upright; None where it cannot be read, or in more than one way."""
+def _from_file(data: bytes) -> Any:
+    """Return the picture of a file, upright; None if it cannot be read, or not unambiguously."""
     from PIL import Image
 
     try:
@@ -60,7 +60,7 @@ def _opened(data: bytes) -> Any:
                 return None
             turn = _turns().get(_orientation(opened.info.get("exif", b"")))
             return opened.copy() if turn is None else opened.transpose(turn)
-    except Exception:  # whatever is wrong with the file, the server says it better
+    except Exception:  # the server reports what is wrong with the file
         return None
 
 
@@ -72,7 +72,7 @@ def _turns() -> dict[int, Any]:
 
 
 def _orientation(exif: bytes) -> int:
-    """EXIF's orientation (tag 0x0112), 1 where there is none: as the server reads it, not as Pillow guesses it."""
+    """Return EXIF's orientation (tag 0x0112), or 1: as the server reads it, not as Pillow guesses it."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
@@ -89,14 +89,14 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-def _cut(image: Any, geometry: Geometry) -> bytes | None:
-    """An .npy file of uint8 [S, S, 3]; None for what is left to the server."""
+def _resize(image: Any, geometry: Geometry) -> bytes | None:
+    """Return an .npy file of uint8 [S, S, 3], or None for a picture that the server must resize."""
     from PIL.Image import Resampling
 
     method = getattr(Resampling, geometry.interpolation.upper(), None)
     if image is None or image.mode not in _MODES or "transparency" in image.info or method is None:
         return None
-    size = _resized(image.size, geometry)
+    size = _resized_size(image.size, geometry)
     if size is None or size[0] * size[1] > _MAX_WHOLE or min(size) < 1:
         return None
     resized = _pad(image.convert("RGB").resize(size, method), geometry)
@@ -104,8 +104,8 @@ def _cut(image: Any, geometry: Geometry) -> bytes | None:
     return _npy(resized.crop((left, top, left + geometry.size, top + geometry.size)).tobytes(), geometry.size)
 
 
-def _resized(size: tuple[int, int], geometry: Geometry) -> tuple[int, int] | None:
-    """Width and height before the crop, in the words of timm's evaluation transform."""
+def _resized_size(size: tuple[int, int], geometry: Geometry) -> tuple[int, int] | None:
+    """Return width and height before the crop, as timm's evaluation transform does; None for an unknown crop mode."""
     (width, height), side = size, math.floor(geometry.size / geometry.crop_pct)
     if geometry.crop_mode == "squash":
         return side, side
@@ -118,7 +118,7 @@ def _resized(size: tuple[int, int], geometry: Geometry) -> tuple[int, int] | Non
 
 
 def _pad(image: Any, geometry: Geometry) -> Any:
-    """At least the size of the crop; an odd pixel goes to the right and the bottom."""
+    """Pad to at least the size of the crop; an odd pixel goes to the right or the bottom."""
     from PIL import Image
 
     (width, height), size = image.size, geometry.size
@@ -130,7 +130,7 @@ def _pad(image: Any, geometry: Geometry) -> Any:
 
 
 def _npy(pixels: bytes, size: int) -> bytes:
-    """NumPy's file format, version 1: the header ends with a line break at a multiple of 64 bytes."""
+    """Return a file in NumPy's format, version 1: the header ends with a newline at a multiple of 64 bytes."""
     fields = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({size}, {size}, 3), }}".encode()
     header = fields + b" " * (-(len(fields) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + pixels

@@ -1,4 +1,4 @@
-"""When a call is sent again, and after how long. Pure: the clock and the dice are passed in."""
+"""Whether a call is retried, and after how long. Pure: the clock and the random source are parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_RETRY_AFTER_S = 60.0
 
 
 def parse_retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or an HTTP date (RFC 9110, section 10.2.3)."""
+    """Return the seconds in a Retry-After header: a number or an HTTP date (RFC 9110, section 10.2.3)."""
     if value is None:
         return None
     try:
@@ -38,7 +38,7 @@ def _until(date: str, now: datetime) -> float | None:
 
 @dataclass
 class Attempts:
-    """The attempts of one call: how many are left, and how much time.
+    """The attempts of one call: how many and how much time are left.
 
     `timeout_s` is the time for all attempts and the pauses between them; None sets no limit.
     """
@@ -53,12 +53,13 @@ class Attempts:
         self.retries = 0
 
     def left_s(self) -> float | None:
+        """Return the seconds left, or None without a limit."""
         if self.timeout_s is None:
             return None
         return self.timeout_s - (self.clock() - self._started)
 
     def next_pause_s(self, retry_after_s: float | None = None) -> float | None:
-        """Seconds until the next attempt, which is counted; None when there is none left, or no time for it."""
+        """Count another attempt and return the seconds before it; None if no attempt or no time is left."""
         if self.retries >= self.max_retries:
             return None
         pause_s = self._pause_s(retry_after_s)
@@ -69,8 +70,8 @@ class Attempts:
         return pause_s
 
     def _pause_s(self, retry_after_s: float | None) -> float:
-        """What the server asked for, and a little more so that all who were told the same do not come at once."""
-        grown = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**self.retries)
+        """Return the server's Retry-After plus jitter, so that clients do not all retry at once; else a backoff."""
+        backoff = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**self.retries)
         if retry_after_s is None:
-            return grown * (0.5 + self.dice() / 2)
+            return backoff * (0.5 + self.dice() / 2)
         return min(retry_after_s, LONGEST_RETRY_AFTER_S) + FIRST_PAUSE_S * self.dice()

@@ -1,4 +1,4 @@
-"""What the synchronous client waits with. `_async_runtime` has the same names for the asynchronous one."""
+"""How the synchronous client sleeps, runs blocking work and maps. `_async_runtime` has the same names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ sleep = time.sleep
 
 
 def run(work: Callable[[], T]) -> T:
-    """Call `work` here: a synchronous client may block its caller's thread."""
+    """Call `work` in the caller's thread, which a synchronous client may block."""
     return work()
 
 

@@ -1,6 +1,6 @@
-"""What the command line prints: answers to stdout, everything about them to stderr.
+"""What the command line prints: results to stdout, messages and errors to stderr.
 
-What comes from the server is shown with its control characters made visible, so that no label can play with a terminal.
+Control characters in text from the server are replaced, so that no label can send commands to the terminal.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from .errors import (
     UnavailableError,
 )
 
-COPIES_SHOWN = 5  # of the pictures that a warning is about; --json tells all that the server lists
-PIPED_WIDTH = 400  # nobody looks at a pipe: no column needs to be cut
+COPIES_SHOWN = 5  # of the pictures that a warning is about; --json prints all that the server lists
+PIPED_WIDTH = 400  # columns are not truncated in a pipe
 
 _NEXT = {
-    "task_not_found": "`lensrack tasks list` shows the tasks there are",
-    "version_not_found": "`lensrack versions TASK` shows the versions there are",
-    "alias_not_found": "`lensrack tasks show TASK` shows the aliases there are",
-    "dataset_not_found": "`lensrack datasets list` shows the datasets there are",
-    "job_not_found": "`lensrack jobs list` shows the jobs there are",
+    "task_not_found": "`lensrack tasks list` shows all tasks",
+    "version_not_found": "`lensrack versions TASK` shows the task's versions",
+    "alias_not_found": "`lensrack tasks show TASK` shows the task's aliases",
+    "dataset_not_found": "`lensrack datasets list` shows all datasets",
+    "job_not_found": "`lensrack jobs list` shows all jobs",
     "version_in_use": "point its aliases elsewhere first: `lensrack alias TASK ALIAS VERSION`",
     "wrong_backbone": "use a server that runs the bundle's backbone, or train the task on this one",
-    "unknown_label": "check the label, or give --new-label",
-    "no_feedback": "`lensrack feedback TASK IMAGE --label LABEL` says what an image shows",
-    "no_parent_dataset": "name one of `lensrack datasets list` with --parent",
-    "upload_not_found": "begin again without --resume",
-    "job_finished": "there is nothing left to cancel",
+    "unknown_label": "check the label, or add --new-label",
+    "no_feedback": "`lensrack feedback TASK IMAGE --label LABEL` stores an image's correct label",
+    "no_parent_dataset": "choose one of `lensrack datasets list` with --parent",
+    "upload_not_found": "start again without --resume",
+    "job_finished": "the job has already ended",
     "unsupported_media_type": "send JPEG, PNG, WebP or BMP images; zip, tar, tar.gz, tar.zst, parquet or npz datasets",
     "unsupported_image": "send JPEG, PNG, WebP or BMP",
     "bad_image": "check that the file opens in an image viewer",
-    "not_ready": "`lensrack health` says what the server is waiting for",
+    "not_ready": "`lensrack health` shows what the server is waiting for",
 }
 
 
 def plain(text: object) -> str:
+    """Return a text with replacement characters for unprintable ones."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
 
 
@@ -63,7 +64,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """A line about the answer, for the person at the terminal."""
+    """Print a message to stderr."""
     print(plain(text), file=sys.stderr)
 
 
@@ -78,7 +79,7 @@ def _dumped(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
-    """Rows under a heading; where there are none, a word about that to stderr."""
+    """Print rows under a heading, or the message `empty` to stderr if there are none."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*("-" if cell is None else plain(cell) for cell in row))
@@ -96,23 +97,23 @@ def print_fields(fields: dict[str, object]) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Without the blanks that fill the last column up: nobody wants them in a pipe."""
+    """Print a table without trailing blanks."""
     stdout = console()
-    with stdout.capture() as drawn:
+    with stdout.capture() as capture:
         stdout.print(table)
-    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def exit_code(error: LensrackError | OSError) -> int:
-    """1: it failed. 2: the command is wrong, nothing was sent. 3: no answer now, try again later."""
+    """Return 1 for a failure, 2 for an invalid command, which sent nothing, 3 for an error that may pass later."""
     if isinstance(error, InvalidInput):
         return 2
-    later = (ConnectError, RequestTimeout, RateLimitedError, UnavailableError, DeadlineError)
-    return 3 if isinstance(error, later) else 1
+    temporary = (ConnectError, RequestTimeout, RateLimitedError, UnavailableError, DeadlineError)
+    return 3 if isinstance(error, temporary) else 1
 
 
 def print_error(error: LensrackError | OSError, about: str = "") -> None:
-    """One line: what happened, to what, and what to do next."""
+    """Print one line: what failed, for what, and what to do next."""
     advice = _advice(error)
     text = _described(error) if isinstance(error, ApiError) else str(error)
     say(f"error: {f'{about}: ' if about else ''}{text}{f' - {advice}' if advice else ''}")
@@ -138,7 +139,7 @@ def _next_step(error: ApiError) -> str:
     if error.retry_after_s is not None:
         return f"try again in {error.retry_after_s:g} s"
     if isinstance(error, ServerError):
-        return f"the server's log tells more under request id {error.request_id or 'unknown'}"
+        return f"see the server's log for request id {error.request_id or 'unknown'}"
     return ""
 
 
@@ -167,7 +168,7 @@ def show_tasks(tasks: Sequence[wire.Task]) -> None:
     rows = [
         (task.task, task.live and task.live[:12], task.versions, "yes" if task.resident else "no") for task in tasks
     ]
-    print_table(("task", "live", "versions", "resident"), rows, "no tasks yet: `lensrack train` makes one")
+    print_table(("task", "live", "versions", "resident"), rows, "no tasks yet: `lensrack train` creates one")
 
 
 def show_task(task: wire.Task) -> None:
@@ -177,8 +178,8 @@ def show_task(task: wire.Task) -> None:
 
 def show_versions(versions: Sequence[wire.VersionInfo]) -> None:
     rows = [
-        (one.version[:12], one.method, len(one.labels), size(one.bytes), when(one.created_at), _metrics(one.metrics))
-        for one in versions
+        (v.version[:12], v.method, len(v.labels), size(v.bytes), when(v.created_at), _metrics(v.metrics))
+        for v in versions
     ]
     print_table(("version", "method", "labels", "size", "made", "metrics"), rows, "no versions")
 
@@ -188,7 +189,7 @@ def show_alias(task: str, alias: wire.Alias) -> None:
 
 
 def show_datasets(datasets: Sequence[wire.Dataset]) -> None:
-    rows = [(one.id, one.name, len(one.labels), one.images, size(one.bytes), when(one.created_at)) for one in datasets]
+    rows = [(d.id, d.name, len(d.labels), d.images, size(d.bytes), when(d.created_at)) for d in datasets]
     columns = ("dataset", "name", "labels", "images", "size", "made")
     print_table(columns, rows, "no datasets yet: `lensrack datasets upload FOLDER` stores one")
 
@@ -202,12 +203,12 @@ def show_dataset(dataset: wire.Dataset) -> None:
         "images": dataset.images,
         "size": size(dataset.bytes),
     }
-    print_fields({**head, **counts, **_made_of(dataset.report), "skipped": len(dataset.skipped)})
+    print_fields({**head, **counts, **_report_fields(dataset.report), "skipped": len(dataset.skipped)})
     _say_warnings(dataset.report)
 
 
 def say_uploaded(dataset: wire.Dataset) -> None:
-    """What became of an upload: the classes and their counts, and every file that was left out."""
+    """Print a stored dataset: its classes and their counts, and every skipped file."""
     say(f"{dataset.images} images in {len(dataset.labels)} classes")
     for split, labels in dataset.splits.items():
         say(f"  {split}: " + ", ".join(f"{label} {count}" for label, count in labels.items()))
@@ -215,59 +216,67 @@ def say_uploaded(dataset: wire.Dataset) -> None:
         say(f"{len(dataset.skipped)} files skipped:")
     for file in dataset.skipped:
         say(f"  {file.name}: {file.reason}")
-    for name, value in _made_of(dataset.report).items():
+    for name, value in _report_fields(dataset.report).items():
         say(f"{name}: {value}")
     _say_warnings(dataset.report)
 
 
-def _made_of(report: wire.DatasetReport | None) -> dict[str, object]:
-    """Sizes as smallest / median / largest."""
+def _report_fields(report: wire.DatasetReport | None) -> dict[str, object]:
+    """Return the fields of a report; sizes as smallest / median / largest."""
     if report is None:
         return {}
-    sides = {f"{name} (px)": _spread(f"{n:g}" for n in _three(spread)) for name, spread in _sides(report)}
-    return {**sides, "file size": _spread(map(size, _three(report.bytes))), **_kinds(report), **_repeats(report)}
+    sides = {f"{name} (px)": _range_text(f"{n:g}" for n in _min_median_max(spread)) for name, spread in _sides(report)}
+    return {
+        **sides,
+        "file size": _range_text(map(size, _min_median_max(report.bytes))),
+        **_mode_counts(report),
+        **_duplicate_counts(report),
+    }
 
 
 def _sides(report: wire.DatasetReport) -> tuple[tuple[str, wire.Spread], ...]:
     return ("width", report.width), ("height", report.height)
 
 
-def _three(spread: wire.Spread) -> tuple[float, float, float]:
+def _min_median_max(spread: wire.Spread) -> tuple[float, float, float]:
     return spread.min, spread.median, spread.max
 
 
-def _spread(three: Iterable[str]) -> str:
-    return " / ".join(three)
+def _range_text(values: Iterable[str]) -> str:
+    return " / ".join(values)
 
 
-def _kinds(report: wire.DatasetReport) -> dict[str, object]:
+def _mode_counts(report: wire.DatasetReport) -> dict[str, object]:
     counts = {"modes": report.modes, "formats": report.formats}
     return {name: ", ".join(f"{kind} {n}" for kind, n in kinds.items()) for name, kinds in counts.items() if kinds}
 
 
-def _repeats(report: wire.DatasetReport) -> dict[str, object]:
-    found = report.duplicates
-    counts = {f"repeated in {split}": count for split, count in found.repeated.items()}
-    counts |= {"in several splits": found.leaked, "under several labels": found.contradictory}
+def _duplicate_counts(report: wire.DatasetReport) -> dict[str, object]:
+    duplicates = report.duplicates
+    counts = {f"repeated in {split}": count for split, count in duplicates.repeated.items()}
+    counts |= {"in several splits": duplicates.leaked, "under several labels": duplicates.contradictory}
     return {name: count for name, count in counts.items() if count}
 
 
 def _say_warnings(report: wire.DatasetReport | None) -> None:
-    """Each with its code, then the pictures that leak or contradict themselves, as far as the server lists them."""
+    """Print each warning with its code, then the listed pictures in several splits or under several labels."""
     if report is None:
         return
     for warning in report.warnings:
         say(f"warning: {warning.text} ({warning.code})")
-    found = report.duplicates
-    for what, listed in (("in several splits", found.leaks), ("under several labels", found.contradictions)):
-        for copies in listed[:COPIES_SHOWN]:
-            say(f"  {what}: " + " | ".join(copies.names))
+    duplicates = report.duplicates
+    for problem, pictures in (
+        ("in several splits", duplicates.leaks),
+        ("under several labels", duplicates.contradictions),
+    ):
+        for copies in pictures[:COPIES_SHOWN]:
+            say(f"  {problem}: " + " | ".join(copies.names))
 
 
 def show_feedback(page: wire.FeedbackPage) -> None:
     print_table(("label", "images"), page.labels.items(), f"no feedback yet: `lensrack feedback {page.task} IMAGE`")
     if page.items:
-        say(f"the last {len(page.items)} of {page.images}:")
+        say(f"the newest {len(page.items)} of {page.images}:")
     for item in page.items:
         say(f"  {item.sha256}  {item.label}  {when(item.at)}")
 
@@ -281,9 +290,9 @@ def show_job(job: wire.Job) -> None:
     error = f"{job.error.code}: {job.error.detail}" if job.error else None
     times = {"made": when(job.created_at), "started": when(job.started_at), "finished": when(job.finished_at)}
     head = {"job": job.id, "task": job.task, "dataset": job.dataset, "method": job.method, "state": job.state}
-    wish = {"publish": job.publish, "priority": job.priority}
-    done = {"epoch": _epochs(job.progress), "version": job.version, "metrics": _metrics(job.metrics), "error": error}
-    print_fields({**head, **wish, **done, **times})
+    options = {"publish": job.publish, "priority": job.priority}
+    outcome = {"epoch": _epochs(job.progress), "version": job.version, "metrics": _metrics(job.metrics), "error": error}
+    print_fields({**head, **options, **outcome, **times})
 
 
 def _epochs(progress: wire.JobProgress) -> str:
@@ -291,5 +300,5 @@ def _epochs(progress: wire.JobProgress) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    shown = [(name, value) for name, value in metrics.items() if isinstance(value, int | float | str)]
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)
+    plain_values = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+    return ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in plain_values.items())

@@ -1,9 +1,9 @@
-"""A dataset on its way to the server: where it stands, what to send next, how long to bear with a bad line. Pure.
+"""The upload of a dataset: its offset, the next request, and how long to retry a failing connection. Pure.
 
-small, or a pipe    POST /datasets, in one go
+small, or a pipe    POST /datasets, in one request
 larger              POST /uploads ─► PATCH, PATCH, … ─► POST /datasets?upload=ID      (tus 1.0)
-                                      ▲       │ the line breaks
-                                      └─ HEAD ┘ where does it stand?
+                                      ▲       │ the connection breaks
+                                      └─ HEAD ┘ asks for the offset
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any, TypeAlias
 
 from . import wire
 from ._archive import Archive, FileBody, Progress
-from ._calls import UPLOAD_WAIT_S, segment, upload_dataset
 from ._core import Call, Reply, read_as
+from ._endpoints import UPLOAD_WAIT_S, segment, upload_dataset
 from ._retry import RETRIED_STATUSES
 from .errors import ApiError, ConnectError, InvalidInput, LensrackError, ProtocolError, RequestTimeout
 
-PIECE_BYTES = 16 * 2**20  # what is larger goes in pieces of this size: proxies on the way may hold a body back whole
-OUTAGE_S = 120.0  # of failures without a byte that got through; then a line is given up
-STORING_S = 7200.0  # the server may look at a million pictures before it answers
+PIECE_BYTES = 16 * 2**20  # larger archives are sent in pieces of this size: proxies may buffer a whole body
+OUTAGE_S = 120.0  # of failures without any progress, after which the upload fails
+STORING_S = 7200.0  # the server may decode a million pictures before it answers
 PAUSE_S = 1.0
 
 OnUpload: TypeAlias = Callable[[str], None]
-"""Called with the id of a resumable upload as soon as there is one."""
+"""Called with the id of a resumable upload as soon as it exists."""
 
 _TUS = {"Tus-Resumable": "1.0.0"}
-_FORGIVEN = frozenset({"upload_busy", "upload_offset_conflict"})  # an earlier piece got further than its answer
+_RETRIED_CODES = frozenset({"upload_busy", "upload_offset_conflict"})  # a piece arrived, its response did not
 
 
-class Uploading:
-    """One archive from its first byte to its dataset; `resume` goes on with an upload that was begun before."""
+class DatasetUpload:
+    """The upload of one archive until it is a dataset; `resume` is the id of an earlier upload to continue."""
 
     def __init__(
         self,
@@ -47,46 +47,46 @@ class Uploading:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if resume is not None and archive.size is None:
-            raise InvalidInput("resume: expected a file or a folder, for a pipe cannot start in its middle")
+            raise InvalidInput("resume: expected a file or a folder, because a pipe cannot start in its middle")
         self._archive, self._parent = archive, parent
         self._name = archive.name if name is None and parent is None else name
         self._progress, self._on_upload, self._clock = progress, on_upload, clock
         self._in_pieces = resume is not None or (archive.size or 0) > PIECE_BYTES
         self._id, self._offset = resume, (None if resume else 0)
         self._furthest = -1
-        self._failing_since: float | None = None  # the first failure after the last byte that got through
+        self._failing_since: float | None = None  # time of the first failure since the last progress
         self.dataset: wire.Dataset | None = None
 
     def call(self) -> Call[Any]:
-        """The next request."""
+        """Return the next request."""
         if not self._in_pieces:
             return upload_dataset(self._archive, name=self._name, parent=self._parent, progress=self._progress)
         if self._id is None:
             return begin(self._size, self._archive.fingerprint)
         if self._offset is None:
-            return where(self._id)
+            return ask_offset(self._id)
         if self._offset < self._size:
             return piece(self._id, self._offset, *self._body(self._offset))
         return store(self._id, self._archive, name=self._name, parent=self._parent)
 
-    def take(self, told: wire.Dataset | wire.Upload | Reply | int) -> None:
-        """What the last request came to. Raises InvalidInput where `resume` is another file's upload."""
-        if isinstance(told, wire.Dataset):
-            self.dataset = told
-        elif isinstance(told, wire.Upload):
-            self._id = told.id
-            self._stand_at(told.offset)
+    def take(self, result: wire.Dataset | wire.Upload | Reply | int) -> None:
+        """Process the last request's result. Raises InvalidInput if `resume` is the upload of another file."""
+        if isinstance(result, wire.Dataset):
+            self.dataset = result
+        elif isinstance(result, wire.Upload):
+            self._id = result.id
+            self._set_offset(result.offset)
             if self._on_upload:
-                self._on_upload(told.id)
-        elif isinstance(told, Reply):
-            self._check_same(told)
-            self._stand_at(_offset_of(told))
+                self._on_upload(result.id)
+        elif isinstance(result, Reply):
+            self._check_same(result)
+            self._set_offset(_offset_of(result))
         else:
-            self._stand_at(told)
+            self._set_offset(result)
 
     def lost(self, error: LensrackError) -> float:
-        """The pause before the next request after one that failed. Raises the error where nothing more can be done."""
-        if not self._in_pieces or self._id is None or not _is_of_the_line(error):
+        """Return the seconds before the next request after a failed one. Raises `error` if a retry cannot help."""
+        if not self._in_pieces or self._id is None or not _is_transient(error):
             raise error
         if self._failing_since is None:
             self._failing_since = self._clock()
@@ -101,20 +101,20 @@ class Uploading:
     def _size(self) -> int:
         return self._archive.size or 0
 
-    def _stand_at(self, offset: int) -> None:
+    def _set_offset(self, offset: int) -> None:
         if not 0 <= offset <= self._size:
-            raise ProtocolError(f"the upload stands at {offset}: expected 0 to {self._size}")
+            raise ProtocolError(f"the upload's offset: expected 0 to {self._size}, got {offset}")
         self._offset = offset
         if offset > self._furthest:
             self._furthest, self._failing_since = offset, None
         if self._progress:
             self._progress(offset, self._size)
 
-    def _check_same(self, told: Reply) -> None:
-        length, metadata = told.headers.get("upload-length"), told.headers.get("upload-metadata", "")
+    def _check_same(self, reply: Reply) -> None:
+        length, metadata = reply.headers.get("upload-length"), reply.headers.get("upload-metadata", "")
         if length != str(self._size) or metadata != metadata_of(self._archive.fingerprint):
             raise InvalidInput(
-                f"upload {self._id} is of another file: expected {length} bytes and the same beginning and end, "
+                f"upload {self._id} is of another file: expected {length} bytes with the same start and end, "
                 f"got {self._size} bytes"
             )
 
@@ -128,10 +128,10 @@ class Uploading:
         return FileBody(self._archive.file, size=count, start=start, progress=report), count
 
 
-def _is_of_the_line(error: LensrackError) -> bool:
-    """Not of the request: it may go well the next time."""
+def _is_transient(error: LensrackError) -> bool:
+    """Whether the same request may succeed later."""
     if isinstance(error, ApiError):
-        return error.status in RETRIED_STATUSES or error.status == 408 or error.code in _FORGIVEN
+        return error.status in RETRIED_STATUSES or error.status == 408 or error.code in _RETRIED_CODES
     return isinstance(error, ConnectError | RequestTimeout)
 
 
@@ -143,12 +143,12 @@ def begin(length: int, fingerprint: bytes) -> Call[wire.Upload]:
     return Call("POST", "/uploads", read_as(wire.Upload), headers=headers)
 
 
-def where(upload: str) -> Call[Reply]:
+def ask_offset(upload: str) -> Call[Reply]:
     return Call("HEAD", _upload(upload), lambda reply: reply, headers=_TUS)
 
 
 def piece(upload: str, offset: int, body: FileBody, count: int) -> Call[int]:
-    """Sent once: after a failure the server has to be asked first how much of it came."""
+    """Sent once: after a failure the client must first ask the server for its offset."""
     headers = {**_TUS, "Content-Type": "application/offset+octet-stream", "Content-Length": str(count)}
     headers["Upload-Offset"] = str(offset)
     payload = {"stream": body}
@@ -157,8 +157,8 @@ def piece(upload: str, offset: int, body: FileBody, count: int) -> Call[int]:
 
 
 def store(upload: str, archive: Archive, *, name: str | None, parent: str | None) -> Call[wire.Dataset]:
-    given = {"upload": upload, "name": name, "parent": parent}
-    params = [(key, value) for key, value in given.items() if value is not None]
+    query = {"upload": upload, "name": name, "parent": parent}
+    params = [(key, value) for key, value in query.items() if value is not None]
 
     def read(reply: Reply) -> wire.Dataset:
         return archive.complete(read_as(wire.Dataset)(reply))

@@ -1,4 +1,4 @@
-"""What a prediction gives back, in a form that is pleasant to use."""
+"""The results of predictions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ T = TypeVar("T")
 class Answer:
     """One image's best labels, best first, and the version of the task's bundle that gave them.
 
-    `versions` are all that did, in the order in which they were asked for; several are an ensemble, and `version` then
-    names them all, joined by `+`.
+    An ensemble has several `versions`, in the order of the request; `version` is then all of them, joined by `+`.
     """
 
     task: str
@@ -45,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ManyAnswers:
-    """One image's answers by task; a task that failed has its error instead, and raises it when it is asked for."""
+    """One image's answers by task; `many[task]` returns an Answer or raises the task's error."""
 
     answers: dict[str, Answer]
     errors: dict[str, ApiError] = field(default_factory=dict)
@@ -58,9 +57,9 @@ class ManyAnswers:
 
 @dataclass(frozen=True)
 class RawResponse(Generic[T]):
-    """What a method gave back, `value`, and the HTTP answers that it was made of, in order.
+    """The `value` that a method returned, with its HTTP responses, in order.
 
-    `status`, `headers`, `content`, `request_id` and `timings_s` are the last one's.
+    `status`, `headers`, `content`, `request_id` and `timings_s` are those of the last response.
     """
 
     value: T

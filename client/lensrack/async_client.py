@@ -1,7 +1,7 @@
-"""The client for asyncio and trio. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`.
+"""The client for asyncio and trio. It only sends and waits; the rest is in `_core`, `_endpoints` and `_events`.
 
-`client.py` is generated from this file by client/generate_sync.py (`make sync-client`); what the two do differently is
-in `_async_runtime` and `_sync_runtime`.
+`client.py` is generated from this file by client/generate_sync.py (`make sync-client`). The two differ in their
+runtimes, `_async_runtime` and `_sync_runtime`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import IO, Any, Literal, TypeVar, cast, overload
 
 import httpx
 
-from . import _async_runtime, _calls, _steps, wire
+from . import _async_runtime, _client_resize, _endpoints, wire
 from ._archive import Progress, Source, open_archive
-from ._calls import Images
+from ._client_resize import Geometries, Steps
 from ._core import DIRECT, Call, Config, Exchange, Reply
+from ._endpoints import Images
 from ._events import LOST, EventCursor
 from ._images import ImageInput
-from ._steps import Geometries, Steps
-from ._uploads import OnUpload, Uploading
+from ._uploads import DatasetUpload, OnUpload
 from .answers import Answer, ManyAnswers, RawResponse
 from .errors import InvalidInput, JobFailed, LensrackError
 
@@ -34,9 +34,9 @@ class AsyncClient:
     """A connection to a lensrack server; safe to share between the tasks of one event loop.
 
     `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
-    in seconds and covers a call with all its retries; file transfers may take longer, but not stay silent for longer.
+    in seconds and covers a call with all its retries; for file transfers it only limits the time without a byte.
     It defaults to LENSRACK_TIMEOUT, else 60, `max_retries` to LENSRACK_RETRIES, else 2. With `client_resize`, pictures
-    are cut to the size of the task's model before they are sent: the same pixels, and less to send and to decode.
+    are resized and cropped for the task's model before they are sent: the same pixels, with less to send and to decode.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class AsyncClient:
         client_resize: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        known = Config.of(base_url, api_key, timeout, max_retries)
-        self._config = known.changed(client_resize=client_resize)
+        config = Config.of(base_url, api_key, timeout, max_retries)
+        self._config = config.changed(client_resize=client_resize)
         self._http = httpx.AsyncClient(transport=transport, mounts=None if transport else DIRECT)
         self._geometries = Geometries()
-        self._heard: list[Reply] | None = None
-        self._furnish()
+        self._recorder: list[Reply] | None = None
+        self._make_groups()
 
-    def _furnish(self) -> None:
+    def _make_groups(self) -> None:
         self.tasks, self.datasets, self.jobs = AsyncTasks(self), AsyncDatasets(self), AsyncJobs(self)
 
     async def close(self) -> None:
@@ -73,26 +73,26 @@ class AsyncClient:
     def with_options(
         self, *, timeout: float | None = None, max_retries: int | None = None, client_resize: bool | None = None
     ) -> AsyncClient:
-        """The same client with other habits, over the same connections: closing either closes both."""
-        return self._like(self._config.changed(timeout, max_retries, client_resize))
+        """Return a client with other options over the same connections; closing either closes both."""
+        return self._with_config(self._config.changed(timeout, max_retries, client_resize))
 
-    def _like(self, config: Config) -> AsyncClient:
+    def _with_config(self, config: Config) -> AsyncClient:
         other = copy.copy(self)
         other._config = config
-        other._furnish()
+        other._make_groups()
         return other
 
     async def raw_response(self, ask: Callable[[AsyncClient], Awaitable[T]]) -> RawResponse[T]:
-        """What `ask` makes of this client, with the HTTP answers behind it: status, headers, content, request id.
+        """Return the value of a call together with its HTTP responses: status, headers, content, request id.
 
-        `ask` is a method of this client, called on the client that it is given, such as `lambda c: c.tasks.get("x")`.
+        `ask` makes the call on the client that it is passed, such as `lambda c: c.tasks.get("x")`.
         """
-        heard = self._like(self._config)
+        recording = self._with_config(self._config)
         replies: list[Reply] = []
-        heard._heard = replies
-        value, heard._heard = await ask(heard), None
+        recording._recorder = replies
+        value, recording._recorder = await ask(recording), None
         if not replies:
-            raise InvalidInput("raw_response: expected a call that asks the server and waits for its answer")
+            raise InvalidInput("raw_response: expected a call that sends a request and waits for its response")
         return RawResponse(value, tuple(replies))
 
     @overload
@@ -102,10 +102,11 @@ class AsyncClient:
     async def predict(
         self, task: str, images: ImageInput | Images, *, top_k: int = 5, key: str | None = None
     ) -> Answer | list[Answer]:
-        """Ask a task (`task`, `task@alias` or `task@version`) about an image, or about a list of them at once.
+        """Classify an image, or a list of images in one request, by `task`, `task@alias` or `task@version`.
 
-        `task@live+candidate` asks several versions in one batch and averages their probabilities.
-        Requests with the same `key` see the same side of a canary. Raises ApiError and the other LensrackErrors.
+        Each Answer has the `top_k` best labels. `task@live+candidate` runs several versions in one batch and averages
+        their probabilities. Requests with the same `key` get the same version of a canary. Raises ApiError and the
+        other LensrackErrors.
         """
         if isinstance(images, list | tuple):
             return await self._predict(task, images, top_k=top_k, key=key)
@@ -114,8 +115,8 @@ class AsyncClient:
 
     async def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
         if not self._config.client_resize:
-            return await self._send(_calls.predict(task, images, top_k=top_k, key=key))
-        return await self._take(_steps.predict(self._geometries, task, images, top_k=top_k, key=key))
+            return await self._send(_endpoints.predict(task, images, top_k=top_k, key=key))
+        return await self._run_steps(_client_resize.predict(self._geometries, task, images, top_k=top_k, key=key))
 
     @overload
     def map(
@@ -149,12 +150,12 @@ class AsyncClient:
         in_flight: int = 8,
         errors: Literal["raise", "return"] = "raise",
     ) -> AsyncIterator[Answer] | AsyncIterator[Answer | LensrackError]:
-        """Ask a task about any number of images, one after the other taken from `images`: their answers, in that order.
+        """Classify any number of images, which are taken from `images` as needed; yields the answers in the same order.
 
-        `in_flight` requests are on their way at any time, which the server answers in one batch. With `errors="return"`
-        an image that got no answer has its LensrackError in its place, and the others go on.
+        `in_flight` requests are open at any time, so that the server can batch them. With `errors="return"` an image
+        that fails yields its LensrackError, and the others go on.
         """
-        _calls.check_map(images, in_flight, errors)
+        _endpoints.check_map(images, in_flight, errors)
         ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
         async with aclosing(_async_runtime.map_in_order(ask, images, in_flight)) as answers:
             async for answer in answers:
@@ -174,31 +175,31 @@ class AsyncClient:
     async def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
     ) -> ManyAnswers:
-        """Ask many tasks about one image, which the server decodes once."""
+        """Classify one image by many tasks; the server decodes it once."""
         if not self._config.client_resize:
-            return await self._send(_calls.predict_many(tasks, image, top_k=top_k, key=key))
-        return await self._take(_steps.predict_many(self._geometries, tasks, image, top_k=top_k, key=key))
+            return await self._send(_endpoints.predict_many(tasks, image, top_k=top_k, key=key))
+        return await self._run_steps(_client_resize.predict_many(self._geometries, tasks, image, top_k=top_k, key=key))
 
     @overload
     async def embed(self, images: Images) -> list[list[float]]: ...
     @overload
     async def embed(self, images: ImageInput) -> list[float]: ...
     async def embed(self, images: ImageInput | Images) -> list[float] | list[list[float]]:
-        """The frozen backbone's features of an image, [D], or of a list of them, [n, D]."""
+        """Return the frozen backbone's features of an image, [D], or of a list of n images, [n, D]."""
         if isinstance(images, list | tuple):
-            return await self._send(_calls.embed(images))
-        [embedding] = await self._send(_calls.embed([images]))
+            return await self._send(_endpoints.embed(images))
+        [embedding] = await self._send(_endpoints.embed([images]))
         return embedding
 
     async def feedback(
         self, task: str, images: ImageInput | Images, label: str, *, new_label: bool = False
     ) -> wire.Feedback:
-        """Say what an image, or a list of them, shows; `tasks.freeze_feedback` makes a dataset of what was said.
+        """Store the correct label of an image, or of a list of images; `tasks.freeze_feedback` makes a dataset of it.
 
-        The last word about an image counts. A label that the live version does not know needs `new_label`.
+        The latest label of an image counts. A label that the live version does not have needs `new_label`.
         """
-        given = images if isinstance(images, list | tuple) else [images]
-        return await self._send(_calls.feedback(task, given, label, new_label=new_label))
+        batch = images if isinstance(images, list | tuple) else [images]
+        return await self._send(_endpoints.feedback(task, batch, label, new_label=new_label))
 
     async def train(
         self,
@@ -211,14 +212,14 @@ class AsyncClient:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> AsyncJobHandle:
-        """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too.
+        """Queue a training job. Retries start it once; an `idempotency_key` of your own extends that to restarts.
 
-        The recipe `auto` finds the hyper-parameters on the validation images, and with the method `auto` the method,
-        too; `quick` answers with a plain head within seconds and fits in full afterwards; fields that are given hold.
-        `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live one on the
-        same validation images. Waiting jobs of higher `priority`, -100 to 100, come first.
+        The recipe `auto` searches the hyper-parameters on the validation images, and with the method `auto` the method
+        as well; `quick` publishes a plain head within seconds and then fits in full; fields that are set are not
+        searched. `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live
+        version on the same validation images. Waiting jobs of higher `priority`, -100 to 100, run first.
         """
-        call = _calls.train(
+        call = _endpoints.train(
             task,
             dataset,
             method=method,
@@ -240,19 +241,19 @@ class AsyncClient:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> AsyncJobHandle:
-        """Queue a comparison: every method, all that can be served by default, fitted with every seed.
+        """Queue a comparison, which fits every method (by default all that can be served) with every seed.
 
-        Nothing is stored or published; `task` is only what the job goes under. `recipe` fields hold for all methods.
-        When the job has succeeded, `comparison` gives its table; `lensrack.picture` prints and draws it.
+        Nothing is stored or published; `task` only names the job. The fields of `recipe` apply to all methods.
+        When the job has succeeded, `comparison` returns its table; `lensrack.picture` prints and draws it.
         """
-        call = _calls.compare(
+        call = _endpoints.compare(
             task, dataset, methods=methods, seeds=seeds, recipe=recipe, priority=priority, key=idempotency_key
         )
         return AsyncJobHandle(self, await self._send(call))
 
     async def comparison(self, job: str) -> wire.Comparison:
-        """What a comparison has found; its rows come with its end."""
-        return await self._send(_calls.comparison(job))
+        """Return the table of a comparison; it has no rows before the job has ended."""
+        return await self._send(_endpoints.comparison(job))
 
     async def condense(
         self,
@@ -267,13 +268,13 @@ class AsyncClient:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> AsyncJobHandle:
-        """Queue a job that leaves out most prompts of a version, or of what an alias points at, and refits the rest.
+        """Queue a job that removes most prompts of a version, or of an alias' version, and refits the rest.
 
-        Of the shares `keep`, the smallest that loses at most `epsilon` of the validation accuracy becomes a new
-        version; where none does, the job's `version` is the one that it began with. `epochs` is for each share tried.
-        Without a `dataset` it is the version's own.
+        Of the shares in `keep`, the smallest that loses at most `epsilon` of the validation accuracy becomes a new
+        version; if all lose more, the job's `version` is the original. `epochs` is the length of each refit. `dataset`
+        defaults to the version's own.
         """
-        call = _calls.condense(
+        call = _endpoints.condense(
             task,
             version=version,
             dataset=dataset,
@@ -287,14 +288,15 @@ class AsyncClient:
         return AsyncJobHandle(self, await self._send(call))
 
     async def health(self) -> wire.Health:
-        return await self._send(_calls.health())
+        """Return the server's version; `ready` tells whether it can answer predictions."""
+        return await self._send(_endpoints.health())
 
     async def ready(self) -> wire.Ready:
-        """Whether predictions can be answered, and by which backbone."""
-        return await self._send(_calls.ready())
+        """Return whether the server can answer predictions, and with which backbone."""
+        return await self._send(_endpoints.ready())
 
-    async def _take(self, steps: Steps[T]) -> T:
-        """All steps, one after the other."""
+    async def _run_steps(self, steps: Steps[T]) -> T:
+        """Run all steps, one after the other, and return the result of the last."""
         try:
             step = next(steps)
             while True:
@@ -317,8 +319,8 @@ class AsyncClient:
             else:
                 pause = exchange.answered(reply)
                 if pause is None:
-                    if self._heard is not None:
-                        self._heard.append(reply)
+                    if self._recorder is not None:
+                        self._recorder.append(reply)
                     return exchange.value(reply)
                 pause_s = pause
             await _async_runtime.sleep(pause_s)
@@ -333,35 +335,35 @@ class AsyncClient:
 
 
 class AsyncTasks:
-    """Tasks, their versions and aliases, and their place on the device."""
+    """Tasks, their versions, aliases and feedback, and which versions are on the device."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._send = client._send
 
     async def list(self) -> Sequence[wire.Task]:
-        return await self._send(_calls.list_tasks())
+        return await self._send(_endpoints.list_tasks())
 
     async def get(self, task: str) -> wire.Task:
-        return await self._send(_calls.get_task(task))
+        return await self._send(_endpoints.get_task(task))
 
     async def delete(self, task: str) -> None:
-        return await self._send(_calls.delete_task(task))
+        return await self._send(_endpoints.delete_task(task))
 
     async def versions(self, task: str) -> Sequence[wire.VersionInfo]:
-        """Newest first."""
-        return await self._send(_calls.list_versions(task))
+        """Return a task's versions, newest first."""
+        return await self._send(_endpoints.list_versions(task))
 
     async def version(self, task: str, version: str) -> wire.VersionInfo:
-        return await self._send(_calls.get_version(task, version))
+        return await self._send(_endpoints.get_version(task, version))
 
     async def delete_version(self, task: str, version: str) -> None:
-        return await self._send(_calls.delete_version(task, version))
+        return await self._send(_endpoints.delete_version(task, version))
 
     async def upload(
         self, task: str, bundle: str | Path | bytes | IO[bytes], *, alias: str | None = None
     ) -> wire.VersionInfo:
-        """Store a bundle; aliases stay where they are unless one is given."""
-        return await self._send(_calls.upload_version(task, _calls.bundle_bytes(bundle), alias=alias))
+        """Store a bundle as a version. No alias changes, except `alias`, which then points at it."""
+        return await self._send(_endpoints.upload_version(task, _endpoints.bundle_bytes(bundle), alias=alias))
 
     async def import_checkpoint(
         self,
@@ -374,47 +376,48 @@ class AsyncTasks:
     ) -> wire.VersionInfo:
         """Store another tool's checkpoint as a version: official VPT, SPT or CVPT, timm's heads, PEFT's LoRA.
 
-        Without `labels` classes are called 0, 1, …; `preprocess` has any of mean, std, interpolation, crop_pct,
-        crop_mode. That it was fitted on the server's backbone is your word where it does not hold one itself.
+        Without `labels` the classes are named 0, 1, …; `preprocess` has any of mean, std, interpolation, crop_pct,
+        crop_mode. The checkpoint must have been fitted on the server's backbone; the server can check that only if the
+        files contain a backbone.
         """
-        call = _calls.import_version(task, files, form=format, labels=labels, preprocess=preprocess, alias=alias)
+        call = _endpoints.import_version(task, files, form=format, labels=labels, preprocess=preprocess, alias=alias)
         return await self._send(call)
 
     async def download(self, task: str, version: str) -> bytes:
-        """A bundle's file, checked against its version."""
-        return await self._send(_calls.download_bundle(task, version))
+        """Return a bundle's file, checked against its version, which is its digest."""
+        return await self._send(_endpoints.download_bundle(task, version))
 
     async def alias(self, task: str, alias: str = "live") -> wire.Alias:
-        return await self._send(_calls.get_alias(task, alias))
+        return await self._send(_endpoints.get_alias(task, alias))
 
     async def set_alias(
         self, task: str, alias: str, version: str, *, weight: float = 1.0, if_match: str | None = None
     ) -> wire.Alias:
-        """Point an alias at a version, below weight 1 for that share of the requests only.
+        """Point an alias at a version; with a `weight` below 1, for that share of the requests only (canary).
 
-        With `if_match`, an Alias' `etag`, only if nobody else has moved it; otherwise PreconditionFailedError.
+        With `if_match`, an Alias' `etag`, raises PreconditionFailedError if the alias has changed since.
         """
-        return await self._send(_calls.set_alias(task, alias, version, weight=weight, if_match=if_match))
+        return await self._send(_endpoints.set_alias(task, alias, version, weight=weight, if_match=if_match))
 
     async def delete_alias(self, task: str, alias: str) -> None:
-        return await self._send(_calls.delete_alias(task, alias))
+        return await self._send(_endpoints.delete_alias(task, alias))
 
     async def history(self, task: str, alias: str = "live") -> Sequence[wire.AliasChange]:
-        """Where an alias has pointed, oldest first."""
-        return await self._send(_calls.alias_history(task, alias))
+        """Return the states of an alias, oldest first."""
+        return await self._send(_endpoints.alias_history(task, alias))
 
     async def rollback(self, task: str, alias: str = "live") -> wire.Alias:
-        """Point an alias where it pointed before."""
-        return await self._send(_calls.rollback(task, alias))
+        """Restore an alias' previous targets; a second rollback undoes the first."""
+        return await self._send(_endpoints.rollback(task, alias))
 
     async def feedback(
         self, task: str, *, cursor: str | None = None, limit: int = 50, label: str | None = None
     ) -> wire.FeedbackPage:
-        """How much feedback each label has, and a page of it, newest first; `next` is the following page's cursor."""
-        return await self._send(_calls.list_feedback(task, cursor=cursor, limit=limit, label=label))
+        """Return the number of images by label and a page of feedback, newest first; `next` is the next cursor."""
+        return await self._send(_endpoints.list_feedback(task, cursor=cursor, limit=limit, label=label))
 
     async def iterate_feedback(self, task: str, *, label: str | None = None) -> AsyncIterator[wire.FeedbackItem]:
-        """All that was said about a task's images, newest first, page by page."""
+        """Yield all feedback of a task, newest first; pages are requested as needed."""
         cursor: str | None = None
         while True:
             page = await self.feedback(task, cursor=cursor, limit=500, label=label)
@@ -425,21 +428,24 @@ class AsyncTasks:
             cursor = page.next
 
     async def delete_feedback(self, task: str, sha256: str) -> None:
-        """Withdraw what was said about an image."""
-        return await self._send(_calls.delete_feedback(task, sha256))
+        """Delete the feedback about an image, known by the sha256 of its bytes."""
+        return await self._send(_endpoints.delete_feedback(task, sha256))
 
     async def freeze_feedback(self, task: str, *, name: str | None = None, parent: str | None = None) -> wire.Dataset:
-        """A dataset of what the live version was fitted on, or of `parent`, and of all feedback, which corrects it."""
-        return await self._send(_calls.freeze_feedback(task, name=name, parent=parent))
+        """Make a dataset of the live version's dataset, or of `parent`, corrected and extended by all feedback."""
+        return await self._send(_endpoints.freeze_feedback(task, name=name, parent=parent))
 
     async def load(self, task: str) -> wire.Residency:
-        return await self._send(_calls.load(task))
+        """Load a task's version, by default the live one, onto the device; `task` may be `task@alias`."""
+        return await self._send(_endpoints.load(task))
 
     async def unload(self, task: str) -> wire.Residency:
-        return await self._send(_calls.unload(task))
+        """Remove a task's version from the device; the next prediction loads it again."""
+        return await self._send(_endpoints.unload(task))
 
     async def pin(self, task: str, *, pinned: bool = True) -> wire.Residency:
-        return await self._send(_calls.pin(task, pinned=pinned))
+        """Protect a task's version from eviction, or with `pinned=False` no longer."""
+        return await self._send(_endpoints.pin(task, pinned=pinned))
 
 
 class AsyncDatasets:
@@ -459,15 +465,15 @@ class AsyncDatasets:
     ) -> wire.Dataset:
         """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one; a parquet file; an npz.
 
-        `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
+        `progress(bytes_sent, bytes_total)` is called as bytes are sent. `skipped` of the result names the pictures
         that could not be read, and the links, which are not followed.
 
-        What is large goes in pieces: when the line breaks, the upload goes on where it stood. `on_upload(id)` is
-        called when such an upload has begun; with `resume=id` a later call goes on with it.
+        A large source is sent in pieces: when the connection breaks, the upload continues where it stopped.
+        `on_upload(id)` is called when such an upload has begun; a later call continues it with `resume=id`.
         """
         with closing(await _async_runtime.run(partial(open_archive, source))) as archive:
             return await self._store(
-                Uploading(archive, name=name, progress=progress, resume=resume, on_upload=on_upload)
+                DatasetUpload(archive, name=name, progress=progress, resume=resume, on_upload=on_upload)
             )
 
     async def add(
@@ -480,17 +486,16 @@ class AsyncDatasets:
         resume: str | None = None,
         on_upload: OnUpload | None = None,
     ) -> wire.Dataset:
-        """Store a dataset's pictures and more of them as a new dataset, whose `parent` is the first.
+        """Store the pictures of dataset `parent` and those of `source` as a new dataset.
 
-        A picture that the parent has takes the label it has in `source` and stays in its split. The rest is as in
-        `upload`.
+        A picture that is in both takes its label from `source` and stays in its split. The rest is as in `upload`.
         """
         with closing(await _async_runtime.run(partial(open_archive, source))) as archive:
             return await self._store(
-                Uploading(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
+                DatasetUpload(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
             )
 
-    async def _store(self, upload: Uploading) -> wire.Dataset:
+    async def _store(self, upload: DatasetUpload) -> wire.Dataset:
         while upload.dataset is None:
             try:
                 upload.take(await self._send(upload.call()))
@@ -499,13 +504,13 @@ class AsyncDatasets:
         return upload.dataset
 
     async def list(self) -> Sequence[wire.Dataset]:
-        return await self._send(_calls.list_datasets())
+        return await self._send(_endpoints.list_datasets())
 
     async def get(self, dataset: str) -> wire.Dataset:
-        return await self._send(_calls.get_dataset(dataset))
+        return await self._send(_endpoints.get_dataset(dataset))
 
     async def delete(self, dataset: str) -> None:
-        return await self._send(_calls.delete_dataset(dataset))
+        return await self._send(_endpoints.delete_dataset(dataset))
 
 
 class AsyncJobs:
@@ -522,11 +527,11 @@ class AsyncJobs:
         task: str | None = None,
         state: wire.JobState | None = None,
     ) -> wire.JobList:
-        """One page, newest first; its `next` is the cursor of the following one."""
-        return await self._send(_calls.list_jobs(cursor=cursor, limit=limit, task=task, state=state))
+        """Return a page of jobs, newest first; its `next` is the cursor of the next page."""
+        return await self._send(_endpoints.list_jobs(cursor=cursor, limit=limit, task=task, state=state))
 
     async def iterate(self, *, task: str | None = None, state: wire.JobState | None = None) -> AsyncIterator[wire.Job]:
-        """All of them, page by page."""
+        """Yield all jobs, newest first; pages are requested as needed."""
         cursor: str | None = None
         while True:
             page = await self.list(cursor=cursor, task=task, state=state)
@@ -537,23 +542,23 @@ class AsyncJobs:
             cursor = page.next
 
     async def get(self, job: str) -> wire.Job:
-        return await self._send(_calls.get_job(job))
+        return await self._send(_endpoints.get_job(job))
 
     async def handle(self, job: str) -> AsyncJobHandle:
-        """A handle to follow a job that was started elsewhere."""
+        """Return a handle for a job that was started elsewhere."""
         return AsyncJobHandle(self._client, await self.get(job))
 
     async def cancel(self, job: str) -> wire.Job:
-        """A waiting job ends at once, a running one within a step."""
-        return await self._send(_calls.cancel_job(job))
+        """Cancel a job: a waiting job ends at once, a running one within a training step."""
+        return await self._send(_endpoints.cancel_job(job))
 
     async def events(self, job: str, *, after: int = 0, wait_s: float = 0.0) -> wire.JobEvents:
-        """One page of events; held by the server up to `wait_s` (at most 30) until there is one."""
-        return await self._send(_calls.job_events(job, after=after, wait_s=wait_s))
+        """Return a page of events; the server waits up to `wait_s` seconds (at most 30) for the first."""
+        return await self._send(_endpoints.job_events(job, after=after, wait_s=wait_s))
 
 
 class AsyncJobHandle:
-    """A job that was started. `job` is what was last heard of it."""
+    """A started job; `job` is its last known state."""
 
     def __init__(self, client: AsyncClient, job: wire.Job) -> None:
         self._client = client
@@ -581,7 +586,7 @@ class AsyncJobHandle:
         after: int = 0,
         timeout: float | None = None,  # noqa: ASYNC109 - it raises our error, which says that the job goes on
     ) -> AsyncIterator[wire.JobEvent]:
-        """Every event once, as it happens, up to the last one; a connection that breaks is taken up again.
+        """Yield every event once, as it happens, until the job ends; reconnects when the connection breaks.
 
         Raises RequestTimeout when the job has not ended after `timeout` seconds.
         """
@@ -598,7 +603,7 @@ class AsyncJobHandle:
             await _async_runtime.sleep(cursor.rest_s(new))
 
     async def wait(self, timeout: float | None = None) -> wire.Job:  # noqa: ASYNC109 - as above
-        """The job when it has succeeded. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
+        """Wait for the job to succeed and return it. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
         async for _ in self.events(timeout=timeout):
             pass
         job = await self.refresh()

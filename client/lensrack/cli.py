@@ -1,11 +1,11 @@
-"""`lensrack`: the whole story from a shell.
+"""`lensrack`: the command line of the SDK.
 
-Answers go to stdout, progress and errors to stderr; with --json, before or after the command, answers are JSON.
+Results go to stdout, progress and errors to stderr; with --json, before or after the command, results are JSON.
 Exit codes:
-    0    done
-    1    it failed: the server refused or broke, a job failed, an image got no answer
-    2    the command itself is wrong; nothing was sent
-    3    no answer now: the server is away, busy or too slow; the same may work later
+    0    success
+    1    failure: the server answered with an error, a job failed, or an image got no answer
+    2    the command is invalid; nothing was sent
+    3    the server is unreachable, busy or too slow; the same command may succeed later
     130  interrupted
 """
 
@@ -25,7 +25,7 @@ app = typer.Typer(name="lensrack", no_args_is_help=True, pretty_exceptions_enabl
 
 
 def main() -> None:
-    """The console script. Everything that can go wrong ends as one line."""
+    """Run the console script; an error ends it with one line on stderr."""
     try:
         app()
     except (LensrackError, OSError) as error:
@@ -33,8 +33,8 @@ def main() -> None:
         sys.exit(term.exit_code(error))
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -42,17 +42,17 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def session(
     context: Context,
-    url: Annotated[str | None, typer.Option(envvar="LENSRACK_URL", help="The server.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="LENSRACK_API_KEY", help="Its API key.")] = None,
+    url: Annotated[str | None, typer.Option(envvar="LENSRACK_URL", help="The server's URL.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LENSRACK_API_KEY", help="The server's API key.")] = None,
     as_json: Json = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Train, publish and ask many vision tasks that share one frozen backbone.
+    """Train, publish and serve many vision tasks from one frozen backbone.
 
-    Exit codes: 0 done; 1 it failed; 2 the command is wrong, nothing was sent; 3 the server is away, busy or too slow,
-    try again later; 130 interrupted.
+    Exit codes: 0 success; 1 failure; 2 the command is invalid, nothing was sent; 3 the server is unreachable, busy or
+    too slow, try again later; 130 interrupted.
     """
     client = Client(url, api_key)
     context.call_on_close(client.close)
@@ -61,9 +61,9 @@ def session(
 
 @app.command()
 def health(context: Context, as_json: Json = False) -> None:
-    """Whether the server is ready.
+    """Show whether the server is ready.
 
-    Exit code 1 where it is not.
+    Exit code 1 if it is not.
     """
     alive, ready = client_of(context).health(), client_of(context).ready()
     if wants_json(context, as_json):
@@ -76,8 +76,8 @@ def health(context: Context, as_json: Json = False) -> None:
     raise typer.Exit(0 if ready.ready else 1)
 
 
-for room in (tasks, bundles, datasets, training, predicting):
-    app.add_typer(room.commands)
+for group in (tasks, bundles, datasets, training, predicting):
+    app.add_typer(group.commands)
 app.add_typer(tasks.tasks, name="tasks")
 app.add_typer(bundles.bundles, name="bundle")
 app.add_typer(datasets.datasets, name="datasets")

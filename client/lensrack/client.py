@@ -1,5 +1,5 @@
 # Generated from async_client.py by client/generate_sync.py: change that file, then `make sync-client`.
-"""The client for ordinary code. It sends and it sleeps; everything else is in `_core`, `_calls` and `_events`."""
+"""The client for synchronous code. It only sends and waits; the rest is in `_core`, `_endpoints` and `_events`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import IO, Any, Literal, TypeVar, cast, overload
 
 import httpx
 
-from . import _calls, _steps, _sync_runtime, wire
+from . import _client_resize, _endpoints, _sync_runtime, wire
 from ._archive import Progress, Source, open_archive
-from ._calls import Images
+from ._client_resize import Geometries, Steps
 from ._core import DIRECT, Call, Config, Exchange, Reply
+from ._endpoints import Images
 from ._events import LOST, EventCursor
 from ._images import ImageInput
-from ._steps import Geometries, Steps
-from ._uploads import OnUpload, Uploading
+from ._uploads import DatasetUpload, OnUpload
 from .answers import Answer, ManyAnswers, RawResponse
 from .errors import InvalidInput, JobFailed, LensrackError
 
@@ -31,9 +31,9 @@ class Client:
     """A connection to a lensrack server; safe to share between threads.
 
     `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
-    in seconds and covers a call with all its retries; file transfers may take longer, but not stay silent for longer.
+    in seconds and covers a call with all its retries; for file transfers it only limits the time without a byte.
     It defaults to LENSRACK_TIMEOUT, else 60, `max_retries` to LENSRACK_RETRIES, else 2. With `client_resize`, pictures
-    are cut to the size of the task's model before they are sent: the same pixels, and less to send and to decode.
+    are resized and cropped for the task's model before they are sent: the same pixels, with less to send and to decode.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Client:
         client_resize: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        known = Config.of(base_url, api_key, timeout, max_retries)
-        self._config = known.changed(client_resize=client_resize)
+        config = Config.of(base_url, api_key, timeout, max_retries)
+        self._config = config.changed(client_resize=client_resize)
         self._http = httpx.Client(transport=transport, mounts=None if transport else DIRECT)
         self._geometries = Geometries()
-        self._heard: list[Reply] | None = None
-        self._furnish()
+        self._recorder: list[Reply] | None = None
+        self._make_groups()
 
-    def _furnish(self) -> None:
+    def _make_groups(self) -> None:
         self.tasks, self.datasets, self.jobs = Tasks(self), Datasets(self), Jobs(self)
 
     def close(self) -> None:
@@ -68,26 +68,26 @@ class Client:
     def with_options(
         self, *, timeout: float | None = None, max_retries: int | None = None, client_resize: bool | None = None
     ) -> Client:
-        """The same client with other habits, over the same connections: closing either closes both."""
-        return self._like(self._config.changed(timeout, max_retries, client_resize))
+        """Return a client with other options over the same connections; closing either closes both."""
+        return self._with_config(self._config.changed(timeout, max_retries, client_resize))
 
-    def _like(self, config: Config) -> Client:
+    def _with_config(self, config: Config) -> Client:
         other = copy.copy(self)
         other._config = config
-        other._furnish()
+        other._make_groups()
         return other
 
     def raw_response(self, ask: Callable[[Client], T]) -> RawResponse[T]:
-        """What `ask` makes of this client, with the HTTP answers behind it: status, headers, content, request id.
+        """Return the value of a call together with its HTTP responses: status, headers, content, request id.
 
-        `ask` is a method of this client, called on the client that it is given, such as `lambda c: c.tasks.get("x")`.
+        `ask` makes the call on the client that it is passed, such as `lambda c: c.tasks.get("x")`.
         """
-        heard = self._like(self._config)
+        recording = self._with_config(self._config)
         replies: list[Reply] = []
-        heard._heard = replies
-        value, heard._heard = ask(heard), None
+        recording._recorder = replies
+        value, recording._recorder = ask(recording), None
         if not replies:
-            raise InvalidInput("raw_response: expected a call that asks the server and waits for its answer")
+            raise InvalidInput("raw_response: expected a call that sends a request and waits for its response")
         return RawResponse(value, tuple(replies))
 
     @overload
@@ -97,10 +97,11 @@ class Client:
     def predict(
         self, task: str, images: ImageInput | Images, *, top_k: int = 5, key: str | None = None
     ) -> Answer | list[Answer]:
-        """Ask a task (`task`, `task@alias` or `task@version`) about an image, or about a list of them at once.
+        """Classify an image, or a list of images in one request, by `task`, `task@alias` or `task@version`.
 
-        `task@live+candidate` asks several versions in one batch and averages their probabilities.
-        Requests with the same `key` see the same side of a canary. Raises ApiError and the other LensrackErrors.
+        Each Answer has the `top_k` best labels. `task@live+candidate` runs several versions in one batch and averages
+        their probabilities. Requests with the same `key` get the same version of a canary. Raises ApiError and the
+        other LensrackErrors.
         """
         if isinstance(images, list | tuple):
             return self._predict(task, images, top_k=top_k, key=key)
@@ -109,8 +110,8 @@ class Client:
 
     def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
         if not self._config.client_resize:
-            return self._send(_calls.predict(task, images, top_k=top_k, key=key))
-        return self._take(_steps.predict(self._geometries, task, images, top_k=top_k, key=key))
+            return self._send(_endpoints.predict(task, images, top_k=top_k, key=key))
+        return self._run_steps(_client_resize.predict(self._geometries, task, images, top_k=top_k, key=key))
 
     @overload
     def map(
@@ -144,12 +145,12 @@ class Client:
         in_flight: int = 8,
         errors: Literal["raise", "return"] = "raise",
     ) -> Iterator[Answer] | Iterator[Answer | LensrackError]:
-        """Ask a task about any number of images, one after the other taken from `images`: their answers, in that order.
+        """Classify any number of images, which are taken from `images` as needed; yields the answers in the same order.
 
-        `in_flight` requests are on their way at any time, which the server answers in one batch. With `errors="return"`
-        an image that got no answer has its LensrackError in its place, and the others go on.
+        `in_flight` requests are open at any time, so that the server can batch them. With `errors="return"` an image
+        that fails yields its LensrackError, and the others go on.
         """
-        _calls.check_map(images, in_flight, errors)
+        _endpoints.check_map(images, in_flight, errors)
         ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
         with closing(_sync_runtime.map_in_order(ask, images, in_flight)) as answers:
             yield from answers
@@ -168,29 +169,29 @@ class Client:
     def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
     ) -> ManyAnswers:
-        """Ask many tasks about one image, which the server decodes once."""
+        """Classify one image by many tasks; the server decodes it once."""
         if not self._config.client_resize:
-            return self._send(_calls.predict_many(tasks, image, top_k=top_k, key=key))
-        return self._take(_steps.predict_many(self._geometries, tasks, image, top_k=top_k, key=key))
+            return self._send(_endpoints.predict_many(tasks, image, top_k=top_k, key=key))
+        return self._run_steps(_client_resize.predict_many(self._geometries, tasks, image, top_k=top_k, key=key))
 
     @overload
     def embed(self, images: Images) -> list[list[float]]: ...
     @overload
     def embed(self, images: ImageInput) -> list[float]: ...
     def embed(self, images: ImageInput | Images) -> list[float] | list[list[float]]:
-        """The frozen backbone's features of an image, [D], or of a list of them, [n, D]."""
+        """Return the frozen backbone's features of an image, [D], or of a list of n images, [n, D]."""
         if isinstance(images, list | tuple):
-            return self._send(_calls.embed(images))
-        [embedding] = self._send(_calls.embed([images]))
+            return self._send(_endpoints.embed(images))
+        [embedding] = self._send(_endpoints.embed([images]))
         return embedding
 
     def feedback(self, task: str, images: ImageInput | Images, label: str, *, new_label: bool = False) -> wire.Feedback:
-        """Say what an image, or a list of them, shows; `tasks.freeze_feedback` makes a dataset of what was said.
+        """Store the correct label of an image, or of a list of images; `tasks.freeze_feedback` makes a dataset of it.
 
-        The last word about an image counts. A label that the live version does not know needs `new_label`.
+        The latest label of an image counts. A label that the live version does not have needs `new_label`.
         """
-        given = images if isinstance(images, list | tuple) else [images]
-        return self._send(_calls.feedback(task, given, label, new_label=new_label))
+        batch = images if isinstance(images, list | tuple) else [images]
+        return self._send(_endpoints.feedback(task, batch, label, new_label=new_label))
 
     def train(
         self,
@@ -203,14 +204,14 @@ class Client:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> JobHandle:
-        """Queue a training job. Retries cannot start it twice; a key of your own holds that over restarts too.
+        """Queue a training job. Retries start it once; an `idempotency_key` of your own extends that to restarts.
 
-        The recipe `auto` finds the hyper-parameters on the validation images, and with the method `auto` the method,
-        too; `quick` answers with a plain head within seconds and fits in full afterwards; fields that are given hold.
-        `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live one on the
-        same validation images. Waiting jobs of higher `priority`, -100 to 100, come first.
+        The recipe `auto` searches the hyper-parameters on the validation images, and with the method `auto` the method
+        as well; `quick` publishes a plain head within seconds and then fits in full; fields that are set are not
+        searched. `publish` says whether the new version goes live: `always`, `never`, or `if_better` than the live
+        version on the same validation images. Waiting jobs of higher `priority`, -100 to 100, run first.
         """
-        call = _calls.train(
+        call = _endpoints.train(
             task,
             dataset,
             method=method,
@@ -232,19 +233,19 @@ class Client:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> JobHandle:
-        """Queue a comparison: every method, all that can be served by default, fitted with every seed.
+        """Queue a comparison, which fits every method (by default all that can be served) with every seed.
 
-        Nothing is stored or published; `task` is only what the job goes under. `recipe` fields hold for all methods.
-        When the job has succeeded, `comparison` gives its table; `lensrack.picture` prints and draws it.
+        Nothing is stored or published; `task` only names the job. The fields of `recipe` apply to all methods.
+        When the job has succeeded, `comparison` returns its table; `lensrack.picture` prints and draws it.
         """
-        call = _calls.compare(
+        call = _endpoints.compare(
             task, dataset, methods=methods, seeds=seeds, recipe=recipe, priority=priority, key=idempotency_key
         )
         return JobHandle(self, self._send(call))
 
     def comparison(self, job: str) -> wire.Comparison:
-        """What a comparison has found; its rows come with its end."""
-        return self._send(_calls.comparison(job))
+        """Return the table of a comparison; it has no rows before the job has ended."""
+        return self._send(_endpoints.comparison(job))
 
     def condense(
         self,
@@ -259,13 +260,13 @@ class Client:
         priority: int = 0,
         idempotency_key: str | None = None,
     ) -> JobHandle:
-        """Queue a job that leaves out most prompts of a version, or of what an alias points at, and refits the rest.
+        """Queue a job that removes most prompts of a version, or of an alias' version, and refits the rest.
 
-        Of the shares `keep`, the smallest that loses at most `epsilon` of the validation accuracy becomes a new
-        version; where none does, the job's `version` is the one that it began with. `epochs` is for each share tried.
-        Without a `dataset` it is the version's own.
+        Of the shares in `keep`, the smallest that loses at most `epsilon` of the validation accuracy becomes a new
+        version; if all lose more, the job's `version` is the original. `epochs` is the length of each refit. `dataset`
+        defaults to the version's own.
         """
-        call = _calls.condense(
+        call = _endpoints.condense(
             task,
             version=version,
             dataset=dataset,
@@ -279,14 +280,15 @@ class Client:
         return JobHandle(self, self._send(call))
 
     def health(self) -> wire.Health:
-        return self._send(_calls.health())
+        """Return the server's version; `ready` tells whether it can answer predictions."""
+        return self._send(_endpoints.health())
 
     def ready(self) -> wire.Ready:
-        """Whether predictions can be answered, and by which backbone."""
-        return self._send(_calls.ready())
+        """Return whether the server can answer predictions, and with which backbone."""
+        return self._send(_endpoints.ready())
 
-    def _take(self, steps: Steps[T]) -> T:
-        """All steps, one after the other."""
+    def _run_steps(self, steps: Steps[T]) -> T:
+        """Run all steps, one after the other, and return the result of the last."""
         try:
             step = next(steps)
             while True:
@@ -309,8 +311,8 @@ class Client:
             else:
                 pause = exchange.answered(reply)
                 if pause is None:
-                    if self._heard is not None:
-                        self._heard.append(reply)
+                    if self._recorder is not None:
+                        self._recorder.append(reply)
                     return exchange.value(reply)
                 pause_s = pause
             _sync_runtime.sleep(pause_s)
@@ -325,35 +327,35 @@ class Client:
 
 
 class Tasks:
-    """Tasks, their versions and aliases, and their place on the device."""
+    """Tasks, their versions, aliases and feedback, and which versions are on the device."""
 
     def __init__(self, client: Client) -> None:
         self._send = client._send
 
     def list(self) -> Sequence[wire.Task]:
-        return self._send(_calls.list_tasks())
+        return self._send(_endpoints.list_tasks())
 
     def get(self, task: str) -> wire.Task:
-        return self._send(_calls.get_task(task))
+        return self._send(_endpoints.get_task(task))
 
     def delete(self, task: str) -> None:
-        return self._send(_calls.delete_task(task))
+        return self._send(_endpoints.delete_task(task))
 
     def versions(self, task: str) -> Sequence[wire.VersionInfo]:
-        """Newest first."""
-        return self._send(_calls.list_versions(task))
+        """Return a task's versions, newest first."""
+        return self._send(_endpoints.list_versions(task))
 
     def version(self, task: str, version: str) -> wire.VersionInfo:
-        return self._send(_calls.get_version(task, version))
+        return self._send(_endpoints.get_version(task, version))
 
     def delete_version(self, task: str, version: str) -> None:
-        return self._send(_calls.delete_version(task, version))
+        return self._send(_endpoints.delete_version(task, version))
 
     def upload(
         self, task: str, bundle: str | Path | bytes | IO[bytes], *, alias: str | None = None
     ) -> wire.VersionInfo:
-        """Store a bundle; aliases stay where they are unless one is given."""
-        return self._send(_calls.upload_version(task, _calls.bundle_bytes(bundle), alias=alias))
+        """Store a bundle as a version. No alias changes, except `alias`, which then points at it."""
+        return self._send(_endpoints.upload_version(task, _endpoints.bundle_bytes(bundle), alias=alias))
 
     def import_checkpoint(
         self,
@@ -366,47 +368,48 @@ class Tasks:
     ) -> wire.VersionInfo:
         """Store another tool's checkpoint as a version: official VPT, SPT or CVPT, timm's heads, PEFT's LoRA.
 
-        Without `labels` classes are called 0, 1, …; `preprocess` has any of mean, std, interpolation, crop_pct,
-        crop_mode. That it was fitted on the server's backbone is your word where it does not hold one itself.
+        Without `labels` the classes are named 0, 1, …; `preprocess` has any of mean, std, interpolation, crop_pct,
+        crop_mode. The checkpoint must have been fitted on the server's backbone; the server can check that only if the
+        files contain a backbone.
         """
-        call = _calls.import_version(task, files, form=format, labels=labels, preprocess=preprocess, alias=alias)
+        call = _endpoints.import_version(task, files, form=format, labels=labels, preprocess=preprocess, alias=alias)
         return self._send(call)
 
     def download(self, task: str, version: str) -> bytes:
-        """A bundle's file, checked against its version."""
-        return self._send(_calls.download_bundle(task, version))
+        """Return a bundle's file, checked against its version, which is its digest."""
+        return self._send(_endpoints.download_bundle(task, version))
 
     def alias(self, task: str, alias: str = "live") -> wire.Alias:
-        return self._send(_calls.get_alias(task, alias))
+        return self._send(_endpoints.get_alias(task, alias))
 
     def set_alias(
         self, task: str, alias: str, version: str, *, weight: float = 1.0, if_match: str | None = None
     ) -> wire.Alias:
-        """Point an alias at a version, below weight 1 for that share of the requests only.
+        """Point an alias at a version; with a `weight` below 1, for that share of the requests only (canary).
 
-        With `if_match`, an Alias' `etag`, only if nobody else has moved it; otherwise PreconditionFailedError.
+        With `if_match`, an Alias' `etag`, raises PreconditionFailedError if the alias has changed since.
         """
-        return self._send(_calls.set_alias(task, alias, version, weight=weight, if_match=if_match))
+        return self._send(_endpoints.set_alias(task, alias, version, weight=weight, if_match=if_match))
 
     def delete_alias(self, task: str, alias: str) -> None:
-        return self._send(_calls.delete_alias(task, alias))
+        return self._send(_endpoints.delete_alias(task, alias))
 
     def history(self, task: str, alias: str = "live") -> Sequence[wire.AliasChange]:
-        """Where an alias has pointed, oldest first."""
-        return self._send(_calls.alias_history(task, alias))
+        """Return the states of an alias, oldest first."""
+        return self._send(_endpoints.alias_history(task, alias))
 
     def rollback(self, task: str, alias: str = "live") -> wire.Alias:
-        """Point an alias where it pointed before."""
-        return self._send(_calls.rollback(task, alias))
+        """Restore an alias' previous targets; a second rollback undoes the first."""
+        return self._send(_endpoints.rollback(task, alias))
 
     def feedback(
         self, task: str, *, cursor: str | None = None, limit: int = 50, label: str | None = None
     ) -> wire.FeedbackPage:
-        """How much feedback each label has, and a page of it, newest first; `next` is the following page's cursor."""
-        return self._send(_calls.list_feedback(task, cursor=cursor, limit=limit, label=label))
+        """Return the number of images by label and a page of feedback, newest first; `next` is the next cursor."""
+        return self._send(_endpoints.list_feedback(task, cursor=cursor, limit=limit, label=label))
 
     def iterate_feedback(self, task: str, *, label: str | None = None) -> Iterator[wire.FeedbackItem]:
-        """All that was said about a task's images, newest first, page by page."""
+        """Yield all feedback of a task, newest first; pages are requested as needed."""
         cursor: str | None = None
         while True:
             page = self.feedback(task, cursor=cursor, limit=500, label=label)
@@ -416,21 +419,24 @@ class Tasks:
             cursor = page.next
 
     def delete_feedback(self, task: str, sha256: str) -> None:
-        """Withdraw what was said about an image."""
-        return self._send(_calls.delete_feedback(task, sha256))
+        """Delete the feedback about an image, known by the sha256 of its bytes."""
+        return self._send(_endpoints.delete_feedback(task, sha256))
 
     def freeze_feedback(self, task: str, *, name: str | None = None, parent: str | None = None) -> wire.Dataset:
-        """A dataset of what the live version was fitted on, or of `parent`, and of all feedback, which corrects it."""
-        return self._send(_calls.freeze_feedback(task, name=name, parent=parent))
+        """Make a dataset of the live version's dataset, or of `parent`, corrected and extended by all feedback."""
+        return self._send(_endpoints.freeze_feedback(task, name=name, parent=parent))
 
     def load(self, task: str) -> wire.Residency:
-        return self._send(_calls.load(task))
+        """Load a task's version, by default the live one, onto the device; `task` may be `task@alias`."""
+        return self._send(_endpoints.load(task))
 
     def unload(self, task: str) -> wire.Residency:
-        return self._send(_calls.unload(task))
+        """Remove a task's version from the device; the next prediction loads it again."""
+        return self._send(_endpoints.unload(task))
 
     def pin(self, task: str, *, pinned: bool = True) -> wire.Residency:
-        return self._send(_calls.pin(task, pinned=pinned))
+        """Protect a task's version from eviction, or with `pinned=False` no longer."""
+        return self._send(_endpoints.pin(task, pinned=pinned))
 
 
 class Datasets:
@@ -450,14 +456,14 @@ class Datasets:
     ) -> wire.Dataset:
         """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one; a parquet file; an npz.
 
-        `progress(bytes_sent, bytes_total)` is called as the bytes leave. `skipped` of the answer names the pictures
+        `progress(bytes_sent, bytes_total)` is called as bytes are sent. `skipped` of the result names the pictures
         that could not be read, and the links, which are not followed.
 
-        What is large goes in pieces: when the line breaks, the upload goes on where it stood. `on_upload(id)` is
-        called when such an upload has begun; with `resume=id` a later call goes on with it.
+        A large source is sent in pieces: when the connection breaks, the upload continues where it stopped.
+        `on_upload(id)` is called when such an upload has begun; a later call continues it with `resume=id`.
         """
         with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
-            return self._store(Uploading(archive, name=name, progress=progress, resume=resume, on_upload=on_upload))
+            return self._store(DatasetUpload(archive, name=name, progress=progress, resume=resume, on_upload=on_upload))
 
     def add(
         self,
@@ -469,17 +475,16 @@ class Datasets:
         resume: str | None = None,
         on_upload: OnUpload | None = None,
     ) -> wire.Dataset:
-        """Store a dataset's pictures and more of them as a new dataset, whose `parent` is the first.
+        """Store the pictures of dataset `parent` and those of `source` as a new dataset.
 
-        A picture that the parent has takes the label it has in `source` and stays in its split. The rest is as in
-        `upload`.
+        A picture that is in both takes its label from `source` and stays in its split. The rest is as in `upload`.
         """
         with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
             return self._store(
-                Uploading(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
+                DatasetUpload(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
             )
 
-    def _store(self, upload: Uploading) -> wire.Dataset:
+    def _store(self, upload: DatasetUpload) -> wire.Dataset:
         while upload.dataset is None:
             try:
                 upload.take(self._send(upload.call()))
@@ -488,13 +493,13 @@ class Datasets:
         return upload.dataset
 
     def list(self) -> Sequence[wire.Dataset]:
-        return self._send(_calls.list_datasets())
+        return self._send(_endpoints.list_datasets())
 
     def get(self, dataset: str) -> wire.Dataset:
-        return self._send(_calls.get_dataset(dataset))
+        return self._send(_endpoints.get_dataset(dataset))
 
     def delete(self, dataset: str) -> None:
-        return self._send(_calls.delete_dataset(dataset))
+        return self._send(_endpoints.delete_dataset(dataset))
 
 
 class Jobs:
@@ -511,11 +516,11 @@ class Jobs:
         task: str | None = None,
         state: wire.JobState | None = None,
     ) -> wire.JobList:
-        """One page, newest first; its `next` is the cursor of the following one."""
-        return self._send(_calls.list_jobs(cursor=cursor, limit=limit, task=task, state=state))
+        """Return a page of jobs, newest first; its `next` is the cursor of the next page."""
+        return self._send(_endpoints.list_jobs(cursor=cursor, limit=limit, task=task, state=state))
 
     def iterate(self, *, task: str | None = None, state: wire.JobState | None = None) -> Iterator[wire.Job]:
-        """All of them, page by page."""
+        """Yield all jobs, newest first; pages are requested as needed."""
         cursor: str | None = None
         while True:
             page = self.list(cursor=cursor, task=task, state=state)
@@ -525,23 +530,23 @@ class Jobs:
             cursor = page.next
 
     def get(self, job: str) -> wire.Job:
-        return self._send(_calls.get_job(job))
+        return self._send(_endpoints.get_job(job))
 
     def handle(self, job: str) -> JobHandle:
-        """A handle to follow a job that was started elsewhere."""
+        """Return a handle for a job that was started elsewhere."""
         return JobHandle(self._client, self.get(job))
 
     def cancel(self, job: str) -> wire.Job:
-        """A waiting job ends at once, a running one within a step."""
-        return self._send(_calls.cancel_job(job))
+        """Cancel a job: a waiting job ends at once, a running one within a training step."""
+        return self._send(_endpoints.cancel_job(job))
 
     def events(self, job: str, *, after: int = 0, wait_s: float = 0.0) -> wire.JobEvents:
-        """One page of events; held by the server up to `wait_s` (at most 30) until there is one."""
-        return self._send(_calls.job_events(job, after=after, wait_s=wait_s))
+        """Return a page of events; the server waits up to `wait_s` seconds (at most 30) for the first."""
+        return self._send(_endpoints.job_events(job, after=after, wait_s=wait_s))
 
 
 class JobHandle:
-    """A job that was started. `job` is what was last heard of it."""
+    """A started job; `job` is its last known state."""
 
     def __init__(self, client: Client, job: wire.Job) -> None:
         self._client = client
@@ -569,7 +574,7 @@ class JobHandle:
         after: int = 0,
         timeout: float | None = None,
     ) -> Iterator[wire.JobEvent]:
-        """Every event once, as it happens, up to the last one; a connection that breaks is taken up again.
+        """Yield every event once, as it happens, until the job ends; reconnects when the connection breaks.
 
         Raises RequestTimeout when the job has not ended after `timeout` seconds.
         """
@@ -585,7 +590,7 @@ class JobHandle:
             _sync_runtime.sleep(cursor.rest_s(new))
 
     def wait(self, timeout: float | None = None) -> wire.Job:
-        """The job when it has succeeded. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
+        """Wait for the job to succeed and return it. Raises JobFailed, and RequestTimeout after `timeout` seconds."""
         for _ in self.events(timeout=timeout):
             pass
         job = self.refresh()

@@ -1,11 +1,11 @@
 """Everything a call can raise.
 
     LensrackError
-    ├── InvalidInput             nothing was sent: what the caller gave cannot be (also a ValueError)
+    ├── InvalidInput             nothing was sent: an argument is invalid (also a ValueError)
     ├── ConnectError             no connection, or it broke before the answer was complete (also a ConnectionError)
     ├── RequestTimeout           no complete answer, or no finished job, in time (also a TimeoutError)
-    ├── ProtocolError            an answer came that is no message of this protocol
-    ├── JobFailed                a job that was waited for ended as failed or cancelled; has `job`
+    ├── ProtocolError            the response is not a message of this protocol
+    ├── JobFailed                the job waited for has failed or was cancelled; has `job`
     └── ApiError                 the server refused; has status, code, detail, request_id, problem, retry_after_s
         ├── BadRequestError        400, 422
         ├── AuthenticationError    401, 403
@@ -28,11 +28,11 @@ from .wire import Job, Problem
 
 
 class LensrackError(Exception):
-    """Anything this package raises on purpose."""
+    """The base class of this package's errors."""
 
 
 class InvalidInput(LensrackError, ValueError):
-    """What was given cannot be sent; nothing left this machine."""
+    """An argument is invalid; nothing was sent."""
 
 
 class ConnectError(LensrackError, ConnectionError):
@@ -44,15 +44,15 @@ class RequestTimeout(LensrackError, TimeoutError):
 
 
 class ProtocolError(LensrackError):
-    """The answer is no message of this protocol: wrong URL, a proxy in between, or an incompatible server."""
+    """The response is not a message of this protocol: a wrong URL, a proxy in between, or an incompatible server."""
 
 
 class JobFailed(LensrackError):
     """A job ended without a version: it failed or was cancelled."""
 
     def __init__(self, job: Job) -> None:
-        why = f": {job.error.detail} ({job.error.code})" if job.error else ""
-        super().__init__(f"job {job.id} {job.state}{why}")
+        reason = f": {job.error.detail} ({job.error.code})" if job.error else ""
+        super().__init__(f"job {job.id} {job.state}{reason}")
         self.job = job
 
 
@@ -70,7 +70,7 @@ class ApiError(LensrackError):
 
     @staticmethod
     def of(problem: Problem, *, retry_after_s: float | None = None) -> ApiError:
-        """The error class that belongs to the problem's status."""
+        """Return an error of the class for the problem's status."""
         fallback = ServerError if problem.status >= 500 else ApiError
         return _BY_STATUS.get(problem.status, fallback)(problem, retry_after_s=retry_after_s)
 
@@ -88,15 +88,15 @@ class NotFoundError(ApiError):
 
 
 class ConflictError(ApiError):
-    """409: the request does not fit the state the server is in."""
+    """409: the request conflicts with the present state, such as an alias that points at the version to delete."""
 
 
 class PreconditionFailedError(ApiError):
-    """412: somebody else moved the alias since its etag was read."""
+    """412: the alias has changed since its etag was read."""
 
 
 class TooLargeError(ApiError):
-    """413: the body or the image is larger than the server takes."""
+    """413: the body or the image is larger than the server accepts."""
 
 
 class UnsupportedMediaError(ApiError):
@@ -104,7 +104,7 @@ class UnsupportedMediaError(ApiError):
 
 
 class RateLimitedError(ApiError):
-    """429: too much at once; `retry_after_s` says when to come back."""
+    """429: too many requests; retry after `retry_after_s` seconds."""
 
 
 class ServerError(ApiError):
@@ -112,7 +112,7 @@ class ServerError(ApiError):
 
 
 class UnavailableError(ServerError):
-    """503: not ready, shutting down, or something it needs is away."""
+    """503: the server is not ready, is shutting down, or cannot reach a service that it needs."""
 
 
 class DeadlineError(ServerError):

@@ -1,6 +1,6 @@
-"""A comparison for people: a Markdown table, and a picture of what accuracy costs.
+"""Shows a comparison as a Markdown table, or as a plot of accuracy over fitted parameters.
 
-The picture is matplotlib's, which the extra `lensrack[plot]` brings; the table needs nothing.
+The plot needs matplotlib, from the extra `lensrack[plot]`; the table needs nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ HEAD = ("method", "accuracy", "parameters", "bundle", "lens", "forward", "fit", 
 
 
 def markdown(comparison: Comparison) -> str:
-    """One row a method, the best accuracy first."""
+    """Return a table with a row for each method, the best accuracy first."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     return "\n".join(lines + [f"| {' | '.join(cells(comparison, row))} |" for row in ranked(comparison)])
 
 
 def ranked(comparison: Comparison) -> list[ComparedMethod]:
+    """Return the methods, the best accuracy first."""
     return sorted(comparison.rows, key=lambda row: -(_accuracy(comparison, row)[0] or 0))
 
 
 def cells(comparison: Comparison, row: ComparedMethod) -> tuple[str, ...]:
-    """As `HEAD` names them: per cent, count, kB, kB, times the plain ViT, seconds, seconds."""
+    """Return a row's cells, as `HEAD` names them: per cent, count, kB, kB, times the plain ViT, seconds, seconds."""
     mean, deviation = _accuracy(comparison, row)
     spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
     accuracy = "diverged" if mean is None else f"{100 * mean:.1f}{spread}"
@@ -45,15 +46,15 @@ def cells(comparison: Comparison, row: ComparedMethod) -> tuple[str, ...]:
 
 
 def draw(comparisons: Sequence[Comparison]) -> str:
-    """SVG: a panel for each comparison, accuracy (± a standard deviation) over the parameters that were fitted.
+    """Return an SVG with a panel for each comparison: accuracy (± a standard deviation) over fitted parameters.
 
-    Filled: can be served. Raises InvalidInput where matplotlib is not installed.
+    Filled markers are methods that can be served. Raises InvalidInput where matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InvalidInput("a picture needs matplotlib: pip install 'lensrack[plot]'") from error
+        raise InvalidInput("a plot needs matplotlib: pip install 'lensrack[plot]'") from error
     with rc_context({"svg.hashsalt": "lensrack", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(4.6 * max(1, len(comparisons)), 3.8), layout="constrained")
         for number, comparison in enumerate(comparisons, start=1):

@@ -1,4 +1,4 @@
-"""The SDK with strict types: what a type checker knows of each call. `make check` holds it to mypy's strictest."""
+"""The SDK with strict types: what a type checker infers for each call. `make check` runs mypy on it in strict mode."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lensrack import Answer, AsyncClient, Client, LensrackError, NotFoundError, 
 
 
 def labels(client: Client, task: str, folder: Path) -> Iterator[tuple[Path, str]]:
-    """The best label of every picture, or the code of what went wrong with it."""
+    """Yield the best label of every picture, or the kind of its error."""
     pictures = sorted(folder.glob("*.png"))
-    for picture, told in zip(pictures, client.map(task, pictures, errors="return"), strict=True):
-        assert_type(told, Answer | LensrackError)
-        yield picture, told.label if isinstance(told, Answer) else type(told).__name__
+    for picture, result in zip(pictures, client.map(task, pictures, errors="return"), strict=True):
+        assert_type(result, Answer | LensrackError)
+        yield picture, result.label if isinstance(result, Answer) else type(result).__name__
 
 
 def newest(client: Client, task: str) -> wire.VersionInfo | None:
@@ -27,7 +27,7 @@ def newest(client: Client, task: str) -> wire.VersionInfo | None:
     return versions[0] if versions else None
 
 
-def asked(client: Client, task: str, picture: Path) -> RawResponse[Answer]:
+def predict_raw(client: Client, task: str, picture: Path) -> RawResponse[Answer]:
     raw = client.with_options(timeout=5, max_retries=0).raw_response(lambda c: c.predict(task, picture))
     assert_type(raw.value, Answer)
     print(raw.status, raw.request_id, raw.timings_s)
@@ -43,6 +43,6 @@ async def side_by_side(task: str, pictures: list[Path]) -> list[Answer]:
 
 
 if __name__ == "__main__":
-    with Client() as here:
-        print(dict(labels(here, "digits", Path())), newest(here, "digits"))
+    with Client() as client:
+        print(dict(labels(client, "digits", Path())), newest(client, "digits"))
     asyncio.run(side_by_side("digits", [Path("7.png")]))

@@ -240,7 +240,7 @@ class TestDatasets:
         rack.misbehave("/uploads/u1", problem(507, "disk_full", "the disk is full"))
         failed = run("datasets", "upload", "large.zip", code=1)
         assert (failed.stdout, "disk_full: the disk is full" in failed.stderr) == ("", True)
-        assert "the same command with --resume u1 goes on" in failed.stderr
+        assert "run the same command with --resume u1 to continue" in failed.stderr
         assert run("datasets", "upload", "large.zip", "--resume", "u1").stdout == "d1\n"
         assert rack.uploads["u1"].offset == 20 * 2**20
         assert len(rack.to("/uploads")) == 1
@@ -252,7 +252,7 @@ class TestDatasets:
         assert (done.stdout, rack.asked[0].body, rack.asked[0].params) == (b"d1\n", data, {"name": "piped"})
 
     def test_what_is_no_dataset(self, run: Run, rack: Rack, image: Path) -> None:
-        assert "bottle.jpg is no archive" in run("datasets", "upload", image, code=2).stderr
+        assert "bottle.jpg is not an archive" in run("datasets", "upload", image, code=2).stderr
         assert "No such file" in run("datasets", "upload", "nowhere", code=2).stderr
         assert not rack.asked
 
@@ -356,7 +356,7 @@ class TestTraining:
         watching.send_signal(signal.SIGINT)
         _, told_last = watching.communicate(timeout=120)
         assert watching.returncode == 130
-        assert "job j1 goes on: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
+        assert "job j1 continues: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
         assert "Traceback" not in told_last
         assert not rack.to("/train/j1/cancel")
 
@@ -438,7 +438,7 @@ class TestFolders:
         told = json.loads(run("predict", "trash", pictures, "--json").stdout)
         assert [one["image"] for one in told] == self.names(pictures)
         (tmp_path / "empty").mkdir()
-        assert "found none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
+        assert "got none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
 
     def test_an_image_without_an_answer_is_asked_again(
         self, run: Run, rack: Rack, pictures: Path, tmp_path: Path
@@ -456,7 +456,7 @@ class TestFolders:
     def test_what_concerns_all_ends_the_run(self, run: Run, rack: Rack, pictures: Path, tmp_path: Path) -> None:
         rack.misbehave("/predict/trash", Told(200, *_answer()), problem(401, "unauthenticated"))
         done = run("predict", "trash", pictures, "--csv", "out.csv", "--in-flight", 1, code=1)
-        assert "the same command with --resume goes on" in done.stderr
+        assert "run the same command with --resume to continue" in done.stderr
         assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)[:1]
         run("predict", "trash", pictures, "--csv", "out.csv", "--resume")
         assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)
@@ -492,11 +492,11 @@ class TestFolders:
     def test_what_is_there_is_not_overwritten_unasked(self, run: Run, pictures: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
         out.write_text("precious\n")
-        assert "--resume goes on with it" in run("predict", "trash", pictures, "--csv", out, code=2).stderr
-        assert "of another question" in run("predict", "trash", pictures, "--csv", out, "--resume", code=2).stderr
+        assert "--resume continues it" in run("predict", "trash", pictures, "--csv", out, code=2).stderr
+        assert "is of another run" in run("predict", "trash", pictures, "--csv", out, "--resume", code=2).stderr
         assert out.read_text() == "precious\n"
         run("predict", "trash", pictures, "--csv", out, "--force")
-        assert "of another question" in run("predict", "signs", pictures, "--csv", out, "--resume", code=2).stderr
+        assert "is of another run" in run("predict", "signs", pictures, "--csv", out, "--resume", code=2).stderr
         assert "expected --csv FILE" in run("predict", "trash", pictures, "--resume", code=2).stderr
 
     def test_a_bar_where_somebody_looks(self, environment: dict[str, str], pictures: Path, tmp_path: Path) -> None:
@@ -595,13 +595,11 @@ class TestFailures:
 
     def test_exit_codes_are_told(self, run: Run) -> None:
         told = " ".join(run("--help").stdout.split())
-        assert "0 done; 1 it failed; 2 the command is wrong, nothing was sent; 3 the server is away" in told
+        assert "0 success; 1 failure; 2 the command is invalid, nothing was sent; 3 the server is unreachable" in told
 
     def test_an_error_is_one_line_with_the_next_step(self, run: Run, image: Path) -> None:
         done = run("predict", "nothing", image, code=1)
-        assert done.stderr == (
-            "error: task_not_found: no task 'nothing' - `lensrack tasks list` shows the tasks there are\n"
-        )
+        assert done.stderr == ("error: task_not_found: no task 'nothing' - `lensrack tasks list` shows all tasks\n")
 
     def test_nobody_there(self, run: Run) -> None:
         done = run("--url", "http://127.0.0.1:1", "tasks", code=3)
@@ -613,7 +611,7 @@ class TestFailures:
         [
             (problem(401, "unauthorised", "unknown key"), "--api-key or LENSRACK_API_KEY"),
             (problem(500, "internal"), "request id request-1"),
-            (Told(200, b"<html>"), "the answer is no TaskList"),
+            (Told(200, b"<html>"), "the answer is not a TaskList"),
             (problem(404, "x", "\x1b[2J"), "\N{REPLACEMENT CHARACTER}[2J"),
         ],
     )

@@ -315,6 +315,15 @@ class TestTasks:
         assert client.tasks.freeze_feedback("trash", name="better", parent="d1").name == "better"
         assert rack.asked[5].params == {"name": "better", "parent": "d1"}
 
+    def test_all_feedback_page_by_page(self, make: Make, rack: Rack) -> None:
+        item = {"sha256": "ab" * 32, "label": "glass", "bytes": 9, "width": 3, "height": 2, "at": 1.0}
+        page = {"task": "trash", "images": 2, "labels": {"glass": 2}, "items": [item]}
+        rack.misbehave("/tasks/trash/feedback", told({**page, "next": "7"}), told(page))
+        labels = [item.label for item in make().tasks.iterate_feedback("trash", label="glass")]
+        assert labels == ["glass", "glass"]
+        first = {"limit": "500", "label": "glass"}
+        assert [asked.params for asked in rack.asked] == [first, {**first, "cursor": "7"}]
+
     def test_residency(self, make: Make) -> None:
         tasks = make().tasks
         assert tasks.load("trash").resident
@@ -376,7 +385,7 @@ class TestErrors:
     )
     def test_an_answer_that_is_no_message(self, make: Make, rack: Rack, body: bytes) -> None:
         rack.misbehave("/tasks", Told(200, body))
-        with pytest.raises(lensrack.ProtocolError, match="GET /tasks: the answer is no TaskList"):
+        with pytest.raises(lensrack.ProtocolError, match="GET /tasks: the answer is not a TaskList"):
             make().tasks.list()
         assert len(rack.asked) == 1
 
@@ -604,7 +613,7 @@ class TestDatasets:
         (tmp_path / "notes.txt").write_text("no archive")
         (tmp_path / "empty" / "glass").mkdir(parents=True)
         for path, why in (
-            ("notes.txt", "notes.txt is no archive: expected a folder"),
+            ("notes.txt", "notes.txt is not an archive: expected a folder"),
             ("empty", "holds no files: expected a folder of class folders"),
             ("missing", "No such file"),
         ):

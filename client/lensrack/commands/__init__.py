@@ -1,1 +1,1 @@
-"""The commands of `lensrack`, a file for each thing they are about; `cli` puts them together."""
+"""The commands of `lensrack`, a file for each topic; `cli` combines them."""

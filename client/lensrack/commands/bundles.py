@@ -1,4 +1,4 @@
-"""Versions as files: bundles, and other tools' checkpoints."""
+"""Commands for bundles and other tools' checkpoints as files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def download(
     context: Context,
     *,
     task: TaskName,
-    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Without it, the live one.")] = None,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Default: the live version.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Save a bundle; prints the file's name."""
+    """Save a bundle to a file; prints the file's name."""
     version = version or client_of(context).tasks.get(task).live
     if version is None:
-        raise InvalidInput(f"task {task} has no live version: name one of `lensrack versions {task}`")
+        raise InvalidInput(f"task {task} has no live version: choose one of `lensrack versions {task}`")
     data = client_of(context).tasks.download(task, version)
     path = output or Path(f"{task}-{version[:12]}.safetensors")
     with path.open("wb" if force else "xb") as file:
@@ -63,28 +63,28 @@ def import_checkpoint(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, dir_okay=False, show_default=False)],
     form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft or timm.")] = "auto",
     labels: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file, a class's name a line.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with a class name on each line.")
     ] = None,
     preprocess: Annotated[str | None, typer.Option(help="JSON: mean, std, interpolation, crop_pct, crop_mode.")] = None,
     name: Annotated[str | None, typer.Option("--alias", help="An alias to point at it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Store another tool's checkpoint as a version; prints it.
+    """Store another tool's checkpoint as a version; prints the version.
 
     Official VPT (prompt_ep*.pth and a file with its head), SPT and CVPT, a timm classifier, a LoRA adapter of PEFT
     (adapter_config.json and adapter_model.safetensors). It must have been fitted on the server's backbone.
     """
-    words = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    names = labels.read_text(encoding="utf-8").splitlines() if labels else None
     stored = client_of(context).tasks.import_checkpoint(
         task,
         *files,
         format=cast(wire.ImportFormat, form),
-        labels=words,
+        labels=names,
         preprocess=_object(preprocess) if preprocess else None,
         alias=name,
     )
-    told = stored.recipe
-    term.say(f"read as {told.get('imported_from')}, {stored.method}; backbone {told.get('backbone')}")
+    recipe = stored.recipe
+    term.say(f"read as {recipe.get('imported_from')}, {stored.method}; backbone {recipe.get('backbone')}")
     term.print_json(stored) if wants_json(context, as_json) else print(stored.version)
 
 

@@ -1,4 +1,4 @@
-"""What every command needs: the client that the options in front of it ask for, and the arguments they share."""
+"""What all commands share: the client, made of the global options, and common arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lensrack import _terminal as term
 Context = typer.Context
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=_completion.tasks)]
-VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or the unique beginning of it.")]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or a unique prefix of one.")]
 SourcePath = Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")]
-DatasetName = Annotated[str | None, typer.Option("--name", help="What people call it.")]
-Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Go on with an upload that broke off.")]
+DatasetName = Annotated[str | None, typer.Option("--name", help="A name for people; the id stays the same.")]
+Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Continue an interrupted upload.")]
 DatasetId = Annotated[
     str, typer.Argument(metavar="DATASET", help="The dataset's id.", autocompletion=_completion.datasets)
 ]
@@ -27,7 +27,7 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", autoc
 
 @dataclass(frozen=True)
 class Session:
-    """Of one call of the program."""
+    """The client and the output format of one invocation."""
 
     client: Client
     json: bool
@@ -38,7 +38,7 @@ def client_of(context: Context) -> Client:
 
 
 def wants_json(context: Context, as_json: bool) -> bool:
-    """`as_json`: said behind the command; it may as well stand before it."""
+    """Whether --json was given: after the command (`as_json`) or before it."""
     return as_json or cast(Session, context.obj).json
 
 

@@ -1,4 +1,4 @@
-"""Tasks, their versions, and where their aliases point."""
+"""Commands for tasks, their versions and aliases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lensrack import _terminal as term
 from .session import Context, Json, TaskName, VersionName, client_of, show_deleted, wants_json
 
 commands = typer.Typer()
-tasks = typer.Typer(help="The tasks there are.")
+tasks = typer.Typer(help="Tasks on the server.")
 
 
 @tasks.callback(invoke_without_command=True)
@@ -22,30 +22,30 @@ def tasks_or_list(context: Context, as_json: Json = False) -> None:
 
 @tasks.command("list")
 def list_tasks(context: Context, as_json: Json = False) -> None:
-    """All tasks."""
-    found = client_of(context).tasks.list()
-    term.print_json(found) if wants_json(context, as_json) else term.show_tasks(found)
+    """List all tasks."""
+    stored = client_of(context).tasks.list()
+    term.print_json(stored) if wants_json(context, as_json) else term.show_tasks(stored)
 
 
 @tasks.command("show")
 def show_task(context: Context, task: TaskName, as_json: Json = False) -> None:
-    """One task and where its aliases point."""
-    found = client_of(context).tasks.get(task)
-    term.print_json(found) if wants_json(context, as_json) else term.show_task(found)
+    """Show one task with its aliases."""
+    stored = client_of(context).tasks.get(task)
+    term.print_json(stored) if wants_json(context, as_json) else term.show_task(stored)
 
 
 @tasks.command("delete")
 def delete_task(context: Context, task: TaskName, as_json: Json = False) -> None:
-    """Forget a task with all its versions."""
+    """Delete a task with all its versions."""
     client_of(context).tasks.delete(task)
     show_deleted(context, "task", task, as_json=as_json)
 
 
 @commands.command()
 def versions(context: Context, task: TaskName, as_json: Json = False) -> None:
-    """A task's versions, newest first."""
-    found = client_of(context).tasks.versions(task)
-    term.print_json(found) if wants_json(context, as_json) else term.show_versions(found)
+    """List a task's versions, newest first."""
+    stored = client_of(context).tasks.versions(task)
+    term.print_json(stored) if wants_json(context, as_json) else term.show_versions(stored)
 
 
 @commands.command()
@@ -55,11 +55,11 @@ def alias(
     task: TaskName,
     name: Annotated[str, typer.Argument(metavar="ALIAS", help="`live`, or another name.")],
     version: VersionName,
-    weight: Annotated[float, typer.Option(help="Share of the requests; the rest stays where it is.")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Share of the requests; the rest keeps its present version.")] = 1.0,
     if_match: Annotated[str | None, typer.Option(help="Only if the alias still has this etag.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Point an alias at a version; `live` is what `predict TASK` asks."""
+    """Point an alias at a version; `predict TASK` uses the alias `live`."""
     moved = client_of(context).tasks.set_alias(task, name, version, weight=weight, if_match=if_match)
     term.print_json(moved) if wants_json(context, as_json) else term.show_alias(task, moved)
 
@@ -68,9 +68,9 @@ def alias(
 def rollback(
     context: Context,
     task: TaskName,
-    name: Annotated[str, typer.Option("--alias", help="Which alias.")] = "live",
+    name: Annotated[str, typer.Option("--alias", help="The alias.")] = "live",
     as_json: Json = False,
 ) -> None:
-    """Point an alias where it pointed before."""
+    """Restore an alias' previous version."""
     moved = client_of(context).tasks.rollback(task, name)
     term.print_json(moved) if wants_json(context, as_json) else term.show_alias(task, moved)

@@ -1,4 +1,4 @@
-"""Training: jobs that fit, condense and compare, and how they go."""
+"""Commands for training jobs: fit, condense, compare, and follow them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from lensrack import JobHandle, wire
 from lensrack import _terminal as term
-from lensrack._watch import watch
+from lensrack._progress import watch
 from lensrack.picture import HEAD, cells, draw, ranked
 
 from .session import Context, DatasetOption, JobId, Json, TaskName, client_of, wants_json
@@ -27,7 +27,7 @@ def train(
     dataset: DatasetOption,
     method: Annotated[str, typer.Option(help="auto, vpt_deep, vpt_shallow, linear, ...")] = "auto",
     search: Annotated[str | None, typer.Option(help="auto, quick (a first answer in seconds) or none.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Images through the backbone for a search.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Forward passes of images that a search may use.")] = None,
     preset: Annotated[str | None, typer.Option(help="A published recipe: vpt or cvpt.")] = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -43,34 +43,37 @@ def train(
     ] = None,
     prompt_dropout: float | None = None,
     init: Annotated[
-        str | None, typer.Option(help="How prompts begin: uniform, tokens, tokens_mean or tokens_kmeans.")
+        str | None, typer.Option(help="Initial prompts: uniform, tokens, tokens_mean or tokens_kmeans.")
     ] = None,
     label_smoothing: float | None = None,
     class_weights: Annotated[str | None, typer.Option(help="none or balanced.")] = None,
     augment: Annotated[str | None, typer.Option(help="none, flip or crop.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before it stops; 0: never.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without improvement; 0: never.")
+    ] = None,
     pool: Annotated[str | None, typer.Option(help="The head reads: cls, image or image_and_prompts.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
     seed: int | None = None,
     condense: Annotated[
-        bool | None, typer.Option("--condense", help="Leave out most prompts after the fit.", show_default=False)
+        bool | None, typer.Option("--condense", help="Remove most prompts after the fit.", show_default=False)
     ] = None,
-    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
-    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
-    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    publish: Annotated[str, typer.Option(help="Whether the version goes live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority run first.")] = 0,
+    follow: Annotated[bool, typer.Option("--watch", help="Wait and show the progress.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a task in the background; prints the job's id.
 
-    What is left out is searched (--search auto), or takes the method's default (--search none). Without --search,
-    a method that is named together with hyper-parameters is fitted with these.
+    Hyper-parameters that are not given are searched (--search auto) or take the method's defaults (--search none).
+    Without --search, a method given together with hyper-parameters is fitted with these.
     """
-    given = {name: context.params[name] for name in wire.Recipe.model_fields}
-    recipe = {name: value for name, value in given.items() if value is not None}
-    policy = cast(wire.PublishPolicy, publish)  # another word is refused before anything is sent
-    asked: Mapping[str, Any] = recipe or {"search": "auto"}
-    handle = client_of(context).train(task, dataset, method, asked, publish=policy, priority=priority)
-    _show_begun(handle, follow=follow, as_json=wants_json(context, as_json))
+    options = {name: context.params[name] for name in wire.Recipe.model_fields}
+    recipe: Mapping[str, Any] = {name: value for name, value in options.items() if value is not None}
+    policy = cast(wire.PublishPolicy, publish)  # the client refuses any other word
+    handle = client_of(context).train(
+        task, dataset, method, recipe or {"search": "auto"}, publish=policy, priority=priority
+    )
+    _show_started(handle, follow=follow, as_json=wants_json(context, as_json))
 
 
 @commands.command()
@@ -78,19 +81,19 @@ def condense(
     context: Context,
     *,
     task: TaskName,
-    version: Annotated[str, typer.Option(help="A version, the beginning of one, or an alias.")] = "live",
-    dataset: Annotated[str | None, typer.Option(help="Instead of the version's own.")] = None,
-    keep: Annotated[list[float] | None, typer.Option(help="A share of the prompts to try; repeat for more.")] = None,
+    version: Annotated[str, typer.Option(help="A version, a prefix of one, or an alias.")] = "live",
+    dataset: Annotated[str | None, typer.Option(help="Default: the version's own dataset.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="A share of the prompts to try; repeatable.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Validation accuracy that may be lost, such as 0.005.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Of the refit of each share.")] = None,
-    publish: Annotated[str, typer.Option(help="Go live: always, if_better or never.")] = "always",
-    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
-    follow: Annotated[bool, typer.Option("--watch", help="Stay and show how it goes.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each refit.")] = None,
+    publish: Annotated[str, typer.Option(help="Whether the version goes live: always, if_better or never.")] = "always",
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority run first.")] = 0,
+    follow: Annotated[bool, typer.Option("--watch", help="Wait and show the progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Leave out most prompts of a version in the background; prints the job's id.
+    """Remove most prompts of a version in the background; prints the job's id.
 
-    The smallest share that costs no more than --epsilon becomes a new version; where none does, nothing changes.
+    The smallest share that loses at most --epsilon becomes a new version; if all lose more, nothing changes.
     """
     handle = client_of(context).condense(
         task,
@@ -102,10 +105,10 @@ def condense(
         publish=cast(wire.PublishPolicy, publish),
         priority=priority,
     )
-    _show_begun(handle, follow=follow, as_json=wants_json(context, as_json))
+    _show_started(handle, follow=follow, as_json=wants_json(context, as_json))
 
 
-def _show_begun(handle: JobHandle, *, follow: bool, as_json: bool) -> None:
+def _show_started(handle: JobHandle, *, follow: bool, as_json: bool) -> None:
     if not as_json:
         print(handle.id, flush=True)
     if follow:
@@ -118,22 +121,22 @@ def _watch(handle: JobHandle) -> wire.Job:
     try:
         return watch(handle)
     except KeyboardInterrupt:
-        term.say(f"job {handle.id} goes on: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
+        term.say(f"job {handle.id} continues: `lensrack jobs watch {handle.id}` or `lensrack jobs cancel {handle.id}`")
         raise typer.Exit(130) from None
 
 
 def _follow(handle: JobHandle) -> None:
     job = _watch(handle)
     if job.version is None:
-        term.say(f"job {job.id} {job.state}: {job.method} leaves no version; `lensrack jobs show {job.id}`")
+        term.say(f"job {job.id} {job.state}: {job.method} makes no version; see `lensrack jobs show {job.id}`")
         return
     term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
-    told = job.metrics.get("condense") or {}
-    if told.get("kept"):
-        term.say(f"it keeps {told['kept']} of {told['prompts']} prompts")
-    elif told:
+    condensed = job.metrics.get("condense") or {}
+    if condensed.get("kept"):
+        term.say(f"it keeps {condensed['kept']} of {condensed['prompts']} prompts")
+    elif condensed:
         term.say("no smaller share of its prompts was good enough: all of them are kept")
-    if job.metrics.get("published") is False and (told.get("kept") or not told.get("version")):
+    if job.metrics.get("published") is False and (condensed.get("kept") or not condensed.get("version")):
         term.say(f"it is not live: the job's --publish was {job.publish}")
 
 
@@ -147,21 +150,21 @@ def compare(
         list[str] | None, typer.Option("--method", help="A method or a baseline; repeatable. Default: all methods.")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Default: 0, 1 and 2.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Of every fit but heads alone.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every fit, except of heads alone.")] = None,
     batch_size: int | None = None,
     prompts: Annotated[int | None, typer.Option(help="Learned tokens per layer.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of the images held out.")] = None,
-    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority come first.")] = 0,
-    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and leave.")] = False,
+    priority: Annotated[int, typer.Option(help="-100 to 100; waiting jobs of higher priority run first.")] = 0,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and do not wait.")] = False,
     picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit several methods on a dataset and show what each reaches and costs. Nothing is stored.
+    """Fit several methods on a dataset and show their accuracy and cost. Nothing is stored.
 
-    `lensrack comparison JOB` shows the table again, or of a job that was started with --detach.
+    `lensrack comparison JOB` shows the table again, or the table of a job started with --detach.
     """
-    given = {"epochs": epochs, "batch_size": batch_size, "prompts": prompts, "validation": validation}
-    recipe = {name: value for name, value in given.items() if value is not None}
+    options = {"epochs": epochs, "batch_size": batch_size, "prompts": prompts, "validation": validation}
+    recipe = {name: value for name, value in options.items() if value is not None}
     handle = client_of(context).compare(
         task, dataset, methods, seeds=seeds or (0, 1, 2), recipe=recipe, priority=priority
     )
@@ -180,19 +183,19 @@ def comparison(
     picture: Annotated[Path | None, typer.Option(help="An SVG file to draw; needs lensrack[plot].")] = None,
     as_json: Json = False,
 ) -> None:
-    """The table of a comparison that has ended."""
+    """Show the table of a comparison that has ended."""
     _show_comparison(context, job, picture, as_json=as_json)
 
 
 def _show_comparison(context: Context, job: str, picture: Path | None, *, as_json: bool) -> None:
-    found = client_of(context).comparison(job)
+    table = client_of(context).comparison(job)
     if picture is not None:
-        picture.write_text(draw([found]))
+        picture.write_text(draw([table]))
     if wants_json(context, as_json):
-        term.print_json(found)
+        term.print_json(table)
     else:
-        rows = [cells(found, row) for row in ranked(found)]
-        term.print_table(HEAD, rows, f"job {job} is {found.state}: there is no table yet")
+        rows = [cells(table, row) for row in ranked(table)]
+        term.print_table(HEAD, rows, f"job {job} is {table.state}: there is no table yet")
 
 
 @jobs.callback(invoke_without_command=True)
@@ -204,12 +207,14 @@ def jobs_or_list(context: Context, as_json: Json = False) -> None:
 @jobs.command("list")
 def list_jobs(
     context: Context,
-    task: Annotated[str | None, typer.Option(help="Of this task only.")] = None,
-    state: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
+    task: Annotated[str | None, typer.Option(help="Only jobs of this task.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only jobs in this state: queued, running, succeeded, failed or cancelled.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500)] = 50,
     as_json: Json = False,
 ) -> None:
-    """Jobs, newest first."""
+    """List jobs, newest first."""
     page = client_of(context).jobs.list(task=task, state=cast(wire.JobState, state), limit=limit)
     term.print_json(page.jobs) if wants_json(context, as_json) else term.show_jobs(page.jobs)
     if page.next:
@@ -218,14 +223,14 @@ def list_jobs(
 
 @jobs.command("show")
 def show_job(context: Context, job: JobId, as_json: Json = False) -> None:
-    """One job."""
-    found = client_of(context).jobs.get(job)
-    term.print_json(found) if wants_json(context, as_json) else term.show_job(found)
+    """Show one job."""
+    stored = client_of(context).jobs.get(job)
+    term.print_json(stored) if wants_json(context, as_json) else term.show_job(stored)
 
 
 @jobs.command("watch")
 def watch_job(context: Context, job: JobId, as_json: Json = False) -> None:
-    """Follow a job to its end; exit code 1 where it fails."""
+    """Follow a job to its end; exit code 1 if it fails."""
     handle = client_of(context).jobs.handle(job)
     _follow(handle)
     if wants_json(context, as_json):
@@ -234,8 +239,8 @@ def watch_job(context: Context, job: JobId, as_json: Json = False) -> None:
 
 @jobs.command("cancel")
 def cancel_job(context: Context, job: JobId, as_json: Json = False) -> None:
-    """End a job: a waiting one at once, a running one within a step."""
-    asked = client_of(context).jobs.cancel(job)
+    """Cancel a job: a waiting job ends at once, a running one within a training step."""
+    cancelled = client_of(context).jobs.cancel(job)
     if wants_json(context, as_json):
-        term.print_json(asked)
-    term.say(f"job {job} is cancelled" if asked.finished else f"job {job} will end within a step")
+        term.print_json(cancelled)
+    term.say(f"job {job} is cancelled" if cancelled.finished else f"job {job} will end within a step")

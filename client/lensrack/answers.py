@@ -27,6 +27,7 @@ class Answer:
 
     @property
     def best(self) -> Prediction:
+        """The best label with its score."""
         return self.predictions[0]
 
     @property

@@ -60,6 +60,7 @@ class AsyncClient:
         self.tasks, self.datasets, self.jobs = AsyncTasks(self), AsyncDatasets(self), AsyncJobs(self)
 
     async def close(self) -> None:
+        """Close the connections, also those of clients made by `with_options`."""
         await self._http.aclose()
 
     async def __aenter__(self) -> AsyncClient:
@@ -341,12 +342,15 @@ class AsyncTasks:
         self._send = client._send
 
     async def list(self) -> Sequence[wire.Task]:
+        """Return all tasks."""
         return await self._send(_endpoints.list_tasks())
 
     async def get(self, task: str) -> wire.Task:
+        """Return a task with its aliases."""
         return await self._send(_endpoints.get_task(task))
 
     async def delete(self, task: str) -> None:
+        """Delete a task with all its versions and aliases."""
         return await self._send(_endpoints.delete_task(task))
 
     async def versions(self, task: str) -> Sequence[wire.VersionInfo]:
@@ -354,9 +358,11 @@ class AsyncTasks:
         return await self._send(_endpoints.list_versions(task))
 
     async def version(self, task: str, version: str) -> wire.VersionInfo:
+        """Return a version, known by its digest or a unique prefix of it."""
         return await self._send(_endpoints.get_version(task, version))
 
     async def delete_version(self, task: str, version: str) -> None:
+        """Delete a version. Raises ConflictError while an alias points at it."""
         return await self._send(_endpoints.delete_version(task, version))
 
     async def upload(
@@ -388,6 +394,7 @@ class AsyncTasks:
         return await self._send(_endpoints.download_bundle(task, version))
 
     async def alias(self, task: str, alias: str = "live") -> wire.Alias:
+        """Return an alias with its targets and its `etag`."""
         return await self._send(_endpoints.get_alias(task, alias))
 
     async def set_alias(
@@ -400,6 +407,7 @@ class AsyncTasks:
         return await self._send(_endpoints.set_alias(task, alias, version, weight=weight, if_match=if_match))
 
     async def delete_alias(self, task: str, alias: str) -> None:
+        """Delete an alias; its versions stay."""
         return await self._send(_endpoints.delete_alias(task, alias))
 
     async def history(self, task: str, alias: str = "live") -> Sequence[wire.AliasChange]:
@@ -504,12 +512,15 @@ class AsyncDatasets:
         return upload.dataset
 
     async def list(self) -> Sequence[wire.Dataset]:
+        """Return all datasets."""
         return await self._send(_endpoints.list_datasets())
 
     async def get(self, dataset: str) -> wire.Dataset:
+        """Return a dataset with its report."""
         return await self._send(_endpoints.get_dataset(dataset))
 
     async def delete(self, dataset: str) -> None:
+        """Delete a dataset."""
         return await self._send(_endpoints.delete_dataset(dataset))
 
 
@@ -542,6 +553,7 @@ class AsyncJobs:
             cursor = page.next
 
     async def get(self, job: str) -> wire.Job:
+        """Return a job in its present state."""
         return await self._send(_endpoints.get_job(job))
 
     async def handle(self, job: str) -> AsyncJobHandle:
@@ -573,10 +585,12 @@ class AsyncJobHandle:
         return self.job.state
 
     async def refresh(self) -> wire.Job:
+        """Request the job's present state, which is also kept as `job`."""
         self.job = await self._client.jobs.get(self.id)
         return self.job
 
     async def cancel(self) -> wire.Job:
+        """Cancel the job: a waiting job ends at once, a running one within a training step."""
         self.job = await self._client.jobs.cancel(self.id)
         return self.job
 

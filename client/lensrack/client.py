@@ -57,6 +57,7 @@ class Client:
         self.tasks, self.datasets, self.jobs = Tasks(self), Datasets(self), Jobs(self)
 
     def close(self) -> None:
+        """Close the connections, also those of clients made by `with_options`."""
         self._http.close()
 
     def __enter__(self) -> Client:
@@ -333,12 +334,15 @@ class Tasks:
         self._send = client._send
 
     def list(self) -> Sequence[wire.Task]:
+        """Return all tasks."""
         return self._send(_endpoints.list_tasks())
 
     def get(self, task: str) -> wire.Task:
+        """Return a task with its aliases."""
         return self._send(_endpoints.get_task(task))
 
     def delete(self, task: str) -> None:
+        """Delete a task with all its versions and aliases."""
         return self._send(_endpoints.delete_task(task))
 
     def versions(self, task: str) -> Sequence[wire.VersionInfo]:
@@ -346,9 +350,11 @@ class Tasks:
         return self._send(_endpoints.list_versions(task))
 
     def version(self, task: str, version: str) -> wire.VersionInfo:
+        """Return a version, known by its digest or a unique prefix of it."""
         return self._send(_endpoints.get_version(task, version))
 
     def delete_version(self, task: str, version: str) -> None:
+        """Delete a version. Raises ConflictError while an alias points at it."""
         return self._send(_endpoints.delete_version(task, version))
 
     def upload(
@@ -380,6 +386,7 @@ class Tasks:
         return self._send(_endpoints.download_bundle(task, version))
 
     def alias(self, task: str, alias: str = "live") -> wire.Alias:
+        """Return an alias with its targets and its `etag`."""
         return self._send(_endpoints.get_alias(task, alias))
 
     def set_alias(
@@ -392,6 +399,7 @@ class Tasks:
         return self._send(_endpoints.set_alias(task, alias, version, weight=weight, if_match=if_match))
 
     def delete_alias(self, task: str, alias: str) -> None:
+        """Delete an alias; its versions stay."""
         return self._send(_endpoints.delete_alias(task, alias))
 
     def history(self, task: str, alias: str = "live") -> Sequence[wire.AliasChange]:
@@ -493,12 +501,15 @@ class Datasets:
         return upload.dataset
 
     def list(self) -> Sequence[wire.Dataset]:
+        """Return all datasets."""
         return self._send(_endpoints.list_datasets())
 
     def get(self, dataset: str) -> wire.Dataset:
+        """Return a dataset with its report."""
         return self._send(_endpoints.get_dataset(dataset))
 
     def delete(self, dataset: str) -> None:
+        """Delete a dataset."""
         return self._send(_endpoints.delete_dataset(dataset))
 
 
@@ -530,6 +541,7 @@ class Jobs:
             cursor = page.next
 
     def get(self, job: str) -> wire.Job:
+        """Return a job in its present state."""
         return self._send(_endpoints.get_job(job))
 
     def handle(self, job: str) -> JobHandle:
@@ -561,10 +573,12 @@ class JobHandle:
         return self.job.state
 
     def refresh(self) -> wire.Job:
+        """Request the job's present state, which is also kept as `job`."""
         self.job = self._client.jobs.get(self.id)
         return self.job
 
     def cancel(self) -> wire.Job:
+        """Cancel the job: a waiting job ends at once, a running one within a training step."""
         self.job = self._client.jobs.cancel(self.id)
         return self.job
 

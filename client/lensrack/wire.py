@@ -52,6 +52,8 @@ class Problem(Message):
 
 
 class EncodedImage(Request):
+    """An image file in base64."""
+
     b64: str
 
 
@@ -62,6 +64,8 @@ class PredictRequest(Request):
 
 
 class Prediction(Message):
+    """A label, its index among the version's labels, and its probability, 0 to 1."""
+
     label: str
     index: int
     score: float
@@ -89,6 +93,8 @@ class TaskResult(Message):
 
 
 class ManyPredictResponse(Message):
+    """The results of a prediction by several tasks, by task."""
+
     results: dict[str, TaskResult]
 
 
@@ -166,6 +172,8 @@ class Geometry(Message):
 
 
 class AliasTarget(Message):
+    """A version and its share of the requests; the weights of an alias add up to 1."""
+
     version: str
     weight: float = 1.0
 
@@ -191,6 +199,8 @@ class AliasUpdate(Request):
 
 
 class AliasChange(Message):
+    """A state that an alias had from `changed_at` on."""
+
     alias: str
     targets: list[AliasTarget]
     revision: int
@@ -210,6 +220,8 @@ class PinRequest(Request):
 
 
 class RollbackRequest(Request):
+    """Restore an alias' previous targets."""
+
     alias: AliasName = "live"
 
 
@@ -218,6 +230,8 @@ ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm"]
 
 
 class VersionInfo(Message):
+    """A stored version: its manifest, and its size in bytes. `prompt_lengths` is the number of prompts by layer."""
+
     version: str
     method: str
     labels: list[str]
@@ -233,6 +247,8 @@ class VersionInfo(Message):
 
 
 class VersionList(Message):
+    """The versions of a task, newest first."""
+
     versions: list[VersionInfo]
 
 
@@ -253,10 +269,14 @@ class Task(Message):
 
 
 class TaskList(Message):
+    """All tasks."""
+
     tasks: list[Task]
 
 
 class Method(Message):
+    """A method and a sentence about it."""
+
     name: str
     meaning: str
 
@@ -321,11 +341,15 @@ class Residency(Message):
 
 
 class SkippedFile(Message):
+    """A file that is not in the dataset, and why."""
+
     name: str
     reason: str
 
 
 class Spread(Message):
+    """The smallest, the median and the largest value."""
+
     min: float
     median: float
     max: float
@@ -400,10 +424,14 @@ class Thumbnail(Message):
 
 
 class ThumbnailList(Message):
+    """Some pictures of a dataset."""
+
     thumbnails: list[Thumbnail]
 
 
 class DatasetList(Message):
+    """All datasets."""
+
     datasets: list[Dataset]
 
 
@@ -569,11 +597,15 @@ class JobProgress(Message):
 
 
 class JobError(Message):
+    """Why a job has failed: a stable code and a sentence."""
+
     code: str
     detail: str
 
 
 class Job(Message):
+    """A job. `attempt` counts its starts; `version` is the version that it has made, `metrics` what it measured."""
+
     id: str
     task: str
     dataset: str
@@ -598,6 +630,8 @@ class Job(Message):
 
 
 class JobList(Message):
+    """A page of jobs, newest first; `next` is the cursor of the next page."""
+
     jobs: list[Job]
     next: str | None = None
 
@@ -615,6 +649,8 @@ class JobEvent(Message):
 
 
 class JobEvents(Message):
+    """A page of events; `next` is the last `seq` seen, and `finished` says that no more will come."""
+
     events: list[JobEvent]
     next: int
     finished: bool
@@ -719,6 +755,8 @@ class Comparison(Message):
 
 
 class Backbone(Message):
+    """The backbone that is served; `image_size` in pixels a side, `depth` in blocks, `dim` is its width."""
+
     arch: str
     fingerprint: str
     trained: bool
@@ -730,6 +768,8 @@ class Backbone(Message):
 
 
 class Ready(Message):
+    """Whether predictions can be answered; `checks` has the state of each part, `notes` are hints for people."""
+
     ready: bool
     backbone: Backbone | None = None
     notes: list[str] = []
@@ -737,6 +777,8 @@ class Ready(Message):
 
 
 class Health(Message):
+    """The server process answers; `version` is the version of its software."""
+
     status: Literal["ok"]
     version: str
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from prompts_store import ANY, MAX_BUNDLE_BYTES, Bundle, StoreError, Target
 from prompts_store.alias import MAX_HISTORY, AliasBook
+from prompts_store.durable_files import new_file
 from prompts_store.names import is_alias, is_task, is_version
 
 FORMAT: Final = "lensrack-store-1"
@@ -87,17 +86,8 @@ class Folder:
         """Write a file whole or not at all, durable on return."""
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.parent / f".new-{secrets.token_hex(8)}"
-        try:
-            with open(new, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
+        with new_file(path, path.parent) as file:
+            file.write(data)
 
 
 class Tar:
@@ -140,25 +130,11 @@ def open_archive(path: Path) -> Iterator[Archive]:
 @contextmanager
 def new_tar(path: Path) -> Iterator[Tar]:
     """Write a tar file, which appears at `path` when it is complete."""
-    new = path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
-    try:
-        with open(new, "xb") as file:
-            with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-                yield Tar(tar)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        _sync(path.parent)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with (
+        new_file(path, path.parent) as file,
+        tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        yield Tar(tar)
 
 
 def file_name(task: str, version: str) -> str:

@@ -15,7 +15,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from typing import Final
 from prompts_store import folder_events
 from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
 from prompts_store.bundle import Bundle, header_bytes, read_manifest
+from prompts_store.durable_files import NEW, new_file, sync_folder
 from prompts_store.errors import BundleError, StoreFull, StoreUnavailable, TaskNotFound, VersionInUse, VersionNotFound
 from prompts_store.names import is_task, is_version
 from prompts_store.store import Change, VersionInfo, newest_first
@@ -33,7 +33,6 @@ from prompts_store.store import Change, VersionInfo, newest_first
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
-NEW: Final = ".new-"
 RECONCILE_S: Final = 2.0  # events of the kernel may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]
@@ -211,7 +210,7 @@ class FileStore:
     def _remove(self, task: str, versions: list[str]) -> None:
         for version in versions:
             self._path(task, version).unlink(missing_ok=True)
-        _sync_folder(self._tasks / task / "versions")
+        sync_folder(self._tasks / task / "versions")
 
     def _sweep(self, task: str) -> None:
         """Delete unfinished files. The caller holds the task's lock, so they belong to writers that have crashed."""
@@ -247,18 +246,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, data: bytes, staging: Path) -> None:
-    """Write a file whole or not at all, durable on return. `staging` must be on the same disk as `path`."""
-    new = staging / f"{NEW}{secrets.token_hex(8)}"
-    try:
-        with open(new, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with new_file(path, staging) as file:
+        file.write(data)
 
 
 def _make_folder(folder: Path) -> None:
@@ -267,12 +256,4 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)

@@ -96,7 +96,7 @@ MUTATIONS = (
     ),
     Mutation(
         "A file is whole and durable before it has its name",
-        "prompts_store/file_store.py",
+        "prompts_store/durable_files.py",
         "            os.fsync(file.fileno())\n",
         "            pass\n",
         "tests/prompts_store/test_stores.py::test_a_file_is_durable_before_it_has_its_name",

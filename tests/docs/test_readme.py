@@ -33,7 +33,7 @@ def test_every_setting_it_names_exists() -> None:
 
 def test_its_table_of_methods_is_complete() -> None:
     """Every method and baseline there is, and none that is not."""
-    table = README.partition("## Methods")[2].partition("\n\nRows of all")[0]
+    table = README.partition("## Methods")[2].partition("\n\nAll served methods")[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     words = [word for cell in first for word in re.findall(r"`([^`]+)`", cell)]
     named = {f"partial{word}" if word.startswith("-") else word for word in words}

@@ -4,9 +4,9 @@
 #     docker build -t lensrack:cuda --build-arg VARIANT=cuda .
 #     docker run --rm --read-only --tmpfs /tmp -v lensrack:/data -p 127.0.0.1:8000:8000 -e LENSRACK_ALLOW_OPEN=true lensrack:cpu
 #
-# Nothing of it is written to but /data (one volume) and /tmp. Packages come from TORCH_INDEX and PIP_INDEX_URL, or from
-# a folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); these are known to the first stages only. What was taken is
-# listed in the image: docker run --rm --entrypoint cat lensrack:cpu /usr/local/share/sbom/lensrack.cdx.json
+# The container writes only to /data (one volume) and /tmp. Packages come from TORCH_INDEX and PIP_INDEX_URL, or from a
+# folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); only the build stages know these settings. The image contains a
+# list of its packages: docker run --rm --entrypoint cat lensrack:cpu /usr/local/share/sbom/lensrack.cdx.json
 
 FROM python:3.11-slim-bookworm AS packages
 ARG VARIANT=cpu
@@ -19,8 +19,8 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv --without-pip /opt/venv && python -m venv /opt/pip
 WORKDIR /build
 
-# torch first: it is by far the largest, and changes with neither our code nor our other packages. PyPI's own build
-# carries CUDA; the one without it has an index of its own.
+# torch first: it is by far the largest package, and changes neither with our code nor with the other packages. PyPI's
+# build includes CUDA; the build without CUDA has a separate index.
 RUN case "$VARIANT" in \
       cpu) index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ;; \
       cuda) index="${TORCH_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}}" ;; \
@@ -28,19 +28,19 @@ RUN case "$VARIANT" in \
     esac \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.11' 'torchvision>=0.26'
 
-# With what sends traces and speaks gRPC, since nothing can be installed into the running image.
+# Includes the extras for traces and gRPC, since nothing can be installed into the running image.
 COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; \
 print(*p['dependencies'], *o['server'], *o['otel'], *o['grpc'], sep='\n')" > requirements.txt \
  && /opt/pip/bin/pip --python /opt/venv/bin/python install -r requirements.txt
 
-# What only compiling against them or testing them needs, about 150 MB of the CPU variant.
+# Removes files that are only needed for compiling against the packages or testing them, about 150 MB of the CPU variant.
 RUN cd /opt/venv/lib/python3*/site-packages \
  && rm -rf torch/include torch/share/cmake torch/test torch/bin/*test* torchvision/include pyarrow/include pyarrow/tests \
  && find . -name '*.a' -delete
 
 
-# Our own few files in a layer of their own: a new version moves these and not the packages.
+# lensrack's own files are a separate layer, so that a new version changes only this layer.
 FROM packages AS program
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -54,7 +54,7 @@ COPY prompts_store /app/prompts_store
 RUN python -m compileall -q /app
 
 
-# What the image holds of Python packages, for who has to know it (CycloneDX). The tool stays in this stage.
+# The list of the image's Python packages (CycloneDX). The tool that writes it stays in this stage.
 FROM program AS inventory
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -77,7 +77,7 @@ LABEL org.opencontainers.image.title="lensrack" \
       lensrack.variant="$VARIANT" \
       lensrack.sbom="/usr/local/share/sbom/lensrack.cdx.json"
 
-# A new volume takes over owner and mode of the folder it is mounted on.
+# A new volume inherits owner and mode of the folder that it is mounted on.
 RUN groupadd --gid 10001 lensrack \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin lensrack \
  && install -d -o 10001 -g 10001 -m 750 /data \
@@ -88,8 +88,8 @@ COPY --from=packages /opt/venv /opt/venv
 COPY --from=program /app /app
 COPY --from=inventory /build/sbom.cdx.json /usr/local/share/sbom/lensrack.cdx.json
 WORKDIR /app
-# The address is the container's own: who reaches it is decided by what is published. Without API keys the server still
-# refuses to start unless LENSRACK_ALLOW_OPEN says that this has been thought of.
+# The server listens on all addresses of the container; published ports decide who can reach it. Without API keys the
+# server refuses to start unless LENSRACK_ALLOW_OPEN is set.
 ENV PATH=/opt/venv/bin:/app/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Run a command beside a Docker engine of its own, started by hand and gone at the end, on a Debian machine as root.
+# Runs a command with a temporary Docker engine, which is removed at the end, on a Debian machine as root.
 #
 #     deploy/own_engine.sh deploy/verify.sh
 #
-# For machines without an engine and without an image registry: the images that compose.yaml and the Dockerfile name are
-# made from Debian's packages with debootstrap and tagged with those names. The engine lives in a network namespace of
-# its own, so the machine's bridges and firewall rules stay as they are; what compose publishes on 127.0.0.1 is
-# published there, where COMMAND runs too.
+# For machines without a Docker engine and without an image registry: debootstrap builds the images that compose.yaml and
+# the Dockerfile name from Debian's packages. The engine runs in a separate network namespace, so the machine's bridges and
+# firewall rules do not change; ports that compose publishes on 127.0.0.1 are published in that namespace, where COMMAND
+# runs too.
 #
-# Debian has no package of Grafana: unless WITHOUT says otherwise, COMMAND is told to leave it out.
+# Debian has no package of Grafana: unless WITHOUT is set, COMMAND runs with WITHOUT=grafana.
 #
 # Needs: apt-get install docker.io docker-compose debootstrap iproute2 iptables
-# WHEELS: folder of wheels that the build takes instead of a package index (optional; required without a network).
-# KEEP_LOG: file that takes the log of the engine.
-# BASES: folder that keeps the debootstrapped file systems for the next run (default: they are made anew).
+# WHEELS: folder of wheels that the build uses instead of a package index (optional; required without a network).
+# KEEP_LOG: file for the log of the engine.
+# BASES: folder that keeps the file systems for the next run (default: they are built again).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-{ # read to its end before anything is done: it may be edited while it runs
+{ # bash reads the whole block before it runs it, so the file may be edited meanwhile
 
 [ "$(id -u)" = 0 ] || { echo "expected to run as root, for debootstrap and dockerd" >&2; exit 2; }
 for tool in dockerd debootstrap ip nsenter iptables; do
@@ -29,7 +29,7 @@ SUITE=bookworm
 NETWORK=lensrack-$$
 ENGINE='' INDEX='' COMMAND=''
 
-ended() { # ended PID : a process of ours, ended and waited for
+ended() { # ended PID : end a process that this script started, and wait for it
   [ -n "$1" ] || return 0
   kill "$1" 2>/dev/null || true
   while kill -0 "$1" 2>/dev/null; do wait "$1" 2>/dev/null || true; done
@@ -41,7 +41,7 @@ finish() {
   trap - EXIT INT TERM
   ended "$COMMAND"
   ended "$INDEX"
-  ended "$ENGINE"  # with all its containers; it must be gone before its folders are
+  ended "$ENGINE"  # ends all its containers; must be gone before its folders are removed
   ip netns delete "$NETWORK" 2>/dev/null || true
   grep " $WORK/" /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r umount -l
   [ -z "${KEEP_LOG:-}" ] || cp "$WORK/dockerd.log" "$KEEP_LOG"
@@ -62,7 +62,7 @@ base() { # base NAME PACKAGE… : a minimal Debian with these packages, below $B
     debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$BASES/debian" >"$WORK/debootstrap.log"
   else
     cp -a "$BASES/debian" "$BASES/$name"
-    printf '#!/bin/sh\nexit 101\n' >"$BASES/$name/usr/sbin/policy-rc.d"  # packages must start nothing here
+    printf '#!/bin/sh\nexit 101\n' >"$BASES/$name/usr/sbin/policy-rc.d"  # packages must not start services here
     chmod +x "$BASES/$name/usr/sbin/policy-rc.d"
     cp /etc/resolv.conf "$BASES/$name/etc/resolv.conf"
     chroot "$BASES/$name" /usr/bin/env DEBIAN_FRONTEND=noninteractive sh -c \
@@ -90,14 +90,14 @@ ln -sf /usr/bin/python3.11 "$BASES/python/usr/local/bin/python"
 ln -sf /usr/bin/python3.11 "$BASES/python/usr/local/bin/python3"
 ln -sf /usr/sbin/haproxy "$BASES/services/usr/local/bin/haproxy"
 mkdir -p "$BASES/services/data" "$BASES/services/prometheus"
-chown 999:999 "$BASES/services/data"           # as the images of these names have it
+chown 999:999 "$BASES/services/data"           # as in the official images
 chown 65534:65534 "$BASES/services/prometheus"
 
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 ip netns add "$NETWORK"
 ip -n "$NETWORK" link set lo up
-inside=(nsenter --net="/run/netns/$NETWORK")  # becomes the program, so that its number is the program's
+inside=(nsenter --net="/run/netns/$NETWORK")  # nsenter becomes the program, so its pid is the program's
 "${inside[@]}" sysctl -qw net.ipv4.ip_forward=1 || true
 echo "{}" >"$WORK/daemon.json"
 export DOCKER_HOST="unix://$WORK/docker.sock"
@@ -116,13 +116,13 @@ tag services "$(named redis)" 'WORKDIR /data'
 tag services "$(named haproxy)" 'USER 99'
 tag services "$(named prometheus)" 'USER 65534' 'ENTRYPOINT ["/usr/bin/prometheus"]'
 
-if [ -n "${WHEELS:-}" ]; then  # the build runs in the engine's network, where this is all there is
+if [ -n "${WHEELS:-}" ]; then  # the build runs in the engine's network, which has no other index
   "${inside[@]}" python3 -m http.server 8099 --bind 127.0.0.1 --directory "$WHEELS" >/dev/null 2>&1 &
   INDEX=$!
   export BUILD_ARGS="--network=host --build-arg PIP_FIND_LINKS=http://127.0.0.1:8099/ --build-arg PIP_NO_INDEX=1 ${BUILD_ARGS:-}"
 fi
 export WITHOUT=${WITHOUT-grafana}
-"${inside[@]}" "$@" &  # in the background, so that a signal is heard while it runs
+"${inside[@]}" "$@" &  # in the background, so that the shell handles signals while it runs
 COMMAND=$!
 wait "$COMMAND"
 exit

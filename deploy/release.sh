@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# `make release`: the wheel and the source archive of this version into dist/, and the images' tags.
+# `make release`: builds the wheel and the source archive of this version into dist/, and prints the image commands.
 #
-# pyproject.toml is the one place that says the version; what has a copy of it is compared. Images take long, so they are
-# built only with IMAGES=1 and a Docker engine; otherwise their commands are shown. Nothing is pushed anywhere.
+# The version is defined in pyproject.toml; this script compares all copies of it. Images take long to build, so they are
+# built only with IMAGES=1 and a Docker engine; otherwise their commands are printed. Nothing is pushed anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -1,6 +1,6 @@
-"""The story that `verify.sh` tells: up, look, train, ask, break each part in turn, compare, down.
+"""The steps of `verify.sh`: start, inspect, train, predict, kill each part in turn, compare, remove.
 
-Every step prints one line. The first that does not hold ends it with an AssertionError.
+Every step prints one line. The first failed check ends the run with an AssertionError.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RECIPE: Final = {"epochs": 10, "prompts": 4, "batch_size": 4, "seed": 5}
 Answers = dict[str, list[tuple[str, float]]]
 
 
-# --- what must hold ---------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def all_up() -> bool:
@@ -63,7 +63,7 @@ def answers_http(url: str) -> bool:
 
 
 def ask(client: Client, pictures: list[Path]) -> Answers:
-    """What the two tasks say about every picture, and those that came with the image about theirs."""
+    """Return the answers of the two trained tasks for every picture, and of the bundled tasks for their samples."""
     found = ask_samples(client)
     for path in pictures:
         many = client.predict_many(["calm", "shaken"], path, top_k=8)
@@ -73,7 +73,7 @@ def ask(client: Client, pictures: list[Path]) -> Answers:
 
 
 def require_same(before: Answers, after: Answers) -> None:
-    """The same labels in the same order; scores equal but for the order in which a batch adds up."""
+    """Requires the same labels in the same order, and scores that differ only by the order of sums in a batch."""
     assert before.keys() == after.keys()
     for key, expected in before.items():
         assert [label for label, _ in expected] == [label for label, _ in after[key]], key
@@ -82,7 +82,7 @@ def require_same(before: Answers, after: Answers) -> None:
 
 
 def kept(client: Client) -> dict[str, object]:
-    """Everything that must outlive any container."""
+    """Return everything that must survive the loss of any container."""
     tasks = sorted(task.task for task in client.tasks.list())
     return {
         "datasets": sorted(dataset.id for dataset in client.datasets.list()),
@@ -102,7 +102,7 @@ def require_kept(before: dict[str, object], after: dict[str, object]) -> None:
 
 @contextmanager
 def asking(client: Client, picture: Path) -> Iterator[list[float]]:
-    """Somebody who asks all the time, and how many seconds each answer took; a failure is one of the story."""
+    """Sends predictions all the time; yields the seconds that each answer took. Raises if a request failed."""
     stop, answered, failed = threading.Event(), list[float](), list[BaseException]()
 
     def ask_on() -> None:
@@ -121,15 +121,15 @@ def asking(client: Client, picture: Path) -> Iterator[list[float]]:
     finally:
         stop.set()
         asker.join()
-    assert not failed, f"{len(failed)} of {len(failed) + len(answered)} questions failed, the first: {failed[0]!r}"
+    assert not failed, f"{len(failed)} of {len(failed) + len(answered)} requests failed, the first: {failed[0]!r}"
 
 
 def meanwhile(answered: list[float]) -> str:
-    return f"{len(answered)} questions meanwhile, all answered, within {max(answered, default=0.0):.1f} s"
+    return f"{len(answered)} requests meanwhile, all answered, each within {max(answered, default=0.0):.1f} s"
 
 
 def owner(job: str, workers: list[str]) -> str:
-    """The worker that took a job up last, as its log says."""
+    """Return the worker that claimed a job last, according to its log."""
     found = [each for each in workers if job in run("sh", "-c", f"docker logs {each} 2>&1") and healthy(each)]
     assert len(found) == 1, found
     return found[0]
@@ -139,7 +139,7 @@ def epochs(client: Client, job: JobHandle) -> list[int]:
     return [event.data["epoch"] for event in client.jobs.events(job.id).events if event.type == "epoch"]
 
 
-# --- the story --------------------------------------------------------------------------------------------------------
+# --- the steps --------------------------------------------------------------------------------------------------------
 
 
 def bring_up() -> None:
@@ -180,23 +180,23 @@ def both_answer(client: Client, picture: Path, servers: tuple[str, str]) -> bool
 
 
 def break_a_worker(client: Client, dataset: str) -> None:
-    """In the middle of a job: another one goes on from the last checkpoint."""
+    """Kills a worker during a job: the other worker resumes from the last checkpoint."""
     job = train(client, "shaken", dataset)
     until("three epochs are done", lambda: len(epochs(client, job)) >= 3)
     workers = containers("worker")
     victim = owner(job.id, workers)
     kill(victim)
-    assert not job.refresh().finished, "it was killed too late to show anything"
+    assert not job.refresh().finished, "the worker was killed after the end of the job"
     done = job.wait(SOON_S)
     assert done.attempt == 2, done.attempt
     seen = epochs(client, job)
     assert sorted(set(seen)) == list(range(1, RECIPE["epochs"] + 1)), seen
-    say(f"{name(victim)} was killed in mid-job; the other went on with it: epochs {seen}, {ending(done)}")
+    say(f"{name(victim)} was killed during a job; the other worker finished it: epochs {seen}, {ending(done)}")
     start(victim)
     (other,) = {*workers} - {victim}
     crash(other)
     until(f"{name(other)} is healthy", lambda: healthy(other))
-    say(f"{name(other)} crashed, and was started again")
+    say(f"{name(other)} crashed and was restarted")
 
 
 def ending(job: wire.Job) -> str:
@@ -204,21 +204,18 @@ def ending(job: wire.Job) -> str:
 
 
 def break_redis(client: Client, dataset: str, picture: Path) -> None:
-    """With one job running and one waiting behind it in each worker's place."""
+    """Kills redis while jobs run and one more is queued."""
     before = kept(client)
     jobs = [train(client, f"through-{number}", dataset, seed=number) for number in range(3)]
-    until("a job is under way", lambda: any(epochs(client, job) for job in jobs))
+    until("a job is running", lambda: any(epochs(client, job) for job in jobs))
     redis = containers("redis")[0]
     with asking(client, picture) as answered:
         kill(redis)
         time.sleep(8)
         start(redis)
-    say(f"redis was killed for 8 s; {meanwhile(answered)}, from what the servers hold")
+    say(f"redis was killed for 8 s; {meanwhile(answered)}, from the racks and caches of the servers")
     ended = [job.wait(SOON_S) for job in jobs]
-    say(
-        "the jobs that were under way and waiting: "
-        + ", ".join(f"{job.state} at attempt {job.attempt}" for job in ended)
-    )
+    say("the running and the queued jobs: " + ", ".join(f"{job.state} at attempt {job.attempt}" for job in ended))
     after = kept(client)
     for task, versions in before["versions"].items():  # type: ignore[attr-defined]
         assert versions == after["versions"][task]  # type: ignore[index]
@@ -226,7 +223,7 @@ def break_redis(client: Client, dataset: str, picture: Path) -> None:
 
 
 def watch_stream(client: Client, dataset: str) -> None:
-    """Events come as they happen, not when the job ends and the buffer is emptied."""
+    """Checks that events arrive as they happen, not all at the end of the job."""
     job = train(client, "watched", dataset)
     seen: list[float] = []
     headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {api_key()}"}
@@ -236,7 +233,7 @@ def watch_stream(client: Client, dataset: str) -> None:
                 seen.append(time.time())
     ended = job.refresh().finished_at or 0.0
     assert len(seen) == RECIPE["epochs"], seen
-    assert seen[0] < ended - 0.5, "the first epoch was heard of only at the end"
+    assert seen[0] < ended - 0.5, "the first epoch arrived only at the end of the job"
 
     say(f"events through the proxy: {len(seen)} epochs, the first of them {ended - seen[0]:.1f} s before the end")
 
@@ -257,7 +254,7 @@ def break_the_watchers(client: Client) -> None:
 
 
 def scraped(since: float) -> int:
-    """How many servers Prometheus has asked after that moment; an answer goes on to show older samples for minutes."""
+    """Return how many servers Prometheus has scraped since then; queries show older samples for minutes."""
     asked = {"query": f'timestamp(lensrack_build_info{{job="lensrack-server"}}) > {since}'}
     try:
         found = httpx.get(f"{PROMETHEUS}/api/v1/query", params=asked, timeout=5).json()
@@ -276,7 +273,7 @@ def main() -> None:
     look()
     with tempfile.TemporaryDirectory() as scratch, Client(URL, api_key(), timeout=60, max_retries=8) as client:
         ask_samples(client)
-        say("the tasks that come with the bundled backbone answer: a 7 is a 7, a face is a face")
+        say("the bundled tasks answer correctly: a 7 is a 7, a face is a face")
         lesser = lesser_key()
         draw(Path(scratch), per_class=12)
         pictures = sorted((Path(scratch) / "fruit" / "test").rglob("*.png"))[::3]
@@ -289,7 +286,7 @@ def main() -> None:
             {key.removeprefix("calm "): each for key, each in answers.items() if key.startswith("calm ")},
             {key.removeprefix("shaken "): each for key, each in answers.items() if key.startswith("shaken ")},
         )
-        say(f"{len(pictures)} pictures: the job that was broken off answers as the same job undisturbed")
+        say(f"{len(pictures)} pictures: the interrupted job gives the same answers as an undisturbed one")
         watch_stream(client, dataset)
         before = kept(client)
         break_servers(client, pictures[0])
@@ -305,13 +302,13 @@ def main() -> None:
         require_kept(before, kept(client))
         require_same(answers, ask(client, pictures))
         look_at_lesser_key(lesser)
-        say("everything was taken down and up again; the keys are the same")
+        say("the deployment was removed and started again; the keys are the same")
         lost = [key for key in ("datasets", "versions", "live", "jobs") if before[key] != kept(client)[key]]
         assert not lost
         counts = {key: len(each) for key, each in before.items()}  # type: ignore[arg-type]
         say(f"nothing was lost: {counts}; every answer is the same")
     compose("down", "--volumes", "--timeout", "50")
-    say("taken down, volumes and all: verified")
+    say("removed with all volumes: verified")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The containers of the project that is verified: find them, ask them, break them, start them."""
+"""The containers of the verified deployment: find, inspect, kill and start them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compose(*arguments: str) -> str:
 
 
 def containers(service: str) -> list[str]:
-    """Ids of a service's containers, running or not, in the order of their numbers."""
+    """Return the ids of a service's containers, running or not, ordered by their numbers."""
     label = f"label=com.docker.compose.service={service}"
     ids = docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}", "--filter", label).split()
     return sorted(ids, key=lambda each: str(inspect(each)["Name"]))
@@ -60,7 +60,7 @@ def name(container: str) -> str:
 
 
 def api_key() -> str:
-    """The one that `secrets` drew, which may do everything."""
+    """Return the key for everything that the service `secrets` generated."""
     return docker("exec", containers("server")[0], "cat", f"{KEYS}/api_key")
 
 
@@ -80,7 +80,7 @@ def healthy(container: str) -> bool:
 
 
 def crash(container: str) -> None:
-    """End the program inside, as a crash would; the engine must start it again by itself."""
+    """Kills the process inside, as a crash would; Docker must restart the container by itself."""
     before = inspect(container)["RestartCount"]
     killer = (
         "import os\nfor p in os.listdir('/proc'):\n if p.isdigit() and 1 < int(p) != os.getpid(): os.kill(int(p), 9)"

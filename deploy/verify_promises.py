@@ -1,4 +1,4 @@
-"""What is promised of a deployment that is up, looked at before anything of it is broken."""
+"""Checks of a running deployment before any part of it is killed: containers, secrets, access, packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLES: Final = {"digits": (PICTURES / "7.png", "7"), "faces": (PICTURES / "fac
 def look() -> None:
     look_at_containers()
     look_at_secrets()
-    look_at_doors()
+    look_at_access()
     look_at_inventory()
 
 
@@ -57,11 +57,11 @@ def look_at_secrets() -> None:
         assert not any(hidden in run("sh", "-c", f"docker inspect {each}; docker logs {each} 2>&1") for each in every())
     for service in ("redis", "worker"):
         mounted = {mount["Destination"] for mount in inspect(containers(service)[0])["Mounts"]}
-        assert KEYS not in mounted, f"{service} has no business with keys"
-    say("redis is not published, wants its password, and password and API key are in no environment, argument or log")
+        assert KEYS not in mounted, f"{service} must not mount the keys"
+    say("redis is not published and requires its password; password and API key are in no environment, argument or log")
 
 
-# --- who comes in -----------------------------------------------------------------------------------------------------
+# --- access -----------------------------------------------------------------------------------------------------------
 
 
 def status(method: str, path: str, token: str | None, host: str | None = None) -> int:
@@ -70,7 +70,7 @@ def status(method: str, path: str, token: str | None, host: str | None = None) -
     return httpx.request(method, f"{URL}{path}", headers=headers, timeout=30).status_code
 
 
-def look_at_doors() -> None:
+def look_at_access() -> None:
     token = api_key()
     for none in (None, "wrong", f"{token[:-1]}x"):
         for line in ("GET /tasks", "GET /openapi.json", "POST /predict/digits", "POST /train"):
@@ -83,7 +83,7 @@ def look_at_doors() -> None:
     expect(421, "GET", "/tasks", token, "evil.example")
     require_the_sdk_is_refused("")
     require_the_sdk_is_refused("wrong")
-    say("who has no key is answered 401, and a name that is not ours 421; metrics stay in the servers' network")
+    say("requests without a key get 401, requests for another host name 421; the proxy hides /metrics")
 
 
 def require_the_sdk_is_refused(token: str) -> None:
@@ -92,7 +92,7 @@ def require_the_sdk_is_refused(token: str) -> None:
             client.predict("digits", SAMPLES["digits"][0])
         except AuthenticationError:
             return
-    raise AssertionError(f"the key {token!r} let the SDK in")
+    raise AssertionError(f"the key {token!r} was accepted from the SDK")
 
 
 def expect(wanted: int, method: str, path: str, token: str | None, host: str | None = None) -> None:
@@ -101,12 +101,12 @@ def expect(wanted: int, method: str, path: str, token: str | None, host: str | N
 
 
 def lesser_key() -> str:
-    """One that an operator makes by the command of compose.yaml's first lines; it asks, and does nothing else."""
+    """Create a key with the command of compose.yaml's first lines; it can predict and nothing else."""
     made = docker("exec", containers("server")[0], "python", "-m", "server", "keys", "create", "--scope", "predict")
     token = made.splitlines()[-1]
     until("both servers know the new key", lambda: all(status("GET", "/tasks", token) == 200 for _ in range(8)))
     look_at_lesser_key(token)
-    say("a key made by `compose exec server python -m server keys create` asks, and may neither train nor delete")
+    say("a key created with `compose exec server python -m server keys create` can predict, and cannot train or delete")
     return token
 
 
@@ -118,7 +118,7 @@ def look_at_lesser_key(token: str) -> None:
 
 
 def ask_samples(client: Client) -> dict[str, list[tuple[str, float]]]:
-    """What the tasks that come with the bundled backbone say about the pictures that come with it."""
+    """Return the answers of the bundled tasks for their sample pictures."""
     found = {}
     for task, (picture, label) in SAMPLES.items():
         answer = client.predict(task, picture, top_k=2)
@@ -127,7 +127,7 @@ def ask_samples(client: Client) -> dict[str, list[tuple[str, float]]]:
     return found
 
 
-# --- what the image is made of ----------------------------------------------------------------------------------------
+# --- packages of the image --------------------------------------------------------------------------------------------
 
 INSTALLED: Final = (
     "import importlib.metadata as m, json\n"
@@ -136,7 +136,7 @@ INSTALLED: Final = (
 
 
 def look_at_inventory() -> None:
-    """The list in the image is what Python finds there, and its tool is not."""
+    """Checks that the image's package list equals what Python finds, without the tool that wrote the list."""
     server = containers("server")[0]
     place = inspect(server)["Config"]["Labels"]["lensrack.sbom"]
     listed = json.loads(docker("exec", server, "cat", place))

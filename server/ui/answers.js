@@ -1,37 +1,37 @@
-// What tasks answer about a picture, side by side; where they looked; and the right answer where they were wrong.
+// Predictions of several tasks for one picture, side by side, with attention maps and a form for corrections.
 import { call, get, part, post } from './api.js';
-import { doing, say } from './dialogs.js';
+import { notify, run } from './dialogs.js';
 import { field, fill, h, newId } from './dom.js';
 import { heatmap } from './heatmap.js';
-import { framed, intake } from './pictures.js';
+import { pictureFrame, pictureInput } from './pictures.js';
 import { count, percent, short } from './words.js';
 
 const TOP = 5;
 
-// `chosen()` are the names of the tasks to ask.
-export function panel(chosen, signal) {
-  const picture = framed();
+// `chosenTasks()` returns the names of the tasks to predict with.
+export function predictionPanel(chosenTasks, signal) {
+  const picture = pictureFrame();
   const answers = h('div', { class: 'answers' });
   const timing = h('p', { class: 'muted small', role: 'status' });
-  let shown = null;
-  const zone = intake(take, signal);
+  let current = null;
+  const zone = pictureInput(take, signal);
 
   async function take(blob) {
-    shown = blob;
+    current = blob;
     picture.show(blob);
-    await again();
+    await repeat();
   }
 
-  async function again() {
-    if (!shown) return;
+  async function repeat() {
+    if (!current) return;
     picture.clear();
-    const names = chosen();
-    if (!names.length) { fill(answers, h('p', { class: 'muted' }, 'Choose a task to ask.')); timing.textContent = ''; return; }
+    const names = chosenTasks();
+    if (!names.length) { fill(answers, h('p', { class: 'muted' }, 'Choose at least one task.')); timing.textContent = ''; return; }
     try {
       const query = names.map(name => `task=${part(name)}`).join('&');
-      const { data, headers } = await call('POST', `/predict?${query}&top_k=${TOP}`, { body: shown, headers: { 'Content-Type': shown.type || 'application/octet-stream' }, signal });
+      const { data, headers } = await call('POST', `/predict?${query}&top_k=${TOP}`, { body: current, headers: { 'Content-Type': current.type || 'application/octet-stream' }, signal });
       timing.textContent = timings(headers.get('Server-Timing') ?? '');
-      fill(answers, names.map(name => card(name, data.results[name], shown, picture)));
+      fill(answers, names.map(name => card(name, data.results[name], current, picture)));
     } catch (error) {
       if (error.name === 'AbortError') return;
       timing.textContent = '';
@@ -41,69 +41,69 @@ export function panel(chosen, signal) {
 
   const element = h('div', { class: 'asking' },
     h('div', { class: 'left' }, zone, picture.frame, timing), h('div', { class: 'right', 'aria-live': 'polite' }, answers));
-  return { element, again };
+  return { element, repeat };
 }
 
-const MEANING = { decode: 'decoded', queue: 'waited', compute: 'computed' };
-const timings = header => header.split(',').map(each => each.trim().split(';dur=')).filter(([name]) => name in MEANING)
-  .map(([name, ms]) => `${MEANING[name]} ${Number(ms).toFixed(1)}\u00a0ms`).join(' · ');
+const PHASES = { decode: 'decoding', queue: 'queueing', compute: 'computing' };
+const timings = header => header.split(',').map(entry => entry.trim().split(';dur=')).filter(([name]) => name in PHASES)
+  .map(([name, ms]) => `${PHASES[name]} ${Number(ms).toFixed(1)}\u00a0ms`).join(' · ');
 
-// `asked` is a task, or a task and a version.
-function card(asked, result, blob, picture) {
-  const [task] = asked.split('@');
-  if (result.error) return h('article', { class: 'card answer', 'aria-label': `Answer of ${task}` }, h('p', { class: 'asked' }, task), h('p', { class: 'problem' }, result.error.detail));
-  const [scored] = result.predictions;
+// `reference` is TASK or TASK@VERSION.
+function card(reference, result, blob, picture) {
+  const [task] = reference.split('@');
+  if (result.error) return h('article', { class: 'card answer', 'aria-label': `Prediction for ${task}` }, h('p', { class: 'asked' }, task), h('p', { class: 'problem' }, result.error.detail));
+  const [scores] = result.predictions;
   const below = h('div', {});
-  return h('article', { class: 'card answer', 'aria-label': `Answer of ${task}` },
+  return h('article', { class: 'card answer', 'aria-label': `Prediction for ${task}` },
     h('div', { class: 'head' }, h('a', { class: 'asked', href: `#/tasks/${part(task)}` }, task), h('code', { class: 'small', title: result.version }, short(result.version))),
-    h('p', { class: 'best' }, scored[0].label),
-    h('ol', { class: 'scores' }, scored.map(one => h('li', {},
-      h('span', { class: 'label' }, one.label),
-      h('span', { class: 'meter', 'aria-hidden': 'true' }, h('span', { style: { width: `${100 * one.score}%` } })),
-      h('span', { class: 'number' }, percent(one.score))))),
+    h('p', { class: 'best' }, scores[0].label),
+    h('ol', { class: 'scores' }, scores.map(entry => h('li', {},
+      h('span', { class: 'label' }, entry.label),
+      h('span', { class: 'meter', 'aria-hidden': 'true' }, h('span', { style: { width: `${100 * entry.score}%` } })),
+      h('span', { class: 'number' }, percent(entry.score))))),
     h('div', { class: 'actions' },
-      h('button', { type: 'button', onclick: event => looked(event.currentTarget, `${task}@${result.version}`, blob, picture, below) }, 'Where it looked'),
-      h('button', { type: 'button', class: 'quiet', onclick: event => correct(event.currentTarget, task, scored, blob, below) }, 'Wrong?')),
+      h('button', { type: 'button', onclick: event => showAttention(event.currentTarget, `${task}@${result.version}`, blob, picture, below) }, 'Show attention'),
+      h('button', { type: 'button', class: 'quiet', onclick: event => correctionForm(event.currentTarget, task, scores, blob, below) }, 'Correct it')),
     below);
 }
 
-// --- where it looked --------------------------------------------------------------------------------------------------
+// --- attention --------------------------------------------------------------------------------------------------------
 
-const VIEWS = { rollout: 'Through all layers', last: 'Last layer' };
+const VIEWS = { rollout: 'All layers', last: 'Last layer' };
 
-async function looked(button, name, blob, picture, below) {
-  const found = await doing(button, async () => (await call('POST', `/tasks/${part(name)}/attention`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data);
-  if (!found) return;
+async function showAttention(button, name, blob, picture, below) {
+  const attention = await run(button, async () => (await call('POST', `/tasks/${part(name)}/attention`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data);
+  if (!attention) return;
   const group = newId('view');
-  const told = h('p', { class: 'small muted', role: 'status' });
+  const summary = h('p', { class: 'small muted', role: 'status' });
   picture.hold(below);
   const pick = view => {
-    picture.lay(heatmap(found[view].grid, found, picture.image.naturalWidth, picture.image.naturalHeight));
-    told.textContent = shares(found[view]);
+    picture.lay(heatmap(attention[view].grid, attention, picture.image.naturalWidth, picture.image.naturalHeight));
+    summary.textContent = shares(attention[view]);
   };
   fill(below, h('fieldset', { class: 'choice' }, h('legend', {}, 'Attention of the class token'),
-    Object.entries(VIEWS).map(([view, label], index) => h('label', {}, h('input', { type: 'radio', name: group, checked: index === 0, onchange: () => pick(view) }), label))), told,
-  h('button', { type: 'button', class: 'quiet', onclick() { picture.clear(); button.focus(); } }, 'Hide it'));
+    Object.entries(VIEWS).map(([view, label], index) => h('label', {}, h('input', { type: 'radio', name: group, checked: index === 0, onchange: () => pick(view) }), label))), summary,
+  h('button', { type: 'button', class: 'quiet', onclick() { picture.clear(); button.focus(); } }, 'Hide attention'));
   pick('rollout');
 }
 
 function shares({ prompts, rest, grid }) {
-  const patches = grid.flat().reduce((sum, one) => sum + one, 0);
-  const learned = prompts > 0 ? `${percent(prompts)} to the learned prompts, ` : 'there are no prompts, ';
-  return `${percent(patches)} of it goes to the picture, ${learned}${percent(rest)} to the class token itself.`;
+  const patches = grid.flat().reduce((sum, share) => sum + share, 0);
+  const learned = prompts > 0 ? `, ${percent(prompts)} to the learned prompts` : '';
+  return `${percent(patches)} of the attention goes to the picture${learned} and ${percent(rest)} to the class token.`;
 }
 
-// --- the right answer -------------------------------------------------------------------------------------------------
+// --- corrections ------------------------------------------------------------------------------------------------------
 
-async function correct(button, name, scored, blob, below) {
-  const version = await doing(button, () => liveVersion(name));
+async function correctionForm(button, name, scores, blob, below) {
+  const version = await run(button, () => liveVersion(name));
   if (!version) return;
   const list = newId('labels');
-  const input = h('input', { list, required: true, autocomplete: 'off', placeholder: 'What it shows' });
-  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); give(form.querySelector('button'), name, input.value.trim(), version.labels, blob, below); } },
-    field('The right answer', input, 'A class it knows, or a new one.'),
-    h('datalist', { id: list }, version.labels.filter(label => label !== scored[0].label).map(label => h('option', { value: label }))),
-    h('button', { class: 'primary' }, 'Remember it'));
+  const input = h('input', { list, required: true, autocomplete: 'off', placeholder: 'Class name' });
+  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), version.labels, blob, below); } },
+    field('Correct class', input, 'One of the classes of the task, or a new one.'),
+    h('datalist', { id: list }, version.labels.filter(label => label !== scores[0].label).map(label => h('option', { value: label }))),
+    h('button', { class: 'primary' }, 'Save correction'));
   fill(below, form);
   input.focus();
 }
@@ -113,27 +113,27 @@ async function liveVersion(name) {
   return get(`/tasks/${part(name)}/versions/${part(task.live)}`);
 }
 
-async function give(button, name, label, known, blob, below) {
-  await doing(button, async () => {
-    const query = `label=${part(label)}${known.includes(label) ? '' : '&new_label=true'}`;
+async function saveCorrection(button, name, label, labels, blob, below) {
+  await run(button, async () => {
+    const query = `label=${part(label)}${labels.includes(label) ? '' : '&new_label=true'}`;
     await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type } });
     const { images } = await get(`/tasks/${part(name)}/feedback?limit=1`);
-    say(`Remembered: this is ${label}.`);
-    const retrain = h('button', { type: 'button', class: 'primary', onclick: event => again(event.currentTarget, name) }, 'Retrain with the corrections');
-    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} that its next version can learn from.`), retrain);
-    retrain.focus();
+    notify(`Correction saved: ${label}.`);
+    const retrainButton = h('button', { type: 'button', class: 'primary', onclick: event => retrain(event.currentTarget, name) }, 'Retrain with corrections');
+    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} for its next version.`), retrainButton);
+    retrainButton.focus();
   });
 }
 
-async function again(button, name) {
-  await doing(button, async () => {
+async function retrain(button, name) {
+  await run(button, async () => {
     const dataset = await post(`/tasks/${part(name)}/feedback/dataset?name=${part(`${name}, corrected`)}`);
     const version = await liveVersion(name);
-    const job = await post('/train', { task: name, dataset: dataset.id, method: version.method, recipe: fittable(version.recipe) });
+    const job = await post('/train', { task: name, dataset: dataset.id, method: version.method, recipe: reusable(version.recipe) });
     location.hash = `#/jobs/${job.id}`;
   });
 }
 
-// The live version's own recipe, in the fields that people choose or a search finds. A head alone has no prompts.
+// The fields of the live version's recipe that a user or a search sets. A recipe of a head alone has no prompts.
 const FIELDS = ['epochs', 'batch_size', 'optimizer', 'lr', 'weight_decay', 'prompts', 'prompt_layers', 'prompt_dropout', 'label_smoothing', 'class_weights', 'augment', 'patience', 'pool', 'seed'];
-const fittable = recipe => Object.fromEntries(Object.entries(recipe).filter(([name, value]) => FIELDS.includes(name) && value !== null && !(name === 'prompts' && value === 0)));
+const reusable = recipe => Object.fromEntries(Object.entries(recipe).filter(([name, value]) => FIELDS.includes(name) && value !== null && !(name === 'prompts' && value === 0)));

@@ -1,4 +1,4 @@
-// The server's own HTTP interface, as everybody else uses it.
+// Calls to the server's public HTTP API.
 
 export class Problem extends Error {
   constructor(status, body) {
@@ -8,15 +8,15 @@ export class Problem extends Error {
 }
 
 export async function call(method, path, { json, body, headers = {}, signal } = {}) {
-  const all = json === undefined ? headers : { 'Content-Type': 'application/json', ...headers };
-  const response = await reached(path, { method, headers: all, body: json === undefined ? body : JSON.stringify(json), signal });
+  const allHeaders = json === undefined ? headers : { 'Content-Type': 'application/json', ...headers };
+  const response = await send(path, { method, headers: allHeaders, body: json === undefined ? body : JSON.stringify(json), signal });
   const text = await response.text();
-  const given = text && /json/.test(response.headers.get('content-type') ?? '') ? JSON.parse(text) : {};
-  if (!response.ok) throw new Problem(response.status, given);
-  return { data: given, headers: response.headers };
+  const data = text && /json/.test(response.headers.get('content-type') ?? '') ? JSON.parse(text) : {};
+  if (!response.ok) throw new Problem(response.status, data);
+  return { data, headers: response.headers };
 }
 
-async function reached(path, options) {
+async function send(path, options) {
   try {
     return await fetch(path, options);
   } catch (error) {
@@ -29,10 +29,10 @@ export const get = async (path, signal) => (await call('GET', path, { signal }))
 export const post = async (path, json, headers) => (await call('POST', path, { json, headers })).data;
 export const part = encodeURIComponent;
 
-// Also where the page is not served over TLS and crypto.randomUUID is missing.
+// Works without TLS too, where crypto.randomUUID is missing.
 export function randomKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, '0')).join('');
 }
 
-export const live = task => task.aliases.find(alias => alias.name === 'live');
-export const condition = alias => ({ 'If-Match': `"${alias.revision}"` });
+export const liveAlias = task => task.aliases.find(alias => alias.name === 'live');
+export const ifUnchanged = alias => ({ 'If-Match': `"${alias.revision}"` });

@@ -1,6 +1,6 @@
-// The frame: which page is shown, in which colours, and what is always true of this server.
+// Routes to a page, switches the colour scheme and shows notices about the server.
 import { get } from './api.js';
-import { forget, recolour } from './charts.js';
+import { destroyCharts, recolour } from './charts.js';
 import { fill, h } from './dom.js';
 import * as askPage from './ask.js';
 import * as jobPage from './job.js';
@@ -20,18 +20,18 @@ async function show(first = false) {
   leave.abort();
   leave = new AbortController();
   const signal = leave.signal;
-  forget();
+  destroyCharts();
   const [name, argument = ''] = location.hash.replace(/^#\/?/, '').split('/').map(decodeURIComponent);
-  const known = name === 'tasks' && argument ? 'task' : name in PAGES ? name : 'tasks';
-  mark(SECTION[known] ?? known);
-  const page = h('div', { class: `page of-${known}` });
+  const route = name === 'tasks' && argument ? 'task' : name in PAGES ? name : 'tasks';
+  markSection(SECTION[route] ?? route);
+  const page = h('div', { class: `page of-${route}` });
   try {
-    if (signIn.stranger(await signIn.who())) signIn.show(page);
-    else await PAGES[known].show(page, argument, signal);
+    if (signIn.needsKey(await signIn.loadSession())) signIn.show(page);
+    else await PAGES[route].show(page, argument, signal);
   } catch (error) {
     if (signal.aborted) return;
-    if (error.status === 401) { show(); return; } // the key has ended meanwhile
-    fill(page, h('h1', {}, 'That did not work'), h('p', { class: 'problem' }, error.message));
+    if (error.status === 401) { show(); return; } // the key was revoked or has expired
+    fill(page, h('h1', {}, 'Something went wrong'), h('p', { class: 'problem' }, error.message));
   }
   if (signal.aborted) return;
   fill(main, page);
@@ -40,7 +40,7 @@ async function show(first = false) {
   if (!first) { main.focus({ preventScroll: true }); scrollTo(0, 0); }
 }
 
-function mark(section) {
+function markSection(section) {
   for (const link of document.querySelectorAll('nav a')) {
     if (link.hash === `#/${section}`) link.setAttribute('aria-current', 'page');
     else link.removeAttribute('aria-current');
@@ -49,11 +49,11 @@ function mark(section) {
 
 // --- colours ---------------------------------------------------------------------------------------------------------
 
-const THEMES = { '': 'as the system', light: 'light', dark: 'dark' };
+const THEMES = { '': 'system', light: 'light', dark: 'dark' };
 const button = document.getElementById('theme');
 
-function told() {
-  button.setAttribute('aria-label', `Colours: ${THEMES[document.documentElement.dataset.theme ?? '']}`);
+function labelThemeButton() {
+  button.setAttribute('aria-label', `Colour scheme: ${THEMES[document.documentElement.dataset.theme ?? '']}`);
   button.title = button.getAttribute('aria-label');
 }
 
@@ -62,26 +62,26 @@ button.addEventListener('click', () => {
   const next = names[(names.indexOf(document.documentElement.dataset.theme ?? '') + 1) % names.length];
   if (next) document.documentElement.dataset.theme = next;
   else delete document.documentElement.dataset.theme;
-  try { localStorage.setItem('lensrack.theme', next); } catch { /* then only for this visit */ }
-  told();
+  try { localStorage.setItem('lensrack.theme', next); } catch { /* no storage: the choice lasts for this visit */ }
+  labelThemeButton();
   recolour();
 });
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', recolour);
 
-// --- always ----------------------------------------------------------------------------------------------------------
+// --- notices ---------------------------------------------------------------------------------------------------------
 
-async function remark() {
-  const note = document.getElementById('note');
+async function showNotice() {
+  const notice = document.getElementById('notice');
   const ready = await get('/readyz').catch(() => null);
   if (ready?.backbone && !ready.backbone.trained) {
-    fill(note, h('strong', {}, 'The backbone is untrained: '), 'a small stand-in with random weights, fit for trying things out.');
-    note.hidden = false;
+    fill(notice, h('strong', {}, 'The backbone is untrained. '), 'It has random weights and is meant for trying the server out.');
+    notice.hidden = false;
   }
 }
 
 document.querySelector('.skip').addEventListener('click', event => { event.preventDefault(); main.focus(); });
 addEventListener('hashchange', () => show());
-addEventListener('lensrack:again', () => show());
-told();
-remark();
+addEventListener('lensrack:reload', () => show());
+labelThemeButton();
+showNotice();
 show(true);

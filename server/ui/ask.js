@@ -1,24 +1,24 @@
-// Ask: one picture for any number of tasks at once.
+// Predict: one picture, any number of tasks at once.
 import { get } from './api.js';
-import { panel } from './answers.js';
+import { predictionPanel } from './answers.js';
 import { fill, h } from './dom.js';
 
-const AT_FIRST = 4;
+const CHOSEN_AT_FIRST = 4;
 
-export async function show(page, wanted, signal) {
+export async function show(page, task, signal) {
   const tasks = (await get('/tasks', signal)).tasks.filter(task => task.live);
   if (!tasks.length) {
-    fill(page, h('h1', {}, 'Ask'), h('div', { class: 'empty' }, h('p', { class: 'lead' }, 'There is no task to ask yet.'), h('p', {}, h('a', { class: 'button primary', href: '#/train' }, 'Train one'))));
+    fill(page, h('h1', {}, 'Predict'), h('div', { class: 'empty' }, h('p', { class: 'lead' }, 'No task has a live version yet.'), h('p', {}, h('a', { class: 'button primary', href: '#/train' }, 'Train a task'))));
     return;
   }
-  const chosen = new Set(wanted ? [wanted] : tasks.slice(0, AT_FIRST).map(task => task.task));
-  const asking = panel(() => tasks.map(task => task.task).filter(name => chosen.has(name)), signal);
-  fill(page, h('h1', {}, 'Ask'),
-    h('fieldset', { class: 'chips' }, h('legend', {}, tasks.length > 1 ? 'Tasks, all answered in one forward pass' : 'Task'), tasks.map(chip)),
-    asking.element);
+  const chosen = new Set(task ? [task] : tasks.slice(0, CHOSEN_AT_FIRST).map(task => task.task));
+  const predictions = predictionPanel(() => tasks.map(task => task.task).filter(name => chosen.has(name)), signal);
+  fill(page, h('h1', {}, 'Predict'),
+    h('fieldset', { class: 'chips' }, h('legend', {}, tasks.length > 1 ? 'Tasks (all run in one forward pass)' : 'Task'), tasks.map(chip)),
+    predictions.element);
 
   function chip({ task }) {
-    const box = h('input', { type: 'checkbox', checked: chosen.has(task), onchange() { (box.checked ? chosen.add : chosen.delete).call(chosen, task); asking.again(); } });
+    const box = h('input', { type: 'checkbox', checked: chosen.has(task), onchange() { (box.checked ? chosen.add : chosen.delete).call(chosen, task); predictions.repeat(); } });
     return h('label', { class: 'chip' }, box, task);
   }
 }

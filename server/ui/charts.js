@@ -1,15 +1,15 @@
-// Chart.js in the page's own colours; they follow when the colours change. Loaded as a global by index.html.
+// Charts in the colours of the page, redrawn when the colour scheme changes. index.html loads Chart.js as a global.
 import { h } from './dom.js';
 
 const probe = document.createElement('span');
 
-// What a colour of style.css is at this moment.
+// The current value of a colour of style.css.
 export function colour(name, share = 1) {
   probe.style.color = `var(--${name})`;
   document.body.append(probe);
-  const found = getComputedStyle(probe).color;
+  const value = getComputedStyle(probe).color;
   probe.remove();
-  return share === 1 ? found : found.replace(/rgba?\(([^)]*)\)/, (_, rgb) => `rgba(${rgb.split(',').slice(0, 3).join(',')}, ${share})`);
+  return share === 1 ? value : value.replace(/rgba?\(([^)]*)\)/, (_, rgb) => `rgba(${rgb.split(',').slice(0, 3).join(',')}, ${share})`);
 }
 
 const axis = title => ({
@@ -18,34 +18,34 @@ const axis = title => ({
   grid: { color: colour('line') }, border: { display: false },
 });
 
-const drawn = new Set();
+const charts = new Set();
 
-// A canvas with its chart. `describe` says in words what it shows. `settings()` is asked again when the colours change.
+// A canvas with its chart. `describe` is its text alternative; `settings()` is called again when the colours change.
 export function chart(describe, height, settings) {
   const canvas = h('canvas', { role: 'img', 'aria-label': describe });
   const box = h('div', { class: 'chart', style: { height: `${height}px` } }, canvas);
-  const one = { box, chart: null, settings };
-  queueMicrotask(() => draw(one));
-  drawn.add(one);
+  const entry = { box, chart: null, settings };
+  queueMicrotask(() => draw(entry));
+  charts.add(entry);
   return {
     box,
-    update(change) { if (one.chart) { change(one.chart); one.chart.update('none'); } },
+    update(change) { if (entry.chart) { change(entry.chart); entry.chart.update('none'); } },
     describe(text) { canvas.setAttribute('aria-label', text); },
   };
 }
 
-function draw(one) {
-  one.chart?.destroy();
-  const { type, data, options = {} } = one.settings();
-  one.chart = new Chart(one.box.firstChild, { type, data, options: { animation: false, responsive: true, maintainAspectRatio: false, ...options } });
+function draw(entry) {
+  entry.chart?.destroy();
+  const { type, data, options = {} } = entry.settings();
+  entry.chart = new Chart(entry.box.firstChild, { type, data, options: { animation: false, responsive: true, maintainAspectRatio: false, ...options } });
 }
 
 export function recolour() {
-  for (const one of drawn) if (one.box.isConnected) draw(one);
+  for (const entry of charts) if (entry.box.isConnected) draw(entry);
 }
 
-export function forget() {
-  for (const one of drawn) { one.chart?.destroy(); drawn.delete(one); }
+export function destroyCharts() {
+  for (const entry of charts) { entry.chart?.destroy(); charts.delete(entry); }
 }
 
 export function lines(describe, x, series, { height = 220, percent = false, from, to } = {}) {

@@ -1,8 +1,8 @@
-// Questions that must be answered, and what has been done.
+// Confirmation dialogs, and short messages about what was done.
 import { h, newId } from './dom.js';
 
-// Resolves to the form's values, or null when it was closed.
-export function ask(title, { body = [], action, danger = false }) {
+// Resolves to the form's values, or to null when the user cancels.
+export function confirmDialog(title, { body = [], action, danger = false }) {
   const id = newId('dialog');
   const form = h('form', { method: 'dialog' },
     h('h2', { id }, title), ...body,
@@ -19,22 +19,22 @@ export function ask(title, { body = [], action, danger = false }) {
   }));
 }
 
-let silence;
-export function say(text, kind = 'good') {
-  const place = document.getElementById('said');
-  clearTimeout(silence);
+let hideTimer;
+export function notify(text, kind = 'good') {
+  const place = document.getElementById('toast');
+  clearTimeout(hideTimer);
   place.replaceChildren(h('p', { class: kind }, text));
-  silence = setTimeout(() => place.replaceChildren(), kind === 'bad' ? 12000 : 6000);
+  hideTimer = setTimeout(() => place.replaceChildren(), kind === 'bad' ? 12000 : 6000);
 }
 
-// Does something for a button: no second press meanwhile, and what goes wrong is told.
-export async function doing(button, work) {
+// Runs `work` for a button, which is disabled meanwhile; shows the message of an error.
+export async function run(button, work) {
   button.disabled = true;
   try {
     return await work();
   } catch (error) {
     if (!error.code) console.warn(error);
-    say(error.message, 'bad');
+    notify(error.message, 'bad');
     return undefined;
   } finally {
     button.disabled = false;

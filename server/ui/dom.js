@@ -1,4 +1,4 @@
-// Elements from plain data. What users typed goes in as text; there is no way here to write markup.
+// Elements from plain data. All strings become text; nothing here writes markup.
 
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -35,5 +35,5 @@ export function section(title, ...children) {
   return h('section', { 'aria-labelledby': id }, h('h2', { id }, title), ...children);
 }
 
-// A wide table may be scrolled, by keyboard too.
+// A region that scrolls sideways, with the keyboard too.
 export const scrolling = (label, ...children) => h('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': label }, ...children);

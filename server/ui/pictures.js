@@ -1,10 +1,10 @@
-// A picture on its way in: dropped, pasted, chosen or photographed.
+// A picture input: drop, paste, file choice or camera; and the frame that shows the picture.
 import { fill, h, newId } from './dom.js';
 
-const TAKEN = ['image/jpeg', 'image/png', 'image/webp', 'image/bmp'];
+const SUPPORTED = ['image/jpeg', 'image/png', 'image/webp', 'image/bmp'];
 
-// `onPicture(blob)` gets a picture that the server takes; other formats the browser knows are converted here.
-export function intake(onPicture, signal) {
+// `onPicture(blob)` receives a format that the server supports; other formats that the browser can show are converted to PNG.
+export function pictureInput(onPicture, signal) {
   const choose = chooser('Choose a picture', {});
   const photograph = chooser('Take a photo', { capture: 'environment' });
   const zone = h('div', { class: 'drop', ondragover: over, ondragleave: out, ondrop: dropped },
@@ -23,17 +23,17 @@ export function intake(onPicture, signal) {
   function dropped(event) {
     event.preventDefault();
     out();
-    const file = [...event.dataTransfer.files].find(one => one.type.startsWith('image/'));
+    const file = [...event.dataTransfer.files].find(item => item.type.startsWith('image/'));
     if (file) take(file);
   }
   function pasted(event) {
-    const file = [...(event.clipboardData?.files ?? [])].find(one => one.type.startsWith('image/'));
+    const file = [...(event.clipboardData?.files ?? [])].find(item => item.type.startsWith('image/'));
     if (file) { event.preventDefault(); take(file); }
   }
-  async function take(file) { onPicture(TAKEN.includes(file.type) ? file : await converted(file)); }
+  async function take(file) { onPicture(SUPPORTED.includes(file.type) ? file : await converted(file)); }
 }
 
-// HEIC, AVIF, GIF and what else this browser can show.
+// HEIC, AVIF, GIF and any other format that this browser can show.
 async function converted(file) {
   try {
     const bitmap = await createImageBitmap(file);
@@ -41,17 +41,17 @@ async function converted(file) {
     canvas.getContext('2d').drawImage(bitmap, 0, 0);
     return await canvas.convertToBlob({ type: 'image/png' });
   } catch {
-    return file; // the server says what it expects
+    return file; // the server's error names the formats that it supports
   }
 }
 
-// The picture with room for a heat-map over it.
-export function framed() {
+// The picture, with a layer for a heat map.
+export function pictureFrame() {
   const image = h('img', { alt: 'Your picture', class: 'shown' });
   const over = h('div', { class: 'over' });
   const frame = h('div', { class: 'frame', hidden: true }, image, over);
   let address = null;
-  let holder = null; // whose heat-map it is: the controls go with it
+  let holder = null; // the controls of the heat map on show; they are removed with it
   return {
     frame, image,
     show(blob) {

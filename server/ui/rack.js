@@ -1,30 +1,30 @@
-// The device, second by second: who sits on it, what waits, how full each forward is.
+// The device, updated every second: lenses on the rack, rows in the queue, rows in each batch.
 import { get, part } from './api.js';
 import { bars, lines } from './charts.js';
 import { fill, h, scrolling, section } from './dom.js';
 import { bytes, count, percent, short } from './words.js';
 
-const LOOK_S = 1;
-const KEPT = 60; // seconds of the curve
-const MOST_DRAWN = 1024;
+const POLL_S = 1;
+const CURVE_S = 60;
+const MAX_SQUARES = 1024;
 
 export async function show(page, _, signal) {
   let now = await get('/rack', signal);
   const ready = await get('/readyz', signal).catch(() => ({}));
   const figures = h('dl', { class: 'figures many' }), slots = h('div', { class: 'slots' }), seats = h('div', {});
-  const rate = { labels: Array.from({ length: KEPT }, (_, index) => KEPT - 1 - index), lines: [{ label: 'rows a second', data: Array(KEPT).fill(null), colour: 'accent', fill: true }] };
+  const rate = { labels: Array.from({ length: CURVE_S }, (_, index) => CURVE_S - 1 - index), lines: [{ label: 'rows per second', data: Array(CURVE_S).fill(null), colour: 'accent', fill: true }] };
   const curve = lines('Rows answered in each of the last 60 seconds', 'seconds ago', rate, { height: 180, from: 0 });
-  const rows = mix('rows in a forward', now.batch_rows), tasks = mix('tasks in a forward', now.batch_tasks);
-  const live = h('p', { class: 'muted small' });
-  fill(page, h('div', { class: 'head' }, h('h1', {}, 'Rack'), device(ready)), figures, live,
+  const rows = batchChart('rows in a batch', now.batch_rows), tasks = batchChart('tasks in a batch', now.batch_tasks);
+  const status = h('p', { class: 'muted small' });
+  fill(page, h('div', { class: 'head' }, h('h1', {}, 'Rack'), device(ready)), figures, status,
     section('Slots', slots, seats),
-    h('div', { class: 'two' }, section('Answered', curve.box), section('Batch mix', rows.box, tasks.box)));
+    h('div', { class: 'two' }, section('Throughput', curve.box), section('Batch composition', rows.box, tasks.box)));
   const draw = before => {
-    fill(figures, facts(now));
+    fill(figures, rackFigures(now));
     fillSlots(slots, now);
     if (JSON.stringify(before?.seats) !== JSON.stringify(now.seats)) fill(seats, table(now));
-    rows.update(chart => fit(chart, now.batch_rows));
-    tasks.update(chart => fit(chart, now.batch_tasks));
+    rows.update(chart => setBuckets(chart, now.batch_rows));
+    tasks.update(chart => setBuckets(chart, now.batch_tasks));
   };
   draw();
   poll();
@@ -32,20 +32,20 @@ export async function show(page, _, signal) {
   async function poll() {
     let at = performance.now();
     while (!signal.aborted) {
-      await new Promise(resolve => setTimeout(resolve, 1000 * LOOK_S));
+      await new Promise(resolve => setTimeout(resolve, 1000 * POLL_S));
       if (signal.aborted || document.hidden) continue;
       try {
         const before = now;
         now = await get('/rack', signal);
         const took = (performance.now() - at) / 1000;
         at = performance.now();
-        live.textContent = '';
+        status.textContent = '';
         rate.lines[0].data.push(Math.max(0, answered(now) - answered(before)) / took);
         rate.lines[0].data.shift();
         curve.update(() => {});
         draw(before);
       } catch (error) {
-        if (error.name !== 'AbortError') live.textContent = `${error.message} Trying again …`;
+        if (error.name !== 'AbortError') status.textContent = `${error.message} Retrying …`;
       }
     }
   }
@@ -55,18 +55,18 @@ const answered = rack => rack.rows.answered ?? 0;
 
 const device = ({ backbone }) => backbone && h('p', { class: 'muted' }, `${backbone.arch} · ${backbone.device} · ${backbone.dtype}`);
 
-function facts(rack) {
-  const asked = rack.hits + rack.loads;
-  const shown = [['Lenses on the rack', `${rack.used_slots} of ${rack.slots}`], ['Memory', `${bytes(rack.used_bytes)} of ${bytes(rack.bytes)}`],
-    ['Found on the rack', asked ? percent(rack.hits / asked, 0) : '–'], ['Loads', rack.loads], ['Evictions', rack.evictions],
-    ['Waiting rows', `${rack.queued} of ${rack.places}`], ['Forwards', rack.forwards.toLocaleString('en')], ['Rows answered', answered(rack).toLocaleString('en')]];
-  return shown.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, String(value))));
+function rackFigures(rack) {
+  const lookups = rack.hits + rack.loads;
+  const rows = [['Lenses on the rack', `${rack.used_slots} of ${rack.slots}`], ['Memory', `${bytes(rack.used_bytes)} of ${bytes(rack.bytes)}`],
+    ['Hit rate', lookups ? percent(rack.hits / lookups, 0) : '–'], ['Loads', rack.loads], ['Evictions', rack.evictions],
+    ['Rows in the queue', `${rack.queued} of ${rack.places}`], ['Batches', rack.forwards.toLocaleString('en')], ['Rows answered', answered(rack).toLocaleString('en')]];
+  return rows.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, String(value))));
 }
 
-// One square a slot: empty, taken, in use or pinned. The table below says the same in words.
+// One square for each slot: empty, taken, in use or pinned. The table below has the same information as text.
 function fillSlots(place, rack) {
   const taken = new Map(rack.seats.map(seat => [seat.slot, seat]));
-  const drawn = Math.min(rack.slots, MOST_DRAWN);
+  const drawn = Math.min(rack.slots, MAX_SQUARES);
   place.setAttribute('role', 'img');
   place.setAttribute('aria-label', `${rack.used_slots} of ${rack.slots} slots are taken`);
   while (place.children.length < drawn) place.append(h('span', {}));
@@ -78,23 +78,23 @@ function fillSlots(place, rack) {
 }
 
 function table(rack) {
-  if (!rack.seats.length) return h('p', { class: 'muted' }, 'Nobody sits here yet: a lens is loaded when its task is asked for the first time.');
+  if (!rack.seats.length) return h('p', { class: 'muted' }, 'No lens is loaded yet. The first request for a task loads its lens.');
   const head = [['Task'], ['Version'], ['Slot', 'number'], ['Memory', 'number'], ['Requests', 'number'], ['']];
   return scrolling('Lenses on the rack', h('table', {},
     h('thead', {}, h('tr', {}, head.map(([title, kind]) => h('th', { scope: 'col', class: kind }, title || h('span', { class: 'hidden' }, 'State'))))),
     h('tbody', {}, rack.seats.toReversed().map(seat => h('tr', {},
       h('th', { scope: 'row' }, h('a', { href: `#/tasks/${part(seat.task)}` }, seat.task)), h('td', {}, h('code', {}, short(seat.version))),
       h('td', { class: 'number' }, seat.slot), h('td', { class: 'number' }, bytes(seat.bytes)), h('td', { class: 'number' }, seat.requests.toLocaleString('en')),
-      h('td', {}, seat.pinned && h('span', { class: 'tag on' }, 'pinned'), seat.in_use > 0 && h('span', { class: 'tag' }, `${count(seat.in_use, 'request')} now`)))))));
+      h('td', {}, seat.pinned && h('span', { class: 'tag on' }, 'pinned'), seat.in_use > 0 && h('span', { class: 'tag' }, `${count(seat.in_use, 'request')} running`)))))));
 }
 
 const ranges = buckets => {
   const ends = Object.keys(buckets).sort((a, b) => (a === '+Inf') - (b === '+Inf') || a - b);
   return ends.map(end => [end === '+Inf' ? 'more' : Number(end) > 2 ? `≤ ${end}` : end, buckets[end]]);
 };
-const mix = (what, buckets) => bars(`Forwards by the number of ${what}`, ranges(buckets).map(([name]) => name), ranges(buckets).map(([, n]) => n), { height: 150, category: what });
+const batchChart = (what, buckets) => bars(`Batches by the number of ${what}`, ranges(buckets).map(([name]) => name), ranges(buckets).map(([, n]) => n), { height: 150, category: what });
 
-function fit(chart, buckets) {
+function setBuckets(chart, buckets) {
   chart.data.labels = ranges(buckets).map(([name]) => name);
   chart.data.datasets[0].data = ranges(buckets).map(([, n]) => n);
 }

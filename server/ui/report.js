@@ -1,4 +1,4 @@
-// What a dataset holds: classes with sample pictures, and what may mislead.
+// The contents of a dataset: its warnings, and its classes with sample pictures.
 import { get, part } from './api.js';
 import { fill, h } from './dom.js';
 import { picture } from './thumbs.js';
@@ -15,15 +15,19 @@ export async function report(dataset, signal) {
   return h('div', { class: 'report' },
     h('p', {}, h('strong', {}, dataset.name || 'Unnamed'), ` · ${count(dataset.images, 'picture')} in ${count(dataset.labels.length, 'class', 'classes')} · ${bytes(dataset.bytes)}`,
       sizes(dataset.report), splits.length > 1 && ` · ${splits.join(', ')}`),
-    warnings.length > 0 && h('ul', { class: 'warnings', 'aria-label': 'Warnings' }, warnings.map(one => h('li', {}, one.text))),
+    warnings.length > 0 && h('ul', { class: 'warnings', 'aria-label': 'Warnings' }, warnings.map(warning => h('li', {}, warning.text))),
     h('ul', { class: 'classes', 'aria-label': 'Classes' }, dataset.labels.slice(0, MOST_CLASSES).map(label => h('li', {},
       h('div', { class: 'label' }, h('strong', {}, label), h('span', { class: 'muted small' }, splits.map(split => `${dataset.splits[split][label]} ${splits.length > 1 ? split : ''}`).join(' · '))),
-      h('div', { class: 'strip' }, thumbnails.filter(one => one.label === label).map(one => picture(dataset.id, one, 56)))))),
+      h('div', { class: 'strip' }, thumbnails.filter(thumbnail => thumbnail.label === label).map(thumbnail => picture(dataset.id, thumbnail, 56)))))),
     dataset.labels.length > MOST_CLASSES && h('p', { class: 'muted small' }, `and ${count(dataset.labels.length - MOST_CLASSES, 'more class', 'more classes')}`),
-    dataset.skipped.length > 0 && h('details', {}, h('summary', {}, `${count(dataset.skipped.length, 'file')} left out`),
-      h('ul', { class: 'small' }, dataset.skipped.slice(0, MOST_SKIPPED).map(one => h('li', {}, `${one.name}: ${one.reason}`)))));
+    dataset.skipped.length > 0 && h('details', {}, h('summary', {}, `${count(dataset.skipped.length, 'file')} skipped`),
+      h('ul', { class: 'small' }, dataset.skipped.slice(0, MOST_SKIPPED).map(file => h('li', {}, `${file.name}: ${file.reason}`)))));
 }
 
-const sizes = found => found && ` · ${found.width.min === found.width.max && found.height.min === found.height.max ? `${found.width.min}×${found.height.min} px` : `${found.width.min}–${found.width.max} px wide`}`;
+const sizes = summary => {
+  if (!summary) return null;
+  const { width, height } = summary;
+  return ` · ${width.min === width.max && height.min === height.max ? `${width.min}×${height.min} px` : `${width.min}–${width.max} px wide`}`;
+};
 
 export const showReport = async (place, dataset, signal) => fill(place, await report(dataset, signal));

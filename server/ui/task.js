@@ -1,5 +1,5 @@
-// One task: who answers, every version there is, how good each is, and moving from one to another.
-import { get, live, part } from './api.js';
+// One task: its live version, all versions with their metrics, and buttons to promote, canary and roll back.
+import { get, liveAlias, part } from './api.js';
 import { fill, h, scrolling, section } from './dom.js';
 import { canary, promote, remove, rollback } from './moves.js';
 import { details } from './version.js';
@@ -9,8 +9,8 @@ export async function show(page, name, signal) {
   const [task, { versions }, history] = await Promise.all([
     get(`/tasks/${part(name)}`, signal), get(`/tasks/${part(name)}/versions`, signal),
     get(`/tasks/${part(name)}/aliases/live/history`, signal).catch(() => ({ changes: [] }))]);
-  const shown = h('div', { class: 'details' });
-  const choose = version => { select(version); fill(shown, details(version)); };
+  const detail = h('div', { class: 'details' });
+  const choose = version => { select(version); fill(detail, details(version)); };
   const table = versionTable(task, versions, choose);
   fill(page,
     h('p', { class: 'crumb' }, h('a', { href: '#/tasks' }, 'Tasks')),
@@ -18,58 +18,58 @@ export async function show(page, name, signal) {
       h('div', { class: 'actions' },
         h('button', { type: 'button', class: 'quiet', onclick: event => remove(event.currentTarget, task) }, 'Delete'),
         history.changes.length > 1 && h('button', { type: 'button', onclick: event => rollback(event.currentTarget, task, history) }, 'Roll back'),
-        h('a', { class: 'button', href: `#/train/${part(task.task)}` }, 'Train again'),
-        h('a', { class: 'button primary', href: `#/ask/${part(task.task)}` }, 'Ask'))),
+        h('a', { class: 'button', href: `#/train/${part(task.task)}` }, 'Train a new version'),
+        h('a', { class: 'button primary', href: `#/ask/${part(task.task)}` }, 'Try it'))),
     h('p', { class: 'muted' }, `${count(task.requests, 'request')} since the server started · ${task.resident ? 'on the rack' : 'not on the rack'}`),
-    whoAnswers(task),
+    liveVersion(task),
     section('Versions', table),
-    shown);
-  choose(versions.find(one => one.version === task.live) ?? versions[0]);
+    detail);
+  choose(versions.find(version => version.version === task.live) ?? versions[0]);
 
   function select(version) {
     for (const row of table.querySelectorAll('tbody tr')) {
-      const is = row.dataset.version === version.version;
-      row.classList.toggle('chosen', is);
-      row.querySelector('button.link').setAttribute('aria-pressed', String(is));
+      const selected = row.dataset.version === version.version;
+      row.classList.toggle('chosen', selected);
+      row.querySelector('button.link').setAttribute('aria-pressed', String(selected));
     }
   }
 }
 
-function whoAnswers(task) {
-  const alias = live(task);
+function liveVersion(task) {
+  const alias = liveAlias(task);
   if (!alias) return h('p', { class: 'problem' }, 'No version is live: requests are refused until one is promoted.');
   if (alias.targets.length === 1) return null;
-  return section('Who answers',
+  return section('Live version',
     h('ul', { class: 'split' }, alias.targets.map(target => h('li', {},
       h('code', { title: target.version }, short(target.version)),
       h('span', { class: 'meter', 'aria-hidden': 'true' }, h('span', { style: { width: `${100 * target.weight}%` } })),
       h('span', {}, percent(target.weight, 0))))),
-    h('p', { class: 'muted small' }, 'Requests with the same Lensrack-Key always see the same side.'));
+    h('p', { class: 'muted small' }, 'Requests with the same Lensrack-Key header always get the same version.'));
 }
 
 function versionTable(task, versions, choose) {
-  const weights = new Map((live(task)?.targets ?? []).map(target => [target.version, target.weight]));
-  const named = version => task.aliases.filter(alias => alias.name !== 'live' && alias.targets.some(one => one.version === version)).map(alias => alias.name);
-  const head = [['Version'], ['Method'], ['Validation', 'number'], ['Test', 'number'], ['Calibration error', 'number'], ['Size', 'number'], ['Made'], ['']];
+  const weights = new Map((liveAlias(task)?.targets ?? []).map(target => [target.version, target.weight]));
+  const otherAliases = version => task.aliases.filter(alias => alias.name !== 'live' && alias.targets.some(target => target.version === version)).map(alias => alias.name);
+  const head = [['Version'], ['Method'], ['Validation', 'number'], ['Test', 'number'], ['Calibration error', 'number'], ['Size', 'number'], ['Created'], ['']];
   return scrolling('All versions', h('table', { class: 'versions' },
     h('thead', {}, h('tr', {}, head.map(([title, kind]) => h('th', { scope: 'col', class: kind }, title || h('span', { class: 'hidden' }, 'Actions'))))),
-    h('tbody', {}, versions.map(one => {
-      const weight = weights.get(one.version);
-      return h('tr', { 'data-version': one.version },
+    h('tbody', {}, versions.map(version => {
+      const weight = weights.get(version.version);
+      return h('tr', { 'data-version': version.version },
         h('th', { scope: 'row' },
-          h('button', { type: 'button', class: 'link', 'aria-pressed': 'false', title: one.version, onclick: () => choose(one) }, short(one.version)), ' ',
+          h('button', { type: 'button', class: 'link', 'aria-pressed': 'false', title: version.version, onclick: () => choose(version) }, short(version.version)), ' ',
           weight !== undefined && h('span', { class: 'tag on' }, weight < 1 ? `live ${percent(weight, 0)}` : 'live'),
-          named(one.version).map(alias => h('span', { class: 'tag' }, alias)),
-          one.metrics.preliminary && h('span', { class: 'tag' }, 'preliminary')),
-        h('td', {}, one.method),
-        h('td', { class: 'number' }, percent(one.metrics.val_accuracy)),
-        h('td', { class: 'number' }, percent(one.metrics.test_accuracy)),
-        h('td', { class: 'number' }, percent((one.metrics.test ?? one.metrics.val)?.ece)),
-        h('td', { class: 'number' }, bytes(one.bytes)),
-        h('td', { title: new Date(1000 * one.created_at).toLocaleString() }, ago(one.created_at)),
+          otherAliases(version.version).map(alias => h('span', { class: 'tag' }, alias)),
+          version.metrics.preliminary && h('span', { class: 'tag' }, 'preliminary')),
+        h('td', {}, version.method),
+        h('td', { class: 'number' }, percent(version.metrics.val_accuracy)),
+        h('td', { class: 'number' }, percent(version.metrics.test_accuracy)),
+        h('td', { class: 'number' }, percent((version.metrics.test ?? version.metrics.val)?.ece)),
+        h('td', { class: 'number' }, bytes(version.bytes)),
+        h('td', { title: new Date(1000 * version.created_at).toLocaleString() }, ago(version.created_at)),
         h('td', { class: 'moves' },
-          weight !== 1 && h('button', { type: 'button', 'aria-label': `Promote ${short(one.version)}`, onclick: event => promote(event.currentTarget, task, one) }, 'Promote'),
-          weights.size > 0 && weight !== 1 && h('button', { type: 'button', 'aria-label': `Canary ${short(one.version)}`, onclick: event => canary(event.currentTarget, task, one, weight) }, 'Canary')));
+          weight !== 1 && h('button', { type: 'button', 'aria-label': `Promote ${short(version.version)}`, onclick: event => promote(event.currentTarget, task, version) }, 'Promote'),
+          weights.size > 0 && weight !== 1 && h('button', { type: 'button', 'aria-label': `Canary ${short(version.version)}`, onclick: event => canary(event.currentTarget, task, version, weight) }, 'Canary')));
     }))));
 }
 

@@ -1,4 +1,4 @@
-// Before the first paint, so that no page flashes in the wrong colours: "light", "dark", or as the system has it.
+// Runs before the first paint, so that no page flashes in the wrong colours: "light", "dark", or the system's scheme.
 const chosen = (() => {
   try { return localStorage.getItem('lensrack.theme'); } catch { return null; }
 })();

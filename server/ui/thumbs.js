@@ -1,24 +1,24 @@
-// Small pictures of a dataset. A list of many tasks fetches those that come into sight.
+// Thumbnails of a dataset, fetched when they scroll into view.
 import { get, part } from './api.js';
 import { fill, h } from './dom.js';
 
-export const picture = (dataset, one, side = 96) => h('img', {
-  src: `/datasets/${part(dataset)}/thumbnails/${one.number}?side=${2 * side}`, alt: one.label, title: one.label,
+export const picture = (dataset, thumbnail, side = 96) => h('img', {
+  src: `/datasets/${part(dataset)}/thumbnails/${thumbnail.number}?side=${2 * side}`, alt: thumbnail.label, title: thumbnail.label,
   width: side, height: side, loading: 'lazy', class: 'thumb',
 });
 
-const seen = new IntersectionObserver(entries => {
-  for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); entry.target.load(); }
+const inView = new IntersectionObserver(entries => {
+  for (const entry of entries) if (entry.isIntersecting) { inView.unobserve(entry.target); entry.target.load(); }
 }, { rootMargin: '200px' });
 
-// One picture of each class, as soon as the row is in sight; nothing where the dataset is gone.
+// One picture of each class, loaded when the row scrolls into view; empty when the dataset was deleted.
 export function strip(dataset, most = 5) {
   const row = h('div', { class: 'strip' });
   if (!dataset) return row;
   row.load = async () => {
-    const found = await get(`/datasets/${part(dataset)}/thumbnails?limit=${most}`).catch(() => null);
-    if (found) fill(row, found.thumbnails.map(one => picture(dataset, one, 44)));
+    const page = await get(`/datasets/${part(dataset)}/thumbnails?limit=${most}`).catch(() => null);
+    if (page) fill(row, page.thumbnails.map(thumbnail => picture(dataset, thumbnail, 44)));
   };
-  seen.observe(row);
+  inView.observe(row);
   return row;
 }

@@ -1,8 +1,8 @@
-// Numbers as people read them.
+// Numbers and names formatted for people.
 
 export const percent = (share, digits = 1) => share === null || share === undefined ? '–' : `${(100 * share).toFixed(digits)} %`;
 export const short = version => version.slice(0, 10);
-export const count = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;
+export const count = (n, singular, plural = `${singular}s`) => `${n.toLocaleString('en')} ${n === 1 ? singular : plural}`;
 
 export function bytes(n) {
   const units = ['B', 'KB', 'MB', 'GB'];
@@ -11,10 +11,10 @@ export function bytes(n) {
 }
 
 export function ago(seconds) {
-  const past = Date.now() / 1000 - seconds;
+  const age = Date.now() / 1000 - seconds;
   const steps = [[60, 'second', 1], [3600, 'minute', 60], [86400, 'hour', 3600], [Infinity, 'day', 86400]];
-  const [, unit, size] = steps.find(([limit]) => past < limit);
-  return past < 5 ? 'just now' : `${count(Math.floor(past / size), unit)} ago`;
+  const [, unit, size] = steps.find(([limit]) => age < limit);
+  return age < 5 ? 'just now' : `${count(Math.floor(age / size), unit)} ago`;
 }
 
 export function duration(seconds) {
@@ -22,8 +22,8 @@ export function duration(seconds) {
   return seconds < 3600 ? `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s` : `${(seconds / 3600).toFixed(1)} h`;
 }
 
-// A folder's name says nothing of its pictures when it is one of these.
+// Folder names that say nothing about their pictures.
 const GENERIC = ['train', 'training', 'data', 'dataset', 'images', 'pictures', 'photos'];
 
-// What a task may be called, from whatever a folder is called.
+// A valid task name from the name of a folder; empty for a generic one.
 export const taskName = text => text.toLowerCase().replace(/[^a-z0-9._-]+/g, '-').replace(/^[^a-z0-9]+|-+$/g, '').slice(0, 64).replace(/^.*$/, name => GENERIC.includes(name) ? '' : name);

@@ -1,5 +1,5 @@
-// A zip of files, stored and not compressed (pictures are compressed already), without reading them into memory: each
-// is read once for its checksum, and the blob that comes out refers to the files where they lie.
+// A zip archive of files, stored without compression (pictures are compressed already). Each file is read once, for its
+// checksum; the blob refers to the files on disk and does not hold them in memory.
 // APPNOTE.TXT 6.3.10: local headers 4.3.7, central directory 4.3.12, zip64 4.3.14 and 4.5.3.
 
 const FULL = 0xffffffff;
@@ -26,7 +26,7 @@ export async function zipOf(files, progress = () => {}, signal) {
     read += file.size;
     progress(read);
   }
-  const size = central.reduce((sum, one) => sum + one.length, 0);
+  const size = central.reduce((sum, header) => sum + header.length, 0);
   return new Blob([...parts, ...central, end(files.length, size, at)], { type: 'application/zip' });
 }
 
@@ -52,9 +52,9 @@ function packed(...numbers) {
 }
 
 const joined = (...arrays) => {
-  const whole = new Uint8Array(arrays.reduce((sum, one) => sum + one.length, 0));
+  const whole = new Uint8Array(arrays.reduce((sum, array) => sum + array.length, 0));
   let at = 0;
-  for (const one of arrays) { whole.set(one, at); at += one.length; }
+  for (const array of arrays) { whole.set(array, at); at += array.length; }
   return whole;
 };
 

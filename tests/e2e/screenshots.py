@@ -100,11 +100,11 @@ def photographed(page: Browser, url: str, folder: Path, pictures: Path, job: str
     kept(page, folder / "task.png")
     shown("/ask", height=860)
     asked("weather/test/sunny/002.png")
-    page.press('.answer[aria-label="Answer of weather"] button', "Where it looked")
+    page.press('.answer[aria-label="Prediction for weather"] button', "Show attention")
     page.find("canvas.heat")
     kept(page, folder / "ask.png")
     shown(f"/jobs/{job}", height=860)
-    page.find("h2", "Ask it")
+    page.find("h2", "Try it")
     kept(page, folder / "job.png")
 
 

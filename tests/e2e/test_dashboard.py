@@ -82,7 +82,7 @@ def type_into(page: Browser, css: str, text: str) -> None:
 
 def finished(page: Browser) -> None:
     page.find(".tag.succeeded")
-    page.find("h2", "Ask it")
+    page.find("h2", "Try it")
 
 
 # --- the story --------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def finished(page: Browser) -> None:
 def test_a_folder_becomes_a_task_that_answers_on_the_same_page(
     page: Browser, client: Client, pictures: Path, tmp_path: Path
 ) -> None:
-    page.press("a", "Train the first task")
+    page.press("a", "Train your first task")
     page.hidden("input[webkitdirectory]").send_keys(str(pictures / "fruit" / "train"))
     page.find(".report", "72 pictures in 3 classes")
     assert [one.text for one in page.all(".classes strong")] == ["lemon", "lime", "plum"]
@@ -104,7 +104,7 @@ def test_a_folder_becomes_a_task_that_answers_on_the_same_page(
     assert page.barriers() == []
     page.press("button", "Start training")
     finished(page)
-    page.find("h2", "6 of 6 tried")
+    page.find("h2", "6 of 6 trials")
     page.find(".figures", "Calibration error")
     page.hidden(PICTURE).send_keys(str(pictures / "fruit" / "test" / "plum" / "000.png"))
     page.find(".best", "plum")
@@ -125,19 +125,19 @@ def test_live_curves_of_a_second_task_from_an_archive(page: Browser, pictures: P
     page.press("summary", "More settings")
     type_into(page, 'input[name="epochs"]', "3")
     page.press("button", "Start training")
-    page.find("h2", "Learning")
+    page.find("h2", "Learning curves")
     finished(page)
     canvas = page.find(".learning canvas")
     assert "after epoch 3:" in str(canvas.get_attribute("aria-label"))
 
 
 def test_a_picture_is_asked_of_both_and_shows_where_they_looked(page: Browser, pictures: Path) -> None:
-    page.press("nav a", "Ask")
+    page.press("nav a", "Predict")
     page.hidden(PICTURE).send_keys(str(pictures / "weather" / "test" / "snow" / "001.png"))
     page.until(lambda: len(page.all(".answer .scores")) == 2, "two answers side by side")
-    assert re.search(r"decoded [\d.]+\sms · waited [\d.]+\sms · computed [\d.]+\sms", page.text)
-    card = '.answer[aria-label="Answer of my-weather"]'
-    page.press(f"{card} button", "Where it looked")
+    assert re.search(r"decoding [\d.]+\sms · queueing [\d.]+\sms · computing [\d.]+\sms", page.text)
+    card = '.answer[aria-label="Prediction for my-weather"]'
+    page.press(f"{card} button", "Show attention")
     page.find(f"{card} p", "to the learned prompts")
     heat = page.find("canvas.heat")
     assert (heat.get_attribute("width"), heat.get_attribute("height")) == ("8", "8")
@@ -151,7 +151,7 @@ def test_a_picture_is_asked_of_both_and_shows_where_they_looked(page: Browser, p
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_a_picture_may_be_dropped_or_pasted(page: Browser, server: ServerProcess, way: str) -> None:
     """In a format that the server does not take: the browser converts it."""
-    page.press("nav a", "Ask")
+    page.press("nav a", "Predict")
     page.find(".drop")
     page.script(
         """const canvas = new OffscreenCanvas(40, 40); canvas.getContext('2d').fillRect(0, 0, 40, 40);
@@ -169,15 +169,15 @@ def test_a_picture_may_be_dropped_or_pasted(page: Browser, server: ServerProcess
 
 def test_a_correction_reaches_the_next_version(page: Browser, client: Client, pictures: Path) -> None:
     before = client.tasks.get("fruit").live
-    page.press("nav a", "Ask")
+    page.press("nav a", "Predict")
     page.hidden(PICTURE).send_keys(str(pictures / "fruit" / "test" / "plum" / "001.png"))
-    card = '.answer[aria-label="Answer of fruit"]'
-    page.press(f"{card} button", "Wrong?")
+    card = '.answer[aria-label="Prediction for fruit"]'
+    page.press(f"{card} button", "Correct it")
     type_into(page, f"{card} .correct input", "lime")
-    page.press(f"{card} .correct button", "Remember it")
+    page.press(f"{card} .correct button", "Save correction")
     page.find(f"{card} p", "1 correction")
     assert client.tasks.feedback("fruit").labels == {"lime": 1}
-    page.press(f"{card} button", "Retrain with the corrections")
+    page.press(f"{card} button", "Retrain with corrections")
     finished(page)
     after = client.tasks.get("fruit").live
     assert after is not None
@@ -198,13 +198,13 @@ def test_canary_lost_race_promotion_and_rollback(page: Browser, client: Client) 
     page.press(f'button[aria-label="Canary {old[:10]}"]')
     page.find("dialog output", "10 %")
     assert page.barriers() == []
-    page.press("dialog button", "Start the canary")
+    page.press("dialog button", "Start canary")
     page.find(".split", "10 %")
     assert weights(client) == {new: 0.9, old: 0.1}
     client.tasks.set_alias("fruit", "live", new)  # somebody else, while the page still shows the canary
     page.press(f'button[aria-label="Promote {old[:10]}"]')
     page.press("dialog button", "Promote")
-    page.find(".said", "Somebody else has moved fruit meanwhile")
+    page.find(".toast", "The live version of fruit has changed in the meantime")
     assert [one for one in page.complaints() if "412 (Precondition Failed)" not in one] == []
     assert weights(client) == {new: 1}
     page.until(lambda: not page.all(".split"), "the page as it is now")
@@ -213,18 +213,18 @@ def test_canary_lost_race_promotion_and_rollback(page: Browser, client: Client) 
     assert weights(client) == {new: 1}
     page.press(f'button[aria-label="Promote {old[:10]}"]')
     page.press("dialog button", "Promote")
-    page.find(".said", f"now answers with {old[:10]}")
+    page.find(".toast", f"now answers with {old[:10]}")
     assert weights(client) == {old: 1}
     page.until(lambda: page.all("tr", old[:10])[0].find_elements("css selector", ".tag.on"), "the old one is live")
     page.press("button", "Roll back")
     page.press("dialog button", "Roll back")
-    page.find(".said", "answers as before")
+    page.find(".toast", f"is rolled back to {new[:10]}")
     assert weights(client) == {new: 1}
 
 
 def test_the_rack_moves_while_it_is_watched(page: Browser, client: Client, pictures: Path) -> None:
     page.press("nav a", "Rack")
-    page.find("h2", "Batch mix")
+    page.find("h2", "Batch composition")
     told = int(page.find(".figures div:last-child dd").text)
     for picture in sorted((pictures / "fruit" / "test" / "lime").iterdir()):
         client.predict("fruit", picture)
@@ -339,7 +339,7 @@ def test_everything_by_keyboard_alone(page: Browser, client: Client, pictures: P
     new, old = [one.version for one in client.tasks.versions("fruit")]
     assert weights(client) == {new: 1}
     press_keys(page, Keys.TAB)
-    assert focused(page) == "Skip to the content"
+    assert focused(page) == "Skip to content"
     press_keys(page, Keys.ENTER)
     assert page.script("return document.activeElement.id") == "main"
     tab_to(page, "fruit")
@@ -356,5 +356,5 @@ def test_everything_by_keyboard_alone(page: Browser, client: Client, pictures: P
     page.find("dialog")
     tab_to(page, "Promote")
     press_keys(page, Keys.ENTER)
-    page.find(".said", f"now answers with {old[:10]}")
+    page.find(".toast", f"now answers with {old[:10]}")
     assert weights(client) == {old: 1}

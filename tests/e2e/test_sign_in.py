@@ -58,7 +58,7 @@ def test_a_person_signs_in_sees_the_own_tasks_and_signs_out(chrome: Browser, ser
     assert chrome.barriers() == []
     assert chrome.complaints() == [], "a stranger is not met with errors"
     sign_in(chrome, "not-a-key-of-this-server")
-    chrome.find(".said", "wrong, revoked or unknown")
+    chrome.find(".toast", "wrong, revoked or unknown")
     assert all("401" in one for one in chrome.complaints())
     sign_in(chrome, TOKENS["acme"])
     chrome.find("h1", "acme-fruit")

@@ -12,18 +12,19 @@ from server import __main__ as server_cli
 
 CLIENT_HEAD = """# The command line
 
-`pip install lensrack` brings `lensrack`. Answers go to standard output, progress and errors to standard error.
+`pip install lensrack` installs `lensrack`. Answers are written to standard output, progress and errors to
+standard error.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | it failed: the server refused or broke, a job failed, an image got no answer |
-| 2 | the command itself is wrong; nothing was sent |
-| 3 | no answer now: the server is away, busy or too slow; the same may work later |
+| 1 | failed: the server refused the request or failed, a job failed, or an image got no answer |
+| 2 | the command is wrong; nothing was sent |
+| 3 | no answer: the server is away, busy or too slow; the same command may work later |
 | 130 | interrupted |
 
-`lensrack --install-completion` installs completion for bash, zsh, fish or PowerShell, of commands and options and of
-the names of tasks, data sets and jobs.
+`lensrack --install-completion` installs completion of commands, options and names of tasks, data sets and jobs
+for bash, zsh, fish or PowerShell.
 """
 SERVER_HEAD = """# The server's command line
 

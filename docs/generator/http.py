@@ -17,9 +17,10 @@ from server.settings import Settings
 
 HEAD = """# HTTP
 
-A running server shows the same at `/docs`, and the schema at `/openapi.json`; [this version's schema](openapi.json).
-With keys in force every request carries `Authorization: Bearer lr_…`, and the key needs the scope that is named here.
-`HEAD` works wherever `GET` does.
+A running server has the same documentation at `/docs` and the schema at `/openapi.json`.
+[This version's schema](openapi.json).
+On a server with keys every request needs `Authorization: Bearer lr_…`, and the key needs the scope named here.
+`HEAD` is supported wherever `GET` is.
 """
 
 
@@ -48,7 +49,7 @@ def page(document: dict[str, Any]) -> str:
     by_tag: dict[str, list[str]] = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            tag = (operation.get("tags") or ["the rest"])[0]
+            tag = (operation.get("tags") or ["other"])[0]
             by_tag.setdefault(tag, []).append(_operation(method.upper(), path, operation))
     return HEAD + "".join(f"\n## {tag[0].upper()}{tag[1:]}\n{''.join(parts)}" for tag, parts in by_tag.items())
 

@@ -11,9 +11,9 @@ from lensrack import client
 HEAD = """# Python SDK
 
 `pip install lensrack`, without torch; `lensrack[resize]` adds Pillow for `client_resize`. `AsyncClient` has the same
-methods with `await`, its groups and handles are called `AsyncTasks`, `AsyncDatasets`, `AsyncJobs` and `AsyncJobHandle`;
-what iterates is asked with `async for`. Images are paths, bytes, open binary files, Pillow images or uint8 arrays
-[H, W, 3]; never URLs. What a call can raise:
+methods with `await`; its groups and handles are called `AsyncTasks`, `AsyncDatasets`, `AsyncJobs` and `AsyncJobHandle`;
+iterators need `async for`. Images are paths, bytes, open binary files, Pillow images or uint8 arrays
+[H, W, 3]; never URLs. Calls can raise:
 """
 GROUPS = (
     ("Client", client.Client),

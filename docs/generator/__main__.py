@@ -1,4 +1,4 @@
-"""`python -m docs.generator`: write docs/reference and the pictures anew, from the code. `make reference` calls it."""
+"""`python -m docs.generator`: writes docs/reference and the diagrams from the code. `make reference` calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two command lines: every command, its arguments and options, read from the commands themselves."""
+"""The two command lines: every command with its arguments and options, read from the typer apps."""
 
 from __future__ import annotations
 
@@ -46,20 +46,21 @@ def _all(app: typer.Typer, name: str) -> str:
 
 
 def _under(group: Any, words: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    commands: list[tuple[str, Any]] = []
     for name, command in group.commands.items():
-        found += _under(command, f"{words} {name}") if hasattr(command, "commands") else [(f"{words} {name}", command)]
-    return found
+        full = f"{words} {name}"
+        commands += _under(command, full) if hasattr(command, "commands") else [(full, command)]
+    return commands
 
 
 def _command(command: Any, words: str) -> str:
-    arguments = [_name(one) for one in command.params if one.param_type_name == "argument"]
+    arguments = [_name(param) for param in command.params if param.param_type_name == "argument"]
     usage = " ".join([words, *arguments])
-    return f"\n## {words}\n\n```text\n{usage} [OPTIONS]\n```\n\n{_told(command)}{_options(command)}"
+    return f"\n## {words}\n\n```text\n{usage} [OPTIONS]\n```\n\n{_help(command)}{_options(command)}"
 
 
-def _told(command: Any) -> str:
-    """The help, without typer's own marks; paragraphs stay."""
+def _help(command: Any) -> str:
+    """Return the help text without typer's form feeds; paragraphs are kept."""
     paragraphs = (command.help or "").replace("\f", "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) + "\n"
 
@@ -71,11 +72,11 @@ def _name(argument: Any) -> str:
 
 def _options(command: Any) -> str:
     rows = []
-    for one in command.params:
-        if one.param_type_name == "argument" or HIDDEN & set(one.opts):
+    for param in command.params:
+        if param.param_type_name == "argument" or HIDDEN & set(param.opts):
             continue
-        names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
-        rows.append((names, _default(one), one.help or ""))
+        names = ", ".join(f"`{name}`" for name in (*param.opts, *param.secondary_opts))
+        rows.append((names, _default(param), param.help or ""))
     return "\n" + table(("option", "default", "meaning"), rows) if rows else ""
 
 

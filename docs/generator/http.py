@@ -1,4 +1,4 @@
-"""The HTTP interface: the OpenAPI document of the running code, and a page that a person can read."""
+"""The HTTP API: its OpenAPI document, and the same as a readable page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ On a server with keys every request needs `Authorization: Bearer lr_…`, and th
 """
 
 
-class _Nothing:
-    """Routes are described without being called: nothing stands behind them."""
+class _NoService:
+    """Stands for every service: routes are described and never called."""
 
     def __getattr__(self, name: str) -> Any:
         return None
@@ -34,9 +34,9 @@ class _Nothing:
 def schema() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
         settings = Settings(home=Path(home))
-        nothing = dict.fromkeys(Services.__dataclass_fields__, _Nothing())
-        given = {name: value for name, value in nothing.items() if name not in ("tenant", "key", "meter")}
-        services = Services(**cast(dict[str, Any], {**given, "settings": settings}))
+        stubs = dict.fromkeys(Services.__dataclass_fields__, _NoService())
+        stubs = {name: stub for name, stub in stubs.items() if name not in ("tenant", "key", "meter")}
+        services = Services(**cast(dict[str, Any], {**stubs, "settings": settings}))
         app = create_app(services, Authenticator(open_keys(settings.keys_url), None))
         return app.openapi()
 
@@ -55,13 +55,13 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
-    told = operation.get("description") or operation.get("summary", "")
+    description = operation.get("description") or operation.get("summary", "")
     body = operation.get("requestBody", {}).get("content", {})
-    lines = [f"\n### {method} {path}\n", f"Scope: {need_of(method, path)}.", "", told, ""]
+    lines = [f"\n### {method} {path}\n", f"Scope: {need_of(method, path)}.", "", description, ""]
     if body:
         kinds = [f"`{kind}`{_named(what)}" for kind, what in body.items()]
         lines += [f"Body: {', '.join(kinds)}", ""]
-    rows = [_parameter(one) for one in operation.get("parameters", []) if one["in"] != "path"]
+    rows = [_parameter(parameter) for parameter in operation.get("parameters", []) if parameter["in"] != "path"]
     lines += [table(("parameter", "in", "meaning"), rows)] if rows else []
     answers = [
         f"{status}{_named(content)}"
@@ -77,8 +77,8 @@ def _named(content: dict[str, Any]) -> str:
     return f" {reference.rpartition('/')[2]}" if reference else ""
 
 
-def _parameter(one: dict[str, Any]) -> tuple[str, str, str]:
-    default = one.get("schema", {}).get("default")
-    told = one.get("description", "")
-    meaning = told if default is None else f"{told} Default: `{json.dumps(default)}`.".strip()
-    return f"`{one['name']}`{' (required)' if one.get('required') else ''}", one["in"], meaning
+def _parameter(parameter: dict[str, Any]) -> tuple[str, str, str]:
+    default = parameter.get("schema", {}).get("default")
+    description = parameter.get("description", "")
+    meaning = description if default is None else f"{description} Default: `{json.dumps(default)}`.".strip()
+    return f"`{parameter['name']}`{' (required)' if parameter.get('required') else ''}", parameter["in"], meaning

@@ -1,4 +1,4 @@
-"""Tables of Markdown."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def cell(text: object) -> str:
-    """One line, its bars escaped."""
+    """Return the text on one line, with `|` escaped."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 

@@ -1,5 +1,5 @@
-"""What docs/reference holds, made of the code. The pages are committed, so that they can be read without building
-anything; tests/docs/test_reference.py holds them to what this gives."""
+"""The generated pages of docs/reference. They are committed, so that they can be read without a build;
+tests/docs/test_reference.py compares them with the output of this module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NOTE = "<!-- Made by `make reference` from the code; not written by hand. -->\n\
 
 
 def pages() -> dict[str, str]:
-    """Path below docs → text."""
+    """Return the text of every generated file by its path below docs."""
     schema = http.schema()
     written = {
         "settings": tables.settings(),

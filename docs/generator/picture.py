@@ -1,4 +1,4 @@
-"""The picture of docs/explanation/prefix.md: the block as it is written, and the block as it is run. Plain SVG."""
+"""The diagram of docs/explanation/prefix.md: the block in the paper and the block in lensrack, as plain SVG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SDK: its classes, methods and what they say of themselves."""
+"""The SDK: its classes and methods with their docstrings."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ GROUPS = (
 
 
 def page() -> str:
-    drawn = inspect.cleandoc(lensrack.errors.__doc__ or "").partition("\n\n")[2]
-    tree, _, rest = drawn.partition("\n\n")
+    error_docs = inspect.cleandoc(lensrack.errors.__doc__ or "").partition("\n\n")[2]
+    tree, _, rest = error_docs.partition("\n\n")
     return f"{HEAD}\n```text\n{inspect.cleandoc(tree)}\n```\n\n{rest}\n" + "".join(_group(*group) for group in GROUPS)
 
 
 def _group(name: str, kind: type) -> str:
-    told = [f"\n## {name}\n", inspect.getdoc(kind) or "", ""]
+    lines = [f"\n## {name}\n", inspect.getdoc(kind) or "", ""]
     if kind is client.Client:
-        told.append(_signed("Client", kind.__init__))
+        lines.append(_signed("Client", kind.__init__))
     for word, member in vars(kind).items():
         if word.startswith("_") or word == "mro":
             continue
         if isinstance(member, property):
-            told.append(f"**`{word}`** {inspect.getdoc(member) or ''}\n")
+            lines.append(f"**`{word}`** {inspect.getdoc(member) or ''}\n")
         elif inspect.isfunction(member):
-            told += [_signed(word, member), inspect.getdoc(member) or "", ""]
-    return "\n".join(told)
+            lines += [_signed(word, member), inspect.getdoc(member) or "", ""]
+    return "\n".join(lines)
 
 
 def _signed(name: str, function: Any) -> str:
     signature = inspect.signature(function)
-    own = [one.replace(annotation=_short(one.annotation)) for one in list(signature.parameters.values())[1:]]
-    shown = str(signature.replace(parameters=own, return_annotation=_short(signature.return_annotation)))
-    return f"```python\n{name}{shown.replace(chr(39), '')}\n```\n"
+    without_self = list(signature.parameters.values())[1:]
+    parameters = [parameter.replace(annotation=_short(parameter.annotation)) for parameter in without_self]
+    text = str(signature.replace(parameters=parameters, return_annotation=_short(signature.return_annotation)))
+    return f"```python\n{name}{text.replace(chr(39), '')}\n```\n"
 
 
 def _short(annotation: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What mkdocs asks for while it builds: the changelog as a page, and links to files beside docs/ that lead somewhere.
+"""Hooks of the mkdocs build: the changelog as a page, and links to files outside docs/.
 
-A file of the repository that a page links to is put into the site as text, so that mkdocs checks that link as any other
-and the site needs no other place to be complete.
+A file of the repository that a page links to is copied into the site as text, so that mkdocs checks the link like any
+other and the site is complete by itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ LINK = re.compile(r"(\]\()(\.\./[^)#\s]+)")
 
 
 def on_config(config: Any) -> Any:
-    """New results need no entry in the menu: pages that it does not name come after those that it does, by name."""
+    """Add result pages that the navigation does not name after those that it names, sorted by file name."""
     [results] = [section["Results"] for section in config.nav if "Results" in section]
     named = {page for entry in results for page in entry.values()}
     folder = Path(config.docs_dir, "results")
-    found = sorted(f"results/{path.name}" for path in folder.glob("*.md"))
-    results += [page for page in found if page not in named]
+    pages = sorted(f"results/{path.name}" for path in folder.glob("*.md"))
+    results += [page for page in pages if page not in named]
     return config
 
 
@@ -41,15 +41,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
     up = "../" * (len(PurePosixPath(page.file.src_uri).parts) - 1)
 
-    def moved(found: re.Match[str]) -> str:
-        target = _beside(root, docs, page.file.src_uri, found[2])
-        return found[0] if target is None else f"{found[1]}{up}{_copy(target)}"
+    def redirect(link: re.Match[str]) -> str:
+        target = _beside(root, docs, page.file.src_uri, link[2])
+        return link[0] if target is None else f"{link[1]}{up}{_copy(target)}"
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(redirect, markdown)
 
 
 def _beside(root: Path, docs: Path, page: str, link: str) -> str | None:
-    """The path below the repository of what a link leads to, where that is a file outside docs/."""
+    """Return the link's target below the repository if it is a file outside docs/, else None."""
     target = (docs / page).parent.joinpath(link).resolve()
     outside = target.is_relative_to(root) and not target.is_relative_to(docs) and target.is_file()
     return target.relative_to(root).as_posix() if outside else None

@@ -18,24 +18,24 @@ from server.observability import metrics as server_metrics
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS_HEAD = """# Settings
 
-Each is an environment variable, read once at the start; `serve --host` and `--port` replace theirs. The SDK and the
-command line read `LENSRACK_URL`, `LENSRACK_API_KEY`, `LENSRACK_TIMEOUT` (seconds) and `LENSRACK_RETRIES`.
+Each setting is an environment variable, read once at the start; `serve --host` and `--port` override theirs.
+The SDK and the command line read `LENSRACK_URL`, `LENSRACK_API_KEY`, `LENSRACK_TIMEOUT` (seconds) and `LENSRACK_RETRIES`.
 """
 ERRORS_HEAD = """# Errors
 
-Every failure is a problem document (RFC 9457, `application/problem+json`) with a stable `code`, a `status`, a `detail`
-for people and the `request_id` that the server's log knows. `Retry-After` comes with 429 and 503. What Python raises is
-drawn on the page of the [SDK](sdk.md); all of these are `ApiError`s.
+Every error is a problem document (RFC 9457, `application/problem+json`) with a stable `code`, a `status`, a readable
+`detail` and the `request_id` that is in the server's log. 429 and 503 have a `Retry-After`. The page of the
+[SDK](sdk.md) has the exceptions in Python; all of these are `ApiError`s.
 """
 METRICS_HEAD = """# Metrics
 
-At `/metrics`, for Prometheus. A `task` label is given to the busiest tasks only (`LENSRACK_METRICS_TASKS`), the rest
-are `other`; a histogram has the series `_bucket`, `_sum` and `_count`.
+The server has them at `/metrics`, for Prometheus. Only the busiest tasks have their own `task` label
+(`LENSRACK_METRICS_TASKS`), the rest are `other`; a histogram has the series `_bucket`, `_sum` and `_count`.
 """
 
 
 def settings() -> str:
-    """One table for each of the file's own headings."""
+    """Return one table for each heading of server/settings.py."""
     fields, parts = server_settings.Settings.model_fields, [SETTINGS_HEAD]
     for heading, names in _sections():
         rows = [
@@ -47,13 +47,13 @@ def settings() -> str:
 
 
 def _sections() -> list[tuple[str, list[str]]]:
-    found: list[tuple[str, list[str]]] = []
+    sections: list[tuple[str, list[str]]] = []
     for line in inspect.getsource(server_settings.Settings).splitlines():
         if heading := re.match(r"    # --- (.+?) -+$", line):
-            found.append((heading[1], []))
+            sections.append((heading[1], []))
         elif (field := re.match(r"    (\w+): Annotated\[", line)) and field[1] in server_settings.Settings.model_fields:
-            found[-1][1].append(field[1])
-    return found
+            sections[-1][1].append(field[1])
+    return sections
 
 
 def _default(value: object) -> str:
@@ -61,26 +61,26 @@ def _default(value: object) -> str:
 
 
 def codes() -> dict[str, int]:
-    """Every code in the tree at the top of server/errors.py, and its status."""
-    found: dict[str, int] = {}
+    """Return every code in the tree at the top of server/errors.py with its status."""
+    statuses: dict[str, int] = {}
     status = 0
     for line in (server_errors.__doc__ or "").splitlines():
         if kind := re.match(r"\s+[├└]── \w+ (\d{3})(.*)", line):
-            status, line = int(kind[1]), kind[2]  # noqa: PLW2901 - the rest of the line is what follows
+            status, line = int(kind[1]), kind[2]  # noqa: PLW2901 - the codes are in the rest of the line
         elif not line.strip().startswith("│"):
             continue
-        found |= dict.fromkeys(re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", line.partition("+")[0]), status)
-    return found
+        statuses |= dict.fromkeys(re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", line.partition("+")[0]), status)
+    return statuses
 
 
 def raised() -> set[str]:
-    """Every code that the server's source names where it raises something, and every error's own."""
-    found = set()
+    """Return every code that the server's source passes as the argument `code`."""
+    names = set()
     for file in [*(ROOT / "server").rglob("*.py"), *(ROOT / "prompts_store").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
-                found.add(node.value.value)
-    return {code for code in found if isinstance(code, str)}
+                names.add(node.value.value)
+    return {code for code in names if isinstance(code, str)}
 
 
 def errors() -> str:
@@ -101,10 +101,10 @@ def metrics() -> str:
 
 
 def known_metrics() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """Name, meaning, kind and labels of all that server/observability/metrics.py defines, in its order."""
-    found = []
+    """Return name, meaning, kind and labels of every metric in server/observability/metrics.py, in its order."""
+    rows = []
     for value in vars(server_metrics).values():
         if hasattr(value, "_labelnames") and hasattr(value, "_documentation"):
             suffix = "_total" if value._type == "counter" else ""
-            found.append((value._name + suffix, value._documentation, value._type, tuple(value._labelnames)))
-    return found
+            rows.append((value._name + suffix, value._documentation, value._type, tuple(value._labelnames)))
+    return rows

@@ -2,7 +2,7 @@
 {{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* Labels that never change: what selectors select by. Takes (dict "root" $ "part" "server"). */}}
+{{/* The labels of selectors, which never change. Takes (dict "root" $ "part" "server"). */}}
 {{- define "lensrack.selector" -}}
 app.kubernetes.io/name: {{ .root.Chart.Name }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
@@ -22,8 +22,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- .Values.data.existingClaim | default (include "lensrack.name" .) -}}
 {{- end -}}
 
-{{/* Settings of both, those of the part, and above all what the chart itself decides; sorted by name. A whole number
-     arrives as a float, which would be written 1e+10. */}}
+{{/* The common settings, overridden by those of the part, overridden by those of the chart; sorted by name. Helm passes
+     whole numbers as floats, which would be written as 1e+10. */}}
 {{- define "lensrack.settings" -}}
 {{- range $name, $value := mergeOverwrite (deepCopy .root.Values.settings) .own .fixed }}
 - name: LENSRACK_{{ upper $name }}
@@ -31,7 +31,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end -}}
 
-{{/* A pod of either part. Takes root, part, own (its values), fixed (settings that are not to be changed), args, ports. */}}
+{{/* A pod of either part. Takes root, part, own (its values), fixed (settings that the chart decides), args, ports. */}}
 {{- define "lensrack.pod" -}}
 {{- $values := .root.Values -}}
 {{- $password := $values.redis.passwordSecret.name -}}

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SETTINGS_HEAD = """# Settings
 
 Each setting is an environment variable, read once at the start; `serve --host` and `--port` override theirs.
-The SDK and the command line read `LENSRACK_URL`, `LENSRACK_API_KEY`, `LENSRACK_TIMEOUT` (seconds) and `LENSRACK_RETRIES`.
+The SDK and the command line read `LENSRACK_URL`, `LENSRACK_API_KEY`, `LENSRACK_TIMEOUT` (seconds) and
+`LENSRACK_RETRIES`.
 """
 ERRORS_HEAD = """# Errors
 

@@ -39,7 +39,7 @@ export function predictionPanel(chosenTasks, signal) {
     }
   }
 
-  const element = h('div', { class: 'asking' },
+  const element = h('div', { class: 'prediction' },
     h('div', { class: 'left' }, zone, picture.frame, timing), h('div', { class: 'right', 'aria-live': 'polite' }, answers));
   return { element, repeat };
 }
@@ -51,11 +51,11 @@ const timings = header => header.split(',').map(entry => entry.trim().split(';du
 // `reference` is TASK or TASK@VERSION.
 function card(reference, result, blob, picture) {
   const [task] = reference.split('@');
-  if (result.error) return h('article', { class: 'card answer', 'aria-label': `Prediction for ${task}` }, h('p', { class: 'asked' }, task), h('p', { class: 'problem' }, result.error.detail));
+  if (result.error) return h('article', { class: 'card answer', 'aria-label': `Prediction for ${task}` }, h('p', { class: 'task-name' }, task), h('p', { class: 'problem' }, result.error.detail));
   const [scores] = result.predictions;
   const below = h('div', {});
   return h('article', { class: 'card answer', 'aria-label': `Prediction for ${task}` },
-    h('div', { class: 'head' }, h('a', { class: 'asked', href: `#/tasks/${part(task)}` }, task), h('code', { class: 'small', title: result.version }, short(result.version))),
+    h('div', { class: 'head' }, h('a', { class: 'task-name', href: `#/tasks/${part(task)}` }, task), h('code', { class: 'small', title: result.version }, short(result.version))),
     h('p', { class: 'best' }, scores[0].label),
     h('ol', { class: 'scores' }, scores.map(entry => h('li', {},
       h('span', { class: 'label' }, entry.label),

@@ -36,7 +36,7 @@ function fillList(list, tasks, most = PAGE) {
 function card(task) {
   const targets = liveAlias(task)?.targets ?? [];
   return h('li', { class: 'card entry' },
-    h('div', { class: 'who' },
+    h('div', { class: 'heading' },
       h('a', { class: 'name', href: `#/tasks/${part(task.task)}` }, task.task),
       h('span', { class: 'muted small' }, `${task.method ?? 'no live version'} · ${count(task.classes, 'class', 'classes')}`)),
     strip(task.dataset),

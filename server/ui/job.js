@@ -61,16 +61,16 @@ function title(job) {
 }
 
 function progress(job) {
-  const { progress: at } = job;
+  const now = job.progress;
   if (job.state === 'queued') return h('p', { class: 'muted' }, 'Waiting for a worker.');
   if (job.state === 'failed') return h('p', { class: 'problem' }, `${job.error?.detail ?? 'Training failed.'} (${job.error?.code ?? 'unknown'})`);
   if (job.state === 'cancelled') return h('p', { class: 'muted' }, 'Cancelled. The live version has not changed.');
   if (job.state === 'succeeded') return h('p', { class: 'muted' }, `Finished ${ago(job.finished_at)}; training took ${duration(job.finished_at - job.started_at)}.`);
-  const searches = at.trials > 0 && at.trial < at.trials + 1 && !at.eta_s && at.epochs && at.trial;
-  const share = at.epochs ? (at.epoch + (at.steps ? at.step / at.steps : 0)) / Math.max(1, at.epochs) : 0;
-  const words = [searches && `trial ${at.trial} of ${at.trials}`, at.epochs > 0 && `epoch ${Math.min(at.epoch + 1, at.epochs)} of ${at.epochs}`,
-    at.loss !== null && `loss ${at.loss.toFixed(3)}`, at.val_accuracy !== null && `validation accuracy ${percent(at.val_accuracy)}`, at.eta_s !== null && `about ${duration(at.eta_s)} left`].filter(Boolean);
-  return [h('progress', { max: 1, value: at.epochs ? Math.min(1, share) : null, 'aria-label': 'Training' }), h('p', { class: 'small muted' }, words.join(' · ') || 'Loading the pictures …')];
+  const searching = now.trials > 0 && now.trial < now.trials + 1 && !now.eta_s && now.epochs && now.trial;
+  const share = now.epochs ? (now.epoch + (now.steps ? now.step / now.steps : 0)) / Math.max(1, now.epochs) : 0;
+  const parts = [searching && `trial ${now.trial} of ${now.trials}`, now.epochs > 0 && `epoch ${Math.min(now.epoch + 1, now.epochs)} of ${now.epochs}`,
+    now.loss !== null && `loss ${now.loss.toFixed(3)}`, now.val_accuracy !== null && `validation accuracy ${percent(now.val_accuracy)}`, now.eta_s !== null && `about ${duration(now.eta_s)} left`].filter(Boolean);
+  return [h('progress', { max: 1, value: now.epochs ? Math.min(1, share) : null, 'aria-label': 'Training' }), h('p', { class: 'small muted' }, parts.join(' · ') || 'Loading the pictures …')];
 }
 
 function learningCurves() {

@@ -92,6 +92,9 @@ verify-deploy: $(STAMP)  ## start the compose deployment, kill each part of it, 
 reference: $(STAMP)  ## generate docs/reference and the diagrams of the docs from the code
 	$(BIN)/python -m docs.generator
 
+sync-client: $(STAMP)  ## generate client/lensrack/client.py from async_client.py
+	$(BIN)/python client/generate_sync.py
+
 docs: $(STAMP)   ## build the documentation site in build/site and check every link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

@@ -1,4 +1,4 @@
-"""The types of the SDK's calls. `make check` checks this file with mypy in strict mode."""
+"""The SDK with strict types: what a type checker infers for each call. `make check` runs mypy on it in strict mode."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lensrack import Answer, AsyncClient, Client, LensrackError, NotFoundError, 
 
 
 def labels(client: Client, task: str, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every picture with its best label, or with the name of its error."""
+    """Yield the best label of every picture, or the kind of its error."""
     pictures = sorted(folder.glob("*.png"))
-    for picture, answer in zip(pictures, client.map(task, pictures, errors="return"), strict=True):
-        assert_type(answer, Answer | LensrackError)
-        yield picture, answer.label if isinstance(answer, Answer) else type(answer).__name__
+    for picture, result in zip(pictures, client.map(task, pictures, errors="return"), strict=True):
+        assert_type(result, Answer | LensrackError)
+        yield picture, result.label if isinstance(result, Answer) else type(result).__name__
 
 
 def newest(client: Client, task: str) -> wire.VersionInfo | None:
@@ -27,7 +27,7 @@ def newest(client: Client, task: str) -> wire.VersionInfo | None:
     return versions[0] if versions else None
 
 
-def with_response(client: Client, task: str, picture: Path) -> RawResponse[Answer]:
+def predict_raw(client: Client, task: str, picture: Path) -> RawResponse[Answer]:
     raw = client.with_options(timeout=5, max_retries=0).raw_response(lambda c: c.predict(task, picture))
     assert_type(raw.value, Answer)
     print(raw.status, raw.request_id, raw.timings_s)

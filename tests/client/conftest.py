@@ -1,17 +1,23 @@
-"""A client of each kind for a rack in this process."""
+"""A scripted rack, and what is pointed at it: clients of each kind, and the command line."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lensrack import AsyncClient, Client
+from lensrack.cli import main
+from tests.client.command_line import SCRIPT, Done, Run
 from tests.client.scripted_rack import Rack, serve, transport
-from tests.client.ways import IN_PROCESS, Blocking, Make
+from tests.client.ways import IN_PROCESS, PIXELS, Blocking, Make
 
 
 @pytest.fixture
@@ -41,3 +47,78 @@ def make(request: pytest.FixtureRequest, rack: Rack, monkeypatch: pytest.MonkeyP
             return client
 
         yield build
+
+
+@pytest.fixture
+def url(rack: Rack) -> Iterator[str]:
+    with serve(rack) as url:
+        yield url
+
+
+@pytest.fixture
+def environment(url: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LENSRACK_")}
+    return {**kept, "LENSRACK_URL": url, "COLUMNS": "200"}
+
+
+@pytest.fixture
+def run(
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """The command line in this process, with an environment of its own: a process for each would take a second."""
+
+    def run(*arguments: object, code: int = 0, **options: str) -> Done:
+        capsys.readouterr()
+        with monkeypatch.context() as outside:
+            outside.chdir(tmp_path)
+            outside.setattr(os, "environ", {**environment, **options})
+            outside.setattr(sys, "argv", ["lensrack", *map(str, arguments)])
+            try:
+                main()
+                left = 0
+            except SystemExit as leaving:
+                left = leaving.code or 0
+        done = Done(*capsys.readouterr())
+        assert left == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def script(environment: dict[str, str], tmp_path: Path) -> Run:
+    """The real console script, in a process of its own."""
+
+    def script(*arguments: object, code: int = 0, **options: str) -> Done:
+        done = subprocess.run(
+            [SCRIPT, *map(str, arguments)],
+            capture_output=True,
+            check=False,
+            text=True,
+            env={**environment, **options},
+            cwd=tmp_path,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return Done(done.stdout, done.stderr)
+
+    return script
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "bottle.jpg"
+    path.write_bytes(PIXELS)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bottles" / "glass").mkdir(parents=True)
+    (tmp_path / "bottles" / "glass" / "0.jpg").write_bytes(PIXELS)
+    return tmp_path / "bottles"

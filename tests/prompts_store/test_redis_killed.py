@@ -16,7 +16,7 @@ from prompts_store.redis_store import RedisStore
 from server.errors import ServiceError
 from server.jobs.redis_store import RedisJobStore
 from tests.e2e.faulty_redis import RedisProcess, Road
-from tests.prompts_store.test_stores import bundle
+from tests.prompts_store.stores import bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 LARGE = 60_000  # floats: an upload of several pieces

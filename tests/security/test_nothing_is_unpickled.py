@@ -31,9 +31,10 @@ def offences(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_nothing_is_unpickled(file: Path) -> None:
-    assert not offences(file.read_text(encoding="utf-8"))
+def test_nothing_is_unpickled() -> None:
+    assert len(FILES) > 300
+    found = {str(file.relative_to(ROOT)): offences(file.read_text(encoding="utf-8")) for file in FILES}
+    assert {file: offence for file, offence in found.items() if offence} == {}
 
 
 @pytest.mark.parametrize(

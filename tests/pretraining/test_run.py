@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,18 +36,18 @@ def pictures() -> tuple[list[Image.Image], list[Image.Image]]:
 
 
 def run(place: Path, pictures: tuple[list[Image.Image], list[Image.Image]], rate: float = 1e-3) -> Run:
-    teacher, student = vit(0, 5), vit(1, 0)
-    return Run(
-        student,
-        teacher,
-        pictures,
-        PHASES,
-        RunFolder(place),
-        rate=rate,
-        seed=2,
-        keep_every=3,
-        device=torch.device("cpu"),
-    )
+    teacher, student, device = vit(0, 5), vit(1, 0), torch.device("cpu")
+    with patch.multiple("server.pretraining.run", HELD_OUT_VIEWS=8, SCALE_VIEWS=8):
+        return Run(student, teacher, pictures, PHASES, Place(place), rate=rate, seed=2, keep_every=3, device=device)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, pictures: tuple[list[Image.Image], list[Image.Image]]) -> Path:
+    """The folder of a run that nothing happened to."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("calm")
+    run(folder, pictures).go({"lensrack": "{}"})
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +55,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_it_goes_to_its_end_and_leaves_weights_and_curves(
-    tmp_path: Path, pictures: tuple[list[Image.Image], list[Image.Image]]
-) -> None:
-    run(tmp_path, pictures).go({"lensrack": "{}"})
-    weights = load_file(tmp_path / "backbone.safetensors")
+def test_it_goes_to_its_end_and_leaves_weights_and_curves(calm: Path) -> None:
+    weights = load_file(calm / "backbone.safetensors")
     assert set(weights) == set(vit(1, 0).state_dict())
     assert {value.dtype for value in weights.values()} == {torch.float16}
-    curves = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    curves = [json.loads(line) for line in (calm / "curves.jsonl").read_text().splitlines()]
     assert [point["step"] for point in curves] == [3, 6, 9, 12]
     assert all(len(point["states"]) == SHAPE["depth"] + 1 for point in curves)
 
@@ -85,16 +83,15 @@ def _doomed(place: Path, pictures: tuple[list[Image.Image], list[Image.Image]], 
 
 @pytest.mark.parametrize("at", [2, 5, 11])
 def test_a_killed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, pictures: tuple[list[Image.Image], list[Image.Image]], at: int
+    tmp_path: Path, calm: Path, pictures: tuple[list[Image.Image], list[Image.Image]], at: int
 ) -> None:
-    run(tmp_path / "calm", pictures).go({})
-    process = multiprocessing.get_context("spawn").Process(target=_doomed, args=(tmp_path / "killed", pictures, at))
+    process = multiprocessing.get_context("spawn").Process(target=_doomed, args=(tmp_path, pictures, at))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    run(tmp_path / "killed", pictures).go({})
-    calm, killed = ((tmp_path / name / "backbone.safetensors").read_bytes() for name in ("calm", "killed"))
-    assert calm == killed
+    run(tmp_path, pictures).go({"lensrack": "{}"})
+    first, second = ((folder / "backbone.safetensors").read_bytes() for folder in (calm, tmp_path))
+    assert first == second
 
 
 @pytest.mark.parametrize("objective", ["blocks", "whole"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -44,17 +47,17 @@ class House:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        draw(folder / "pictures", per_class=6)
+        (folder / "pictures.zip").write_bytes(drawn())
         self.store, self.jobs = MemoryStore(), SqliteJobStore(folder / "jobs.sqlite")
         self.datasets = DatasetStore(
             folder / "datasets", max_images=1000, max_unpacked_bytes=10**8, max_image_pixels=10**7
         )
-        self.dataset = self.datasets.ingest(packed(folder / "pictures" / "fruit" / "train")).id
+        self.dataset = self.datasets.ingest(folder / "pictures.zip").id
         self.pool = ThreadPoolExecutor(2)
         self.trainer = self.worker("w1")
 
     def worker(self, name: str, at_once: int = 1) -> Trainer:
-        backbone = backbones.load("untrained")
+        backbone = untrained()
         decoder = self.decoder(backbone.spec.geometry)
         return Trainer(
             Resources(backbone, Registry(), decoder, NoCache(), self.folder / "checkpoints"),
@@ -86,13 +89,29 @@ class House:
         return [event.type for event in self.jobs.events(job.id)]
 
 
-def packed(folder: Path) -> Path:
-    target = folder.parent / "pictures.zip"
-    with zipfile.ZipFile(target, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(folder))
-    return target
+@cache
+def drawn() -> bytes:
+    """An archive of the fruit that the samples are trained on, six pictures a class."""
+    packed = io.BytesIO()
+    with TemporaryDirectory() as folder, zipfile.ZipFile(packed, "w") as archive:
+        draw(Path(folder), per_class=6)
+        root = Path(folder) / "fruit" / "train"
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, file.relative_to(root))
+    return packed.getvalue()
+
+
+@cache
+def untrained() -> backbones.Backbone:
+    """One for all tests, as a worker has one for all jobs."""
+    return backbones.load("untrained")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_job_changes_the_backbone() -> Iterator[None]:
+    before = backbones.fingerprint("untrained", untrained().model.state_dict())
+    yield
+    assert backbones.fingerprint("untrained", untrained().model.state_dict()) == before
 
 
 @pytest.fixture
@@ -449,7 +468,7 @@ def test_a_version_whose_labels_lie_in_another_order_and_that_sees_otherwise(hou
 
 def judged(house: House, version: str) -> float:
     """On the pictures that a job holds out, asked through the server's own way from bundle to answer."""
-    backbone = backbones.load("untrained")
+    backbone = untrained()
     reader, recipe = DatasetReader(house.decoder(backbone.spec.geometry)), resolve({}, QUICK)
     batches = reader.validation(house.datasets.get(house.dataset), recipe, lambda: None)
     return evaluate(house.store.get("fruit", version), backbone, Registry(), batches).accuracy

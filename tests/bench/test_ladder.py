@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from server.bench import ladder, ladder_bench, ladder_layouts, ladder_steps
@@ -17,6 +21,15 @@ from server.engine.packed import can_pack
 
 LAYOUTS = ladder_layouts.layouts(2)  # whatever this machine has
 EXACT = 1e-4  # float32 against float64, in standard deviations of the logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures() -> Iterator[None]:
+    """16 patches instead of 196: what a step answers is wrong or right with few tokens as with many."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = partial(timm.create_model, img_size=64)
+        patch.setattr(ladder_bench, "timm", SimpleNamespace(create_model=small))
+        yield
 
 
 @pytest.fixture(scope="module")

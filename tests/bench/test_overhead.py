@@ -14,6 +14,7 @@ from tests.e2e.server_process import environment
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_charges_a_server_whose_engine_answers_at_once(tmp_path: Path) -> None:
     options = ["--rounds", "1", "--requests", "40", "--clients", "1", "2", "--json", str(tmp_path / "overhead.json")]
     done = subprocess.run(

@@ -20,6 +20,7 @@ from tests.e2e.server_process import environment
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_question_is_accounted_for(tmp_path: Path) -> None:
     budget = ["--seconds", "1", "--capacity-seconds", "0.5", "--clients", "8"]
     done = subprocess.run(

@@ -17,6 +17,7 @@ BAND = argparse.Namespace(rss_mib=32.0, fds=4.0)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_tells_of_every_process_and_each_kind_of_work(tmp_path: Path) -> None:
     budget = ["--predictions", "3", "--cycles", "2", "--jobs", "1"]
     band = [

@@ -13,7 +13,8 @@ from tests.e2e.server_process import environment
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", [[], pytest.param(["--redis"], marks=pytest.mark.long)], ids=["file", "redis"])
+@pytest.mark.long
+@pytest.mark.parametrize("store", [[], ["--redis"]], ids=["file", "redis"])
 def test_every_version_that_is_published_answers(tmp_path: Path, store: list[str]) -> None:
     options = ["--rounds", "1", "--swaps", "3", "--pause", "0.05", "--method", "linear", *store]
     done = subprocess.run(

@@ -13,6 +13,7 @@ from tests.e2e.server_process import environment
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_it_measures_both_phases(tmp_path: Path) -> None:
     options = ["--seconds", "2", "--rounds", "1", "--clients", "2", "--rate", "5", "--batch-size", "8"]

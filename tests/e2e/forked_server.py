@@ -79,7 +79,18 @@ def forked(home: Path, *, fault: str = "", port: int = 0, **settings: str) -> It
             server.wait(10)
 
 
-def _serve(home: str, variables: Mapping[str, str], fault: str, port: int) -> None:
+def refused(home: Path, *, port: int | None = 0, **settings: str) -> tuple[int | None, str]:
+    """The exit code of a server that cannot start, and what it said. port: None for the setting's."""
+    home.mkdir(parents=True, exist_ok=True)
+    process = forge().Process(target=_serve, args=(str(home), environment(home, settings), "", port))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join(10)
+    return process.exitcode, (home / "server.log").read_text(errors="replace")
+
+
+def _serve(home: str, variables: Mapping[str, str], fault: str, port: int | None) -> None:
     log = os.open(Path(home) / "server.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -92,7 +103,7 @@ def _serve(home: str, variables: Mapping[str, str], fault: str, port: int) -> No
         _kill_at(Path(home) / "armed", *KILLS[fault])
     elif fault:
         _break(fault)
-    sys.argv = ["server", "serve", "--port", str(port)]
+    sys.argv = ["server", "serve", *(() if port is None else ("--port", str(port)))]
     cli()
 
 

@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,8 @@ import pytest
 
 from lensrack import Client
 from server.cli.sample_pictures import draw
-from tests.e2e.server_process import ROOT, environment, serving
+from tests.e2e.forked_server import forked, refused
+from tests.e2e.server_process import ROOT, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -56,11 +55,11 @@ def test_a_fresh_machine_serves_with_the_untrained_stand_in_and_says_so(tmp_path
 
 def test_everything_survives_a_restart(tmp_path: Path, pictures: Path) -> None:
     lemon = sorted((pictures / "fruit" / "test" / "lemon").iterdir())[0]
-    with serving(tmp_path) as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1") as server, Client(server.url) as client:
         dataset = client.datasets.upload(pictures / "fruit" / "train")
         client.train("fruit", dataset.id, method="linear").wait(timeout=120)
         before = client.predict("fruit", lemon, top_k=3)
-    with serving(tmp_path) as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1") as server, Client(server.url) as client:
         after = client.predict("fruit", lemon, top_k=3)
         assert after.version == before.version
         assert [(p.label, pytest.approx(p.score, abs=1e-5)) for p in after] == [(p.label, p.score) for p in before]
@@ -68,7 +67,7 @@ def test_everything_survives_a_restart(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_its_job_finishes(tmp_path: Path, pictures: Path) -> None:
-    with serving(tmp_path, lease_s="2", worker_nice="0") as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1", lease_s="2", worker_nice="0") as server, Client(server.url) as client:
         dataset = client.datasets.upload(pictures / "fruit" / "train")
         job = client.train("fruit", dataset.id, method="vpt_deep", recipe={"epochs": 6, "prompts": 2})
         until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
@@ -82,7 +81,7 @@ def test_a_killed_worker_is_replaced_and_its_job_finishes(tmp_path: Path, pictur
 
 
 def test_a_cancelled_job_ends_soon_and_moves_no_alias(tmp_path: Path, pictures: Path) -> None:
-    with serving(tmp_path) as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1") as server, Client(server.url) as client:
         dataset = client.datasets.upload(pictures / "weather" / "train")
         job = client.train("weather", dataset.id, method="vpt_deep", recipe={"epochs": 1000})
         until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
@@ -94,7 +93,7 @@ def test_a_cancelled_job_ends_soon_and_moves_no_alias(tmp_path: Path, pictures: 
 
 
 def test_no_worker_outlives_a_killed_server(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+    with forked(tmp_path, workers="1") as server:
         until(lambda: "worker ready" in server.log, "the worker came up")
         (worker,) = worker_pids(server.process.pid)
         server.kill()
@@ -102,12 +101,12 @@ def test_no_worker_outlives_a_killed_server(tmp_path: Path) -> None:
 
 
 def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path) -> None:
-    with serving(tmp_path) as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1") as server, Client(server.url) as client:
         dataset = client.datasets.upload(pictures / "weather" / "train")
         job = client.train("weather", dataset.id, method="vpt_deep", recipe={"epochs": 30})
         until(lambda: client.jobs.get(job.id).progress.epoch >= 1, "the first epoch began")
         assert server.stop() == 0
-    with serving(tmp_path) as server, Client(server.url) as client:
+    with forked(tmp_path, workers="1") as server, Client(server.url) as client:
         until(lambda: client.jobs.get(job.id).state == "running", "the next server's worker took it up", 30)
         client.jobs.cancel(job.id)
 
@@ -123,29 +122,14 @@ def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path
     ],
 )
 def test_a_wrong_setting_is_a_sentence_not_a_traceback(tmp_path: Path, settings: dict[str, str], says: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "serve", *([] if "port" in settings else ["--port", "0"])],
-        env=environment(tmp_path, settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode in {1, 2}
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = refused(tmp_path, port=None if "port" in settings else 0, **settings)
+    assert code in {1, 2}
+    assert says in said
+    assert "Traceback" not in said
 
 
 def test_a_taken_port_is_said(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "server", "serve", "--port", str(port)],
-            env=environment(tmp_path, {}),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert re.search(r"cannot start: .*in use", done.stderr)
+        code, said = refused(tmp_path, port=taken.getsockname()[1])
+    assert code == 1
+    assert re.search(r"cannot start: .*in use", said)

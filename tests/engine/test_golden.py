@@ -32,7 +32,7 @@ from tests.engine.golden_cases import (
 )
 
 DTYPES = [torch.float32, torch.float64]
-SLOW_ARCHS = {"vit_base_patch16_224"}
+LARGE = "vit_base_patch16_224"  # a forward of it takes seconds: most of its cases are long, vit_nano has the same ones
 
 
 def expected(case: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
@@ -67,9 +67,17 @@ def test_the_inputs_are_those_of_the_official_runs(case: dict[str, Any]) -> None
     assert recipe.digest({"images": images}) == case["sha256"]["images"]
 
 
-@pytest.mark.parametrize("path", [literal, fast])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases("forward"), ids=name_of)
+def each_path(kind: str, large: Any) -> list[Any]:
+    """Cases × types × paths. Of the large backbone all are long but those in float32 on the path `large`."""
+    found = []
+    for case, dtype, path in itertools.product(cases(kind), DTYPES, (literal, fast)):
+        long = case["arch"] == LARGE and (dtype, path) != (torch.float32, large)
+        name = f"{case['name']}-{dtype}-{path.__name__}"
+        found.append(pytest.param(case, dtype, path, id=name, marks=[pytest.mark.long] if long else []))
+    return found
+
+
+@pytest.mark.parametrize(("case", "dtype", "path"), each_path("forward", large=literal))
 def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
     backbone, task, images = setting(case, dtype)
     with torch.inference_mode():
@@ -78,19 +86,22 @@ def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
 
 
 def backbones() -> list[Any]:
-    answers = []
-    for arch, dtype in itertools.product(("vit_nano", "deit_tiny_patch16_224", "vit_base_patch16_224"), DTYPES):
-        long = arch == "vit_base_patch16_224" and dtype == torch.float64
-        answers.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
-    return answers
+    found = []
+    for arch, dtype in itertools.product(("vit_nano", "deit_tiny_patch16_224", LARGE), DTYPES):
+        long = arch == LARGE and dtype == torch.float64
+        found.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return found
 
 
 @pytest.mark.parametrize(("arch", "dtype"), backbones())
 def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtype) -> None:
-    """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes."""
-    answers = [case for case in cases("forward") if case["arch"] == arch]
-    answers = [case for case in answers if dtype == torch.float32 or "logits64" in numbers(case)]
-    if not answers:
+    """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes.
+
+    In float32 this is the fast path of the large backbone's cases too.
+    """
+    found = [case for case in cases("forward") if case["arch"] == arch]
+    found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
+    if not found:
         pytest.skip(f"no {dtype} numbers for {arch}")
     backbone = golden_backbone(arch, answers[0]["backbone_seed"], dtype)
     bench = Bench(backbone)
@@ -120,9 +131,7 @@ def test_rows_of_different_tasks(case: dict[str, Any], dtype: torch.dtype) -> No
         torch.testing.assert_close(row, truth, atol=tolerance(case, dtype), rtol=0)
 
 
-@pytest.mark.parametrize("path", [literal, fast])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases("grad"), ids=name_of)
+@pytest.mark.parametrize(("case", "dtype", "path"), each_path("grad", large=fast))
 def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
     backbone, task, images = setting(case, dtype)
     for parameter in task.params.values():
@@ -145,11 +154,9 @@ def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
 def traces() -> list[Any]:
     answers = []
     for case, dtype in itertools.product(cases("train"), DTYPES):
-        long = case["arch"] == "vit_base_patch16_224" and (dtype == torch.float64 or "slow" in case["name"])
-        answers.append(
-            pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else [])
-        )
-    return answers
+        long = case["arch"] == LARGE
+        found.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return found
 
 
 @pytest.mark.parametrize(("case", "dtype"), traces())

@@ -14,7 +14,8 @@ from server.cli import sample_tasks
 from server.engine import backbone as backbones
 from server.engine import bundled
 from server.settings import Settings
-from tests.e2e.server_process import ROOT, serving
+from tests.e2e.forked_server import forked
+from tests.e2e.server_process import ROOT
 
 PICTURES = bundled.FOLDER / "pictures"
 
@@ -30,7 +31,7 @@ def test_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_question_is_answered_truly(tmp_path: Path) -> None:
-    with serving(tmp_path, backbone="bundled") as server, Client(server.url) as client:
+    with forked(tmp_path, backbone="bundled") as server, Client(server.url) as client:
         ready = httpx.get(f"{server.url}/readyz").json()
         assert ready["backbone"]["trained"] is True
         assert ready["notes"] == []
@@ -41,15 +42,15 @@ def test_the_first_question_is_answered_truly(tmp_path: Path) -> None:
 
 
 def test_a_deleted_sample_does_not_come_back_beside_others(tmp_path: Path) -> None:
-    with serving(tmp_path, backbone="bundled") as server, Client(server.url) as client:
+    with forked(tmp_path, backbone="bundled") as server, Client(server.url) as client:
         client.tasks.delete("digits")
-    with serving(tmp_path, backbone="bundled") as server, Client(server.url) as client:
+    with forked(tmp_path, backbone="bundled") as server, Client(server.url) as client:
         assert [task.task for task in client.tasks.list()] == ["faces"]
 
 
 @pytest.mark.parametrize("settings", [{"backbone": "bundled", "sample_tasks": "false"}, {"backbone": "untrained"}])
 def test_no_samples_where_they_are_not_wanted_or_do_not_fit(tmp_path: Path, settings: dict[str, str]) -> None:
-    with serving(tmp_path, **settings) as server, Client(server.url) as client:
+    with forked(tmp_path, **settings) as server, Client(server.url) as client:
         assert list(client.tasks.list()) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lensrack import Client
 from server.cli.sample_pictures import draw
-from tests.e2e.server_process import serving
+from tests.e2e.forked_server import forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -17,7 +17,7 @@ def test_what_people_say_reaches_the_next_version(tmp_path: Path) -> None:
     draw(tmp_path / "pictures")
     fruit = tmp_path / "pictures" / "fruit"
     lemons, plums = (sorted((fruit / "test" / label).iterdir()) for label in ("lemon", "plum"))
-    with serving(tmp_path / "home", worker_nice="0") as server, Client(server.url) as client:
+    with forked(tmp_path / "home", workers="1", worker_nice="0") as server, Client(server.url) as client:
         first = client.datasets.upload(fruit / "train")
         before = client.train("fruit", first.id, method="linear", recipe={"seed": 1}).wait(timeout=120)
         for picture in (*lemons, *plums):

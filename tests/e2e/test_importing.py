@@ -18,7 +18,8 @@ from PIL import Image
 from server.engine import reference
 from server.engine.backbone import UNTRAINED, Backbone, load
 from server.engine.batch import normalise
-from tests.e2e.server_process import ROOT, ServerProcess, environment, serving
+from tests.e2e.forked_server import forked
+from tests.e2e.server_process import ROOT, ServerProcess, environment
 
 LABELS = ("auk", "bunting", "coot")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +33,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with serving(tmp_path_factory.mktemp("import"), workers="0") as running:
+    with forked(tmp_path_factory.mktemp("import")) as running:
         yield running
 
 

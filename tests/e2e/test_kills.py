@@ -141,12 +141,15 @@ def assert_as_if_nothing_had_happened(place: Site, job: Job, undisturbed: str) -
 
 
 KILLS = [point for point in POINTS if point != "slow"]
-BOTH = ("after_put", "after_the_alias_moved")
 
 
 @pytest.mark.parametrize(
     ("backend", "point"),
-    [*(("sqlite", point) for point in KILLS if point != "mid_comparison"), *(("redis", point) for point in BOTH)],
+    [
+        *(("sqlite", point) for point in KILLS if point != "mid_comparison"),
+        pytest.param("redis", "after_put", marks=pytest.mark.long),
+        ("redis", "after_the_alias_moved"),
+    ],
 )
 def test_a_worker_killed_at(
     backend: str, point: str, request: pytest.FixtureRequest, make_site: MakeSite, undisturbed: str
@@ -234,7 +237,7 @@ def assert_the_point_was_reached(place: Site, point: str) -> None:
     assert (sorted(files), stored, live, epochs) == expected[point]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_workers_killed_at_random_moments(seed: int, make_site: MakeSite, undisturbed: str) -> None:
     """Each is killed some time after it took the job up; how far it came by then, only the machine knows."""
     chance = random.Random(seed)

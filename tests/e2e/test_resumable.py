@@ -16,6 +16,7 @@ import pytest
 from lensrack import Client
 from server.cli.sample_pictures import draw
 from tests.conftest import free_port
+from tests.e2e.forked_server import forked
 from tests.e2e.server_process import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -42,7 +43,7 @@ def test_the_sdk_bears_a_server_that_is_killed_and_started_again(tmp_path: Path,
     port = free_port()
     size, begun, killed = archive.stat().st_size, threading.Event(), threading.Event()
     seen: list[int] = []
-    with serving(tmp_path, port=port, **QUIET) as server, Client(server.url, timeout=20) as client:
+    with forked(tmp_path, port=port, **QUIET) as server, Client(server.url, timeout=20) as client:
 
         def progress(sent: int, total: int | None) -> None:
             seen.append(sent)
@@ -58,7 +59,7 @@ def test_the_sdk_bears_a_server_that_is_killed_and_started_again(tmp_path: Path,
         assert begun.wait(60)
         server.kill()
         killed.set()
-        with serving(tmp_path, port=port, **QUIET) as second, Client(second.url) as other:
+        with forked(tmp_path, port=port, **QUIET) as second, Client(second.url) as other:
             sending.join(120)
             assert not sending.is_alive()
             (stored,) = other.datasets.list()

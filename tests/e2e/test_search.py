@@ -8,7 +8,7 @@ import pytest
 
 from lensrack import Client
 from server.cli.sample_pictures import draw
-from tests.e2e.server_process import serving
+from tests.e2e.forked_server import forked
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -17,7 +17,7 @@ def test_quick_answers_before_its_full_fit_and_auto_tells_what_it_tried(tmp_path
     draw(tmp_path, per_class=10)
     fruit = tmp_path / "fruit"
     picture = fruit / "test" / "plum" / "000.png"
-    with serving(tmp_path / "home", worker_nice="0") as server, Client(server.url) as client:
+    with forked(tmp_path / "home", workers="1", worker_nice="0") as server, Client(server.url) as client:
         dataset = client.datasets.upload(fruit / "train").id
         job = client.train("fruit", dataset, recipe={"search": "quick", "epochs": 400, "batch_size": 8})
         early = next(event for event in job.events() if event.type == "published")

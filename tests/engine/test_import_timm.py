@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,49 @@ import pytest
 from server.engine.backbone import BUNDLED, UNTRAINED
 from server.settings import Settings
 
+Told = Callable[[str], Any]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def told(code: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", "import json, sys\n" + code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+FORKS = """
+import json, os, sys, traceback
+import torch
+
+for line in sys.stdin:
+    if os.fork() == 0:
+        try:
+            exec(json.loads(line), {"json": json, "sys": sys})
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    """A process that has loaded torch and nothing else, and runs each line of code in a fork of its own."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def told(forks: subprocess.Popen[str]) -> Told:
+    """Runs code and returns what its last line says."""
+
+    def told(code: str) -> Any:
+        forks.stdin.write(json.dumps(code) + "\n")
+        forks.stdin.flush()
+        said = []
+        while (line := forks.stdout.readline()) not in ("done\n", ""):
+            said.append(line)
+        return json.loads(said[-1])
+
+    return told
 
 
 LOADED = """
@@ -40,11 +71,11 @@ import_timm()
 )
 
 
-def test_a_plain_import_loads_it_or_there_is_nothing_to_put_off() -> None:
+def test_a_plain_import_loads_it_or_there_is_nothing_to_put_off(told: Told) -> None:
     assert "torch._dynamo" in told(LOADED + "import timm; print(json.dumps(there()))")
 
 
-def test_the_servers_import_does_not_and_neither_does_what_serves() -> None:
+def test_the_servers_import_does_not_and_neither_does_what_serves(told: Told) -> None:
     served = """
 import server.app.server, server.processes.manager, server.app.engine_runtime
 import torch
@@ -59,27 +90,8 @@ print(json.dumps(there()))
     assert told(LEAN + served) == []
 
 
-def test_a_worker_loads_it_with_its_first_optimizer(tmp_path: Path) -> None:
-    working = f"""
-import os
-home = {str(tmp_path)!r}
-os.environ |= {{"LENSRACK_HOME": home, "LENSRACK_BACKBONE": "untrained", "LENSRACK_DRAIN_TIMEOUT_S": "600"}}
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-from server.cli.work import work
-work(until_stdin_closes=True)
-idle = there()
-import torch
-weight = torch.nn.Parameter(torch.ones(2))
-optimizer = torch.optim.AdamW([weight])
-weight.sum().backward()
-optimizer.step()
-print(json.dumps([idle, bool((weight < 1).all()), "torch._dynamo" in there()]))
-"""
-    assert told(LOADED + working) == [[], True, True]
-
-
-def test_who_wants_it_gets_the_real_one() -> None:
-    modules = """
+def test_who_wants_it_gets_the_real_one(told: Told) -> None:
+    wanted = """
 import torch, torchvision
 before = there()
 shape = list(torchvision.ops.roi_align(torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).shape)
@@ -89,7 +101,7 @@ print(json.dumps([before, shape, doubled, "torch._dynamo" in there(), hasattr(to
     assert told(LEAN + modules) == [[], [1, 3, 2, 2], 42, True, True]
 
 
-def test_what_was_marked_on_the_way_runs_and_is_marked() -> None:
+def test_what_was_marked_on_the_way_runs_and_is_marked(told: Told) -> None:
     marked = """
 import torch
 from server.engine.import_timm import _put_off
@@ -104,7 +116,7 @@ print(json.dumps([early, later(6, by=7), there()]))
     assert {"torch._dynamo", "torch._inductor"} <= set(late)
 
 
-def test_where_it_is_loaded_already_nothing_is_put_off() -> None:
+def test_where_it_is_loaded_already_nothing_is_put_off(told: Told) -> None:
     before = "import torch._dynamo; own = sys.modules['torch._dynamo']\n"
     assert told(before + LEAN + "print(json.dumps(own is sys.modules['torch._dynamo']))")
 
@@ -120,22 +132,22 @@ print(json.dumps([own, _hub.has_hf_hub(), "huggingface_hub" in sys.modules]))
 """
 
 
-def test_the_hubs_client_is_loaded_where_timm_is_to_find_weights() -> None:
+def test_the_hubs_client_is_loaded_where_timm_is_to_find_weights(told: Told) -> None:
     assert told(HUBS.format(hub=True)) == [True, True, True]
 
 
-def test_without_it_models_are_made_all_the_same() -> None:
+def test_without_it_models_are_made_all_the_same(told: Told) -> None:
     assert told(HUBS.format(hub=False)) == [False, False, False]
 
 
-def test_without_it_others_may_import_it_afterwards() -> None:
+def test_without_it_others_may_import_it_afterwards(told: Told) -> None:
     assert (
         told(HUBS.format(hub=False) + "import huggingface_hub as hub; print(json.dumps(hub.__name__))")
         == "huggingface_hub"
     )
 
 
-def test_where_it_is_loaded_already_it_stays() -> None:
+def test_where_it_is_loaded_already_it_stays(told: Told) -> None:
     assert told("import huggingface_hub\n" + HUBS.format(hub=False)) == [True, True, True]
 
 

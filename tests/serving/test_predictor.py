@@ -16,9 +16,8 @@ import pytest
 from prompts_store import AliasNotFound, CachedStore, TaskNotFound, VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable, Unprocessable
-from server.serving.answers import Answer, best, probabilities
+from server.serving.answers import Answer
 from server.serving.decoding import ImageBatch
-from server.serving.resolver import Ref
 from tests.api.garbage import collected
 from tests.rpc.far_floor import far, settled, spread
 from tests.serving.floor import FINGERPRINT, Floor, bundle, png, publish
@@ -39,6 +38,9 @@ PAIRS: dict[str, Callable[[Floor], AbstractAsyncContextManager[Any]]] = {
     "far": far,
     "spread": spread,
 }
+
+
+near_only = pytest.mark.parametrize("where", ["near"], indirect=True)  # what comes before the pair, or is its own
 
 
 @asynccontextmanager
@@ -107,6 +109,7 @@ async def test_references_by_alias_digest_and_prefix():
         ("fish@abc", AliasNotFound),
     ],
 )
+@near_only
 async def test_what_does_not_exist(ref: str, error: type[Exception]):
     async with floor() as built:
         publish(built.store)
@@ -115,6 +118,7 @@ async def test_what_does_not_exist(ref: str, error: type[Exception]):
 
 
 @pytest.mark.parametrize("ref", ["Fish", "", "fish@", ".fish", "fi sh", "a" * 65, "fish\n", "../x"])
+@near_only
 async def test_bad_task_names_name_the_pattern(ref: str):
     async with floor() as built:
         with pytest.raises(BadRequest, match=r"\[a-z0-9\]") as caught:
@@ -180,18 +184,6 @@ async def test_numbers_that_are_not_finite_are_no_answer():
         with pytest.raises(Internal) as caught:
             await ask(built)
         assert caught.value.code == "engine_failed"
-
-
-def test_best_breaks_ties_by_index_and_survives_large_logits():
-    ranked = best(probabilities(np.array([5.0, 1e4, 1e4, -1e4], np.float32)), "abcd", 3)
-    assert [(one.label, one.index) for one in ranked] == [("b", 1), ("c", 2), ("a", 0)]
-    assert ranked[0].score == pytest.approx(0.5)
-    assert ranked[2].score == 0.0
-
-
-def test_references_are_read_strictly():
-    assert Ref.parse("fish") == Ref("fish", "live")
-    assert Ref.parse("fish@v@w") == Ref("fish", "v@w")
 
 
 # --- ensembles --------------------------------------------------------------------------------------------------------
@@ -260,18 +252,6 @@ async def test_an_ensemble_costs_its_rows():
             await ask(built, "fish@live+candidate", [png()] * 3)
         with pytest.raises(Unprocessable):
             await ask(built, "fish@" + "+".join(["live"] * 21))
-
-
-@pytest.mark.parametrize("text", ["fish@live+", "fish@+live", "fish@live++live", "fish+bird", "fish@ "])
-def test_an_ensemble_is_read_strictly(text: str):
-    with pytest.raises(BadRequest) as caught:
-        Ref.parse_all(text)
-    assert caught.value.code == "bad_task_name"
-
-
-def test_where_one_version_is_wanted_an_ensemble_is_refused():
-    with pytest.raises(BadRequest):
-        Ref.parse("fish@live+candidate")
 
 
 # --- going wrong on the way -------------------------------------------------------------------------------------------
@@ -413,9 +393,9 @@ async def test_seats_are_given_back_where_one_versions_pixels_cannot_be_made(mon
         await settled(lambda: built.shelf.in_use == 0)
 
 
-async def test_rows_of_one_image_know_each_other(where: str, monkeypatch: pytest.MonkeyPatch):
-    if where != "near":
-        pytest.skip("rows of an engine elsewhere know those that are there when they come")
+@near_only
+async def test_rows_of_one_image_know_each_other(monkeypatch: pytest.MonkeyPatch):
+    """Rows of an engine elsewhere know those that are there when they come."""
     known: dict[int, tuple[Row, ...]] = {}
     close = ImageBatch.close
 
@@ -458,9 +438,9 @@ async def test_one_failing_task_leaves_the_others_their_answers():
         assert isinstance(answers["fish@gone"], AliasNotFound)
 
 
-async def test_tasks_with_their_own_geometry_get_their_own_pixels(where: str):
-    if where != "near":
-        pytest.skip("pictures of an engine elsewhere have its size, as all bundles that it serves have")
+@near_only
+async def test_tasks_with_their_own_geometry_get_their_own_pixels():
+    """Pictures of an engine elsewhere have its size, as all bundles that it serves have."""
     async with floor() as built:
         publish(built.store, "small")
         large = bundle("large").manifest.preprocess

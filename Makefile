@@ -31,8 +31,8 @@ serve: $(SERVED)  ## install what is missing and serve on 127.0.0.1:8000
 	$(BIN)/python -m server serve
 
 TESTERS ?= 2
-test: $(EXTRAS) redis chromium prometheus  ## all tests, in TESTERS processes; the tests of one file run in one process
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+test: $(EXTRAS) redis chromium prometheus  ## all tests, in TESTERS processes; the tests of one file run in one process, slow files first
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(EXTRAS) redis  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long

@@ -31,6 +31,8 @@ from tests.engine.golden_cases import (
     tolerance,
 )
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float64]
 LARGE = "vit_base_patch16_224"  # a forward of it takes seconds: most of its cases are long, vit_nano has the same ones
 

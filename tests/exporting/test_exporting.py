@@ -21,6 +21,8 @@ from server.exporting.to_onnx import Input, to_onnx
 from server.exporting.to_timm import LEARNED, to_timm
 from server.methods.registry import METHODS, Registry
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 CLASSES, LABELS = 3, ("ant", "bee", "wasp")
 TOLERANCE = 1e-4

@@ -39,6 +39,8 @@ from server.worker.dataset_reader import DatasetReader
 from server.worker.heartbeat import Heartbeat
 from server.worker.trainer import Resources, Trainer
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"epochs": 2, "batch_size": 16, "prompts": 2}
 
 

@@ -29,6 +29,13 @@ def dataset(api: Api) -> str:
     return str(api.http.post("/datasets", content=zipped(), headers=ZIP).json()["id"])
 
 
+@pytest.fixture(scope="module")
+def one_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, str]]:
+    """For the cases of tests that need no server of their own, with a data set."""
+    with serving(tmp_path_factory.mktemp("home")) as api:
+        yield api, str(api.http.post("/datasets", content=zipped(), headers=ZIP).json()["id"])
+
+
 def train(api: Api, dataset: str, task: str = "pets", key: str | None = None, **more: Any) -> httpx.Response:
     headers = {"idempotency-key": key} if key is not None else {}
     return api.http.post("/train", json={"task": task, "dataset": dataset, **more}, headers=headers)
@@ -64,9 +71,9 @@ def test_a_job_is_accepted_and_can_be_watched(api: Api, dataset: str):
     ],
 )
 def test_what_is_not_said_is_searched(
-    api: Api, dataset: str, asked: dict[str, Any], kept: tuple[str, dict[str, Any]]
+    one_api: tuple[Api, str], asked: dict[str, Any], kept: tuple[str, dict[str, Any]]
 ) -> None:
-    job = train(api, dataset, **asked).json()
+    job = train(*one_api, **asked).json()
     assert (job["method"], job["recipe"]) == kept
 
 
@@ -91,10 +98,12 @@ def test_a_short_dataset_id_is_stored_whole(api: Api, dataset: str):
         ({"surprise": 1}, (422, "invalid_request"), "surprise"),
     ],
 )
-def test_refusals(api: Api, dataset: str, body: dict[str, Any], refusal: tuple[int, str], says: str):
+def test_refusals(one_api: tuple[Api, str], body: dict[str, Any], refusal: tuple[int, str], says: str):
+    api, dataset = one_api
+    before = api.http.get("/train").json()["jobs"]
     answer = api.http.post("/train", json={"task": "pets", "dataset": dataset, **body})
     assert says in assert_problem(answer, *refusal)["detail"]
-    assert api.http.get("/train").json()["jobs"] == []
+    assert api.http.get("/train").json()["jobs"] == before
 
 
 def test_policy_and_priority_are_kept_with_the_job(api: Api, dataset: str):
@@ -283,8 +292,8 @@ def test_a_comparison_is_of_all_that_can_be_served_if_nothing_is_said(api: Api, 
         ({"recipe": {"lr": 0.1}}, "invalid_request"),
     ],
 )
-def test_a_wrong_comparison_is_refused(api: Api, dataset: str, more: dict[str, Any], code: str):
-    assert_problem(compare(api, dataset, **more), 422, code)
+def test_a_wrong_comparison_is_refused(one_api: tuple[Api, str], more: dict[str, Any], code: str):
+    assert_problem(compare(*one_api, **more), 422, code)
 
 
 def test_what_compares_nothing_has_no_table(api: Api, dataset: str):

@@ -99,7 +99,7 @@ def backbones() -> list[Any]:
 def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtype) -> None:
     """Every forward case's rows, interleaved, in one forward: ragged prompts, shallow and deep, 3 … 100 classes.
 
-    In float32 this is the fast path of the large backbone's cases too.
+    In float32 this is the fast path of the large backbone's cases too, of which it shows two pictures each.
     """
     found = [case for case in cases("forward") if case["arch"] == arch]
     found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
@@ -108,8 +108,9 @@ def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtyp
     backbone = golden_backbone(arch, answers[0]["backbone_seed"], dtype)
     bench = Bench(backbone)
     with torch.inference_mode():
-        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in answers]
-        rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(answers[n]["n"])]
+        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in found]
+        shown = 2 if arch == LARGE else 4
+        rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(shown)]
         rows = rows[::2] + rows[1::2]
         x = vit.embed(backbone, torch.stack([pixels(answers[n], arch, dtype)[index] for n, _, index in rows]))
         logits = bench.engine.logits(x, [(position, seat) for position, (_, seat, _) in enumerate(rows)])

@@ -79,7 +79,7 @@ def forked(home: Path, *, fault: str = "", port: int = 0, **settings: str) -> It
             server.wait(10)
 
 
-def refused(home: Path, *, port: int | None = 0, **settings: str) -> tuple[int | None, str]:
+def refused(home: Path, settings: Mapping[str, str], port: int | None = 0) -> tuple[int | None, str]:
     """The exit code of a server that cannot start, and what it said. port: None for the setting's."""
     home.mkdir(parents=True, exist_ok=True)
     process = forge().Process(target=_serve, args=(str(home), environment(home, settings), "", port))

@@ -122,7 +122,7 @@ def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path
     ],
 )
 def test_a_wrong_setting_is_a_sentence_not_a_traceback(tmp_path: Path, settings: dict[str, str], says: str) -> None:
-    code, said = refused(tmp_path, port=None if "port" in settings else 0, **settings)
+    code, said = refused(tmp_path, settings, None if "port" in settings else 0)
     assert code in {1, 2}
     assert says in said
     assert "Traceback" not in said
@@ -130,6 +130,6 @@ def test_a_wrong_setting_is_a_sentence_not_a_traceback(tmp_path: Path, settings:
 
 def test_a_taken_port_is_said(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, said = refused(tmp_path, port=taken.getsockname()[1])
+        code, said = refused(tmp_path, {}, taken.getsockname()[1])
     assert code == 1
     assert re.search(r"cannot start: .*in use", said)

@@ -86,7 +86,7 @@ def test_weights_that_tell_nothing_of_themselves_are_refused(tmp_path: Path) -> 
 
 
 def test_it_takes_no_other_weights(tmp_path: Path) -> None:
-    with pytest.raises(backbone.BackboneError, match="brings its own weights"):
+    with pytest.raises(backbones.BackboneError, match="brings its own weights"):
         backbones.load("bundled", tmp_path / "other.safetensors")
 
 

@@ -34,11 +34,7 @@ TESTERS ?= 2
 test: $(EXTRAS) redis chromium prometheus  ## all tests, in TESTERS processes; the tests of one file run in one process, slow files first
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-<<<<<<< HEAD
-test-long: $(EXTRAS) redis  ## the tests that take minutes each
-=======
-test-long: $(EXTRAS) redis  ## the proofs that take long, and benchmarks that start servers
->>>>>>> 99887c8 (What is long is said as it is)
+test-long: $(EXTRAS) redis  ## the tests that take long, and the benchmarks that start servers
 	$(BIN)/python -m pytest -m long
 
 FUZZ ?= 100

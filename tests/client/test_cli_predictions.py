@@ -70,7 +70,7 @@ class TestFolders:
         told = json.loads(run("predict", "trash", pictures, "--json").stdout)
         assert [one["image"] for one in told] == self.names(pictures)
         (tmp_path / "empty").mkdir()
-        assert "found none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
+        assert "got none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
 
     def test_an_image_without_an_answer_is_asked_again(
         self, run: Run, rack: Rack, pictures: Path, tmp_path: Path
@@ -88,7 +88,7 @@ class TestFolders:
     def test_what_concerns_all_ends_the_run(self, run: Run, rack: Rack, pictures: Path, tmp_path: Path) -> None:
         rack.misbehave("/predict/trash", Told(200, *_answer()), problem(401, "unauthenticated"))
         done = run("predict", "trash", pictures, "--csv", "out.csv", "--in-flight", 1, code=1)
-        assert "the same command with --resume goes on" in done.stderr
+        assert "run the same command with --resume to continue" in done.stderr
         assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)[:1]
         run("predict", "trash", pictures, "--csv", "out.csv", "--resume")
         assert [row["image"] for row in rows_of(tmp_path / "out.csv")] == self.names(pictures)
@@ -124,11 +124,11 @@ class TestFolders:
     def test_what_is_there_is_not_overwritten_unasked(self, run: Run, pictures: Path, tmp_path: Path) -> None:
         out = tmp_path / "out.csv"
         out.write_text("precious\n")
-        assert "--resume goes on with it" in run("predict", "trash", pictures, "--csv", out, code=2).stderr
-        assert "of another question" in run("predict", "trash", pictures, "--csv", out, "--resume", code=2).stderr
+        assert "--resume continues it" in run("predict", "trash", pictures, "--csv", out, code=2).stderr
+        assert "is of another run" in run("predict", "trash", pictures, "--csv", out, "--resume", code=2).stderr
         assert out.read_text() == "precious\n"
         run("predict", "trash", pictures, "--csv", out, "--force")
-        assert "of another question" in run("predict", "signs", pictures, "--csv", out, "--resume", code=2).stderr
+        assert "is of another run" in run("predict", "signs", pictures, "--csv", out, "--resume", code=2).stderr
         assert "expected --csv FILE" in run("predict", "trash", pictures, "--resume", code=2).stderr
 
     def test_a_bar_where_somebody_looks(self, environment: dict[str, str], pictures: Path, tmp_path: Path) -> None:

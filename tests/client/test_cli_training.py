@@ -113,7 +113,7 @@ class TestTraining:
         watching.send_signal(signal.SIGINT)
         _, told_last = watching.communicate(timeout=120)
         assert watching.returncode == 130
-        assert "job j1 goes on: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
+        assert "job j1 continues: `lensrack jobs watch j1` or `lensrack jobs cancel j1`" in told_last
         assert "Traceback" not in told_last
         assert not rack.to("/train/j1/cancel")
 

@@ -125,7 +125,7 @@ class TestDatasets:
         (tmp_path / "notes.txt").write_text("no archive")
         (tmp_path / "empty" / "glass").mkdir(parents=True)
         for path, why in (
-            ("notes.txt", "notes.txt is no archive: expected a folder"),
+            ("notes.txt", "notes.txt is not an archive: expected a folder"),
             ("empty", "holds no files: expected a folder of class folders"),
             ("missing", "No such file"),
         ):

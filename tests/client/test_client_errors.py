@@ -55,7 +55,7 @@ class TestErrors:
     )
     def test_an_answer_that_is_no_message(self, make: Make, rack: Rack, body: bytes) -> None:
         rack.misbehave("/tasks", Told(200, body))
-        with pytest.raises(lensrack.ProtocolError, match="GET /tasks: the answer is no TaskList"):
+        with pytest.raises(lensrack.ProtocolError, match="GET /tasks: the answer is not a TaskList"):
             make().tasks.list()
         assert len(rack.asked) == 1
 

@@ -243,6 +243,15 @@ class TestTasks:
         assert client.tasks.freeze_feedback("trash", name="better", parent="d1").name == "better"
         assert rack.asked[5].params == {"name": "better", "parent": "d1"}
 
+    def test_all_feedback_page_by_page(self, make: Make, rack: Rack) -> None:
+        item = {"sha256": "ab" * 32, "label": "glass", "bytes": 9, "width": 3, "height": 2, "at": 1.0}
+        page = {"task": "trash", "images": 2, "labels": {"glass": 2}, "items": [item]}
+        rack.misbehave("/tasks/trash/feedback", told({**page, "next": "7"}), told(page))
+        labels = [item.label for item in make().tasks.iterate_feedback("trash", label="glass")]
+        assert labels == ["glass", "glass"]
+        first = {"limit": "500", "label": "glass"}
+        assert [asked.params for asked in rack.asked] == [first, {**first, "cursor": "7"}]
+
     def test_residency(self, make: Make) -> None:
         tasks = make().tasks
         assert tasks.load("trash").resident

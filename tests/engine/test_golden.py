@@ -88,11 +88,11 @@ def test_forward(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
 
 
 def backbones() -> list[Any]:
-    found = []
+    params = []
     for arch, dtype in itertools.product(("vit_nano", "deit_tiny_patch16_224", LARGE), DTYPES):
         long = arch == LARGE and dtype == torch.float64
-        found.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
-    return found
+        params.append(pytest.param(arch, dtype, id=f"{arch}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return params
 
 
 @pytest.mark.parametrize(("arch", "dtype"), backbones())
@@ -101,22 +101,22 @@ def test_all_cases_of_a_backbone_in_one_mixed_batch(arch: str, dtype: torch.dtyp
 
     In float32 this is the fast path of the large backbone's cases too, of which it shows two pictures each.
     """
-    found = [case for case in cases("forward") if case["arch"] == arch]
-    found = [case for case in found if dtype == torch.float32 or "logits64" in numbers(case)]
-    if not found:
+    forward = [case for case in cases("forward") if case["arch"] == arch]
+    forward = [case for case in forward if dtype == torch.float32 or "logits64" in numbers(case)]
+    if not forward:
         pytest.skip(f"no {dtype} numbers for {arch}")
-    backbone = golden_backbone(arch, answers[0]["backbone_seed"], dtype)
+    backbone = golden_backbone(arch, forward[0]["backbone_seed"], dtype)
     bench = Bench(backbone)
     with torch.inference_mode():
-        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in found]
+        seats = [bench.seat(task(case, arch, dtype).lens(backbone)) for case in forward]
         shown = 2 if arch == LARGE else 4
         rows = [(n, seat, index) for n, seat in enumerate(seats) for index in range(shown)]
         rows = rows[::2] + rows[1::2]
-        x = vit.embed(backbone, torch.stack([pixels(answers[n], arch, dtype)[index] for n, _, index in rows]))
+        x = vit.embed(backbone, torch.stack([pixels(forward[n], arch, dtype)[index] for n, _, index in rows]))
         logits = bench.engine.logits(x, [(position, seat) for position, (_, seat, _) in enumerate(rows)])
     for (n, _, index), row in zip(rows, logits, strict=True):
-        truth = expected(answers[n], "logits", dtype)[index]
-        torch.testing.assert_close(row, truth, atol=tolerance(answers[n], dtype), rtol=0, msg=answers[n]["name"])
+        truth = expected(forward[n], "logits", dtype)[index]
+        torch.testing.assert_close(row, truth, atol=tolerance(forward[n], dtype), rtol=0, msg=forward[n]["name"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,11 +155,11 @@ def test_gradients(case: dict[str, Any], dtype: torch.dtype, path: Any) -> None:
 
 
 def traces() -> list[Any]:
-    answers = []
+    params = []
     for case, dtype in itertools.product(cases("train"), DTYPES):
         long = case["arch"] == LARGE
-        found.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
-    return found
+        params.append(pytest.param(case, dtype, id=f"{case['name']}-{dtype}", marks=[pytest.mark.long] if long else []))
+    return params
 
 
 @pytest.mark.parametrize(("case", "dtype"), traces())

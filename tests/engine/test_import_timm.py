@@ -91,7 +91,7 @@ print(json.dumps(there()))
 
 
 def test_who_wants_it_gets_the_real_one(told: Told) -> None:
-    wanted = """
+    modules = """
 import torch, torchvision
 before = there()
 shape = list(torchvision.ops.roi_align(torch.rand(1, 3, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2).shape)

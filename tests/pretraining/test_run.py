@@ -38,7 +38,7 @@ def pictures() -> tuple[list[Image.Image], list[Image.Image]]:
 def run(place: Path, pictures: tuple[list[Image.Image], list[Image.Image]], rate: float = 1e-3) -> Run:
     teacher, student, device = vit(0, 5), vit(1, 0), torch.device("cpu")
     with patch.multiple("server.pretraining.run", HELD_OUT_VIEWS=8, SCALE_VIEWS=8):
-        return Run(student, teacher, pictures, PHASES, Place(place), rate=rate, seed=2, keep_every=3, device=device)
+        return Run(student, teacher, pictures, PHASES, RunFolder(place), rate=rate, seed=2, keep_every=3, device=device)
 
 
 @pytest.fixture(scope="module")

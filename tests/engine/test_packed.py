@@ -170,15 +170,15 @@ def test_the_gradient_is_the_plain_ones_and_packs_at_the_first_backward_only() -
     packed, result, truth = PackedLinear(weight, bias), x.clone().requires_grad_(), x.double().requires_grad_()
     with torch.inference_mode():
         packed(x)
-    assert packed._turned is None
+    assert packed._transposed is None
     (packed(result) ** 2).sum().backward()
     (F.linear(truth, weight.double(), bias.double()) ** 2).sum().backward()
     assert truth.grad is not None
     torch.testing.assert_close(result.grad.double(), truth.grad, atol=1e-6 * truth.grad.abs().max().item(), rtol=0)
-    kept = packed._turned
+    kept = packed._transposed
     assert kept is not None
     packed(result).sum().backward()  # a gradient that is one number spread out
-    assert packed._turned is kept
+    assert packed._transposed is kept
 
 
 @needs_float32

@@ -53,10 +53,8 @@ class ProcessMetrics:
         """The merged metrics; makes this object a collector of prometheus_client."""
         parts = [_snapshot(self._registry)]
         others = {file.name: _read(file) for file in self._folder.glob(f"*{SUFFIX}") if file.stem != self._name}
-        past = _read(self._folder / PAST) or {
-            "ended": [],
-            "families": {},
-        }  # read last: contains processes that ended meanwhile
+        # read after the other files: it contains the processes that ended meanwhile
+        past = _read(self._folder / PAST) or {"ended": [], "families": {}}
         parts += [part for name, part in others.items() if part is not None and name not in past["ended"]]
         yield from _metrics(_merge([*parts, past["families"]]))
 

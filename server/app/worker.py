@@ -7,13 +7,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from prompts_store import open_store
-from server.datasets.dataset_store import DatasetStore
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.settings import Settings
 from server.training.low_priority import cap_memory
 from server.training.stored_images import Decoder
-from server.worker.trainer import Resources, Trainer
+from server.worker.checkpoints import Checkpoints
+from server.worker.dataset_reader import DatasetReader
+from server.worker.resources import Resources
+from server.worker.trainer import Trainer
 
 from . import instrumentation
 from .backbone import UNTRAINED_NOTE, load_backbone
@@ -35,12 +37,10 @@ def build_worker(settings: Settings, name: str) -> Trainer:
     instrumentation.process(settings, backbone)
     if not backbone.spec.trained:
         log.warning(UNTRAINED_NOTE)
-    datasets = open_datasets(settings)
     return Trainer(
-        open_resources(settings, datasets, backbone),
+        open_resources(settings, backbone),
         open_store(settings.store_url),
         open_jobs(settings),
-        datasets,
         worker=name,
         lease_s=settings.lease_s,
         keep_s=settings.jobs_keep_s,
@@ -48,15 +48,18 @@ def build_worker(settings: Settings, name: str) -> Trainer:
     )
 
 
-def open_resources(settings: Settings, datasets: DatasetStore, backbone: Backbone) -> Resources:
+def open_resources(settings: Settings, backbone: Backbone) -> Resources:
+    datasets = open_datasets(settings)
     pixels = CountedPixels(
         settings.pixel_cache_dir, disk_bytes=settings.pixel_cache_bytes, memory_bytes=settings.pixel_memory_bytes
     )
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    decoder = Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool)
     return Resources(
         backbone,
         Registry.installed(),
-        Decoder(datasets.read, backbone.spec.geometry, settings.max_image_pixels, pixels, pool),
+        datasets,
+        DatasetReader(decoder),
         CountedFeatures(settings.feature_cache_dir, settings.feature_cache_bytes),
-        settings.home.resolve() / "checkpoints",
+        Checkpoints(settings.home.resolve() / "checkpoints"),
     )

@@ -22,9 +22,9 @@ import torch
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import SEARCHED, Registry
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.data import LabelledImages, Source, Splits, hold_out, read_pictures
-from server.training.fit import Fitted, fitting
+from server.training.fit import FitResult, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
 
@@ -64,7 +64,7 @@ class _Bench:
             first = self._cells.get(f"{AUTO} {self._seeds[0]}")
             self._cell(AUTO, seed, self._search if first is None else self._refit(first, seed))
 
-    def _cell(self, name: str, seed: int, fit: Callable[[Splits], Fitted]) -> None:
+    def _cell(self, name: str, seed: int, fit: Callable[[Splits], FitResult]) -> None:
         key = f"{name} {seed}"
         if key in self._cells:
             return
@@ -87,17 +87,17 @@ class _Bench:
         print(f"{self._folder.name}: {key}: test accuracy {metrics['test_accuracy']:.3f}", flush=True)
         self._write()
 
-    def _fit(self, name: str, recipe: Recipe, splits: Splits) -> Fitted:
-        return alone(
+    def _fit(self, name: str, recipe: Recipe, splits: Splits) -> FitResult:
+        return run_alone(
             self._backbone, fitting(self._backbone, self._registry.get(name), splits, len(self._labels), recipe)
         )
 
-    def _search(self, splits: Splits) -> Fitted:
+    def _search(self, splits: Splits) -> FitResult:
         methods, seed = [self._registry.get(name) for name in METHODS], {"seed": self._seeds[0]}
         search = searching(self._backbone, methods, splits, len(self._labels), seed, budget=self._budget)
-        return alone(self._backbone, search)
+        return run_alone(self._backbone, search)
 
-    def _refit(self, first: Cell, seed: int) -> Callable[[Splits], Fitted]:
+    def _refit(self, first: Cell, seed: int) -> Callable[[Splits], FitResult]:
         """The search's result, fitted with another seed."""
         recipe = Recipe(**{**first["recipe"], "seed": seed})
         return lambda splits: self._fit(first["fitted"], recipe, splits)

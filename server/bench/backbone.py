@@ -30,9 +30,9 @@ from PIL import Image
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.data import LabelledImages, Source, Splits, hold_out, read_pictures, sample
-from server.training.fit import Fitted, fitting
+from server.training.fit import FitResult, fitting
 from server.training.recipe import Recipe, resolve
 from server.training.search import searching
 
@@ -90,13 +90,13 @@ def _measure(name: str, backbone: Backbone, options: argparse.Namespace) -> None
                 print(f"{file.stem}: {cell['test_accuracy']:.3f}, {cell['cpu_seconds']} s", flush=True)
 
 
-def _fit(backbone: Backbone, name: str, splits: Splits, classes: int, fields: dict[str, Any]) -> Fitted:
+def _fit(backbone: Backbone, name: str, splits: Splits, classes: int, fields: dict[str, Any]) -> FitResult:
     """A head's recipe is searched, which costs only the features; prompts use their default recipe."""
     method = Registry().get(name)
     if name == "linear":
-        return alone(backbone, searching(backbone, [method], splits, classes, fields))
+        return run_alone(backbone, searching(backbone, [method], splits, classes, fields))
     recipe = resolve(method.defaults, fields)
-    return alone(backbone, fitting(backbone, method, splits, classes, recipe))
+    return run_alone(backbone, fitting(backbone, method, splits, classes, recipe))
 
 
 def _splits(path: Path, backbone: Backbone, most: int) -> tuple[LabelledImages, LabelledImages, int]:

@@ -28,10 +28,10 @@ from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training.caches.feature_cache import FeatureCache
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.compare import SEEDS, ComparisonInputs, ComparisonRequest, comparing
 from server.training.data import LabelledImages, Splits, hold_out, sample
-from server.training.fit import Fitted
+from server.training.fit import FitResult
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import Recipe
@@ -74,15 +74,15 @@ def compare(backbone: Backbone, folder: Path, options: argparse.Namespace) -> No
         features=lambda: FrozenFeatures(backbone, cache),
     )
     checkpoints, started, cpu = Checkpoints(options.out / "checkpoints"), time.perf_counter(), time.process_time()
-    result = alone(
+    result = run_alone(
         backbone,
         comparing(
             backbone,
             registry,
             request,
             inputs,
-            watch=lambda progress: _show_progress(folder.name, progress),
-            keep=checkpoints.keeper(folder.name),
+            on_progress=lambda progress: _show_progress(folder.name, progress),
+            on_checkpoint=checkpoints.recorder(folder.name),
             resume=checkpoints.read(folder.name),
         ),
     )
@@ -96,7 +96,7 @@ def _split(train: LabelledImages, test: LabelledImages, recipe: Recipe) -> Split
     return Splits(*hold_out(train, recipe.validation, recipe.seed), test)
 
 
-def _bundle(backbone: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle:
+def _bundle(backbone: Backbone, fitted: FitResult, labels: Sequence[str]) -> Bundle:
     spec = backbone.spec
     manifest = Manifest(
         task="compared",
@@ -116,8 +116,8 @@ def _bundle(backbone: Backbone, fitted: Fitted, labels: Sequence[str]) -> Bundle
 
 
 def _show_progress(name: str, progress: Progress) -> None:
-    if progress.tried is not None:
-        trial = progress.tried
+    if progress.trial_figures is not None:
+        trial = progress.trial_figures
         accuracy = "diverged" if trial["test_accuracy"] is None else f"test accuracy {trial['test_accuracy']:.3f}"
         done = f"{progress.trial}/{progress.trials}"
         print(f"{name}: {done} {trial['method']} {trial['seed']}: {accuracy}, {trial['fit_s']} s", flush=True)

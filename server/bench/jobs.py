@@ -24,7 +24,7 @@ from server.methods.registry import Registry
 from server.training import co_batching
 from server.training.co_batching import Fitting
 from server.training.data import InMemory, LabelledImages, Splits
-from server.training.fit import Fitted, fitting
+from server.training.fit import FitResult, fitting
 from server.training.recipe import resolve
 
 CLASSES = 4
@@ -57,16 +57,16 @@ def measure(backbone: Backbone, load: Load, rounds: int) -> dict[str, Any]:
     """Wall and CPU times in seconds, one per round, and the difference between the two variants' parameters."""
     splits = [_splits(backbone, load.images, number) for number in range(load.jobs)]
 
-    def begun() -> list[Fitting[Fitted]]:
+    def begun() -> list[Fitting[FitResult]]:
         return [_job(backbone, split, number, load) for number, split in enumerate(splits)]
 
-    ways: dict[str, Callable[[], list[Fitted]]] = {
-        "one after the other": lambda: [co_batching.alone(backbone, job) for job in begun()],
+    ways: dict[str, Callable[[], list[FitResult]]] = {
+        "one after the other": lambda: [co_batching.run_alone(backbone, job) for job in begun()],
         "in one batch": lambda: _all(co_batching.run(backbone, begun())),
     }
     wall: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
-    outcomes: dict[str, list[Fitted]] = {}
+    outcomes: dict[str, list[FitResult]] = {}
     for _ in range(rounds):
         for name, way in ways.items():
             started, spent = time.perf_counter(), time.process_time()
@@ -84,7 +84,7 @@ def measure(backbone: Backbone, load: Load, rounds: int) -> dict[str, Any]:
     }
 
 
-def _job(backbone: Backbone, splits: Splits, number: int, load: Load) -> Fitting[Fitted]:
+def _job(backbone: Backbone, splits: Splits, number: int, load: Load) -> Fitting[FitResult]:
     method = Registry().get("vpt_deep")
     varied = {"seed": number, "prompts": 5 + 5 * (number % 4)}
     fields = {"epochs": load.epochs, "batch_size": load.batch_size, **varied}
@@ -103,14 +103,14 @@ def _splits(backbone: Backbone, images: int, seed: int) -> Splits:
     return Splits(pictures(images), pictures(max(CLASSES, images // 6)), None)
 
 
-def _all(outcomes: list[Fitted | Exception]) -> list[Fitted]:
+def _all(outcomes: list[FitResult | Exception]) -> list[FitResult]:
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
-    return [outcome for outcome in outcomes if isinstance(outcome, Fitted)]
+    return [outcome for outcome in outcomes if isinstance(outcome, FitResult)]
 
 
-def _difference(first: list[Fitted], second: list[Fitted]) -> float:
+def _difference(first: list[FitResult], second: list[FitResult]) -> float:
     """The largest difference of any parameter, relative to that parameter's largest value."""
     return max(
         float(np.abs(value - b.params[name]).max() / np.abs(value).max())

@@ -21,10 +21,10 @@ from torch import Tensor
 from server.engine import backbone as engine_backbone
 from server.engine.backbone import Backbone
 from server.methods.registry import Registry
-from server.training.co_batching import Fitting, alone
+from server.training.co_batching import Fitting, run_alone
 from server.training.condense import counts, cut, refit_recipe, scores
 from server.training.data import Splits, hold_out
-from server.training.fit import Fit, Fitted, fit, fitting
+from server.training.fit import Fit, FitResult, fit, fitting
 from server.training.frozen import FrozenFeatures
 from server.training.recipe import Condense, Recipe, resolve
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _condense(
     backbone: Backbone,
-    parent: Fitted,
+    parent: FitResult,
     splits: Splits,
     labels: int,
     *,
@@ -70,12 +70,12 @@ def _condense(
         yield from run.begin(splits.train, labels, parent, None)
         return (yield from scores(run, (yield from run.inputs(splits.train))))
 
-    score = alone(backbone, scored())
+    score = run_alone(backbone, scored())
     print(f"scores after {time.process_time() - began:.1f} CPU s", flush=True)
     for count in counts(sum(parent.prompt_lengths), condense.keep):
         began, start = time.process_time(), cut(parent, score, count)
         again = fitting(backbone, start.method, splits, labels, recipe, start=start, frozen=frozen, each_epoch=False)
-        fitted = alone(backbone, again)
+        fitted = run_alone(backbone, again)
         kept = {"kept": count, "prompt_lengths": start.prompt_lengths, "epochs": recipe.epochs}
         _tell(options.out, {**what, **kept}, fitted.metrics, began)
 

@@ -29,7 +29,7 @@ from server.engine.rack import Rack
 from server.engine.residency import Seat
 from server.methods.method import Method
 from server.methods.registry import Registry
-from server.training.co_batching import Fitting, ForwardRequest, RecordedRows, alone
+from server.training.co_batching import Fitting, ForwardRequest, RecordedRows, run_alone
 from server.training.optimizer import make_optimizer
 from server.training.recipe import resolve
 
@@ -128,11 +128,14 @@ def _step(
         batch = None if kept is None else RecordedRows(kept.rows.take(everything), None)
         rows, tokens = condition(lens, len(x)), x if batch is None else x[:0]
         yield ForwardRequest(
-            tokens, rows, lambda features: F.cross_entropy(vit.classify(features, lens).float(), targets), kept=batch
+            tokens,
+            rows,
+            lambda features: F.cross_entropy(vit.classify(features, lens).float(), targets),
+            recorded=batch,
         )
         optimizer.step()
 
-    return lambda: alone(backbone, fitting())
+    return lambda: run_alone(backbone, fitting())
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,11 +1,11 @@
-"""Fitting what cannot be served: a baseline's own network, reported and then forgotten.
+"""Fits a baseline: its network is trained and its metrics reported, but it cannot be served and is not stored.
 
-Schedule, order, views, patience and judging are those of every fit (`fit.Fit`). What differs is that the weights are in
-a network of their own, so its steps are turns of the group rather than rows of the shared forward; what lies before its
-first layer still goes through the shared backbone, once where the pictures do not change.
+Schedule, order, augmentation, patience and evaluation are those of every fit (`fit.Fit`). The weights are in a network
+of the baseline's own, so its steps are exclusive steps (`co_batching.ExclusiveStep`) instead of rows of the shared
+forward. The layers before its first trained one still run in the shared backbone, once if the pictures do not change.
 
-Memory: a step goes through the network `MICRO` pictures at a time, whatever the recipe's batch size, and the gradients
-add up to the whole batch's. Weights, gradients and AdamW's two moments take 16 bytes a parameter that moves.
+Memory: a step goes through the network `MICRO` pictures at a time, whatever the recipe's batch size, and accumulates
+the gradients of the whole batch. Weights, gradients and AdamW's two moments take 16 bytes per trained parameter.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 import numpy as np
@@ -31,26 +32,26 @@ from server.methods.baseline import Baseline, BaselineModel, wide
 from server.methods.method import Method
 
 from . import augment
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, OnCheckpoint, ignore_checkpoint
 from .co_batching import ExclusiveStep, Fitting, ForwardRequest
 from .data import Index, Pixels, Splits
-from .fit import DivergedError, Fit, Keeper, class_weights, nowhere, seeded
+from .fit import DivergedError, Fit, class_weights, seeded
 from .frozen import FrozenFeatures, parts
 from .inputs import Inputs
-from .prefetch import ahead
-from .progress import Progress, Watcher, nobody
+from .prefetch import prefetch
+from .progress import OnProgress, Progress, ignore_progress
 from .recipe import Recipe
 
 MICRO: Final = 16  # pictures
 
 
 @dataclass(frozen=True)
-class Reported:
-    """What a baseline achieves. Its parameters are gone."""
+class BaselineResult:
+    """A baseline's metrics. Its parameters are not kept."""
 
     baseline: Baseline
     recipe: Recipe
-    parameters: int  # that were fitted
+    parameters: int  # the number of trained parameters
     metrics: dict[str, Any]
 
 
@@ -61,14 +62,17 @@ def reporting(
     labels: int,
     recipe: Recipe,
     *,
-    watch: Watcher = nobody,
-    keep: Keeper = nowhere,
+    on_progress: OnProgress = ignore_progress,
+    on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
     each_epoch: bool = True,
-) -> Fitting[Reported]:
-    """As `fit.fitting`, for a baseline. `keep` is given all that moves and its moments, 12 bytes a parameter: resumed
-    fits end with the same bits here, too, and whoever keeps them decides how often that is worth it."""
+) -> Fitting[BaselineResult]:
+    """Fit a baseline, with the arguments of `fit.fitting`.
+
+    `on_checkpoint` receives all trained parameters and their moments, 12 bytes a parameter, after every epoch; the
+    callback decides how often it writes them. Resumed fits end with the same bits.
+    """
     if recipe.pool is not None:
         raise Unprocessable(f"pool {recipe.pool!r}: baseline {baseline.name} pools as the backbone was made to")
     model = baseline.model(backbone, labels, seeded(recipe.seed, 0))
@@ -80,52 +84,52 @@ def reporting(
         weights = class_weights(splits.train.targets, labels).to(backbone.device, wide(backbone))
     run = BaselineFit(
         backbone,
-        cast(Method, baseline),  # `Fit` lowers it where it steps and looks, both of which are done otherwise here
+        cast(Method, baseline),  # `Fit` lowers its method in `_step` and `logits`, which are overridden here
         recipe,
         (),
         frozen or FrozenFeatures(backbone),
-        watch,
-        keep,
+        on_progress,
+        on_checkpoint,
         params=cast(dict[str, Tensor], params),
         weights=weights,
         model=model,
         baseline=baseline,
     )
-    run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
+    run.latest = Progress(resume.epoch if resume else 0, recipe.epochs)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
-    found, _ = yield from run.judged(train, val, splits.test)
-    return Reported(baseline, recipe, sum(value.numel() for value in params.values()), found)
+    figures, _ = yield from run.evaluate(train, val, splits.test)
+    return BaselineResult(baseline, recipe, sum(value.numel() for value in params.values()), figures)
 
 
 @dataclass(frozen=True)
-class _WithPictures(Inputs):
-    """Features, and the pictures themselves."""
+class _InputsWithPixels(Inputs):
+    """Features and the pixels too: `read` always yields the pixels."""
 
     def read(
         self, batches: Sequence[Index], views: augment.Views | None = None
     ) -> Generator[Pixels | None, None, None]:
-        with closing(ahead(self.pictures.images, batches, views)) as pixels:
+        with closing(prefetch(self.pictures.images, batches, views)) as pixels:
             yield from pixels
 
 
 @dataclass(kw_only=True)
 class BaselineFit(Fit):
-    """One baseline's fit under way."""
+    """The state of one baseline's fit."""
 
     model: BaselineModel
     baseline: Baseline
 
     def inputs(self, pictures: Any, again: bool = True) -> Fitting[Inputs]:
-        found = yield from super().inputs(pictures, again)
+        inputs = yield from super().inputs(pictures, again)
         if self.baseline.sees_pixels:
-            return _WithPictures(found.pictures, found.features, found.layer, found.targets)
-        return found
+            return _InputsWithPixels(inputs.pictures, inputs.features, inputs.layer, inputs.targets)
+        return inputs
 
-    def _begins(self) -> tuple[int, Pool | None]:
+    def _first_layer(self) -> tuple[int, Pool | None]:
         return self.baseline.first_layer(self.backbone.spec), None
 
-    def _reads(self) -> bool:
+    def _is_reader(self) -> bool:
         return False
 
     def _step(
@@ -141,8 +145,8 @@ class BaselineFit(Fit):
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for few in torch.arange(len(index)).split(MICRO):
-            seen = yield from self._seen(train, index[few], None if pixels is None else pixels[few.numpy()])
-            loss = yield ExclusiveStep(lambda seen=seen, few=few: self._learn(seen, targets[few], share))  # type: ignore[misc]
+            rows = yield from self._network_inputs(train, index[few], None if pixels is None else pixels[few.numpy()])
+            loss = yield ExclusiveStep(partial(self._accumulate_gradients, rows, targets[few], share))
             total += loss.item()
         optimizer.step()
         if not math.isfinite(total):
@@ -150,61 +154,62 @@ class BaselineFit(Fit):
             raise DivergedError(f"the loss became {total}; {hint}")
         return total
 
-    def _learn(self, seen: _Seen, targets: Tensor, share: float) -> Tensor:
-        """Gradients of a few pictures' part of the batch's mean loss, added to what is there."""
+    def _accumulate_gradients(self, rows: _NetworkInputs, targets: Tensor, share: float) -> Tensor:
+        """Add the gradients of these rows' part of the batch's mean loss. Returns that part of the loss."""
         loss = share * F.cross_entropy(
-            self._logits(seen), targets, self.weights, label_smoothing=self.recipe.label_smoothing, reduction="sum"
+            self._logits(rows), targets, self.weights, label_smoothing=self.recipe.label_smoothing, reduction="sum"
         )
         loss.backward()
         return loss.detach()
 
     def logits(self, inputs: Inputs) -> Fitting[NDArray[np.float64]]:
-        found, order = [], parts(len(inputs.targets))
+        answers, order = [], parts(len(inputs.targets))
         with closing(inputs.read(order)) as pixels:
-            for index, read in zip(order, pixels, strict=True):
-                seen = yield from self._seen(inputs, torch.from_numpy(index), read)
-                answer = yield ExclusiveStep(lambda seen=seen: self._look(seen))  # type: ignore[misc]
-                found.append(answer.double().cpu().numpy())
+            for index, batch in zip(order, pixels, strict=True):
+                rows = yield from self._network_inputs(inputs, torch.from_numpy(index), batch)
+                answer = yield ExclusiveStep(partial(self._evaluated, rows))
+                answers.append(answer.double().cpu().numpy())
                 self.tick()
-        return np.concatenate(found)
+        return np.concatenate(answers)
 
     @torch.no_grad()
-    def _look(self, seen: _Seen) -> Tensor:
-        return self._logits(seen)
+    def _evaluated(self, rows: _NetworkInputs) -> Tensor:
+        return self._logits(rows)
 
-    def _logits(self, seen: _Seen) -> Tensor:
-        """[B, C] in float32 at least; the products in the backbone's dtype, as all other fits have them."""
+    def _logits(self, rows: _NetworkInputs) -> Tensor:
+        """Logits [B, C] in float32 at least; matrix products run in the backbone's dtype, as in all other fits."""
         dtype = self.backbone.dtype
         half = dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.backbone.device.type, dtype=dtype if half else None, enabled=half):
-            logits: Tensor = self.model(seen.pixels, seen.frozen)
+            logits: Tensor = self.model(rows.pixels, rows.frozen)
         return logits.to(wide(self.backbone))
 
-    def _seen(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Fitting[_Seen]:
-        """What the network reads of the pictures `index`."""
-        shown, self.passes = None, self.passes + len(index)
+    def _network_inputs(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Fitting[_NetworkInputs]:
+        """The network's inputs for the pictures `index`."""
+        normalised, self.passes = None, self.passes + len(index)
         if self.baseline.sees_pixels:
             assert pixels is not None
-            shown = self._normalised(pixels)
-        return _Seen(shown, (yield from self._frozen(inputs, index, pixels)))
+            normalised = self._normalised(pixels)
+        return _NetworkInputs(normalised, (yield from self._frozen(inputs, index, pixels)))
 
     def _frozen(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Fitting[Tensor | None]:
-        layer, _ = self._begins()
+        """The output of the frozen layers before the network's first; None for a network that begins at the pixels."""
+        layer, _ = self._first_layer()
         if layer == 0:
             return None
         if inputs.features is not None:
-            found = inputs.features[index].to(self.backbone.device)
+            features = inputs.features[index].to(self.backbone.device)
         else:
             assert pixels is not None
             until = None if layer == self.backbone.spec.depth else layer
             answer = yield ForwardRequest(self.frozen.embedded(pixels), Plain(), until=until)
-            found = answer.clone()  # what comes of a look may not be learned from
-        return found.to(wide(self.backbone))
+            features = answer.clone()  # autograd refuses tensors made in inference mode
+        return features.to(wide(self.backbone))
 
     def _normalised(self, pixels: Pixels) -> Tensor:
-        own, device = self.backbone.spec.preprocess, self.backbone.device
+        how, device = self.backbone.spec.preprocess, self.backbone.device
         stack = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
-        mean, std = torch.tensor([own.mean], device=device), torch.tensor([own.std], device=device)
+        mean, std = torch.tensor([how.mean], device=device), torch.tensor([how.std], device=device)
         return normalise(stack, mean, std, wide(self.backbone))
 
     def take_best(self) -> None:
@@ -212,9 +217,9 @@ class BaselineFit(Fit):
 
 
 @dataclass(frozen=True)
-class _Seen:
-    pixels: Tensor | None
-    frozen: Tensor | None
+class _NetworkInputs:
+    pixels: Tensor | None  # normalised, [B, 3, S, S]
+    frozen: Tensor | None  # tokens [B, N, D] or pooled features [B, D]
 
 
 @torch.no_grad()

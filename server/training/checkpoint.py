@@ -1,15 +1,16 @@
 """A fit's state between two epochs, as one safetensors file.
 
-Everything random in an epoch is drawn from the recipe's seed and the epoch's number, so there is no generator to keep:
-parameters, the optimiser's own tensors and the curves are the whole state, and a fit that goes on from them ends with
-the very bits of one that was never interrupted. A search's trials are repeatable as well: which are done, and what they
-gave, is all that has to be kept of them.
+All randomness in an epoch is drawn from the recipe's seed and the epoch's number, so no generator has to be stored:
+parameters, the optimiser's tensors and the curves are the whole state, and a fit that resumes from them ends with the
+same bits as one that was never interrupted. The trials of a search are repeatable as well: only their figures are
+stored.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `epoch` epochs. optimizer: the optimiser's state by "parameter number/name".
+    """The state after `epoch` epochs. optimizer: the optimiser's state by "parameter number/name".
 
     curves: name → one value an epoch. best: the parameters of the best epoch so far, where the recipe has patience.
     passes: pictures that went through the backbone.
     trials: the finished trials of the search, or the finished fits of the comparison, that this fit belongs to; with
-    `epoch` 0 the fit itself has not begun. spent_s, cpu_s: seconds that it has taken, in all its attempts.
-    condense, parent: where what was fitted is being condensed, how far that is, and the parameters that it began with;
-    the rest is then the state of the refit under way.
+    `epoch` 0 the fit itself has not begun. spent_s, cpu_s: seconds that it has taken, over all attempts.
+    condense, parent: only in a condensation: its progress, and the parameters that it began with; the other fields are
+    then the state of the current refit.
     """
 
     epoch: int = 0
@@ -45,11 +46,20 @@ class Checkpoint:
     condense: dict[str, Any] = field(default_factory=dict)
 
 
+OnCheckpoint = Callable[[Checkpoint], None]
+
+
+def ignore_checkpoint(checkpoint: Checkpoint) -> None:
+    """The default `on_checkpoint`: nothing is stored, so the fit cannot be resumed."""
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state, flat."""
-    state = optimizer.state_dict()["state"]
+    """The optimiser's state as a flat mapping."""
     return {
-        f"{number}/{name}": value for number, own in state.items() for name, value in own.items() if value is not None
+        f"{number}/{name}": value
+        for number, tensors in optimizer.state_dict()["state"].items()
+        for name, value in tensors.items()
+        if value is not None
     }
 
 
@@ -62,18 +72,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 _GROUPS = ("params", "optimizer", "best", "parent")
-_TOLD = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s", "condense")
+_JSON_FIELDS = ("epoch", "curves", "passes", "trials", "spent_s", "cpu_s", "condense")
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Whole or not at all: temporary file, fsync, rename. Raises OSError, and leaves nothing then."""
+    """Write the file whole or not at all: temporary file, fsync, rename. Raises OSError, and then leaves no file."""
     tensors = {
         f"{group}/{name}": value.detach().cpu().contiguous()
         for group in _GROUPS
         for name, value in getattr(checkpoint, group).items()
     }
-    told = {name: getattr(checkpoint, name) for name in _TOLD}
-    data = save(tensors, {"fit": json.dumps(told)})
+    metadata = {name: getattr(checkpoint, name) for name in _JSON_FIELDS}
+    data = save(tensors, {"fit": json.dumps(metadata)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -83,18 +93,18 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk it would hold the last of it
+        temporary.unlink(missing_ok=True)  # it would occupy the last space of a full disk
         raise
 
 
 def read(path: Path) -> Checkpoint | None:
-    """None where there is none, or none that can be read: then the fit begins anew, which costs nothing but time."""
+    """The checkpoint at `path`; None where it is missing or damaged: the fit then starts over."""
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads(file.metadata()["fit"])
+            metadata = json.loads(file.metadata()["fit"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
         groups: dict[str, Any] = {group: _under(f"{group}/", tensors) for group in _GROUPS}
-        return Checkpoint(**{name: told[name] for name in _TOLD if name in told}, **groups)
+        return Checkpoint(**{name: metadata[name] for name in _JSON_FIELDS if name in metadata}, **groups)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -1,9 +1,9 @@
-"""Several fits, one forward and one backward: rows of different jobs share a batch while they learn, too.
+"""Co-batching: the rows of several fits share one forward and one backward.
 
 A fit is a generator. It yields a `ForwardRequest` and is sent the result; it never runs the backbone itself. `run`
-gathers the requests of all fits under way, lays them out in lanes, one lane for each request, and runs them in one
-forward. The losses are added, and since no two fits share a parameter, the sum's gradient is each one's own. Each fit
-keeps its optimiser, its schedule and its end; an error in one fit ends that fit alone.
+gathers the requests of all running fits, lays them out in lanes, one lane for each request, and runs them in one
+forward. The losses are added. No two fits share a parameter, so the gradient of the sum is the gradient of each fit's
+own loss. Each fit keeps its optimiser, its schedule and its number of steps; an error in one fit ends only that fit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """What readers read of those of a batch's rows whose trunk has been run before. Row i of the batch is row order[i]
-    of these with the others, whose image tokens the ask brings, behind them; None where there are no others."""
+    """Cached trunk outputs for a part of a batch: `concat(rows, fresh)[order]` restores the batch's order, where
+    `fresh` are the outputs for the request's `x`. `order` is None where all rows of the batch are cached."""
 
     rows: Recorded
     order: Tensor | None
@@ -35,12 +35,12 @@ class RecordedRows:
 
 @dataclass(frozen=True)
 class ForwardRequest:
-    """Rows for the next forward. x: [B, N, D], the image tokens that enter block `start`; of readers those that enter
-    the first block, of the rows that are not `kept`.
+    """Rows for the next forward. x: image tokens [B, N, D] that enter block `start`; for a reader those that enter the
+    first block, of the rows that are not in `recorded`.
 
-    With `loss`, features [B, D] → scalar, the fit learns: it is sent the loss, its gradients being in place. Without,
-    it is sent the features, or with `until` the tokens [B, N, D] that enter that block, or with `read_from` the
-    `Recorded` of readers that start there, and no gradient is kept.
+    With `loss`, features [B, D] → scalar, the backward runs too: the fit is sent the loss, and its parameters have
+    their gradients. Without `loss` no gradient is computed, and the fit is sent the features [B, D], with `until` the
+    tokens [B, N, D] that enter that block, with `read_from` the `Recorded` for readers that start there.
     """
 
     x: Tensor
@@ -49,51 +49,52 @@ class ForwardRequest:
     start: int = 0
     until: int | None = None
     read_from: int | None = None
-    kept: RecordedRows | None = None
+    recorded: RecordedRows | None = None
 
 
 @dataclass(frozen=True)
 class ExclusiveStep:
-    """A turn for work that is not the shared backbone's: a fit whose weights are its own lets the others have theirs
-    between two of its steps. It is sent what `work` returns."""
+    """A step that does not use the shared backbone, as in the fit of a baseline with a network of its own. The steps of
+    the other fits run between two of these. The fit is sent the result of `work`."""
 
     work: Callable[[], Tensor]
 
 
-Fitting = Generator[ForwardRequest | ExclusiveStep, Any, Outcome]  # sent what the ask says
-More = Callable[[], Iterable[Fitting[Outcome]]]
+Request = ForwardRequest | ExclusiveStep
+Fitting = Generator[Request, Any, Outcome]  # it is sent the result of each request
+Joining = Callable[[], Iterable[Fitting[Outcome]]]
 
 
-def nothing_more() -> tuple[Fitting[Outcome], ...]:
-    """For a group that nobody joins."""
+def none_joining() -> tuple[Fitting[Outcome], ...]:
+    """The default `joining` of `run`."""
     return ()
 
 
 def run(
-    backbone: Backbone, fits: Iterable[Fitting[Outcome]], more: More[Outcome] = nothing_more
+    backbone: Backbone, fits: Iterable[Fitting[Outcome]], joining: Joining[Outcome] = none_joining
 ) -> list[Outcome | Exception]:
-    """Run fits to their ends, in one group. Each one's outcome in order: what it returned, or what it raised.
+    """Run all fits to their ends. Returns, in order, what each fit returned or the exception that it raised.
 
-    `more` is asked before every forward for fits that join. KeyboardInterrupt and its like end the whole group.
+    `joining` is called before every forward and returns further fits. KeyboardInterrupt and its like end all fits.
     """
     group: list[_Member[Outcome]] = []
-    joining = list(fits)
+    new = list(fits)
     while True:
-        group += [_Member(fit) for fit in joining]
-        asking = [member for member in group if member.ask is not None]
-        if not asking:
+        group += [_Member(fit) for fit in new]
+        running = [member for member in group if member.request is not None]
+        if not running:
             return [member.outcome for member in group]  # type: ignore[misc]  # all have ended
-        for member in asking:
-            if isinstance(member.ask, ExclusiveStep):
-                member.take_turn(member.ask)
+        for member in running:
+            if isinstance(member.request, ExclusiveStep):
+                member.run_exclusive(member.request)
         for learns in (False, True):
-            if members := [member for member in asking if member.asks and member.learns is learns]:
+            if members := [member for member in running if member.wants_forward and member.learns is learns]:
                 _answer(backbone, members, learns)
-        joining = list(more())
+        new = list(joining())
 
 
-def alone(backbone: Backbone, fit: Fitting[Outcome]) -> Outcome:
-    """Run one fit; what it raises is raised."""
+def run_alone(backbone: Backbone, fit: Fitting[Outcome]) -> Outcome:
+    """Run one fit and return its outcome. Raises what the fit raises."""
     [outcome] = run(backbone, [fit])
     if isinstance(outcome, Exception):
         raise outcome
@@ -101,27 +102,26 @@ def alone(backbone: Backbone, fit: Fitting[Outcome]) -> Outcome:
 
 
 class _Member(Generic[Outcome]):
-    """A fit in the group: what it asks for now, or how it ended."""
+    """A fit of the group: its current request, or its outcome."""
 
     def __init__(self, fit: Fitting[Outcome]) -> None:
         self._fit = fit
-        self.ask: ForwardRequest | ExclusiveStep | None = None
+        self.request: Request | None = None
         self.outcome: Outcome | Exception | None = None
         self._advance(lambda: next(fit))
 
     @property
-    def asks(self) -> bool:
-        """Whether it wants something of the shared backbone."""
-        return isinstance(self.ask, ForwardRequest)
+    def wants_forward(self) -> bool:
+        return isinstance(self.request, ForwardRequest)
 
     @property
     def learns(self) -> bool:
-        return isinstance(self.ask, ForwardRequest) and self.ask.loss is not None
+        return isinstance(self.request, ForwardRequest) and self.request.loss is not None
 
-    def take_turn(self, turn: ExclusiveStep) -> None:
+    def run_exclusive(self, step: ExclusiveStep) -> None:
         try:
-            answer = turn.work()
-        except Exception as error:  # what breaks one fit is its own affair
+            answer = step.work()
+        except Exception as error:  # it ends this fit only
             self.throw(error)
         else:
             self.send(answer)
@@ -132,21 +132,22 @@ class _Member(Generic[Outcome]):
     def throw(self, error: Exception) -> None:
         self._advance(lambda: self._fit.throw(error))
 
-    def _advance(self, step: Callable[[], ForwardRequest | ExclusiveStep]) -> None:
-        self.ask = None
+    def _advance(self, step: Callable[[], Request]) -> None:
+        self.request = None
         try:
-            self.ask = step()
+            self.request = step()
         except StopIteration as end:
             self.outcome = end.value
-        except Exception as error:  # handed to whoever runs the group
+        except Exception as error:  # `run` returns it
             self.outcome = error
 
 
 def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: bool) -> None:
-    """One forward for all; where the device is too small for that, one for each."""
+    """Run one forward for all members, or one for each where the device has too little memory for that."""
+    requests = [member.request for member in members if isinstance(member.request, ForwardRequest)]
     try:
         answers: Sequence[Tensor | Recorded]
-        answers = _learn(backbone, members) if learns else _look(backbone, members)
+        answers = _losses(backbone, requests) if learns else _outputs(backbone, requests)
     except torch.OutOfMemoryError as error:
         if len(members) == 1:
             members[0].throw(error)
@@ -160,47 +161,51 @@ def _answer(backbone: Backbone, members: Sequence[_Member[Outcome]], learns: boo
 
 
 @torch.inference_mode()
-def _look(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor | Recorded]:
-    asks = [member.ask for member in members if isinstance(member.ask, ForwardRequest)]
-    partly = [_partly(backbone, ask) for ask in asks]
-    through = iter(_features(backbone, [ask for ask, found in zip(asks, partly, strict=True) if found is None]))
-    return [next(through) if found is None else found for found in partly]
+def _outputs(backbone: Backbone, requests: Sequence[ForwardRequest]) -> list[Tensor | Recorded]:
+    """The answers to requests without a loss, in order."""
+    partial = [_partial_output(backbone, request) for request in requests]
+    complete = [request for request, output in zip(requests, partial, strict=True) if output is None]
+    features = iter(_features(backbone, complete))
+    return [next(features) if output is None else output for output in partial]
 
 
-def _partly(backbone: Backbone, ask: ForwardRequest) -> Tensor | Recorded | None:
-    """What comes of an ask that stops on its way through the trunk; None for others."""
-    if ask.read_from is not None:
-        return vit.record(backbone, ask.x, ask.read_from)
-    return None if ask.until is None else vit.tokens_at(backbone, ask.x, ask.until, ask.start)
+def _partial_output(backbone: Backbone, request: ForwardRequest) -> Tensor | Recorded | None:
+    """The answer to a request that needs only a part of the trunk; None for other requests."""
+    if request.read_from is not None:
+        return vit.record(backbone, request.x, request.read_from)
+    return None if request.until is None else vit.tokens_at(backbone, request.x, request.until, request.start)
 
 
-def _learn(backbone: Backbone, members: Sequence[_Member[Outcome]]) -> list[Tensor]:
-    asks = [member.ask for member in members if isinstance(member.ask, ForwardRequest)]
-    losses = [ask.loss(found) for ask, found in zip(asks, _features(backbone, asks), strict=True) if ask.loss]
+def _losses(backbone: Backbone, requests: Sequence[ForwardRequest]) -> list[Tensor]:
+    """The losses, after one backward for all of them."""
+    features = _features(backbone, requests)
+    losses = [request.loss(output) for request, output in zip(requests, features, strict=True) if request.loss]
     torch.autograd.backward(losses)
     return [loss.detach() for loss in losses]
 
 
-def _features(backbone: Backbone, asks: Sequence[ForwardRequest]) -> list[Tensor]:
-    if not asks:
+def _features(backbone: Backbone, requests: Sequence[ForwardRequest]) -> list[Tensor]:
+    """Features [B, D] of each request, from one forward."""
+    if not requests:
         return []
-    lanes = [_lanes(backbone, ask) for ask in asks]
-    features = vit.forward_lanes(backbone, [lane for own in lanes for lane in own])
-    ends = accumulate(map(len, lanes))
-    return [features[end - 1] for end in ends]
+    groups = [_lanes(backbone, request) for request in requests]
+    features = vit.forward_lanes(backbone, [lane for lanes in groups for lane in lanes])
+    return [features[end - 1] for end in accumulate(map(len, groups))]
 
 
-def _lanes(backbone: Backbone, ask: ForwardRequest) -> list[vit.Lane]:
-    """The last one's features are the ask's. While readers learn, the trunk is no part of the forward: it has been run
-    by itself, without a gradient."""
-    if ask.condition.reads_from is None or (ask.kept is None and not torch.is_grad_enabled()):
-        return vit.lanes_of(backbone, ask.x, ask.condition, ask.start)
-    return [vit.Lane.reading(ask.condition, Reads(_trunk(backbone, ask, ask.condition.reads_from)))]
+def _lanes(backbone: Backbone, request: ForwardRequest) -> list[vit.Lane]:
+    """The lanes of a request; its features are those of the last lane. The trunk of a reader that learns runs outside
+    of the shared forward, without a gradient."""
+    start = request.condition.reads_from
+    if start is None or (request.recorded is None and not torch.is_grad_enabled()):
+        return vit.lanes_of(backbone, request.x, request.condition, request.start)
+    return [vit.Lane.reading(request.condition, Reads(_trunk(backbone, request, start)))]
 
 
-def _trunk(backbone: Backbone, ask: ForwardRequest, start: int) -> Recorded | Joined:
-    if ask.kept is None:
-        return vit.record(backbone, ask.x, start)
-    if ask.kept.order is None:
-        return ask.kept.rows
-    return Joined((ask.kept.rows, vit.record(backbone, ask.x, start)), ask.kept.order)
+def _trunk(backbone: Backbone, request: ForwardRequest, start: int) -> Recorded | Joined:
+    recorded = request.recorded
+    if recorded is None:
+        return vit.record(backbone, request.x, start)
+    if recorded.order is None:
+        return recorded.rows
+    return Joined((recorded.rows, vit.record(backbone, request.x, start)), recorded.order)

@@ -1,11 +1,11 @@
-"""`compare`: several methods on the same pictures, each with the same seeds, and what they reach and cost.
+"""`compare`: fits several methods on the same pictures with the same seeds, and reports accuracy and cost.
 
-    for each seed, for each method ─► the method's own recipe, with what the comparison fixes ─► fit ─► figures
+    for each seed, for each method ─► the method's own recipe, with the comparison's fields ─► fit ─► figures
     for each method                ─► a lens of its shape on a rack ─► time of a forward against the plain ViT's
 
 A seed draws the validation pictures where the dataset has none, the initial parameters and every order. Baselines are
-fitted like the others; they have no lens, so they have no bundle and no place in the forward either. The outcome of
-every finished fit is part of the checkpoint: what was interrupted goes on with the fit that it was in.
+fitted like the other methods; they have no lens, and so neither a bundle nor a forward cost. The checkpoint holds the
+figures of all finished fits: an interrupted comparison resumes in the fit that was interrupted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from server.methods.registry import Registry
 
 from . import forward_cost
 from .baseline_fit import reporting
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, OnCheckpoint, ignore_checkpoint
 from .co_batching import ExclusiveStep, Fitting
 from .data import Splits
-from .fit import DivergedError, Fitted, Keeper, fitting, nowhere, prompt_lengths, seeded
+from .fit import DivergedError, FitResult, fitting, prompt_lengths, seeded
 from .frozen import FrozenFeatures
-from .progress import Progress, Watcher, nobody
+from .progress import OnProgress, Progress, ignore_progress
 from .recipe import Recipe, resolve
 from .search import head_only
 
@@ -43,8 +43,8 @@ SEEDS: Final = (0, 1, 2)
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """What is compared. `fields`: recipe fields that hold for all; a number of epochs not for heads alone, whose own
-    cost nothing."""
+    """The methods and seeds of a comparison. `fields`: recipe fields of all fits; `epochs` does not apply to methods
+    that train only a head, whose epochs cost nothing."""
 
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = SEEDS
@@ -53,147 +53,154 @@ class ComparisonRequest:
 
 @dataclass(frozen=True)
 class ComparisonInputs:
-    """What the fits stand on. `splits`: the pictures as a recipe asks for them; `bundle`: what a fit would be stored
-    as; `features`: a fresh memory of the backbone's, so that no fit's tokens outlive it."""
+    """What the fits need. `splits`: the pictures, split as a recipe says; `bundle`: the bundle of a fit, whose size is
+    reported; `features`: makes a fresh `FrozenFeatures`, so that the tokens of a fit are freed with it."""
 
     splits: Callable[[Recipe], Splits]
     labels: tuple[str, ...]
-    bundle: Callable[[Fitted], Bundle]
+    bundle: Callable[[FitResult], Bundle]
     features: Callable[[], FrozenFeatures]
 
 
 def comparing(
     backbone: Backbone,
     registry: Registry,
-    wish: ComparisonRequest,
-    material: ComparisonInputs,
+    request: ComparisonRequest,
+    inputs: ComparisonInputs,
     *,
-    watch: Watcher = nobody,
-    keep: Keeper = nowhere,
+    on_progress: OnProgress = ignore_progress,
+    on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
 ) -> Fitting[Figures]:
-    """Run all fits of a comparison. Returns JSON: `rows`, one a method, and `fits`, one a method and seed.
+    """Run all fits of a comparison. Returns JSON: `rows`, one per method, and `fits`, one per method and seed.
 
     Raises Unprocessable (unknown_method, invalid_request) before the first fit. A fit that diverges has no accuracy.
     """
-    run = _Comparison(backbone, registry, wish, material, watch, keep)
-    asked = [(name, run.recipe(name, seed)) for seed in wish.seeds for name in wish.methods]
+    run = _Comparison(backbone, registry, request, inputs, on_progress, on_checkpoint)
+    planned = [(name, run.recipe(name, seed)) for seed in request.seeds for name in request.methods]
     state = resume or Checkpoint()
     run.fits = list(state.trials)
-    for name, recipe in asked[len(run.fits) :]:
+    for name, recipe in planned[len(run.fits) :]:
         run.fits.append((yield from run.fit(name, recipe, state)))
         state = Checkpoint(trials=run.fits)
-        keep(state)
-        watch(run.progress(Progress(), tried=run.fits[-1]))
+        on_checkpoint(state)
+        on_progress(run.progress(Progress(), figures=run.fits[-1]))
     costs = yield from run.costs()
     return {
-        "dataset_split": "test" if all(one["test_accuracy"] is not None for one in run.fits) else "val",
-        "rows": [run.row(name, costs.get(name)) for name in wish.methods],
+        "dataset_split": "test" if all(fit["test_accuracy"] is not None for fit in run.fits) else "val",
+        "rows": [run.row(name, costs.get(name)) for name in request.methods],
         "fits": run.fits,
     }
 
 
 @dataclass
 class _Comparison:
-    """One comparison under way. `fits`: what is known so far, in the order in which it is fitted."""
+    """The state of a comparison. `fits`: the figures of the finished fits, in order."""
 
     backbone: Backbone
     registry: Registry
-    wish: ComparisonRequest
-    material: ComparisonInputs
-    watch: Watcher
-    keep: Keeper
+    request: ComparisonRequest
+    inputs: ComparisonInputs
+    on_progress: OnProgress
+    on_checkpoint: OnCheckpoint
     fits: list[Figures] = field(default_factory=list)
 
     def recipe(self, name: str, seed: int) -> Recipe:
         method = self.registry.fittable(name)
-        fields = {**self.wish.fields, "seed": seed}
+        fields = {**self.request.fields, "seed": seed}
         if self.registry.baseline(name) is None and head_only(self.registry.get(name), self.backbone):
             fields.pop("epochs", None)
         return resolve(method.defaults, fields)
 
     def fit(self, name: str, recipe: Recipe, state: Checkpoint) -> Fitting[Figures]:
-        """`state`: where the first of them goes on."""
+        """The figures of one fit, which resumes from `state`."""
         began, cpu = time.perf_counter() - state.spent_s, time.process_time() - state.cpu_s
 
-        def keep(now: Checkpoint) -> None:
+        def on_checkpoint(now: Checkpoint) -> None:
             spent_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-            self.keep(replace(now, trials=self.fits, spent_s=spent_s, cpu_s=cpu_s))
+            self.on_checkpoint(replace(now, trials=self.fits, spent_s=spent_s, cpu_s=cpu_s))
 
-        told = {"method": name, "seed": recipe.seed, "lr": recipe.lr, "epochs": recipe.epochs}
-        nothing = {"val_accuracy": None, "test_accuracy": None, "parameters": None, "bundle_bytes": None}
+        about = {"method": name, "seed": recipe.seed, "lr": recipe.lr, "epochs": recipe.epochs}
         try:
-            found = yield from self._fitted(name, recipe, keep, state)
+            figures = yield from self._fit_figures(name, recipe, on_checkpoint, state)
         except DivergedError:
-            found = {**nothing, "forward_passes": None}
+            figures = dict.fromkeys(_FIT_FIGURES)
         spent_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-        return {**told, **found, "fit_s": round(spent_s, 1), "cpu_s": round(cpu_s, 1)}
+        return {**about, **figures, "fit_s": round(spent_s, 1), "cpu_s": round(cpu_s, 1)}
 
-    def _fitted(self, name: str, recipe: Recipe, keep: Keeper, state: Checkpoint) -> Fitting[Figures]:
-        splits, labels = self.material.splits(recipe), len(self.material.labels)
+    def _fit_figures(
+        self, name: str, recipe: Recipe, on_checkpoint: OnCheckpoint, state: Checkpoint
+    ) -> Fitting[Figures]:
+        splits, labels = self.inputs.splits(recipe), len(self.inputs.labels)
         baseline = self.registry.baseline(name)
-        rest: dict[str, Any] = {
-            "watch": lambda progress: self.watch(self.progress(progress)),
-            "keep": keep,
+        options: dict[str, Any] = {
+            "on_progress": lambda progress: self.on_progress(self.progress(progress)),
+            "on_checkpoint": on_checkpoint,
             "resume": state,
-            "frozen": self.material.features(),
+            "frozen": self.inputs.features(),
             "each_epoch": recipe.patience > 0,
         }
         if baseline is not None:
-            reported = yield from reporting(self.backbone, baseline, splits, labels, recipe, **rest)
-            return _figures(reported.metrics, reported.parameters, None)
-        fitted = yield from fitting(self.backbone, self.registry.get(name), splits, labels, recipe, **rest)
+            result = yield from reporting(self.backbone, baseline, splits, labels, recipe, **options)
+            return _figures(result.metrics, result.parameters, None)
+        fitted = yield from fitting(self.backbone, self.registry.get(name), splits, labels, recipe, **options)
         parameters = sum(value.size for value in fitted.params.values())
-        return _figures(fitted.metrics, parameters, len(self.material.bundle(fitted).data))
+        return _figures(fitted.metrics, parameters, len(self.inputs.bundle(fitted).data))
 
-    def progress(self, progress: Progress, tried: Figures | None = None) -> Progress:
-        total = len(self.wish.methods) * len(self.wish.seeds)
-        number = min(len(self.fits) + (tried is None), total)
-        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, tried=tried)
+    def progress(self, progress: Progress, figures: Figures | None = None) -> Progress:
+        """The progress of a fit as that of the comparison; `figures` are those of a fit that has just ended."""
+        total = len(self.request.methods) * len(self.request.seeds)
+        number = min(len(self.fits) + (figures is None), total)
+        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, trial_figures=figures)
 
     def costs(self) -> Fitting[dict[str, forward_cost.Cost]]:
-        found: dict[str, forward_cost.Cost] = {}
-        for name in self.wish.methods:
+        """The forward cost of every servable method, by name."""
+        costs: dict[str, forward_cost.Cost] = {}
+        for name in self.request.methods:
             if self.registry.baseline(name) is None:
                 loaded = self._lens_like(name)
-                tick = partial(self.watch, self.progress(Progress()))
-                work = partial(forward_cost.measured, self.backbone, loaded, tick)
+                tick = partial(self.on_progress, self.progress(Progress()))
+                work = partial(forward_cost.measure, self.backbone, loaded, tick)
                 forward, lens_bytes = (yield ExclusiveStep(partial(_as_tensor, work))).tolist()
-                found[name] = forward_cost.Cost(forward, round(lens_bytes))
-        return found
+                costs[name] = forward_cost.Cost(forward, round(lens_bytes))
+        return costs
 
     def _lens_like(self, name: str) -> Loaded:
-        """A lens of the shape that the fits have led to: what it costs does not depend on its numbers."""
-        method, recipe = self.registry.get(name), self.recipe(name, self.wish.seeds[0])
+        """A lens of the same shape as the fitted ones, with random parameters: its cost does not depend on them."""
+        method, recipe = self.registry.get(name), self.recipe(name, self.request.seeds[0])
         spec = self.backbone.spec
         lengths = prompt_lengths(spec, method, recipe)
-        params = method.init(spec, lengths, len(self.material.labels), seeded(recipe.seed, 0))
+        params = method.init(spec, lengths, len(self.inputs.labels), seeded(recipe.seed, 0))
         with torch.inference_mode():
-            own = {key: value.to(self.backbone.device, self.backbone.dtype) for key, value in params.items()}
-            lens = pooling.lower_with_pool(method, self.backbone, own, lengths, recipe.pool)
+            cast = {key: value.to(self.backbone.device, self.backbone.dtype) for key, value in params.items()}
+            lens = pooling.lower_with_pool(method, self.backbone, cast, lengths, recipe.pool)
         how = spec.preprocess
-        return Loaded(lens, self.material.labels, spec.geometry, how.mean, how.std)
+        return Loaded(lens, self.inputs.labels, spec.geometry, how.mean, how.std)
 
     def row(self, name: str, cost: forward_cost.Cost | None) -> Figures:
-        own = [one for one in self.fits if one["method"] == name]
+        """The figures of a method over all seeds."""
+        fits = [fit for fit in self.fits if fit["method"] == name]
         baseline: Baseline | None = self.registry.baseline(name)
         return {
             "method": name,
             "servable": baseline is None,
-            "fits": len(own),
-            "diverged": sum(one["val_accuracy"] is None for one in own),
-            **_spread("val_accuracy", own),
-            **_spread("test_accuracy", own),
-            "parameters": _first("parameters", own),
-            "bundle_bytes": _first("bundle_bytes", own),
+            "fits": len(fits),
+            "diverged": sum(fit["val_accuracy"] is None for fit in fits),
+            **_spread("val_accuracy", fits),
+            **_spread("test_accuracy", fits),
+            "parameters": _first("parameters", fits),
+            "bundle_bytes": _first("bundle_bytes", fits),
             "lens_bytes": cost and cost.lens_bytes,
             "forward_cost": cost and cost.forward,
-            **{name: round(statistics.mean(one[name] for one in own), 1) for name in ("fit_s", "cpu_s")},
+            **{name: round(statistics.mean(fit[name] for fit in fits), 1) for name in ("fit_s", "cpu_s")},
         }
 
 
 def _as_tensor(work: Callable[[], forward_cost.Cost]) -> torch.Tensor:
     return torch.tensor(work(), dtype=torch.float64)
+
+
+_FIT_FIGURES: Final = ("val_accuracy", "test_accuracy", "parameters", "bundle_bytes", "forward_passes")
 
 
 def _figures(metrics: Mapping[str, Any], parameters: int, bundle_bytes: int | None) -> Figures:
@@ -207,11 +214,11 @@ def _figures(metrics: Mapping[str, Any], parameters: int, bundle_bytes: int | No
 
 
 def _spread(name: str, fits: Sequence[Figures]) -> Figures:
-    """Mean and standard deviation over the seeds that came to an end; of a single one there is no deviation."""
-    values = [one[name] for one in fits if one[name] is not None]
+    """Mean and standard deviation over the fits that did not diverge; the deviation of a single fit is None."""
+    values = [fit[name] for fit in fits if fit[name] is not None]
     mean = round(statistics.mean(values), 6) if values else None
     return {name: mean, f"{name}_std": round(statistics.stdev(values), 6) if len(values) > 1 else None}
 
 
 def _first(name: str, fits: Sequence[Figures]) -> Any:
-    return next((one[name] for one in fits if one[name] is not None), None)
+    return next((fit[name] for fit in fits if fit[name] is not None), None)

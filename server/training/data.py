@@ -1,4 +1,4 @@
-"""Labelled pictures for a fit, and how they are split. Where their pixels come from is an `Images`' affair."""
+"""Labelled pictures for a fit, and their splits. The pixels come from an `Images`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ Pixels = NDArray[np.uint8]
 
 
 class Images(Protocol):
-    """The pixels of a number of pictures, read when they are wanted."""
+    """A sequence of pictures whose pixels are read on demand."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: Index, views: Views | None = None) -> Pixels:
-        """uint8 [k, S, S, 3] in the order of `index`: cut as the server cuts them, or as row i of `views` says."""
+        """Pixels uint8 [k, S, S, 3] in the order of `index`: as the server cuts them, or picture i as view i."""
         ...
 
-    def take(self, index: Index) -> Images: ...
+    def take(self, index: Index) -> Images:
+        """The pictures `index`, in that order."""
+        ...
 
     @property
     def digest(self) -> str | None:
-        """Names the pixels that `read` gives without views; None where nobody has worked one out."""
+        """A digest of the pixels that `read` returns without views; None where it is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Pictures that lie cut and ready in one array, uint8 [n, S, S, 3]."""
+    """Cut pictures in one array, uint8 [n, S, S, 3]."""
 
     pixels: Pixels
     digest: str | None = None
@@ -46,8 +48,8 @@ class InMemory:
         return len(self.pixels)
 
     def read(self, index: Index, views: Views | None = None) -> Pixels:
-        found = self.pixels[index]
-        return found if views is None else views.applied(found)
+        pixels = self.pixels[index]
+        return pixels if views is None else views.applied(pixels)
 
     def take(self, index: Index) -> InMemory:
         return InMemory(self.pixels[index], None if self.digest is None else _part(self.digest, index))
@@ -59,7 +61,7 @@ def _part(digest: str, index: Index) -> str:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """targets: int64 [n], indices into the labels; `images` has the same n."""
+    """targets: int64 [n], indices into the labels; `images` has the same length."""
 
     images: Images
     targets: NDArray[np.int64]
@@ -80,7 +82,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Source:
-    """One stored picture: how to get its bytes, and its label's index."""
+    """One stored picture: a function that reads its bytes, and its label's index."""
 
     read: Callable[[], bytes]
     target: int
@@ -93,7 +95,7 @@ def read_pictures(
     max_pixels: int,
     on_picture: Callable[[], None] | None = None,
 ) -> LabelledImages:
-    """Decode and cut every source. `on_picture` is called after each: a heartbeat, a progress bar, or a way out."""
+    """Decode and cut every source. `on_picture` is called after each picture; what it raises ends the reading."""
     images = np.empty((len(sources), geometry.size, geometry.size, 3), np.uint8)
     for image, source in zip(images, sources, strict=True):
         image[...] = fit(decode(source.read(), max_pixels=max_pixels), geometry)
@@ -103,7 +105,8 @@ def read_pictures(
 
 
 def hold_out(pictures: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Split off `share` of each class for validation, at least one picture and never a class's last one."""
+    """Split off `share` of each class for validation: at least one picture, but never the last of a class. Returns the
+    pictures for training and for validation."""
     generator = np.random.Generator(np.random.PCG64(seed))
     held: list[NDArray[np.int64]] = []
     for target in np.unique(pictures.targets):
@@ -116,7 +119,7 @@ def hold_out(pictures: LabelledImages, share: float, seed: int) -> tuple[Labelle
 
 
 def sample(pictures: LabelledImages, most: int, seed: int) -> LabelledImages:
-    """About `most` of the pictures, of each class its share; all of them where they are no more."""
+    """About `most` of the pictures, with the same share of every class; all of them where they are fewer."""
     if len(pictures) <= most:
         return pictures
     return hold_out(pictures, most / len(pictures), seed)[1]

@@ -1,6 +1,6 @@
-"""How good a bundle is on given pictures: loaded, cut and answered as the server would.
+"""Evaluates a bundle on labelled pictures, which are cut and answered as in the server.
 
-Two bundles are compared on the same pictures although their labels may differ in order and number: labels meet by name.
+Labels are matched by name, so that two bundles whose labels differ in order and number can be compared.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from server.engine.residency import Loaded
 from server.errors import ServiceError
 from server.methods.registry import Registry
 
-# What a picture costs at most, in nats: a label that the bundle does not know, or to which it gives no probability.
+# The largest loss of a picture in nats: that of a label which the bundle does not know or gives a probability of 0.
 MOST_NLL = 100.0
 
 Batch = tuple[NDArray[np.uint8], Sequence[str]]  # pictures [B, S, S, 3] and their labels [B]
 Batches = Callable[[Geometry], Iterable[Batch]]
 
 
-class Unservable(Exception):
-    """This backbone cannot answer with the bundle; `code` and `detail` say why."""
+class UnservableBundle(Exception):
+    """This backbone cannot serve the bundle; `code` and `detail` are those of the cause."""
 
     def __init__(self, cause: ServiceError) -> None:
         super().__init__(cause.detail)
@@ -41,7 +41,7 @@ class Unservable(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """`accuracy` is top-1; `nll` the mean negative log-likelihood of the right label in nats."""
+    """`accuracy`: top-1. `nll`: the mean negative log-likelihood of the right label, in nats."""
 
     accuracy: float
     nll: float
@@ -51,7 +51,7 @@ class Score:
 
 
 def evaluate(bundle: Bundle, backbone: Backbone, registry: Registry, batches: Batches) -> Score:
-    """`batches` gives the pictures, cut as the bundle asks. Raises Unservable."""
+    """The score of a bundle. `batches` returns the pictures in a given geometry. Raises UnservableBundle."""
     loaded = _load(bundle, backbone, registry)
     number = {label: index for index, label in enumerate(loaded.labels)}
     hits, losses = [], []
@@ -67,11 +67,11 @@ def _load(bundle: Bundle, backbone: Backbone, registry: Registry) -> Loaded:
     try:
         return registry.load(bundle, backbone)
     except ServiceError as error:
-        raise Unservable(error) from error
+        raise UnservableBundle(error) from error
 
 
 def _nll(scores: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities [B, C] and targets [B], -1 where unknown → [B]."""
+    """Log-probabilities [B, C] and targets [B], -1 for unknown labels → losses [B]."""
     known = targets >= 0
     losses = -scores[torch.arange(len(targets)), targets.clamp(min=0)]
     return torch.where(known, losses.clamp(max=MOST_NLL), MOST_NLL)

@@ -1,6 +1,6 @@
 """Fitting: parameters → lens → the one forward → loss, and back. The backbone stays frozen.
 
-A fit is a generator (see `together`): it yields what it wants of the backbone and never runs it itself. Every random
+A fit is a generator (see `co_batching`): it yields requests for the backbone and never runs it itself. Every random
 choice (initial parameters, order of the pictures, their views, prompt dropout) comes from a generator seeded by the
 recipe's seed and the epoch, so an epoch can be repeated without the ones before it.
 """
@@ -28,25 +28,19 @@ from server.methods import pooling
 from server.methods.method import Method, Params
 
 from . import augment, metrics, token_init
-from .checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
-from .co_batching import Fitting, ForwardRequest, alone
+from .checkpoint import Checkpoint, OnCheckpoint, ignore_checkpoint, optimizer_tensors, restore_optimizer
+from .co_batching import Fitting, ForwardRequest, run_alone
 from .data import LabelledImages, Pixels, Splits
 from .frozen import FrozenFeatures, parts
 from .inputs import Inputs
 from .optimizer import lr_scale, make_optimizer, set_lr
-from .progress import Clock, Progress, Watcher, nobody
+from .progress import EpochClock, OnProgress, Progress, ignore_progress
 from .recipe import Recipe
-
-Keeper = Callable[[Checkpoint], None]
-
-
-def nowhere(checkpoint: Checkpoint) -> None:
-    """For a fit that is not to be resumed."""
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """The outcome: parameters in float32 on the CPU, the recipe that led to them, and what they achieve."""
+class FitResult:
+    """Fitted parameters in float32 on the CPU, their recipe and their metrics."""
 
     method: Method
     recipe: Recipe
@@ -56,7 +50,7 @@ class Fitted:
 
 
 class DivergedError(ArithmeticError):
-    """The loss is no longer finite; the message says what to try."""
+    """The loss is no longer finite. The message says what to change."""
 
 
 def fit(
@@ -66,12 +60,15 @@ def fit(
     labels: int,
     recipe: Recipe,
     *,
-    watch: Watcher = nobody,
-    keep: Keeper = nowhere,
+    on_progress: OnProgress = ignore_progress,
+    on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
-) -> Fitted:
-    """One fit by itself: see `fitting`."""
-    return alone(backbone, fitting(backbone, method, splits, labels, recipe, watch=watch, keep=keep, resume=resume))
+) -> FitResult:
+    """Run `fitting` by itself and return its result."""
+    steps = fitting(
+        backbone, method, splits, labels, recipe, on_progress=on_progress, on_checkpoint=on_checkpoint, resume=resume
+    )
+    return run_alone(backbone, steps)
 
 
 def fitting(
@@ -81,54 +78,55 @@ def fitting(
     labels: int,
     recipe: Recipe,
     *,
-    watch: Watcher = nobody,
-    keep: Keeper = nowhere,
+    on_progress: OnProgress = ignore_progress,
+    on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
-    start: Fitted | None = None,
+    start: FitResult | None = None,
     each_epoch: bool = True,
-) -> Fitting[Fitted]:
-    """Fit `method` on the training pictures for `labels` classes; `together.run` runs it.
+) -> Fitting[FitResult]:
+    """Fit `method` on the training pictures for `labels` classes. The generator is for `co_batching.run`.
 
-    `watch` is called after every batch; what it raises ends the fit, which is how a job is cancelled within a step.
-    `keep` is given the state after every epoch; with `resume` a fit goes on from there, and ends with the same bits.
-    `frozen` shares features between fits on the same pictures; `start` holds the parameters and prompt lengths to begin
-    with, instead of fresh ones; without `each_epoch` the validation pictures are looked at once, at the end. Raises
-    DivergedError, and Unprocessable for a recipe that does not go with the backbone or the method.
+    `on_progress` is called after every batch; an exception that it raises ends the fit, which is how a job is cancelled
+    within a step. `on_checkpoint` receives the state after every epoch; a fit that resumes from it ends with the same
+    bits. `frozen` shares features between fits on the same pictures. `start` holds initial parameters and prompt
+    lengths, instead of fresh ones. Without `each_epoch` the validation pictures are evaluated once, at the end. Raises
+    DivergedError, and Unprocessable for a recipe that the backbone or the method does not support.
     """
     if (reason := pooling.unsupported_pool(backbone.spec, recipe.pool)) is not None:
         raise Unprocessable(reason)
     lengths = start.prompt_lengths if start else prompt_lengths(backbone.spec, method, recipe)
-    run = Fit(backbone, method, recipe, lengths, frozen or FrozenFeatures(backbone), watch, keep)
-    run.shown = Progress(resume.epoch if resume else 0, recipe.epochs)
+    run = Fit(backbone, method, recipe, lengths, frozen or FrozenFeatures(backbone), on_progress, on_checkpoint)
+    run.latest = Progress(resume.epoch if resume else 0, recipe.epochs)
     yield from run.begin(splits.train, labels, start, resume)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
-    return (yield from run.finished(train, val, splits.test))
+    return (yield from run.result(train, val, splits.test))
 
 
 @dataclass
 class Fit:
-    """One fit under way. `weights`: of the classes [C], where they differ."""
+    """The state of one fit. `weights`: class weights [C], or None where all weigh the same. `passes`: pictures that
+    went through the backbone. `latest`: the last progress that was reported."""
 
     backbone: Backbone
     method: Method
     recipe: Recipe
     prompt_lengths: tuple[int, ...]
     frozen: FrozenFeatures
-    watch: Watcher = nobody
-    keep: Keeper = nowhere
+    on_progress: OnProgress = ignore_progress
+    on_checkpoint: OnCheckpoint = ignore_checkpoint
     params: Params = field(default_factory=dict)
     weights: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "val_accuracy": [], "val_nll": []})
     passes: int = 0
-    shown: Progress = field(default_factory=Progress)
+    latest: Progress = field(default_factory=Progress)
 
     def begin(
-        self, train: LabelledImages, labels: int, start: Fitted | None, resume: Checkpoint | None
+        self, train: LabelledImages, labels: int, start: FitResult | None, resume: Checkpoint | None
     ) -> Fitting[None]:
-        """The parameters before the next step: a checkpoint's, given ones, or fresh. And what each class weighs."""
+        """Set the class weights and the initial parameters: a checkpoint's, those of `start`, or fresh ones."""
         if self.recipe.class_weights == "balanced":
             self.weights = class_weights(train.targets, labels).to(self.backbone.device)
         generator = seeded(self.recipe.seed, 0)
@@ -143,72 +141,78 @@ class Fit:
 
     def _from_tokens(self, train: LabelledImages, generator: torch.Generator) -> Fitting[Params]:
         recipe, lengths = self.recipe, self.prompt_lengths
-        token_init.refuse_without_prompts(self.method, self.backbone.spec, f"init {recipe.init!r}")
+        token_init.require_prompts(self.method, self.backbone.spec, f"init {recipe.init!r}")
         if not sum(lengths):
             return {}
-        seen = token_init.pictures_for(train, recipe.seed)
-        self.passes += len(seen)
-        prompts = token_init.token_prompts(self.frozen, seen, lengths, recipe.init, generator=generator, tick=self.tick)
-        return {"prompts": (yield from prompts)}
+        pictures = token_init.pictures_for(train, recipe.seed)
+        self.passes += len(pictures)
+        prompts = yield from token_init.token_prompts(
+            self.frozen, pictures, lengths, recipe.init, generator=generator, tick=self.tick
+        )
+        return {"prompts": prompts}
 
     def inputs(self, pictures: LabelledImages, again: bool = True) -> Fitting[Inputs]:
-        """What lies before the first trained layer does not change from epoch to epoch, nor does what readers read:
-        computed once. `again`: whether they are looked at more than once, as keys and values must be to be kept."""
-        targets, (layer, pool) = torch.from_numpy(pictures.targets), self._begins()
-        if self._reads():
-            return (yield from self._readers_inputs(pictures, targets, layer, again))
+        """The inputs of a set of pictures. What lies before the first trained layer is the same in every epoch, and so
+        is what readers read: both are computed once. `again`: whether the pictures are read more than once; only then
+        are keys and values recorded."""
+        targets, (layer, pool) = torch.from_numpy(pictures.targets), self._first_layer()
+        if self._is_reader():
+            return (yield from self._reader_inputs(pictures, targets, layer, again))
         if layer == 0 or self.recipe.augment != "none" or not self.frozen.fits(len(pictures), layer):
             return Inputs(pictures, None, 0, targets)
         if layer == self.backbone.spec.depth:
-            self.passes += len(pictures)  # also where they are known: a repeated fit says what the first one said
-        features = yield from self.frozen.of(pictures.images, layer, self.tick, pool)
+            self.passes += len(pictures)  # also where they are cached: a repeated fit reports the same number
+        features = yield from self.frozen.features(pictures.images, layer, self.tick, pool)
         return Inputs(pictures, features, layer, targets)
 
-    def _readers_inputs(self, pictures: LabelledImages, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
-        if not again or self.recipe.augment != "none" or not self.frozen.readable(len(pictures), layer):
+    def _reader_inputs(self, pictures: LabelledImages, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
+        if not again or self.recipe.augment != "none" or not self.frozen.recordable(len(pictures), layer):
             return Inputs(pictures, None, layer, targets)
-        read = yield from self.frozen.read(pictures.images, layer, self.tick)
-        self.passes += len(read)
-        return Inputs(pictures, None, layer, targets, read)
+        recorded = yield from self.frozen.recorded(pictures.images, layer, self.tick)
+        self.passes += len(recorded)
+        return Inputs(pictures, None, layer, targets, recorded)
 
     # --- epochs -------------------------------------------------------------------------------------------------------
 
     def optimise(self, train: Inputs, val: Inputs | None, resume: Checkpoint | None) -> Fitting[None]:
-        """All epochs that are still to do: steps over shuffled batches, then the look at the validation pictures."""
+        """Run the remaining epochs: steps over shuffled batches, then the evaluation on the validation pictures."""
         recipe, done = self.recipe, 0
         optimizer = make_optimizer(self.params, recipe)
         if resume is not None and resume.epoch:
             restore_optimizer(optimizer, resume.optimizer)
             done, self.passes, self.best = resume.epoch, resume.passes, {**resume.best}
             self.curves = {name: list(values) for name, values in resume.curves.items()}
-        clock = Clock(recipe.epochs - done)
+        clock = EpochClock(recipe.epochs - done)
         for epoch in range(done + 1, recipe.epochs + 1):
             if self._out_of_patience():
                 break
             loss, steps = yield from self._epoch(optimizer, train, epoch, lambda now: clock.eta_s(now - done))
             self.curves["loss"].append(loss)
             if val is not None:
-                self._note((yield from self.logits(val)), val.pictures.targets)
-            self.keep(Checkpoint(epoch, self.params, optimizer_tensors(optimizer), self.best, self.curves, self.passes))
+                self._record_validation((yield from self.logits(val)), val.pictures.targets)
+            self.on_checkpoint(self._checkpoint(epoch, optimizer))
             left_s = clock.eta_s(epoch - done)
-            self._show(Progress(epoch, recipe.epochs, steps, steps, loss, self._accuracy(), left_s, epoch_ended=True))
+            self._report(Progress(epoch, recipe.epochs, steps, steps, loss, self._accuracy(), left_s, epoch_ended=True))
+
+    def _checkpoint(self, epoch: int, optimizer: torch.optim.Optimizer) -> Checkpoint:
+        return Checkpoint(epoch, self.params, optimizer_tensors(optimizer), self.best, self.curves, self.passes)
 
     def _epoch(
         self, optimizer: torch.optim.Optimizer, train: Inputs, epoch: int, eta_s: Callable[[float], float | None]
     ) -> Fitting[tuple[float, int]]:
-        """One pass over the training pictures in an order of its own. Returns the mean loss and the number of steps."""
+        """One pass over the shuffled training pictures. Returns the mean loss and the number of steps."""
         recipe, total = self.recipe, 0.0
         generator = seeded(recipe.seed, epoch)
         batches = torch.randperm(len(train.targets), generator=generator).split(recipe.batch_size)
         views = augment.draw(recipe.augment, len(train.targets), generator)
         with closing(train.read([index.numpy() for index in batches], views)) as pixels:
-            for step, (index, read) in enumerate(zip(batches, pixels, strict=True), start=1):
+            for step, (index, batch) in enumerate(zip(batches, pixels, strict=True), start=1):
                 now = epoch - 1 + step / len(batches)
                 set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
-                loss = yield from self._step(optimizer, train, index, read, generator)
+                loss = yield from self._step(optimizer, train, index, batch, generator)
                 total += loss * len(index)
-                at = Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now))
-                self._show(replace(at, learned=len(index)))
+                progress = Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now))
+                self._report(replace(progress, trained_images=len(index)))
         return total / len(train.targets), len(batches)
 
     def _step(
@@ -227,8 +231,8 @@ class Fit:
             loss = self.loss(self.x(train, index, pixels), lens, targets)
             loss.backward()
         else:
-            ask = self.ask(train, index, pixels, condition(lens, len(index)))
-            loss = yield replace(ask, loss=lambda features: self.loss(features, lens, targets))
+            request = self.request(train, index, pixels, condition(lens, len(index)))
+            loss = yield replace(request, loss=lambda features: self.loss(features, lens, targets))
         optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
@@ -247,38 +251,39 @@ class Fit:
         if rate == 0 or "prompts" not in self.params:
             return self.params
         prompts = self.params["prompts"]
-        keep = torch.rand(rows, *prompts.shape, generator=generator) >= rate
-        return {**self.params, "prompts": prompts * keep.to(prompts.device) / (1 - rate)}
+        kept = torch.rand(rows, *prompts.shape, generator=generator) >= rate
+        return {**self.params, "prompts": prompts * kept.to(prompts.device) / (1 - rate)}
 
-    def _show(self, progress: Progress) -> None:
-        self.shown = replace(progress, epoch_ended=False, learned=0)
-        self.watch(progress)
+    def _report(self, progress: Progress) -> None:
+        self.latest = replace(progress, epoch_ended=False, trained_images=0)
+        self.on_progress(progress)
 
     def tick(self) -> None:
-        """Nothing new, but a way out for whoever watches: a look at many pictures takes longer than a step."""
-        self.watch(self.shown)
+        """Report the latest progress again, so that `on_progress` can end the fit: evaluating many pictures takes
+        longer than a step."""
+        self.on_progress(self.latest)
 
-    # --- judging ------------------------------------------------------------------------------------------------------
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def logits(self, inputs: Inputs) -> Fitting[NDArray[np.float64]]:
-        """Logits [n, C] of all pictures, without dropout and without views."""
-        found = []
+        """Logits [n, C] of all pictures, without dropout and without augmentation."""
+        answers = []
         with torch.inference_mode():
             lens = self.lens(self.params)
         order = parts(len(inputs.targets))
         with closing(inputs.read(order)) as pixels:
-            for index, read in zip(order, pixels, strict=True):
-                chosen = torch.from_numpy(index)
+            for rows, batch in zip(order, pixels, strict=True):
+                index = torch.from_numpy(rows)
                 if inputs.pooled:
-                    features = self.x(inputs, chosen, read)
+                    features = self.x(inputs, index, batch)
                 else:
-                    features = yield self.ask(inputs, chosen, read, condition(lens, len(index)))
+                    features = yield self.request(inputs, index, batch, condition(lens, len(index)))
                 with torch.inference_mode():
-                    found.append(vit.classify(features, lens).double().cpu().numpy())
+                    answers.append(vit.classify(features, lens).double().cpu().numpy())
                 self.tick()
-        return np.concatenate(found)
+        return np.concatenate(answers)
 
-    def _note(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
+    def _record_validation(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
         losses, nll = self.curves["val_nll"], metrics.nll(logits, targets)
         if self.recipe.patience and nll <= min(losses, default=math.inf):
             self.best = {name: value.detach().clone() for name, value in self.params.items()}
@@ -286,79 +291,81 @@ class Fit:
         losses.append(nll)
 
     def _accuracy(self) -> float | None:
-        """Of the last epoch that was judged."""
-        found = self.curves["val_accuracy"]
-        return found[-1] if found else None
+        """The validation accuracy of the last evaluated epoch."""
+        accuracies = self.curves["val_accuracy"]
+        return accuracies[-1] if accuracies else None
 
     def _out_of_patience(self) -> bool:
         losses = self.curves["val_nll"]
         return bool(self.recipe.patience and losses) and len(losses) - self._best_epoch() >= self.recipe.patience
 
     def _best_epoch(self) -> int:
-        """From 1; the later one of equals."""
+        """The epoch of the lowest validation loss, counted from 1; of equal ones the last."""
         losses = self.curves["val_nll"]
         return len(losses) - int(np.argmin(losses[::-1]))
 
-    # --- the outcome --------------------------------------------------------------------------------------------------
+    # --- the result ---------------------------------------------------------------------------------------------------
 
-    def finished(self, train: Inputs, val: Inputs, test: LabelledImages | None) -> Fitting[Fitted]:
-        """The parameters that count, calibrated on the validation pictures, and what they achieve."""
-        found, heat = yield from self.judged(train, val, test)
-        params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, heat)
+    def result(self, train: Inputs, val: Inputs, test: LabelledImages | None) -> Fitting[FitResult]:
+        """The final or the best parameters, calibrated on the validation pictures, and their metrics."""
+        figures, temperature = yield from self.evaluate(train, val, test)
+        params = _calibrated({name: value.detach().float().cpu() for name, value in self.params.items()}, temperature)
         arrays = {name: value.numpy() for name, value in params.items()}
-        return Fitted(self.method, self.recipe, arrays, self.prompt_lengths, found)
+        return FitResult(self.method, self.recipe, arrays, self.prompt_lengths, figures)
 
-    def judged(self, train: Inputs, val: Inputs, test: LabelledImages | None) -> Fitting[tuple[dict[str, Any], float]]:
-        """What the parameters that count achieve, and the temperature that calibrates them."""
+    def evaluate(
+        self, train: Inputs, val: Inputs, test: LabelledImages | None
+    ) -> Fitting[tuple[dict[str, Any], float]]:
+        """The metrics of the final or the best parameters, and the temperature that calibrates them."""
         if self.best:
             self.take_best()
         logits = yield from self.logits(val)
-        heat = metrics.temperature(logits, val.pictures.targets)
-        found: dict[str, Any] = {
+        temperature = metrics.temperature(logits, val.pictures.targets)
+        figures: dict[str, Any] = {
             "train_images": len(train.targets),
             "train_loss": round(self.curves["loss"][-1], 6),
-            "temperature": round(heat, 6),
+            "temperature": round(temperature, 6),
             "ece_uncalibrated": round(metrics.calibration_error(logits, val.pictures.targets), 6),
-            **_named("val", metrics.judged(logits / heat, val.pictures.targets)),
+            **_named("val", metrics.split_figures(logits / temperature, val.pictures.targets)),
             "curve": {name: [round(x, 5) for x in values] for name, values in self.curves.items()},
         }
         if self.recipe.patience:
-            found["best_epoch"] = self._best_epoch()
+            figures["best_epoch"] = self._best_epoch()
         if test is not None:
-            seen = yield from self.inputs(test, again=False)
-            judged = metrics.judged((yield from self.logits(seen)) / heat, test.targets)
-            found |= _named("test", judged)
-        found["forward_passes"] = self.passes
-        return found, heat
+            test_inputs = yield from self.inputs(test, again=False)
+            test_logits = yield from self.logits(test_inputs)
+            figures |= _named("test", metrics.split_figures(test_logits / temperature, test.targets))
+        figures["forward_passes"] = self.passes
+        return figures, temperature
 
     def take_best(self) -> None:
         self.params = self.best
 
     # --- the backbone's inputs ----------------------------------------------------------------------------------------
 
-    def ask(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> ForwardRequest:
-        """The features of a batch; `passes` counts its pictures but those whose trunk has been run."""
+    def request(self, inputs: Inputs, index: Tensor, pixels: Pixels | None, rows: Condition) -> ForwardRequest:
+        """A request for the features of a batch. `passes` counts its pictures, except those whose trunk is recorded."""
         x = self.x(inputs, index, pixels)
         self.passes += len(x)
-        return ForwardRequest(x, rows, start=inputs.layer, kept=inputs.kept(index))
+        return ForwardRequest(x, rows, start=inputs.layer, recorded=inputs.recorded_rows(index))
 
     def x(self, inputs: Inputs, index: Tensor, pixels: Pixels | None) -> Tensor:
-        """What enters block `inputs.layer`: [B, N, D], or the pooled features [B, D]."""
+        """The tokens [B, N, D] that enter block `inputs.layer`, or the pooled features [B, D]."""
         if pixels is not None:
             return self.frozen.embedded(pixels)
         if inputs.recorded is not None:
-            return inputs.recorded.first.new_empty(0, 1, 1)  # nothing is left to be run
+            return inputs.recorded.first.new_empty(0, 1, 1)  # the trunk of every row is recorded
         assert inputs.features is not None
         return inputs.features[index].to(self.backbone.device)
 
-    def _begins(self) -> tuple[int, Pool | None]:
-        """The first layer that the fit has a part in, and what is pooled where that is none."""
+    def _first_layer(self) -> tuple[int, Pool | None]:
+        """The first layer that the fit changes, and the pooling of a fit that changes none."""
         with torch.inference_mode():
             lens = self.lens(self.params)
         return lens.first_layer, lens.pool
 
-    def _reads(self) -> bool:
-        """Whether what is fitted reads the trunk and leaves it as it is."""
+    def _is_reader(self) -> bool:
+        """Whether the fitted lens reads the trunk and leaves it unchanged."""
         with torch.inference_mode():
             return self.lens(self.params).reads_from is not None
 
@@ -368,9 +375,9 @@ class Fit:
 
 
 def prompt_lengths(spec: Spec, method: Method, recipe: Recipe) -> tuple[int, ...]:
-    """Prompts of each layer [L]: the method's, in the layers that the recipe allows (VPT, section 4.3, prompt depth).
+    """The number of prompts of each layer [L]: the method's, in the recipe's layers (VPT, section 4.3, prompt depth).
 
-    Raises Unprocessable (invalid_request) where that leaves a method that has prompts without any.
+    Raises Unprocessable (invalid_request) where a method with prompts is left without any.
     """
     lengths = method.prompt_lengths(spec, recipe.prompts)
     if recipe.prompt_layers is None:
@@ -384,7 +391,7 @@ def prompt_lengths(spec: Spec, method: Method, recipe: Recipe) -> tuple[int, ...
 
 
 def class_weights(targets: NDArray[np.int64], labels: int) -> Tensor:
-    """n / (C · n_c) of each class [C]: a class's pictures together weigh the same, however few they are."""
+    """n / (C · n_c) for each class [C]: the pictures of every class have the same total weight."""
     counts = np.bincount(targets, minlength=labels)
     return torch.from_numpy(len(targets) / (labels * np.maximum(counts, 1))).float()
 
@@ -393,11 +400,12 @@ def seeded(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-def _named(split: str, judged: dict[str, Any]) -> dict[str, Any]:
-    """The figures people look for first stand by themselves; the rest under the split's name."""
-    return {f"{split}_accuracy": judged["accuracy"], f"{split}_images": judged["images"], split: judged}
+def _named(split: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A split's figures under its name, with accuracy and number of images repeated at the top level."""
+    return {f"{split}_accuracy": figures["accuracy"], f"{split}_images": figures["images"], split: figures}
 
 
-def _calibrated(params: Params, heat: float) -> Params:
+def _calibrated(params: Params, temperature: float) -> Params:
     """Dividing the head by the temperature divides the logits: the served scores are calibrated at no cost."""
-    return {name: value / heat if name in ("head.weight", "head.bias") else value for name, value in params.items()}
+    head = ("head.weight", "head.bias")
+    return {name: value / temperature if name in head else value for name, value in params.items()}

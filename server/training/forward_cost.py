@@ -1,4 +1,4 @@
-"""What a lens costs in the forward that serves it: its time on the rack beside the plain frozen ViT's."""
+"""The cost of serving a lens: the time of its forward against the plain frozen ViT's, and its bytes on the rack."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ROUNDS: Final = 7
 
 
 class Cost(NamedTuple):
-    """`forward`: time as a multiple of the plain ViT's. `lens_bytes`: what the lens takes of the rack."""
+    """`forward`: time as a multiple of the plain ViT's. `lens_bytes`: memory of the lens on the rack."""
 
     forward: float
     lens_bytes: int
 
 
-def measured(backbone: Backbone, loaded: Loaded, tick: Callable[[], None]) -> Cost:
-    """A forward of `ROWS` rows of one task through the engine, beside one of the plain ViT with the same pictures.
+def measure(backbone: Backbone, loaded: Loaded, tick: Callable[[], None]) -> Cost:
+    """Time a forward of `ROWS` rows of one task against a forward of the plain ViT on the same pictures.
 
-    The two take turns and the median of the rounds' ratios counts, so that a busy machine disturbs little. `tick` is
-    called after every round.
+    The two alternate, and the result is the median of the rounds' ratios, so that load on the machine has little
+    influence. `tick` is called after every round.
     """
     spec = backbone.spec
     pixels = np.random.default_rng(0).integers(0, 256, (ROWS, spec.image_size, spec.image_size, 3), np.uint8)
@@ -42,15 +42,15 @@ def measured(backbone: Backbone, loaded: Loaded, tick: Callable[[], None]) -> Co
     seat = Seat("", "", place, loaded.labels, loaded.geometry, loaded.mean, loaded.std)
     rounds = []
     for turn in range(ROUNDS + 1):
-        own = _timed(lambda: engine.run([(image, seat) for image in pixels]))
-        bare = _timed(lambda: engine.embed(list(pixels)))
-        rounds += [own / bare] if turn else []  # the first pays for set-up
+        lens_s = _timed(lambda: engine.run([(image, seat) for image in pixels]))
+        plain_s = _timed(lambda: engine.embed(list(pixels)))
+        rounds += [lens_s / plain_s] if turn else []  # the first round includes set-up
         tick()
     return Cost(round(statistics.median(rounds), 3), rack.size_bytes(place))
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Seconds. Both kinds of run end with their answers on the CPU, so nothing is left under way on a device."""
+    """Seconds that `run` takes. It returns answers on the CPU, so no work is left on the device."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

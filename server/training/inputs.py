@@ -1,4 +1,4 @@
-"""What a fit's batches are cut from."""
+"""The inputs of a fit, from which its batches are taken."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from server.engine.reader import Recorded
 from . import augment
 from .co_batching import RecordedRows
 from .data import Index, LabelledImages, Pixels
-from .prefetch import ahead
+from .prefetch import prefetch
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a batch is cut from: pictures, or what the frozen layers before `layer` make of them."""
+    """Pictures, or the output of the frozen layers before `layer` for them."""
 
     pictures: LabelledImages
-    features: Tensor | None  # [n, N, D] that enter block `layer`, or pooled [n, D] behind the last
+    features: Tensor | None  # tokens [n, N, D] that enter block `layer`, or pooled features [n, D] after the last block
     layer: int
     targets: Tensor  # [n]
-    recorded: Recorded | None = None  # what readers read of the first pictures; they start at `layer`
+    recorded: Recorded | None = None  # of the first pictures: keys and values for readers that start at `layer`
 
     @property
     def pooled(self) -> bool:
@@ -34,16 +34,16 @@ class Inputs:
     def read(
         self, batches: Sequence[Index], views: augment.Views | None = None
     ) -> Generator[Pixels | None, None, None]:
-        """The pixels of each batch, read ahead; None for each where features stand for them."""
+        """The pixels of each batch, prefetched; None for a batch whose features or recordings are known."""
         if self.features is not None or (self.recorded is not None and len(self.recorded) == len(self.targets)):
             yield from (None for _ in batches)
         else:
             unread = batches if self.recorded is None else [index[index >= len(self.recorded)] for index in batches]
-            with closing(ahead(self.pictures.images, unread, views)) as pixels:
+            with closing(prefetch(self.pictures.images, unread, views)) as pixels:
                 yield from pixels
 
-    def kept(self, index: Tensor) -> RecordedRows | None:
-        """What readers read of those pictures of a batch that it is known of."""
+    def recorded_rows(self, index: Tensor) -> RecordedRows | None:
+        """The recorded rows of a batch; None where nothing is recorded."""
         if self.recorded is None:
             return None
         known = index < len(self.recorded)

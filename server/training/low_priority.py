@@ -1,4 +1,4 @@
-"""How a fit leaves room on a GPU that it shares with the server. On a CPU the process' own priority does that."""
+"""Limits a fit's share of a GPU that the server uses too. On a CPU the priority of the process does that."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def cap_memory(device: torch.device, share: float) -> None:
-    """This process takes at most `share` (0 to 1) of a CUDA device's memory; beyond it an allocation fails."""
+    """Limit this process to `share` (0 to 1) of a CUDA device's memory; allocations beyond it fail."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 @contextmanager
 def low_priority(device: torch.device) -> Iterator[None]:
-    """What is computed inside runs on a CUDA stream of the lowest priority."""
+    """Run the computations of the `with` block on a CUDA stream of the lowest priority."""
     if device.type != "cuda":
         yield
         return

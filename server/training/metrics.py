@@ -1,5 +1,5 @@
-"""What a fitted task achieves: accuracy in all and class by class, what is taken for what, and whether its scores mean
-what they say (Guo et al., On Calibration of Modern Neural Networks, ICML 2017)."""
+"""The metrics of a classifier: accuracy, overall and by class, confusions, and calibration (Guo et al., On Calibration
+of Modern Neural Networks, ICML 2017)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Logits = NDArray[np.float64]  # [n, C]
 Targets = NDArray[np.int64]  # [n]
 
 BINS: Final = 15  # of the calibration error, as Guo et al.
-MATRIX_CLASSES: Final = 50  # beyond it a confusion matrix no longer fits a manifest, or an eye
+MATRIX_CLASSES: Final = 50  # larger confusion matrices are too big for a manifest, and for a reader
 MOST_CONFUSIONS: Final = 200
 _TEMPERATURES: Final = np.exp(np.linspace(np.log(0.25), np.log(4.0), 201))
 _PRIOR_WIDTH: Final = 0.5  # of log T
@@ -42,9 +42,9 @@ def calibration_error(logits: Logits, targets: Targets) -> float:
 
 
 def temperature(logits: Logits, targets: Targets) -> float:
-    """The T that makes softmax(logits / T) most likely, between 1/4 and 4.
+    """The T between 1/4 and 4 that maximises the likelihood of softmax(logits / T), with a log-normal prior around 1.
 
-    With a log-normal prior around 1: a handful of pictures, all of them right, would otherwise ask for T → 0.
+    Without the prior, a few pictures that are all answered correctly would give T → 0.
     """
     cost = [nll(logits / t, targets) * len(targets) + 0.5 * (np.log(t) / _PRIOR_WIDTH) ** 2 for t in _TEMPERATURES]
     return float(_TEMPERATURES[int(np.argmin(cost))])
@@ -56,15 +56,15 @@ def confusion(logits: Logits, targets: Targets) -> NDArray[np.int64]:
     return np.bincount(targets * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
 
 
-def judged(logits: Logits, targets: Targets) -> dict[str, Any]:
-    """Everything about one split, as JSON. A class without pictures has no accuracy (null) and no part in the mean.
+def split_figures(logits: Logits, targets: Targets) -> dict[str, Any]:
+    """All metrics of one split, as JSON. The accuracy of a class without pictures is null and not part of the mean.
 
-    `confusion` is the matrix for up to 50 classes; beyond it `confused` lists the commonest [true, answer, count].
+    `confusion` is the matrix for up to 50 classes; for more, `confused` lists the commonest [true, answer, count].
     """
     matrix = confusion(logits, targets)
     count = matrix.sum(1)
     recall = np.divide(np.diag(matrix), count, out=np.full(len(count), np.nan), where=count > 0)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "images": len(targets),
         "accuracy": accuracy(logits, targets),
         "macro_accuracy": round(float(np.nanmean(recall)), 6),
@@ -73,8 +73,8 @@ def judged(logits: Logits, targets: Targets) -> dict[str, Any]:
         "per_class": [None if np.isnan(value) else round(float(value), 6) for value in recall],
     }
     if len(matrix) <= MATRIX_CLASSES:
-        return {**found, "confusion": matrix.tolist()}
-    return {**found, "confused": _commonest(matrix)}
+        return {**figures, "confusion": matrix.tolist()}
+    return {**figures, "confused": _commonest(matrix)}
 
 
 def _commonest(matrix: NDArray[np.int64]) -> list[list[int]]:

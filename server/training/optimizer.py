@@ -15,7 +15,7 @@ NO_DECAY = ("head.bias",)  # as the official VPT code
 
 
 def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum as the VPT paper, or AdamW; no weight decay on the head's bias."""
+    """SGD with momentum, as in the VPT paper, or AdamW. Without weight decay on the head's bias."""
     groups: list[dict[str, Any]] = [
         {"params": [value for name, value in params.items() if name not in NO_DECAY]},
         {"params": [value for name, value in params.items() if name in NO_DECAY], "weight_decay": 0.0},
@@ -26,7 +26,7 @@ def make_optimizer(params: Mapping[str, Tensor], recipe: Recipe) -> torch.optim.
 
 
 def lr_scale(recipe: Recipe, epoch: float) -> float:
-    """Warm-up from 0, then a cosine to 0. `epoch` counts from 0 and may be a fraction."""
+    """The factor of the learning rate: warm-up from 0, then a cosine to 0. `epoch` counts from 0, with fractions."""
     if epoch < recipe.warmup_epochs:
         return epoch / recipe.warmup_epochs
     rest = max(recipe.epochs - recipe.warmup_epochs, 1e-9)

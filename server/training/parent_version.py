@@ -1,4 +1,4 @@
-"""A stored version as what a job begins with: its parameters, in the order of the job's labels."""
+"""The stored version that a job condenses: its parameters, in the order of the job's labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.engine.spec import Spec
 from server.errors import Internal, NotFound, Unprocessable
 from server.methods.registry import Registry
 
-from .fit import Fitted
+from .fit import FitResult
 from .recipe import Recipe
 
 OF_CLASSES = ("head.weight", "head.bias")  # the parameters whose first axis is the classes
@@ -19,21 +19,21 @@ OF_CLASSES = ("head.weight", "head.bias")  # the parameters whose first axis is 
 
 @dataclass(frozen=True)
 class Parent:
-    """`preprocess`: how it sees pictures, which need not be how the backbone did."""
+    """`preprocess`: the version's own preprocessing, which may differ from the backbone's."""
 
     version: str
     preprocess: Preprocess
-    fitted: Fitted
+    fitted: FitResult
 
 
 class Parents:
-    """Versions of `store` that this backbone can go on from."""
+    """Loads parents from `store` and checks that this backbone can use them."""
 
     def __init__(self, store: Store, registry: Registry, spec: Spec) -> None:
         self._store, self._registry, self._spec = store, registry, spec
 
     def get(self, task: str, recipe: Recipe, labels: tuple[str, ...]) -> Parent | None:
-        """The version that `recipe` condenses; None where it condenses its own fit.
+        """The version that `recipe` condenses; None where the job's own fit is condensed, or none.
 
         Raises ServiceError: version_not_found, corrupt_bundle, wrong_backbone, bad_bundle, and invalid_request for a
         version of other labels.
@@ -45,7 +45,7 @@ class Parents:
         manifest = bundle.manifest
         method = self._registry.get(manifest.method)
         params = _in_order(bundle, labels)
-        fitted = Fitted(method, recipe, params, manifest.prompt_lengths, manifest.metrics)
+        fitted = FitResult(method, recipe, params, manifest.prompt_lengths, manifest.metrics)
         return Parent(bundle.version, manifest.preprocess, fitted)
 
     def _bundle(self, task: str, version: str) -> Bundle:
@@ -58,13 +58,13 @@ class Parents:
 
 
 def require_labels(bundle: Bundle, labels: tuple[str, ...]) -> None:
-    """Raises Unprocessable (invalid_request) where the version answers with other labels than a dataset has."""
+    """Raises Unprocessable (invalid_request) where the version's labels are not those of a dataset."""
     known = set(bundle.manifest.labels)
     if known != set(labels):
-        strange = sorted(known ^ set(labels))
+        difference = sorted(known ^ set(labels))
         raise Unprocessable(
             f"dataset: expected the {len(known)} labels of version {bundle.version[:12]}, got {len(labels)}; "
-            f"only one of the two knows {strange[:5]}"
+            f"they differ in {difference[:5]}"
         )
 
 

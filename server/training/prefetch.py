@@ -1,4 +1,4 @@
-"""Reading the next batches while the current one is being fitted."""
+"""Prefetch: the next batches are read while the current one is trained on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .data import Images, Index, Pixels
 BATCHES: Final = 2
 
 
-def ahead(
+def prefetch(
     images: Images, batches: Iterable[Index], views: Views | None, depth: int = BATCHES
 ) -> Generator[Pixels, None, None]:
-    """The pixels of each batch in turn, uint8 [k, S, S, 3], while up to `depth` later ones are being read.
+    """Yield the pixels of each batch, uint8 [k, S, S, 3], while a thread reads up to `depth` later ones.
 
-    views: one for every picture of `images`, by its number. An error of a batch is raised at that batch. Closing the
-    iterator waits for the batch that is being read and leaves no thread: use `contextlib.closing` where the loop may
-    end early.
+    views: one for every picture of `images`, by its number. An error in reading a batch is raised at that batch.
+    Closing the iterator waits for the batch that is being read and ends the thread: use `contextlib.closing` where the
+    loop may end early.
     """
     waiting, reading = iter(batches), deque[Future[Pixels]]()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         try:
             while True:
                 while len(reading) <= depth and (index := next(waiting, None)) is not None:
@@ -32,5 +32,5 @@ def ahead(
                     return
                 yield reading.popleft().result()
         finally:
-            for each in reading:
-                each.cancel()
+            for future in reading:
+                future.cancel()

@@ -1,8 +1,8 @@
-"""Published recipes by name: what a paper's authors trained with, and the grid that they searched.
+"""Published recipes by name: the recipe of a paper, and the grid that its authors searched.
 
-`vpt`   Jia et al., Visual Prompt Tuning, ECCV 2022, appendix table 7: SGD, cosine, 10 of 100 epochs to warm up. A run
-        of the authors' own demonstration (base_lr 1, weight decay 0.001, batches of 64) stands in the middle.
-`cvpt`  CVPT, ICCV 2025: AdamW, 10 of 100 epochs to warm up.
+`vpt`   Jia et al., Visual Prompt Tuning, ECCV 2022, appendix table 7: SGD, cosine, 10 of 100 epochs of warm-up. The
+        centre of the grid is the run of the authors' demonstration (base_lr 1, weight decay 0.001, batches of 64).
+`cvpt`  CVPT, ICCV 2025: AdamW, 10 of 100 epochs of warm-up.
 
 Prompt dropout is the methods' own default: 0.1 for deep prompts and none for shallow ones, as published.
 """
@@ -17,12 +17,12 @@ from typing import Any, Final
 from server.errors import Unprocessable
 
 Grid = tuple[Mapping[str, Any], ...]
-RATES: Final = ("lr", "base_lr")  # two ways to say the same
+RATES: Final = ("lr", "base_lr")  # two forms of the learning rate
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`fields`: of a Recipe. `grid`: what a search tries, as changes of them, from the middle outwards."""
+    """`fields`: of a Recipe. `grid`: the changes of them that a search tries, from the centre outwards."""
 
     fields: Mapping[str, Any]
     grid: Grid
@@ -63,15 +63,15 @@ PRESETS: Final[Mapping[str, Preset]] = {
 }
 
 
-def published(name: str) -> Preset:
-    """Raises Unprocessable (invalid_request)."""
+def find_preset(name: str) -> Preset:
+    """The preset of this name. Raises Unprocessable (invalid_request)."""
     if name not in PRESETS:
         raise Unprocessable(f"unknown preset {name!r}: expected {' or '.join(map(repr, PRESETS))}")
     return PRESETS[name]
 
 
-def beneath(asked: Mapping[str, Any], suggested: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for on top of what is suggested; a rate that is asked for replaces one said the other way."""
-    rated = any(rate in asked for rate in RATES)
-    kept = {name: value for name, value in suggested.items() if not (rated and name in RATES)}
-    return {**kept, **asked}
+def overlaid(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` over `defaults`. A learning rate in `fields` replaces one of the other form, too."""
+    has_rate = any(rate in fields for rate in RATES)
+    kept = {name: value for name, value in defaults.items() if not (has_rate and name in RATES)}
+    return {**kept, **fields}

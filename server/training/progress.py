@@ -1,4 +1,4 @@
-"""How far a fit is, for whoever watches."""
+"""The progress of a fit, as its callback `on_progress` receives it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """After each step, and once more when an epoch has been judged.
+    """Reported after each step, and once more after an epoch's evaluation.
 
-    `loss` is the step's, at an epoch's end the epoch's mean; `eta_s` is None until an epoch has been timed. While a
-    search tries recipes, `trial` of `trials` is under way; `tried` is what a trial that has just ended gave. `learned`
-    images were in a step that has just been made.
+    `loss` is the step's, at an epoch's end the epoch's mean. `eta_s` is None until an epoch has been timed. `trial`
+    counts from 1 to `trials` in a search, a comparison or a condensation; `trial_figures` are those of a trial that has
+    just ended. `trained_images` is the number of images in the step that has just been made.
     """
 
     epoch: int = 0
@@ -27,25 +27,25 @@ class Progress:
     epoch_ended: bool = False
     trial: int = 0
     trials: int = 0
-    tried: dict[str, Any] | None = None
-    learned: int = 0
+    trial_figures: dict[str, Any] | None = None
+    trained_images: int = 0
 
 
-Watcher = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
-def nobody(progress: Progress) -> None:
-    """For a fit that nobody watches."""
+def ignore_progress(progress: Progress) -> None:
+    """The default `on_progress`."""
 
 
-class Clock:
-    """Time left, from the time an epoch has taken so far."""
+class EpochClock:
+    """Estimates the time left from the duration of the epochs so far."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs, self._started = epochs, time.perf_counter()
 
     def eta_s(self, done: float) -> float | None:
-        """`done` epochs, a fraction included, are over."""
+        """Seconds left after `done` epochs, which may be a fraction; None during the first epoch."""
         if done < 1:
             return None
         return round((time.perf_counter() - self._started) / done * (self._epochs - done), 1)

@@ -1,7 +1,7 @@
 """The hyper-parameters of a job, every default once.
 
-General defaults here, a method's own where it says so (`Method.defaults`), the job's where it asks. What a bundle's
-manifest records is the whole: nobody has to know the defaults of the day to repeat a fit.
+The general defaults are here; a method overrides them (`Method.defaults`), and a job overrides both. A bundle's
+manifest records the complete recipe, so that a fit can be repeated although defaults change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.engine.spec import TASK_POOLS, TaskPool
 from server.errors import Unprocessable
 
 from .augment import Augment
-from .presets import beneath, published
+from .presets import find_preset, overlaid
 
 _CHOICES: Final = {
     "init": ("uniform", "tokens", "tokens_mean", "tokens_kmeans"),
@@ -26,11 +26,11 @@ _CHOICES: Final = {
 
 @dataclass(frozen=True)
 class Condense:
-    """How prompts are made fewer once they are fitted (`condense.py`).
+    """How fitted prompts are reduced in number (`condense.py`).
 
-    `keep`: shares of all prompts that are tried, the smallest first. `epsilon`: validation accuracy that may be lost.
-    `epochs`: of each refit; None: three fifths of the recipe's. `version`: the stored one that is condensed, instead of
-    what the job fits; None in a recipe whose own fit is.
+    `keep`: the shares of all prompts to try, the smallest first. `epsilon`: the validation accuracy that may be lost.
+    `epochs`: of each refit; None: three fifths of the recipe's. `version`: the stored version to condense; None: the
+    job's own fit is condensed.
     """
 
     keep: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
@@ -39,19 +39,22 @@ class Condense:
     version: str | None = None
 
     @classmethod
-    def of(cls, told: object) -> Condense | None:
-        """From what a job or a manifest says of it; true is all defaults. Raises Unprocessable (invalid_request)."""
-        if told is None or isinstance(told, Condense):
-            return told
-        given = {} if told is True else told
+    def parse(cls, value: object) -> Condense | None:
+        """Parse the `condense` field of a job's or a manifest's recipe; true means all defaults.
+
+        Raises Unprocessable (invalid_request).
+        """
+        if value is None or isinstance(value, Condense):
+            return value
+        settings = {} if value is True else value
         known = [field.name for field in fields(cls)]
-        if not isinstance(given, Mapping) or given.keys() - set(known):
-            raise Unprocessable(f"condense: expected true, or some of {known}, got {str(told)[:100]}")
-        own = cls(**{name: value for name, value in given.items() if value is not None})
-        own = replace(own, keep=tuple(sorted(set(own.keep))))
-        if not own.keep or not 0 < own.keep[0] <= own.keep[-1] < 1:
-            raise Unprocessable(f"condense: expected shares to keep between 0 and 1, got {list(own.keep)}")
-        return own
+        if not isinstance(settings, Mapping) or settings.keys() - set(known):
+            raise Unprocessable(f"condense: expected true, or some of {known}, got {str(value)[:100]}")
+        condense = cls(**{name: item for name, item in settings.items() if item is not None})
+        condense = replace(condense, keep=tuple(sorted(set(condense.keep))))
+        if not condense.keep or not 0 < condense.keep[0] <= condense.keep[-1] < 1:
+            raise Unprocessable(f"condense: expected shares to keep between 0 and 1, got {list(condense.keep)}")
+        return condense
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,12 @@ class Recipe:
 
     Schedule: linear warm-up over `warmup_epochs`, then a cosine to zero, per step. `validation` is the share of the
     training images held out, class by class, where the dataset has no validation split.
-    `prompt_layers`: the first and the last layer with prompts, from 0; None: wherever the method has them. What lies
-    before the first is computed once for all epochs. `init`: how prompts begin, as the method draws them or as tokens
-    of the task's own pictures (`token_init`). `class_weights`: `balanced` weighs a class by the inverse of its share.
-    `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's
-    parameters; 0 runs to the end and keeps the last's. `pool`: what the head reads, see `engine/pooling.py`; None: what
-    the backbone was made with. `condense`: what follows the fit, if anything.
+    `prompt_layers`: the first and the last layer with prompts, counted from 0; None: all layers of the method. The
+    layers before the first run once for all epochs. `init`: initial prompts, drawn by the method or tokens of the
+    task's own pictures (`token_init`). `class_weights`: `balanced` weighs a class by the inverse of its share.
+    `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's parameters;
+    0: run all epochs and keep the last parameters. `pool`: what the head reads, see `engine/pooling.py`; None: the
+    backbone's own pooling. `condense`: the condensation after the fit, if any.
     """
 
     epochs: int = 20
@@ -92,17 +95,19 @@ class Recipe:
         return asdict(self)
 
 
+_FIELDS: Final = {field.name for field in fields(Recipe)}
+
 Search = Literal["none", "auto", "quick"]
 SEARCHES: Final[tuple[Search, ...]] = get_args(Search)
 
 
 @dataclass(frozen=True)
 class RecipeRequest:
-    """What a job asks for: how its recipe is found, and the fields that it holds to.
+    """The recipe of a job: the fields that it sets, and how the others are found.
 
-    `none` fits with these fields and the method's defaults. `auto` searches what they leave open. `quick` publishes a
-    head on the frozen features first, and goes on as `none`. `budget`: pictures through the backbone that a search may
-    take before the full fit; None leaves that to the search.
+    `search`: `none` takes the method's defaults. `auto` searches for them. `quick` publishes a head on the frozen
+    features first, and then does the same as `none`. `budget`: pictures that a search may pass through the backbone
+    before the full fit; None: the search's default.
     """
 
     search: Search
@@ -110,48 +115,52 @@ class RecipeRequest:
     fields: dict[str, Any]
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> RecipeRequest:
-        """From a job's recipe as it is stored. Raises Unprocessable (invalid_request)."""
-        fields = {name: value for name, value in told.items() if name not in ("search", "budget")}
-        search = told.get("search", "none")
+    def parse(cls, recipe: Mapping[str, Any]) -> RecipeRequest:
+        """Parse a job's recipe as it is stored. Raises Unprocessable (invalid_request)."""
+        fields = {name: value for name, value in recipe.items() if name not in ("search", "budget")}
+        search = recipe.get("search", "none")
         if search not in SEARCHES:
             raise Unprocessable(f"unknown search {search!r}: expected one of {', '.join(SEARCHES)}")
-        return cls(search, told.get("budget"), fields)
+        return cls(search, recipe.get("budget"), fields)
 
 
-def resolve(defaults: Mapping[str, object], wanted: Mapping[str, Any]) -> Recipe:
-    """General defaults, then a method's, a preset's, and the job's. Raises Unprocessable (invalid_request)."""
-    asked = {key: value for key, value in wanted.items() if value is not None}
-    if (preset := asked.pop("preset", None)) is not None:
-        asked = beneath(asked, published(preset).fields)
-    base_lr = asked.pop("base_lr", None)
-    if base_lr is not None and "lr" in asked:
+def resolve(defaults: Mapping[str, object], fields: Mapping[str, Any]) -> Recipe:
+    """The recipe of general defaults, a method's `defaults`, a preset's fields and a job's `fields`, the later ones
+    overriding the earlier. Raises Unprocessable (invalid_request)."""
+    values = {name: value for name, value in fields.items() if value is not None}
+    if (preset := values.pop("preset", None)) is not None:
+        values = overlaid(values, find_preset(preset).fields)
+    base_lr = values.pop("base_lr", None)
+    if base_lr is not None and "lr" in values:
         raise Unprocessable("give lr or base_lr, not both: lr = base_lr · batch_size / 256")
-    known = {field.name for field in fields(Recipe)}
-    if unknown := sorted(asked.keys() - known):
+    if unknown := sorted(values.keys() - _FIELDS):
         raise Unprocessable(
-            f"unknown recipe fields {unknown}: expected some of {sorted(known | {'base_lr', 'preset'})}"
+            f"unknown recipe fields {unknown}: expected some of {sorted(_FIELDS | {'base_lr', 'preset'})}"
         )
-    recipe = Recipe(**{**defaults, **asked})
+    recipe = Recipe(**{**defaults, **values})
     if base_lr is not None:
         recipe = replace(recipe, lr=base_lr * recipe.batch_size / 256)
+    _check_choices(recipe)
+    return replace(
+        recipe,
+        warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),
+        prompt_layers=_layers(recipe.prompt_layers),
+        condense=Condense.parse(recipe.condense),
+    )
+
+
+def _check_choices(recipe: Recipe) -> None:
     for name, choices in _CHOICES.items():
         if (value := getattr(recipe, name)) not in choices:
             raise Unprocessable(f"unknown {name} {value!r}: expected {' or '.join(map(repr, choices))}")
     if recipe.pool not in (None, *TASK_POOLS):
         raise Unprocessable(f"unknown pool {recipe.pool!r}: expected {' or '.join(map(repr, TASK_POOLS))}")
-    return replace(
-        recipe,
-        warmup_epochs=min(recipe.warmup_epochs, recipe.epochs - 1),
-        prompt_layers=_layers(recipe.prompt_layers),
-        condense=Condense.of(recipe.condense),
-    )
 
 
-def _layers(asked: Sequence[int] | None) -> tuple[int, int] | None:
-    if asked is None:
+def _layers(layers: Sequence[int] | None) -> tuple[int, int] | None:
+    if layers is None:
         return None
-    first, last = asked
+    first, last = layers
     if not 0 <= first <= last:
         raise Unprocessable(f"prompt_layers: expected [first, last] with 0 <= first <= last, got {[first, last]}")
     return first, last

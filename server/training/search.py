@@ -1,15 +1,15 @@
-"""`auto`: the recipe and the method are found on the validation pictures, within a budget, and then fitted in full.
+"""`auto`: the search for method and recipe on the validation pictures, within a budget, and the full fit of the best.
 
-    heads on frozen features          every candidate to its end: they cost nothing but the features
-    prompts, first rung               every candidate for a short schedule; of each three the best goes on, and of
-                                      each method
+    heads on frozen features          every candidate in full: they cost nothing but the features
+    prompts, first rung               every candidate for a short schedule; the best third, and the best of each
+                                      method, are promoted
     prompts, second rung              three times as long
-    the full fit                      the best of the second rung; a head that was better on validation is kept instead
+    the full fit                      the best of the second rung; where a head was better on validation, that head
 
 Successive halving (Jamieson & Talwalkar, AISTATS 2016), each rung a short but whole schedule, warm-up and cosine
-included, so that a learning rate is judged as it will be used. Candidates are what the methods themselves suggest
-(`Method.candidates`), the likeliest first; how many take part, and for how long, is what the budget allows. What is
-compared is the calibrated negative log-likelihood: it tells recipes apart where a few dozen validation pictures give
+included, so that a learning rate is evaluated as it will be used. Candidates are those that the methods suggest
+(`Method.candidates`), the most promising first; the budget determines how many are tried, and for how long. They are
+ranked by the calibrated negative log-likelihood, which distinguishes recipes where a few dozen validation pictures give
 the same accuracy.
 """
 
@@ -27,14 +27,14 @@ import torch
 from server.engine.backbone import Backbone
 from server.methods.method import Method
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, OnCheckpoint, ignore_checkpoint
 from .co_batching import Fitting
 from .condense import condensable
 from .data import LabelledImages, Splits, sample
-from .fit import DivergedError, Fitted, Keeper, fitting, nowhere
+from .fit import DivergedError, FitResult, fitting
 from .frozen import FrozenFeatures
-from .presets import beneath, published
-from .progress import Progress, Watcher, nobody
+from .presets import find_preset, overlaid
+from .progress import OnProgress, Progress, ignore_progress
 from .recipe import Recipe, resolve
 from .token_init import has_prompts
 
@@ -44,7 +44,7 @@ KEEP_ONE_OF: Final = 3
 SHORT: Final = 1_600  # pictures of a first-rung trial: 50 steps of 32
 FULL: Final = 9_600  # pictures that a full fit sees at least: 300 steps of 32
 MOST_EPOCHS: Final = 100
-MOST_VAL: Final = 500  # pictures that a trial is judged on
+MOST_VAL: Final = 500  # validation pictures of a trial
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,28 @@ def searching(
     fixed: Mapping[str, Any],
     *,
     budget: int | None = None,
-    watch: Watcher = nobody,
-    keep: Keeper = nowhere,
+    on_progress: OnProgress = ignore_progress,
+    on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
-) -> Fitting[Fitted]:
+) -> Fitting[FitResult]:
     """Find a recipe among `methods` for `labels` classes and fit it. `fixed`: recipe fields that are not searched.
 
     `budget`: pictures that may go through the backbone before the full fit; without one it is a hundred times the
-    training pictures, and at most 30,000. The outcome's metrics tell under `search`
-    what was tried. Otherwise as `fit.fitting`.
+    training pictures, and at most 30,000. The result's metrics hold all trials under `search`. Other arguments as for
+    `fit.fitting`.
     """
     state = resume or Checkpoint()
-    plan = _Plan.of(backbone, methods, splits, fixed, budget or min(BUDGET, BUDGET_EACH * len(splits.train)))
-    run = _Search(backbone, splits, labels, plan, watch, keep, frozen or FrozenFeatures(backbone), list(state.trials))
-    best = yield from run.tried()
-    return (yield from run.fitted(best, state))
+    plan = _Plan.make(backbone, methods, splits, fixed, budget or min(BUDGET, BUDGET_EACH * len(splits.train)))
+    frozen = frozen or FrozenFeatures(backbone)
+    run = _Search(backbone, splits, labels, plan, on_progress, on_checkpoint, frozen, list(state.trials))
+    best = yield from run.try_candidates()
+    return (yield from run.fit_best(best, state))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is tried, and for how many pictures."""
+    """The candidates of a search. `short`: training pictures of a first-rung trial."""
 
     heads: tuple[Candidate, ...]
     prompted: tuple[Candidate, ...]
@@ -89,52 +90,58 @@ class _Plan:
     budget: int
 
     @classmethod
-    def of(
+    def make(
         cls, backbone: Backbone, methods: Sequence[Method], splits: Splits, fixed: Mapping[str, Any], budget: int
     ) -> _Plan:
-        """As many candidates as the budget has room for, each looked at for `short` pictures and judged on the
-        validation pictures, and the survivors for three times as many; two of them however small it is."""
-        images, judged = len(splits.train), min(len(splits.val), MOST_VAL)
+        """As many candidates as the budget allows, at least two, and at least one of each method."""
+        images, val = len(splits.train), min(len(splits.val), MOST_VAL)
         heads: list[list[Candidate | None]] = []
         prompted: list[list[Candidate | None]] = []
         for method in methods:
-            held = _held(method, backbone, fixed)
-            own = [_candidate(method, changes, held, images) for changes in _suggested(method, held)]
-            if not any(own):  # nothing that is suggested goes with what is fixed
-                own = [Candidate(method, resolve(method.defaults, held))]
-            (heads if head_only(method, backbone) else prompted).append(own)
+            (heads if head_only(method, backbone) else prompted).append(_candidates(method, backbone, fixed, images))
         ranked = _distinct(chain.from_iterable(zip_longest(*prompted)))
-        left = budget - (min(budget // 3, images) + judged if heads else 0)
+        left = budget - (min(budget // 3, images) + val if heads else 0)
         full = ranked[0].recipe.epochs * images if ranked else 0
-        kinds = max(1, len({candidate.method.name for candidate in ranked}))
-        fewest = max(2, kinds)
-        short = (left - (fewest + kinds) * judged) // (fewest + KEEP_ONE_OF * kinds)
-        short = max(1, min(SHORT, full // KEEP_ONE_OF, short))
-        count = KEEP_ONE_OF * left // (2 * KEEP_ONE_OF * short + (KEEP_ONE_OF + 1) * judged)
-        if count < KEEP_ONE_OF * kinds:
-            count = (left - kinds * (KEEP_ONE_OF * short + judged)) // (short + judged)
-        count = max(fewest, count)
+        count, short = _affordable(left, full, val, _method_count(ranked))
         return cls(tuple(_distinct(chain.from_iterable(heads))), tuple(ranked[:count]), short, budget)
 
     @property
-    def survivors(self) -> int:
-        return max(len(self.prompted) // KEEP_ONE_OF, len({candidate.method.name for candidate in self.prompted}))
+    def promoted(self) -> int:
+        """The number of candidates of the second rung."""
+        return max(len(self.prompted) // KEEP_ONE_OF, _method_count(self.prompted))
 
     @property
     def trials(self) -> int:
-        return len(self.heads) + len(self.prompted) + (self.survivors if self.prompted else 0)
+        return len(self.heads) + len(self.prompted) + (self.promoted if self.prompted else 0)
+
+
+def _affordable(left: int, full: int, val: int, methods: int) -> tuple[int, int]:
+    """How many candidates both rungs can try with `left` pictures, and the training pictures `short` of a first-rung
+    trial. A trial also evaluates `val` pictures; `full` are the training pictures of a full fit."""
+    methods = max(1, methods)
+    fewest = max(2, methods)
+    short = (left - (fewest + methods) * val) // (fewest + KEEP_ONE_OF * methods)
+    short = max(1, min(SHORT, full // KEEP_ONE_OF, short))
+    count = KEEP_ONE_OF * left // (2 * KEEP_ONE_OF * short + (KEEP_ONE_OF + 1) * val)
+    if count < KEEP_ONE_OF * methods:
+        count = (left - methods * (KEEP_ONE_OF * short + val)) // (short + val)
+    return max(fewest, count), short
+
+
+def _method_count(candidates: Iterable[Candidate]) -> int:
+    return len({candidate.method.name for candidate in candidates})
 
 
 @dataclass
 class _Search:
-    """One search under way. `trials`: what is known so far, in the order in which it is tried."""
+    """The state of a search. `trials`: the figures of the finished trials, in order."""
 
     backbone: Backbone
     splits: Splits
     labels: int
     plan: _Plan
-    watch: Watcher
-    keep: Keeper
+    on_progress: OnProgress
+    on_checkpoint: OnCheckpoint
     frozen: FrozenFeatures
     trials: list[dict[str, Any]]
 
@@ -146,152 +153,166 @@ class _Search:
         self._long = sample(train, KEEP_ONE_OF * self.plan.short, seed)
         self._done = 0
 
-    def tried(self) -> Fitting[list[tuple[Candidate, float]]]:
-        """Run the trials that are still to do. Returns the best head and the best of the second rung, as far as there
-        are any, with what they gave."""
+    def try_candidates(self) -> Fitting[list[tuple[Candidate, float]]]:
+        """Run the remaining trials. Returns the best head and the best candidate of the second rung, each with its
+        validation loss; only one of them where the search has no other."""
         heads = yield from self._rung(self.plan.heads, 0, self._for_heads, None)
         first = yield from self._rung(self.plan.prompted, 1, self._short, self.plan.short)
-        going_on = _survivors([candidate for candidate, _ in first], self.plan.survivors)
-        last = yield from self._rung(going_on, 2, self._long, KEEP_ONE_OF * self.plan.short)
-        return heads[:1] + last[:1]
+        promoted = _promoted([candidate for candidate, _ in first], self.plan.promoted)
+        second = yield from self._rung(promoted, 2, self._long, KEEP_ONE_OF * self.plan.short)
+        return heads[:1] + second[:1]
 
-    def fitted(self, best: Sequence[tuple[Candidate, float]], state: Checkpoint) -> Fitting[Fitted]:
-        """The full fit of the best prompts, which a short schedule may have wronged; where the head is better after
-        all, the head's."""
-        (head, of_head), (chosen, of_chosen) = best[0], best[-1]
-        found = None
-        if chosen is not head and of_chosen < math.inf:
+    def fit_best(self, best: Sequence[tuple[Candidate, float]], state: Checkpoint) -> Fitting[FitResult]:
+        """Fit the best prompts in full, even if the head is ahead: a short schedule may underrate prompts. Where the
+        head is better than the full fit, fit the head."""
+        (head, head_loss), (prompted, prompted_loss) = best[0], best[-1]
+        result = None
+        if prompted is not head and prompted_loss < math.inf:
             with suppress(DivergedError):
-                found = yield from self._full(chosen, self.keep, state)
-        if found is None or (chosen is not head and _score(found) > of_head):
-            kept = (self.keep, state) if chosen is head else (nowhere, Checkpoint())
-            found = yield from self._full(head, *kept)
-        told = {"budget": self.plan.budget, "forward_passes": self._spent(), "trials": self.trials}
-        return replace(found, metrics={**found.metrics, "search": told})
+                result = yield from self._fit(prompted, self.on_checkpoint, state)
+        if result is None or (prompted is not head and _loss(result) > head_loss):
+            resumable = (self.on_checkpoint, state) if prompted is head else (ignore_checkpoint, Checkpoint())
+            result = yield from self._fit(head, *resumable)
+        search = {"budget": self.plan.budget, "forward_passes": self._spent(), "trials": self.trials}
+        return replace(result, metrics={**result.metrics, "search": search})
 
-    def _full(self, candidate: Candidate, keep: Keeper, state: Checkpoint) -> Fitting[Fitted]:
+    def _fit(self, candidate: Candidate, on_checkpoint: OnCheckpoint, state: Checkpoint) -> Fitting[FitResult]:
         return fitting(
             self.backbone,
             candidate.method,
             self.splits,
             self.labels,
             candidate.recipe,
-            watch=self.watch,
-            keep=lambda now: keep(replace(now, trials=self.trials)),
+            on_progress=self.on_progress,
+            on_checkpoint=lambda now: on_checkpoint(replace(now, trials=self.trials)),
             resume=state,
             frozen=self.frozen,
         )
 
     def _rung(
-        self, candidates: Sequence[Candidate], rung: int, train: LabelledImages, look: int | None
+        self, candidates: Sequence[Candidate], rung: int, train: LabelledImages, pictures: int | None
     ) -> Fitting[list[tuple[Candidate, float]]]:
-        """Every candidate tried on `train`, for `look` pictures where that is given. Best first, the earlier of equals
-        before the later."""
-        scores = []
+        """Try every candidate on `train`, for `pictures` training pictures instead of its own epochs where that is
+        given. Returns the candidates with their validation losses, best first; the sort is stable."""
+        losses = []
         for candidate in candidates:
             if self._done == len(self.trials):
-                self.trials.append((yield from self._trial(candidate, rung, train, look)))
-                self.keep(Checkpoint(trials=self.trials))
-                self.watch(self._progress(Progress(), tried=self.trials[-1]))
+                self.trials.append((yield from self._trial(candidate, rung, train, pictures)))
+                self.on_checkpoint(Checkpoint(trials=self.trials))
+                self.on_progress(self._progress(Progress(), self.trials[-1]))
             nll = self.trials[self._done]["val_nll"]
-            scores.append((candidate, math.inf if nll is None else nll))
+            losses.append((candidate, math.inf if nll is None else nll))
             self._done += 1
-        return sorted(scores, key=lambda one: one[1])
+        return sorted(losses, key=lambda pair: pair[1])
 
     def _trial(
-        self, candidate: Candidate, rung: int, train: LabelledImages, look: int | None
+        self, candidate: Candidate, rung: int, train: LabelledImages, pictures: int | None
     ) -> Fitting[dict[str, Any]]:
-        recipe = candidate.recipe if look is None else _shortened(candidate.recipe, max(1, round(look / len(train))))
-        told = {"method": candidate.method.name, "rung": rung, "images": len(train), **_searched(recipe)}
+        recipe = candidate.recipe
+        if pictures is not None:
+            recipe = _shortened(recipe, max(1, round(pictures / len(train))))
+        about = {"method": candidate.method.name, "rung": rung, "images": len(train), **_searched(recipe)}
         try:
-            found = yield from fitting(
+            result = yield from fitting(
                 self.backbone,
                 candidate.method,
                 Splits(train, self._val, None),
                 self.labels,
                 recipe,
-                watch=lambda progress: self.watch(self._progress(progress)),
+                on_progress=lambda progress: self.on_progress(self._progress(progress)),
                 frozen=self.frozen,
                 each_epoch=False,
             )
         except DivergedError:
-            return {**told, "val_accuracy": None, "val_nll": None, "forward_passes": 0}
-        own = found.metrics
+            return {**about, "val_accuracy": None, "val_nll": None, "forward_passes": 0}
+        metrics = result.metrics
         return {
-            **told,
-            "val_accuracy": own["val_accuracy"],
-            "val_nll": own["val"]["nll"],
-            "forward_passes": 0 if look is None else own["forward_passes"],
+            **about,
+            "val_accuracy": metrics["val_accuracy"],
+            "val_nll": metrics["val"]["nll"],
+            "forward_passes": 0 if pictures is None else metrics["forward_passes"],
         }
 
-    def _progress(self, progress: Progress, tried: dict[str, Any] | None = None) -> Progress:
-        trial = len(self.trials) + (tried is None)
-        return replace(progress, epoch_ended=False, eta_s=None, trial=trial, trials=self.plan.trials, tried=tried)
+    def _progress(self, progress: Progress, figures: dict[str, Any] | None = None) -> Progress:
+        number, total = len(self.trials) + (figures is None), self.plan.trials
+        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, trial_figures=figures)
 
     def _spent(self) -> int:
-        """The features that all heads share, and what every other trial took."""
+        """Pictures through the backbone: those of the features that all heads share, and those of every other trial."""
         shared = len(self._for_heads) + len(self._val) if self.plan.heads else 0
         return shared + sum(trial["forward_passes"] for trial in self.trials)
 
 
-def _survivors(ranked: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The best of each method, whatever its rank, and the next best of all: deep prompts learn slowly at first, and a
-    short schedule alone would drop them for what merely starts faster."""
+def _promoted(ranked: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The best candidate of each method and the next best of all: deep prompts learn slowly at first, and a short
+    schedule alone would drop them for methods that merely start faster."""
     methods: dict[str, Candidate] = {}
     for candidate in ranked:
         methods.setdefault(candidate.method.name, candidate)
-    leading = list(methods.values())
-    kept = [*leading, *(one for one in ranked if one not in leading)][: max(count, len(leading))]
-    return [one for one in ranked if one in kept]
+    best = list(methods.values())
+    chosen = [*best, *(candidate for candidate in ranked if candidate not in best)][: max(count, len(best))]
+    return [candidate for candidate in ranked if candidate in chosen]
 
 
-def _score(found: Fitted) -> float:
-    return float(found.metrics["val"]["nll"])
+def _loss(result: FitResult) -> float:
+    return float(result.metrics["val"]["nll"])
 
 
 def _shortened(recipe: Recipe, epochs: int) -> Recipe:
-    """The same schedule in fewer epochs; too short for patience."""
+    """The same schedule in fewer epochs, without early stopping."""
     return replace(recipe, epochs=epochs, warmup_epochs=recipe.warmup_epochs * epochs / recipe.epochs, patience=0)
 
 
 def _searched(recipe: Recipe) -> dict[str, Any]:
-    wanted = ("optimizer", "lr", "weight_decay", "prompts", "epochs")
-    return {name: value for name, value in recipe.to_json().items() if name in wanted}
+    """The fields in which candidates differ."""
+    names = ("optimizer", "lr", "weight_decay", "prompts", "epochs")
+    return {name: value for name, value in recipe.to_json().items() if name in names}
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
 def head_only(method: Method, backbone: Backbone) -> bool:
-    """Whether it trains nothing before the head: its candidates share the frozen features."""
+    """Whether the method trains only a head, so that its candidates share the frozen features."""
     lengths = method.prompt_lengths(backbone.spec, 1)
     with torch.inference_mode():
         params = method.init(backbone.spec, lengths, 2, torch.Generator())
-        own = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
-        return method.lower(backbone, own, lengths).head_only
+        cast = {name: value.to(backbone.device, backbone.dtype) for name, value in params.items()}
+        return method.lower(backbone, cast, lengths).head_only
 
 
-def _held(method: Method, backbone: Backbone, fixed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is fixed and means something to the method: what is said about prompts is passed over where there are none.
-    A job that names such a method itself is refused."""
-    known = {"init": has_prompts(method, backbone.spec), "condense": condensable(method, backbone.spec)}
-    return {name: value for name, value in fixed.items() if known.get(name, True)}
+def _candidates(method: Method, backbone: Backbone, fixed: Mapping[str, Any], images: int) -> list[Candidate | None]:
+    """The candidates of a method, the most promising first. None stands for a suggestion that contradicts `fixed`."""
+    fields = _applicable(method, backbone, fixed)
+    candidates = [_candidate(method, changes, fields, images) for changes in _suggestions(method, fields)]
+    return candidates if any(candidates) else [Candidate(method, resolve(method.defaults, fields))]
 
 
-def _suggested(method: Method, fixed: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """A preset's own grid, or what the method suggests."""
+def _applicable(method: Method, backbone: Backbone, fixed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fixed fields that apply to the method: fields about prompts are dropped where it has none. (A job that names
+    such a method itself is refused.)"""
+    applies = {"init": has_prompts(method, backbone.spec), "condense": condensable(method, backbone.spec)}
+    return {name: value for name, value in fixed.items() if applies.get(name, True)}
+
+
+def _suggestions(method: Method, fixed: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The grid of the preset, or the method's own suggestions."""
     preset = fixed.get("preset")
-    return method.candidates if preset is None else published(preset).grid
+    return method.candidates if preset is None else find_preset(preset).grid
 
 
 def _candidate(method: Method, changes: Mapping[str, Any], fixed: Mapping[str, Any], images: int) -> Candidate | None:
-    """A method's suggestion with what the job has fixed. None where the two do not go together: a learning rate is
-    suggested for its optimiser."""
-    held = {name: value for name, value in fixed.items() if value is not None}
-    if held.get("optimizer", changes.get("optimizer", "adamw")) != changes.get("optimizer", "adamw"):
+    """A method's suggestion with the fixed fields. None where the fixed optimiser is not the suggestion's: a learning
+    rate is suggested for its optimiser."""
+    fields = {name: value for name, value in fixed.items() if value is not None}
+    optimizer = changes.get("optimizer", "adamw")
+    if fields.get("optimizer", optimizer) != optimizer:
         return None
-    recipe = resolve(method.defaults, beneath(held, changes))
-    if not held.keys() & {"epochs", "preset"}:
+    recipe = resolve(method.defaults, overlaid(fields, changes))
+    if not fields.keys() & {"epochs", "preset"}:
         recipe = replace(recipe, epochs=max(recipe.epochs, min(MOST_EPOCHS, math.ceil(FULL / images))))
     return Candidate(method, recipe)
 
 
 def _distinct(candidates: Iterable[Candidate | None]) -> list[Candidate]:
-    return list(dict.fromkeys(one for one in candidates if one is not None))
+    return list(dict.fromkeys(candidate for candidate in candidates if candidate is not None))

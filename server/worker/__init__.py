@@ -1,1 +1,1 @@
-"""Story 2, a job's way to its version: claim, read, fit, evaluate, publish."""
+"""The worker: it claims a job, reads its data set, fits, evaluates, and publishes the version."""

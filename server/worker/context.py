@@ -1,7 +1,7 @@
-"""A generator whose steps run in a context of their own.
+"""Runs the steps of a generator in a context of their own.
 
-Jobs that share a worker's thread take turns. A context variable that one of them sets, for its log lines or its trace,
-would otherwise be seen by whoever comes next.
+Jobs that share a worker's thread alternate. Without a separate context, the log fields and the trace that one job sets
+in context variables would apply to the steps of the next.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
-Asked = TypeVar("Asked")
-Sent = TypeVar("Sent")
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 Outcome = TypeVar("Outcome")
 
 
-def in_separate_context(work: Generator[Asked, Sent, Outcome]) -> Generator[Asked, Sent, Outcome]:
-    """`work`, each of its steps in one copy of the context in which it began."""
+def in_separate_context(steps: Generator[Request, Answer, Outcome]) -> Generator[Request, Answer, Outcome]:
+    """The same generator, with all its steps in one copy of the context in which the first step runs."""
     context = copy_context()
-    step: Callable[[], Asked] = partial(next, work)
+    step: Callable[[], Request] = partial(next, steps)
     while True:
         try:
-            asked = context.run(step)
+            request = context.run(step)
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome
         try:
-            step = partial(work.send, (yield asked))
+            step = partial(steps.send, (yield request))
         except GeneratorExit:
-            context.run(work.close)
+            context.run(steps.close)
             raise
         except Exception as error:
-            step = partial(work.throw, error)
+            step = partial(steps.throw, error)

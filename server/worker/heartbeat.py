@@ -1,4 +1,4 @@
-"""The pulse of a job under way: it renews the lease, carries the progress, and says when the work must stop."""
+"""The heartbeat of a running job: it renews the lease, reports the progress, and says when the job must stop."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class JobCancelled(Exception):
-    """The job's owner asked to stop it."""
+    """A client cancelled the job."""
 
 
 class ShuttingDown(Exception):
-    """This worker is asked to stop; the job goes back to the queue."""
+    """This worker shuts down; the job goes back to the queue."""
 
 
 class Heartbeat:
-    """Renews a job's lease from a thread of its own, and tells the work when to stop."""
+    """Renews a job's lease in a thread, and raises in the job's own thread what must stop it."""
 
-    PERIOD_S = 0.5  # how soon a cancellation is seen; well below any sensible lease
+    PERIOD_S = 0.5  # the longest time until a cancellation is noticed; much shorter than a lease
 
     def __init__(self, jobs: JobStore, job: Job, lease_s: float, stop: threading.Event) -> None:
         self._jobs, self._job, self._lease_s, self._stop = jobs, job, lease_s, stop
@@ -40,7 +40,7 @@ class Heartbeat:
         self._epoch_began = time.monotonic()
         # in the job's context, so that its log lines name the job
         self._thread = threading.Thread(
-            target=copy_context().run, args=(self._beat,), name=f"pulse-{job.id}", daemon=True
+            target=copy_context().run, args=(self._beat_until_end,), name=f"heartbeat-{job.id}", daemon=True
         )
 
     def __enter__(self) -> Heartbeat:
@@ -52,7 +52,7 @@ class Heartbeat:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise what ends the job early: LeaseLost, JobCancelled, ShuttingDown."""
+        """Raise LeaseLost, JobCancelled or ShuttingDown where the job must stop."""
         if self._lost is not None:
             raise self._lost
         if self._cancelled:
@@ -61,27 +61,30 @@ class Heartbeat:
             raise ShuttingDown
 
     def wait(self, seconds: float) -> None:
-        """Let so much time pass, or raise what `check` raises."""
+        """Wait, then raise what `check` raises. A shutdown ends the wait."""
         self._stop.wait(seconds)
         self.check()
 
-    def watch(self, progress: Progress) -> None:
-        """Take a step's progress along; record each epoch and each trial of a search as an event."""
+    def on_progress(self, progress: Progress) -> None:
+        """The callback of the job's fit: note the progress, and add an event for each epoch and each trial.
+
+        Raises what `check` raises.
+        """
         self._progress = progress
-        if progress.learned:
+        if progress.trained_images:
             metrics.STEPS.inc()
-            metrics.IMAGES.inc(progress.learned)
+            metrics.IMAGES.inc(progress.trained_images)
         self.check()
         if progress.epoch_ended:
             self._end_epoch(progress)
-        if progress.tried is not None:
-            self.tell("trial", {"trial": progress.trial, "trials": progress.trials, **progress.tried})
+        if progress.trial_figures is not None:
+            self.emit("trial", {"trial": progress.trial, "trials": progress.trials, **progress.trial_figures})
 
     def check_only(self, progress: Progress) -> None:
-        """Watch work that is not the job's own fit: it can be ended, and shows nothing."""
+        """The callback of the preliminary fit, whose progress is not reported. Raises what `check` raises."""
         self.check()
 
-    def tell(self, type_: str, data: Mapping[str, Any]) -> None:
+    def emit(self, type_: str, data: Mapping[str, Any]) -> None:
         """Add an event to the job. Raises LeaseLost."""
         self._jobs.append_event(self._job.id, self._job.attempt, type_, data)
 
@@ -89,27 +92,27 @@ class Heartbeat:
         began, self._epoch_began = self._epoch_began, time.monotonic()
         metrics.EPOCHS.inc()
         tracing.record_span("epoch", self._epoch_began - began, {"lensrack.epoch": progress.epoch})
-        self.tell("epoch", _shown(progress))
+        self.emit("epoch", _to_wire(progress))
 
     def beat(self) -> None:
-        """Renew the lease and tell the progress. Raises LeaseLost."""
-        job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _shown(self._progress))
+        """Renew the lease and store the progress. Raises LeaseLost."""
+        job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _to_wire(self._progress))
         self._cancelled = job.cancel_requested
 
-    def _beat(self) -> None:
+    def _beat_until_end(self) -> None:
         while not self._ended.wait(min(self.PERIOD_S, self._lease_s / 3)):
             try:
                 self.beat()
             except LeaseLost as lost:
                 self._lost = lost
                 return
-            except Exception:  # the store is away for a moment: the lease decides, not this thread
+            except Exception:  # the store may be back before the lease ends
                 metrics.HEARTBEATS_FAILED.inc()
                 log.exception("job %s: heartbeat failed", self._job.id)
 
 
-def _shown(progress: Progress) -> dict[str, Any]:
-    """A progress as the wire's JobProgress."""
-    shown = asdict(progress)
-    del shown["epoch_ended"], shown["tried"], shown["learned"]
-    return shown
+def _to_wire(progress: Progress) -> dict[str, Any]:
+    """The progress as the wire's JobProgress."""
+    fields = asdict(progress)
+    del fields["epoch_ended"], fields["trial_figures"], fields["trained_images"]
+    return fields

@@ -1,12 +1,12 @@
-"""From a bundle to what the server answers with: into the store, and live where the job's policy says so.
+"""Puts a job's bundle into the store, and moves the alias `live` as the job's policy says.
 
     always      `live` moves
     never       it does not
-    if_better   the new version and the live one answer the same validation pictures; `live` moves if the new one is
-                right more often, or as often and surer of it
+    if_better   the new and the live version are evaluated on the same validation pictures; `live` moves if the new one
+                has the higher accuracy, or the same accuracy and the lower loss
 
-A version goes live once: a later attempt at the same job, whose bytes are the same, leaves the alias to whoever moved
-it since.
+A version goes live once: a later attempt at the same job, which makes the same bytes, does not move the alias again,
+since it may have been moved meanwhile.
 """
 
 from __future__ import annotations
@@ -27,82 +27,84 @@ from prompts_store import (
     VersionNotFound,
 )
 from server.jobs.job import Job
-from server.training.evaluate import Score, Unservable
+from server.training.evaluate import Score, UnservableBundle
 
 from .heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
 LIVE: Final = "live"
-PATIENCE_S: Final = 60.0
-AGAIN_S: Final = 2.0
+RETRY_FOR_S: Final = 60.0
+RETRY_EVERY_S: Final = 2.0
 Evaluate = Callable[[Bundle], Score]
 Outcome = dict[str, Any]
 
 
 class Publisher:
-    """Puts a job's bundle into the store and decides about `live`."""
+    """Stores the bundles of jobs and moves `live`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def publish(self, job: Job, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
-        """What the job's metrics say about it: `published`, and under `judged` the scores that decided.
+    def publish(self, job: Job, bundle: Bundle, evaluate: Evaluate, heartbeat: Heartbeat) -> Outcome:
+        """Store the bundle, and move `live` where the policy says so. Returns what the job's metrics record:
+        `published`, and under `judged` the scores behind the decision.
 
-        A store that is full or away is waited for: what took hours to fit must not be lost to a minute without it.
-        Raises LeaseLost, StoreUnavailable.
+        An unavailable or full store is retried for `RETRY_FOR_S`, lest the work of hours be lost. Raises LeaseLost,
+        StoreUnavailable.
         """
-        until = time.monotonic() + PATIENCE_S
+        until = time.monotonic() + RETRY_FOR_S
         while True:
             try:
-                return self._publish(job, bundle, judge, pulse)
+                return self._publish(job, bundle, evaluate, heartbeat)
             except StoreUnavailable as error:
                 if time.monotonic() >= until:
                     raise
-                log.warning("job %s: %s; its version is held meanwhile", job.id, error.detail)
-                pulse.wait(AGAIN_S)
+                log.warning("job %s: %s; storing its version is tried again", job.id, error.detail)
+                heartbeat.wait(RETRY_EVERY_S)
 
-    def _publish(self, job: Job, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
-        """Any number of times. The beat before the alias moves is the fence that keeps a superseded worker out."""
+    def _publish(self, job: Job, bundle: Bundle, evaluate: Evaluate, heartbeat: Heartbeat) -> Outcome:
+        """Idempotent. The beat before the alias moves is the fence: it raises LeaseLost in a superseded worker."""
         self._store.put(bundle)
         if self._went_live(bundle):
-            return _published(bundle, pulse)
+            return _published(bundle, heartbeat)
         if job.publish == "never":
-            return _kept(bundle, pulse, "never")
+            return _kept(bundle, heartbeat, "never")
         if job.publish == "if_better":
-            return self._if_better(bundle, judge, pulse)
-        pulse.beat()
+            return self._if_better(bundle, evaluate, heartbeat)
+        heartbeat.beat()
         self._store.set_alias(job.task, LIVE, bundle.version)
-        return _published(bundle, pulse)
+        return _published(bundle, heartbeat)
 
-    def _if_better(self, bundle: Bundle, judge: Evaluate, pulse: Heartbeat) -> Outcome:
-        """Where somebody else moves `live` meanwhile, the new version has to be better than that one."""
-        task, new = bundle.manifest.task, judge(bundle)
+    def _if_better(self, bundle: Bundle, evaluate: Evaluate, heartbeat: Heartbeat) -> Outcome:
+        """Move `live` if the new version is better. Where `live` moves meanwhile, compare with its new version."""
+        task, new = bundle.manifest.task, evaluate(bundle)
         while True:
             live = self._store.aliases(task).get(LIVE)
-            judged: Outcome = {"new": asdict(new)}
-            if live is not None and (old := self._score(task, live.heaviest, judge, pulse)):
-                judged["live"] = {"version": live.heaviest, **asdict(old)}
+            scores: Outcome = {"new": asdict(new)}
+            if live is not None and (old := self._score(task, live.heaviest, evaluate, heartbeat)):
+                scores["live"] = {"version": live.heaviest, **asdict(old)}
                 if not new.better_than(old):
-                    return _kept(bundle, pulse, "not_better", judged)
-            pulse.beat()
+                    return _kept(bundle, heartbeat, "not_better", scores)
+            heartbeat.beat()
             try:
                 self._store.set_alias(task, LIVE, bundle.version, expect=live.revision if live else None)
             except AliasConflict:
-                log.info("task %s: live moved while its version was judged; judging the one that is live now", task)
+                log.info("task %s: live moved during the evaluation; evaluating the new live version", task)
                 continue
-            return _published(bundle, pulse, judged)
+            return _published(bundle, heartbeat, scores)
 
-    def _score(self, task: str, version: str, judge: Evaluate, pulse: Heartbeat) -> Score | None:
-        """None for a version that cannot be served here, fitted on another backbone or damaged: anything is better."""
+    def _score(self, task: str, version: str, evaluate: Evaluate, heartbeat: Heartbeat) -> Score | None:
+        """The score of a stored version; None for one that cannot be served, because it is damaged or of another
+        backbone: any version is better."""
         try:
-            return judge(self._store.get(task, version))
-        except (Unservable, CorruptBundle, VersionNotFound) as error:
-            pulse.tell("live_unusable", {"version": version, "code": error.code, "detail": error.detail})
+            return evaluate(self._store.get(task, version))
+        except (UnservableBundle, CorruptBundle, VersionNotFound) as error:
+            heartbeat.emit("live_unusable", {"version": version, "code": error.code, "detail": error.detail})
             return None
 
     def _went_live(self, bundle: Bundle) -> bool:
-        """Whether an earlier attempt at this job has come so far. No other job makes these bytes."""
+        """Whether an earlier attempt at this job moved `live` already. No other job makes these bytes."""
         try:
             history = self._store.history(bundle.manifest.task, LIVE)
         except AliasNotFound:
@@ -110,12 +112,12 @@ class Publisher:
         return any(target.version == bundle.version for state in history for target in state.targets)
 
 
-def _published(bundle: Bundle, pulse: Heartbeat, judged: Outcome | None = None) -> Outcome:
-    early = {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
-    pulse.tell("published", {"version": bundle.version, "alias": LIVE, **early, **(judged or {})})
-    return {"published": True, **({"judged": judged} if judged else {})}
+def _published(bundle: Bundle, heartbeat: Heartbeat, scores: Outcome | None = None) -> Outcome:
+    preliminary = {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
+    heartbeat.emit("published", {"version": bundle.version, "alias": LIVE, **preliminary, **(scores or {})})
+    return {"published": True, **({"judged": scores} if scores else {})}
 
 
-def _kept(bundle: Bundle, pulse: Heartbeat, reason: str, judged: Outcome | None = None) -> Outcome:
-    pulse.tell("kept", {"version": bundle.version, "reason": reason, **(judged or {})})
-    return {"published": False, **({"judged": judged} if judged else {})}
+def _kept(bundle: Bundle, heartbeat: Heartbeat, reason: str, scores: Outcome | None = None) -> Outcome:
+    heartbeat.emit("kept", {"version": bundle.version, "reason": reason, **(scores or {})})
+    return {"published": False, **({"judged": scores} if scores else {})}

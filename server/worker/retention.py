@@ -1,4 +1,4 @@
-"""What is kept of jobs that are over, and for how long. Any worker may clean up, and several at once do no harm."""
+"""Retention: how long finished jobs and checkpoints are kept. Any worker may clean up, several at the same time too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY_S: Final = 600.0
 
 
 class Retention:
-    """Forgets jobs that finished more than `keep_s` ago (0: never), and checkpoints that no job goes on from."""
+    """Deletes jobs that finished more than `keep_s` ago (0: never), and the checkpoints of finished jobs."""
 
     def __init__(
         self,
@@ -36,21 +36,21 @@ class Retention:
         self._last = -math.inf
 
     def when_due(self) -> None:
-        """Clean up at the first call and then every `EVERY_S` at most."""
+        """Clean up at the first call, and then at most every `EVERY_S`."""
         if self._clock() - self._last >= EVERY_S:
             self.clean_up()
             self._last = self._clock()
 
     def clean_up(self) -> None:
-        # by a clock that was set forward all would seem old
+        # without the correction, a clock that was set forward makes all jobs seem old
         if self._keep_s > 0 and (old := self._jobs.prune(self._keep_s + self._wall.ahead_s())):
-            log.info("forgot %d jobs that finished more than %g s ago", len(old), self._keep_s)
+            log.info("deleted %d jobs that finished more than %g s ago", len(old), self._keep_s)
         for job_id in sorted(self._checkpoints.jobs()):
-            if self.over(job_id):
+            if self.is_over(job_id):
                 self._checkpoints.forget(job_id)
 
-    def over(self, job_id: str) -> bool:
-        """Whether nothing will be done for this job any more; one that is not known is over too."""
+    def is_over(self, job_id: str) -> bool:
+        """Whether no further attempt at this job will be made; true for an unknown job."""
         try:
             return self._jobs.get(job_id).finished
         except NotFound:

@@ -1,14 +1,16 @@
-"""STORY 2: one job, from claim to stored bundle.
+"""The loop of a worker: it claims jobs, runs several in one batch, and reports how each attempt ended.
 
-    claim ─► read the dataset ─► search, fit ─► judge ─► put the bundle, move `live` ─► finish
-                        │ a comparison, a baseline ─► only the figures ──────────────────▲
-      │           each picture and each step asks the pulse: cancelled? superseded? shutting down?
-      └─ a pulse thread renews the lease and carries the progress, however long a step takes
+    claim ─┬─► inputs ─► search, fit, condense ─► evaluate ─► publish ─► version ─┐     fit_job
+           └─► comparison, baseline ─► figures ───────────────────────────────────┴─► finish     report_job
+      │            at each picture and step: cancelled? superseded? shutting down?
+      └─ heartbeat: a thread that renews the lease and reports the progress            heartbeat
 
-A job is a generator that asks for the backbone and never runs it, so several may share each forward and backward
-(`training.together`). A new version reaches the server through the store alone. What a job cannot survive by trying
-again (a dataset that is gone, a loss that diverges) fails it at once; anything else gives the attempt back to the job
-store, which counts.
+    cancelled ─► finish · shutting down ─► release · superseded ─► nothing · any error ─► fail, with or without a retry
+
+A job is a generator that yields requests for the backbone and never runs it, so that several jobs share each forward
+and backward (`training.co_batching`). A new version reaches the server through the store alone. An error that another
+attempt would meet again (a data set that is gone, a loss that diverges) fails the job at once; any other returns the
+job to the queue, and the job store counts the attempts.
 """
 
 from __future__ import annotations
@@ -17,117 +19,72 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from prompts_store import Backbone, Bundle, Manifest, Preprocess, Store, StoreUnavailable
-from server import __version__
-from server.datasets.dataset import Dataset
-from server.datasets.dataset_store import DatasetStore
-from server.engine import backbone as engine_backbone
-from server.engine.images.decode import Geometry
-from server.errors import DiskFull, ServiceError, Unavailable, Unprocessable
-from server.jobs.job import Job, State
+from prompts_store import Store, StoreUnavailable
+from server.errors import DiskFull, ServiceError, Unavailable
+from server.jobs.job import Job
 from server.jobs.lifecycle import SILENT
 from server.jobs.store import JobStore, LeaseLost
-from server.methods.baseline import Baseline
-from server.methods.method import Method
-from server.methods.registry import COMPARE, Registry
 from server.observability import logs, metrics, tracing
 from server.training import co_batching
-from server.training.baseline_fit import reporting
-from server.training.caches.feature_cache import Features
 from server.training.co_batching import Fitting
-from server.training.compare import ComparisonInputs, ComparisonRequest, comparing
-from server.training.condense import condensing, refuse, under_way
-from server.training.data import Splits
-from server.training.evaluate import evaluate
-from server.training.fit import DivergedError, Fitted, fitting
-from server.training.frozen import FrozenFeatures
+from server.training.fit import DivergedError
 from server.training.low_priority import low_priority
-from server.training.parent_version import Parent, Parents
-from server.training.recipe import Recipe, RecipeRequest, resolve
-from server.training.search import searching
-from server.training.stored_images import Decoder
+from server.training.parent_version import Parents
 
-from .checkpoints import Checkpoints
 from .context import in_separate_context
-from .dataset_reader import DatasetReader
+from .fit_job import FitJob
 from .heartbeat import Heartbeat, JobCancelled, ShuttingDown
-from .publisher import Evaluate, Outcome, Publisher
+from .job_inputs import load_inputs
+from .publisher import Publisher
+from .report_job import ReportJob, is_report
+from .resources import Resources
 from .retention import Retention
 
 log = logging.getLogger(__name__)
 
-AWAY_S = 2.0
-JOIN_S = 0.5  # how often a batch of jobs looks for another one
+STORE_RETRY_S = 2.0
+JOIN_S: Final = 0.5  # how often running jobs look for another one
 
-AUTO = "auto"  # the method of a job that leaves the choice to a search
-UNSEARCHED = "vpt_deep"  # what is fitted where neither the job nor a search has chosen
-PRELIMINARY = "linear"
-SUPERSEDED = "superseded"
-
-
-@dataclass(frozen=True)
-class JobInputs:
-    """A job with everything it names: what the steps from reading to publishing need.
-
-    `method` is None where a search chooses among all; `recipe` then tells what does not depend on it.
-    """
-
-    job: Job
-    dataset: Dataset
-    method: Method | None
-    wanted: RecipeRequest
-    recipe: Recipe
-    parent: Parent | None
-    preprocess: Preprocess
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a worker's fits share: the backbone, the methods, where pictures are decoded and what is remembered."""
-
-    backbone: engine_backbone.Backbone
-    registry: Registry
-    decoder: Decoder
-    features: Features
-    checkpoints: Path
+SUPERSEDED: Final = "superseded"
 
 
 class Trainer:
-    """Works on jobs, `at_once` of them in one batch. `stop` ends each at its next step and gives it back."""
+    """Runs jobs, at most `at_once` of them in one batch. `stop` ends each at its next step and returns it to the queue.
+
+    `lease_s`: the lease of a claimed job. `keep_s`: how long finished jobs are kept; 0: forever.
+    """
 
     def __init__(
         self,
-        means: Resources,
+        resources: Resources,
         store: Store,
         jobs: JobStore,
-        datasets: DatasetStore,
         *,
         worker: str,
         lease_s: float,
         keep_s: float,
         at_once: int = 1,
     ) -> None:
-        self._backbone, self._registry = means.backbone, means.registry
-        self._jobs, self._datasets = jobs, datasets
+        self._resources, self._jobs = resources, jobs
         self._worker, self._lease_s, self._at_once = worker, lease_s, at_once
-        self._checkpoints = Checkpoints(means.checkpoints)
-        self._retention = Retention(jobs, self._checkpoints, keep_s)
         self._publisher = Publisher(store)
-        self._parents = Parents(store, means.registry, means.backbone.spec)
-        self._reader, self._features = DatasetReader(means.decoder), means.features
-        self._under_way = 0
+        self._parents = Parents(store, resources.registry, resources.backbone.spec)
+        self._retention = Retention(jobs, resources.checkpoints, keep_s)
+        self._running = 0
+        self._looked_for_jobs = -math.inf
         self.stop = threading.Event()
 
-    def run(self, idle_s: float = 0.25) -> None:
-        """Claim and work until `stop`. `idle_s` is how often an idle worker looks for a job.
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
-        A job store that is away is waited for; what was under way when it went is taken over when its lease ends.
+    def run(self, idle_s: float = 0.25) -> None:
+        """Claim and run jobs until `stop`. `idle_s` is how often an idle worker looks for a job.
+
+        While the job store is unavailable, it is tried again. A job that was running then is taken over by any worker
+        when its lease ends.
         """
         while not self.stop.is_set():
             try:
@@ -136,44 +93,48 @@ class Trainer:
                     self.stop.wait(idle_s)
             except (Unavailable, DiskFull) as error:
                 log.warning("%s; this worker tries again", error.detail)
-                self.stop.wait(AWAY_S)
+                self.stop.wait(STORE_RETRY_S)
 
     def work_once(self) -> bool:
-        """Work on a job, and on those that there is room for beside it, until none is under way; false without any."""
+        """Run a job, and all that join it, until none is running. Returns False where no job was waiting."""
         first = self._claim()
         if first is None:
             return False
-        looked = -math.inf
-
-        def joining() -> Iterator[Fitting[None]]:
-            nonlocal looked
-            if 0 < self._under_way < self._at_once and time.monotonic() - looked >= JOIN_S and not self.stop.is_set():
-                looked = time.monotonic()
-                with suppress(Unavailable, DiskFull):  # whoever is under way finds out for himself
-                    self._retention.when_due()
-                    while self._under_way < self._at_once and (job := self._claim()):
-                        yield self._worked(job)
-
-        with low_priority(self._backbone.device):
-            outcomes = co_batching.run(self._backbone, [self._worked(first), *joining()], joining)
+        self._looked_for_jobs = -math.inf
+        backbone = self._resources.backbone
+        with low_priority(backbone.device):
+            outcomes = co_batching.run(backbone, [self._attempt(first), *self._joining()], self._joining)
         for outcome in outcomes:
             if outcome is not None:
-                raise outcome  # not a job's failure, which was told to the store: the store itself did not hear it
+                raise outcome  # an attempt whose end could not be reported to the job store
         return True
+
+    def _joining(self) -> Iterator[Fitting[None]]:
+        """Waiting jobs for which there is room beside the running ones, at most every `JOIN_S`."""
+        now = time.monotonic()
+        if not 0 < self._running < self._at_once or now - self._looked_for_jobs < JOIN_S or self.stop.is_set():
+            return
+        self._looked_for_jobs = now
+        with suppress(Unavailable, DiskFull):  # the running jobs meet the same error, and report it
+            self._retention.when_due()
+            while self._running < self._at_once and (job := self._claim()):
+                yield self._attempt(job)
 
     def _claim(self) -> Job | None:
         job = self._jobs.claim(self._worker, self._lease_s)
         if job is not None:
-            self._under_way += 1
-            if _taken_over(job):
+            self._running += 1
+            if _is_takeover(job):
                 metrics.LEASES_LOST.labels("successor").inc()
         return job
 
-    def _worked(self, job: Job) -> Fitting[None]:
-        """One job to its end, whatever that is, with log lines and a trace of its own."""
-        return in_separate_context(self._attempt(job))
+    # --- one attempt --------------------------------------------------------------------------------------------------
 
     def _attempt(self, job: Job) -> Fitting[None]:
+        """The steps of one attempt, whatever its end, with log lines and a trace of its own."""
+        return in_separate_context(self._traced(job))
+
+    def _traced(self, job: Job) -> Fitting[None]:
         began = time.monotonic()
         about = {"lensrack.job": job.id, "lensrack.task": job.task, "lensrack.method": job.method}
         with (
@@ -186,212 +147,83 @@ class Trainer:
         metrics.ATTEMPT_S.labels(outcome).observe(time.monotonic() - began)
 
     def _outcome(self, job: Job) -> Fitting[str]:
-        """How the attempt ended: a state of the job's, `retried`, `released` or `superseded`."""
+        """How the attempt ended: one of the job's final states, `retried`, `released` or `superseded`."""
         log.info("job %s (attempt %d): %s with %s on %s", job.id, job.attempt, job.task, job.method, job.dataset[:12])
-        pulse = Heartbeat(self._jobs, job, self._lease_s, self.stop)
+        heartbeat = Heartbeat(self._jobs, job, self._lease_s, self.stop)
         try:
-            with pulse:
-                yield from self._work(job, pulse)
+            with heartbeat:
+                yield from self._work(job, heartbeat)
             outcome = "succeeded"
-        except LeaseLost:
-            log.warning("job %s: attempt %d was superseded; its work is dropped", job.id, job.attempt)
-            metrics.LEASES_LOST.labels("holder").inc()
-            outcome = SUPERSEDED
-        except JobCancelled:
-            outcome = self._end(job, "cancelled")
-        except ShuttingDown:
-            outcome = self._give_back(job)
-        except ServiceError as error:
-            outcome = self._fail(job, error.code, error.detail, retry=error.status >= 500)
-        except StoreUnavailable as error:
-            outcome = self._fail(job, error.code, error.detail, retry=True)
-        except DivergedError as error:
-            outcome = self._fail(job, "diverged", str(error), retry=False)
-        except Exception:
-            log.exception("job %s: attempt %d failed", job.id, job.attempt)
-            detail = "the attempt failed unexpectedly; the worker's log has the reason"
-            outcome = self._fail(job, "internal", detail, retry=True)
+        except Exception as error:
+            outcome = self._end_early(job, error)
         finally:
-            self._under_way -= 1
-        if self._retention.over(job.id):  # a job that goes on elsewhere needs its checkpoint
-            self._checkpoints.forget(job.id)
+            self._running -= 1
+        if self._retention.is_over(job.id):  # another attempt needs the checkpoint
+            self._resources.checkpoints.forget(job.id)
         return outcome
 
-    # --- the steps ----------------------------------------------------------------------------------------------------
-
-    def _work(self, job: Job, pulse: Heartbeat) -> Fitting[None]:
+    def _work(self, job: Job, heartbeat: Heartbeat) -> Fitting[None]:
         started = time.perf_counter()
-        if job.method == COMPARE:
-            found = yield from self._compared(job, pulse)
-            self._tell(job, found, started)
+        if is_report(job, self._resources.registry):
+            figures = yield from ReportJob(self._resources, job, heartbeat).run()
+            self._finish(job, None, {**figures, "published": False}, started)
             return
-        baseline = self._registry.baseline(job.method)
-        if baseline is not None:
-            found = yield from self._reported(job, baseline, pulse)
-            self._tell(job, found, started)
-            return
-        case = self._case(job)
-        how = case.preprocess
-        geometry = Geometry.of(how.size, how.interpolation, how.crop_pct, how.crop_mode, how.mean)
-        splits = self._reader.splits(case.dataset, case.recipe, geometry)
-        frozen = FrozenFeatures(self._backbone, self._features, how)
-        if case.wanted.search == "quick":
-            yield from self._preliminary(case, splits, frozen, pulse)
-        fitted = yield from self._fitted(case, splits, frozen, pulse)
-        pulse.check()
-        version, outcome = self._publish(case, fitted, pulse)
+        version, figures = yield from self._fit_job(job, heartbeat).run()
+        self._finish(job, version, figures, started)
+
+    def _fit_job(self, job: Job, heartbeat: Heartbeat) -> FitJob:
+        inputs = load_inputs(job, self._resources, self._parents)
+        return FitJob(self._resources, self._publisher, inputs, heartbeat)
+
+    # --- the ends of an attempt ---------------------------------------------------------------------------------------
+    # A worker that was superseded can change nothing about the job any more: its results are dropped.
+
+    def _finish(self, job: Job, version: str | None, figures: Mapping[str, Any], started: float) -> None:
         seconds = round(time.perf_counter() - started, 1)
-        self._finish(job, version, {**fitted.metrics, **outcome, "seconds": seconds})
+        self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics={**figures, "seconds": seconds})
+        log.info("job %s: %s succeeded: %s", job.id, job.task, _summary(version, figures))
 
-    def _compared(self, job: Job, pulse: Heartbeat) -> Fitting[dict[str, Any]]:
-        """The table of a comparison; nothing is stored. A finished fit is not fitted again by the next attempt."""
-        dataset = self._datasets.get(job.dataset)
-        asked = job.recipe[COMPARE]
-        nothing, own = RecipeRequest.of({}), self._backbone.spec.preprocess
-        wish = ComparisonRequest(tuple(asked["methods"]), tuple(asked["seeds"]), asked["recipe"])
-        material = ComparisonInputs(
-            splits=lambda recipe: self._reader.splits(dataset, recipe),
-            labels=tuple(dataset.labels),
-            bundle=lambda fitted: self._bundle(
-                JobInputs(job, dataset, None, nothing, fitted.recipe, None, own), fitted
-            ),
-            features=lambda: FrozenFeatures(self._backbone, self._features),
-        )
-        keep, resume = self._checkpoints.keeper(job.id), self._checkpoints.read(job.id)
-        return {
-            COMPARE: (
-                yield from comparing(
-                    self._backbone, self._registry, wish, material, watch=pulse.watch, keep=keep, resume=resume
-                )
-            )
-        }
+    def _end_early(self, job: Job, error: Exception) -> str:
+        """Report the end of an attempt that raised `error`. Called while the error is being handled."""
+        match error:
+            case LeaseLost():
+                return self._supersede(job)
+            case JobCancelled():
+                return self._cancel(job)
+            case ShuttingDown():
+                return self._release(job)
+            case ServiceError():
+                return self._fail(job, error.code, error.detail, retry=error.status >= 500)
+            case StoreUnavailable():
+                return self._fail(job, error.code, error.detail, retry=True)
+        if isinstance(error, DivergedError):
+            code, detail, retry = "diverged", str(error), False
+        else:
+            log.exception("job %s: attempt %d failed", job.id, job.attempt)
+            code, detail, retry = "internal", "the attempt failed unexpectedly; the worker's log has the reason", True
+        return self._fail(job, code, detail, retry=retry)
 
-    def _reported(self, job: Job, baseline: Baseline, pulse: Heartbeat) -> Fitting[dict[str, Any]]:
-        """The figures of a baseline, which is not stored."""
-        if job.publish != "never":
-            self._registry.get(baseline.name)  # says why that cannot be
-        dataset, wanted = self._datasets.get(job.dataset), RecipeRequest.of(job.recipe)
-        recipe = resolve(baseline.defaults, wanted.fields)
-        if recipe.condense is not None or recipe.init != "uniform":
-            raise Unprocessable(f"init, condense: expected a method with prompts, got {baseline.name}, which has none")
-        found = yield from reporting(
-            self._backbone,
-            baseline,
-            self._reader.splits(dataset, recipe),
-            len(dataset.labels),
-            recipe,
-            watch=pulse.watch,
-            keep=self._checkpoints.keeper(job.id),
-            resume=self._checkpoints.read(job.id),
-            frozen=FrozenFeatures(self._backbone, self._features),
-        )
-        return {**found.metrics, "parameters": found.parameters, "recipe": recipe.to_json()}
-
-    def _tell(self, job: Job, found: dict[str, Any], started: float) -> None:
-        """The end of a job that leaves no version."""
-        seconds = round(time.perf_counter() - started, 1)
-        self._jobs.finish(job.id, job.attempt, "succeeded", metrics={**found, "published": False, "seconds": seconds})
-        log.info("job %s: %s with %s is told", job.id, job.task, job.method)
-
-    def _case(self, job: Job) -> JobInputs:
-        """Raises ServiceError for what the job names and is not there."""
-        dataset, wanted = self._datasets.get(job.dataset), RecipeRequest.of(job.recipe)
-        name = UNSEARCHED if job.method == AUTO and wanted.search != "auto" else job.method
-        method = None if name == AUTO else self._registry.get(name)
-        recipe = resolve(method.defaults if method else {}, wanted.fields)
-        if recipe.condense is not None and method is not None:
-            refuse(method, self._backbone.spec)
-        parent = self._parents.get(job.task, recipe, tuple(dataset.labels))
-        preprocess = parent.preprocess if parent else self._backbone.spec.preprocess
-        return JobInputs(job, dataset, method, wanted, recipe, parent, preprocess)
-
-    def _preliminary(self, case: JobInputs, splits: Splits, frozen: FrozenFeatures, pulse: Heartbeat) -> Fitting[None]:
-        """A head on the frozen features, in seconds: the task answers while the full fit goes on."""
-        method = self._registry.get(PRELIMINARY)
-        if method is case.method:
-            return
-        recipe = resolve(method.defaults, {"seed": case.recipe.seed, "validation": case.recipe.validation})
-        classes = len(case.dataset.labels)
-        found = yield from fitting(
-            self._backbone, method, splits, classes, recipe, watch=pulse.check_only, frozen=frozen
-        )
-        self._publish(case, replace(found, metrics={**found.metrics, "preliminary": True}), pulse)
-
-    def _fitted(self, case: JobInputs, splits: Splits, frozen: FrozenFeatures, pulse: Heartbeat) -> Fitting[Fitted]:
-        """What the job fits, or begins with, and what is left of it where it is to be condensed."""
-        resume, classes = self._checkpoints.read(case.job.id), len(case.dataset.labels)
-        rest: dict[str, Any] = {"watch": pulse.watch, "keep": self._checkpoints.keeper(case.job.id)}
-        rest |= {"resume": resume, "frozen": frozen}
-        found = case.parent.fitted if case.parent else under_way(resume, self._registry.get)
-        if found is None:
-            found = yield from self._fresh(case, splits, classes, rest)
-        if found.recipe.condense is None:
-            return found
-        return (yield from condensing(self._backbone, found, splits, classes, **rest))
-
-    def _fresh(self, case: JobInputs, splits: Splits, classes: int, rest: dict[str, Any]) -> Fitting[Fitted]:
-        if case.wanted.search == "auto" or case.method is None:  # the second says the same to the type checker
-            methods = self._registry.searched if case.method is None else [case.method]
-            fields, budget = case.wanted.fields, case.wanted.budget
-            return searching(self._backbone, methods, splits, classes, fields, budget=budget, **rest)
-        return fitting(self._backbone, case.method, splits, classes, case.recipe, **rest)
-
-    def _publish(self, case: JobInputs, fitted: Fitted, pulse: Heartbeat) -> tuple[str, Outcome]:
-        """The version, and what became of it: that which was to be condensed, where it could not be."""
-        if case.parent is not None and fitted.metrics["condense"]["kept"] is None:
-            pulse.tell("kept", {"version": case.parent.version, "reason": "not_condensed"})
-            return case.parent.version, {"published": False}
-        bundle = self._bundle(case, fitted)
-        return bundle.version, self._publisher.publish(case.job, bundle, self._judge(case, pulse), pulse)
-
-    def _judge(self, case: JobInputs, pulse: Heartbeat) -> Evaluate:
-        """Scores any version on this job's validation pictures."""
-        batches = self._reader.validation(case.dataset, case.recipe, pulse.check)
-        return lambda bundle: evaluate(bundle, self._backbone, self._registry, batches)
-
-    def _bundle(self, case: JobInputs, fitted: Fitted) -> Bundle:
-        """The same job makes the same bytes, so a repeated attempt stores nothing twice."""
-        spec = self._backbone.spec
-        manifest = Manifest(
-            task=case.job.task,
-            method=fitted.method.name,
-            backbone=Backbone(arch=spec.arch, fingerprint=spec.fingerprint),
-            labels=tuple(case.dataset.labels),
-            prompt_lengths=fitted.prompt_lengths,
-            preprocess=case.preprocess,
-            metrics=fitted.metrics,
-            recipe=fitted.recipe.to_json(),
-            dataset=case.dataset.id,
-            parent=case.parent.version if case.parent else None,
-            created_at=case.job.created_at,
-            lensrack_version=__version__,
-            pool=fitted.recipe.pool,
-        )
-        return Bundle.build(manifest, fitted.params)
-
-    def _finish(self, job: Job, version: str, metrics: dict[str, Any]) -> None:
-        self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics=metrics)
-        log.info("job %s: %s is %s, validation accuracy %.3f", job.id, job.task, version[:12], metrics["val_accuracy"])
-
-    # --- the other ends -----------------------------------------------------------------------------------------------
-    # A worker that was superseded may say nothing more about the job: whatever it had to say is dropped.
-
-    def _end(self, job: Job, state: State) -> str:
-        with suppress(LeaseLost):
-            self._jobs.finish(job.id, job.attempt, state)
-            log.info("job %s: %s", job.id, state)
-            return state
+    def _supersede(self, job: Job) -> str:
+        log.warning("job %s: attempt %d was superseded; its work is dropped", job.id, job.attempt)
+        metrics.LEASES_LOST.labels("holder").inc()
         return SUPERSEDED
 
-    def _give_back(self, job: Job) -> str:
+    def _cancel(self, job: Job) -> str:
+        with suppress(LeaseLost):
+            self._jobs.finish(job.id, job.attempt, "cancelled")
+            log.info("job %s: cancelled", job.id)
+            return "cancelled"
+        return SUPERSEDED
+
+    def _release(self, job: Job) -> str:
         with suppress(LeaseLost):
             self._jobs.release(job.id, job.attempt)
-            log.info("job %s: back in the queue, this worker leaves", job.id)
+            log.info("job %s: back in the queue, this worker shuts down", job.id)
             return "released"
         return SUPERSEDED
 
     def _fail(self, job: Job, code: str, detail: str, *, retry: bool) -> str:
-        """`retry`: what failed may be away for a moment only, a store or a disk; the job store counts the attempts."""
+        """`retry`: for errors that may pass, as of a store or a disk. The job store counts the attempts."""
         with suppress(LeaseLost):
             after = self._jobs.fail_attempt(job.id, job.attempt, {"code": code, "detail": detail}, retry=retry)
             log.info("job %s: attempt %d failed: %s: %s", job.id, job.attempt, code, detail)
@@ -399,8 +231,11 @@ class Trainer:
         return SUPERSEDED
 
 
-def _taken_over(job: Job) -> bool:
-    """Whether this attempt is there because the one before fell silent. A job that had told of an error before keeps
-    that one, so of such a job it is not known."""
+def _summary(version: str | None, figures: Mapping[str, Any]) -> str:
+    return "figures only" if version is None else f"{version[:12]}, validation accuracy {figures['val_accuracy']:.3f}"
+
+
+def _is_takeover(job: Job) -> bool:
+    """Whether this attempt follows one whose lease expired. Unknown, and False, for a job that keeps an older error."""
     error = job.error or {"code": "", "detail": ""}
     return error["code"] == SILENT and f"attempt {job.attempt - 1} " in error["detail"]

@@ -74,28 +74,28 @@ def _claimed() -> None:
 def _mid_epoch() -> None:
     from server.worker.heartbeat import Heartbeat
 
-    watch = Heartbeat.watch
+    on_progress = Heartbeat.on_progress
 
-    def doomed(pulse: Any, progress: Any) -> None:
-        watch(pulse, progress)
+    def doomed(heartbeat: Any, progress: Any) -> None:
+        on_progress(heartbeat, progress)
         if progress.epoch == 4 and progress.step == 1 and not progress.epoch_ended:
             _die()
 
-    Heartbeat.watch = doomed  # type: ignore[method-assign]
+    Heartbeat.on_progress = doomed  # type: ignore[method-assign]
 
 
 def _mid_comparison() -> None:
     """In the third fit of four, when its first epoch has been written down."""
     from server.worker.heartbeat import Heartbeat
 
-    watch = Heartbeat.watch
+    on_progress = Heartbeat.on_progress
 
-    def doomed(pulse: Any, progress: Any) -> None:
-        watch(pulse, progress)
+    def doomed(heartbeat: Any, progress: Any) -> None:
+        on_progress(heartbeat, progress)
         if (progress.trial, progress.epoch, progress.step) == (3, 2, 1):
             _die()
 
-    Heartbeat.watch = doomed  # type: ignore[method-assign]
+    Heartbeat.on_progress = doomed  # type: ignore[method-assign]
 
 
 def _while_writing_a_checkpoint() -> None:
@@ -140,13 +140,13 @@ def _slow() -> None:
     """Nothing dies: each step takes a moment more, so that somebody may come in between."""
     from server.worker.heartbeat import Heartbeat
 
-    watch = Heartbeat.watch
+    on_progress = Heartbeat.on_progress
 
-    def slower(pulse: Any, progress: Any) -> None:
+    def slower(heartbeat: Any, progress: Any) -> None:
         time.sleep(0.02)
-        watch(pulse, progress)
+        on_progress(heartbeat, progress)
 
-    Heartbeat.watch = slower  # type: ignore[method-assign]
+    Heartbeat.on_progress = slower  # type: ignore[method-assign]
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -26,15 +26,16 @@ from server.engine.images.decode import _MAX_WHOLE, Geometry, decode, fit, whole
 from server.errors import NotFound, ServiceError
 from server.training import augment
 from server.training.augment import Views
-from server.training.caches.pixel_cache import PixelCache, no_cache
+from server.training.caches.pixel_cache import PixelCache
 from server.training.cut import Cut, crop_at
 from server.training.data import InMemory, Source, read_pictures
-from server.training.prefetch import ahead
+from server.training.prefetch import prefetch
 from server.training.stored_images import Decoder, StoredImages
 
 GEOMETRY = Geometry(56, "bicubic", 0.875, "center")
 ALL = np.arange(24)
 SOON_S = 20
+NO_CACHE = PixelCache(None, disk_bytes=0, memory_bytes=0)
 
 
 def picture(seed: int, width: int, height: int) -> bytes:
@@ -65,7 +66,7 @@ def stored(
     sums: list[str] = SUMS,
     geometry: Geometry = GEOMETRY,
 ) -> StoredImages:
-    return StoredImages.of(sums, Decoder(read, geometry, 10**6, cache or no_cache(), pool))
+    return StoredImages.of(sums, Decoder(read, geometry, 10**6, cache or NO_CACHE, pool))
 
 
 class Counted:
@@ -87,7 +88,7 @@ def eager(sums: list[str] = SUMS) -> np.ndarray:
 
 def caches(folder: Path) -> dict[str, PixelCache]:
     return {
-        "none": no_cache(),
+        "none": NO_CACHE,
         "memory": PixelCache(None, disk_bytes=0, memory_bytes=2**24),
         "disk": PixelCache(folder, disk_bytes=2**24, memory_bytes=0),
         "both": PixelCache(folder, disk_bytes=2**24, memory_bytes=2**24),
@@ -206,7 +207,7 @@ def test_a_picture_is_decoded_once_for_each_cut(pool: ThreadPoolExecutor, tmp_pa
 
 def test_without_a_cache_a_picture_is_decoded_once_an_epoch(pool: ThreadPoolExecutor) -> None:
     read = Counted()
-    list(ahead(stored(pool, read=read), np.array_split(ALL, 5), None))
+    list(prefetch(stored(pool, read=read), np.array_split(ALL, 5), None))
     assert read.times == dict.fromkeys(SUMS, 1)
     stored(pool, read=read).read(np.repeat(ALL, 3))
     assert read.times == dict.fromkeys(SUMS, 2)
@@ -283,7 +284,7 @@ def test_memory_is_bounded_whatever_the_dataset(pool: ThreadPoolExecutor, tmp_pa
     result = stored(pool, cache, read=blobs.__getitem__, sums=list(blobs), geometry=large)
     result = StoredImages(result.sums, result.decoder, dataset_size=1)  # every picture is let in
     process = psutil.Process()
-    with closing(ahead(result, np.array_split(np.arange(1000), 60), None)) as batches:
+    with closing(prefetch(result, np.array_split(np.arange(1000), 60), None)) as batches:
         next(batches)
         before = process.memory_info().rss
         most = max(process.memory_info().rss for _ in batches)
@@ -291,11 +292,11 @@ def test_memory_is_bounded_whatever_the_dataset(pool: ThreadPoolExecutor, tmp_pa
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*")) <= 2**24 + 2**17
 
 
-# --- ahead ------------------------------------------------------------------------------------------------------------
+# --- prefetch ---------------------------------------------------------------------------------------------------------
 
 
 def reading_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_batches_come_in_order_with_each_pictures_view(pool: ThreadPoolExecutor) -> None:
@@ -303,10 +304,10 @@ def test_batches_come_in_order_with_each_pictures_view(pool: ThreadPoolExecutor)
     views = augment.draw("crop", len(ALL), torch.Generator().manual_seed(0))
     assert views is not None
     parts = [part for part in np.array_split(order, 7) if len(part)]
-    for part, batch in zip(parts, ahead(result, parts, views), strict=True):
+    for part, batch in zip(parts, prefetch(result, parts, views), strict=True):
         np.testing.assert_array_equal(batch, result.read(part, views.take(part)))
     assert not reading_threads()
-    assert list(ahead(result, [], None)) == []
+    assert list(prefetch(result, [], None)) == []
 
 
 def test_the_next_batches_are_read_while_one_is_being_fitted(pool: ThreadPoolExecutor) -> None:
@@ -321,7 +322,7 @@ def test_the_next_batches_are_read_while_one_is_being_fitted(pool: ThreadPoolExe
 
     drawn: list[int] = []
     parts = (drawn.append(i) or ALL[i : i + 1] for i in range(6))  # type: ignore[func-returns-value]
-    with closing(ahead(stored(pool, read=reading), parts, None)) as batches:
+    with closing(prefetch(stored(pool, read=reading), parts, None)) as batches:
         next(batches)
         assert third.wait(SOON_S)
         assert drawn == [0, 1, 2]  # two ahead, no more
@@ -334,7 +335,7 @@ def test_stopping_early_leaks_no_thread_and_reads_no_further(pool: ThreadPoolExe
         pass
 
     def fit_until(read: Counted, end: Callable[[], None]) -> None:
-        with closing(ahead(stored(pool, read=read), [ALL[i : i + 1] for i in ALL], None)) as batches:
+        with closing(prefetch(stored(pool, read=read), [ALL[i : i + 1] for i in ALL], None)) as batches:
             for number, _ in enumerate(batches):
                 assert reading_threads()
                 if number == 1:
@@ -363,7 +364,7 @@ def test_closing_waits_for_what_is_being_read_and_drops_what_is_not(pool: Thread
             assert go_on.wait(SOON_S)
         return read(sha256)
 
-    batches = ahead(stored(pool, read=reading), [ALL[i : i + 1] for i in range(6)], None)
+    batches = prefetch(stored(pool, read=reading), [ALL[i : i + 1] for i in range(6)], None)
     next(batches)
     assert second.wait(SOON_S)
     closer = threading.Thread(target=batches.close)
@@ -390,7 +391,7 @@ def test_a_picture_that_has_vanished_is_an_error_at_its_batch(pool: ThreadPoolEx
     parts = np.array_split(ALL, 6)
     kept = [result.read(part) for part in parts[:3]]
     store.delete(dataset.id)
-    batches = ahead(result, parts, None)
+    batches = prefetch(result, parts, None)
     for expected in kept:
         np.testing.assert_array_equal(next(batches), expected)
     with pytest.raises(NotFound) as caught:
@@ -402,7 +403,7 @@ def test_a_picture_that_has_vanished_is_an_error_at_its_batch(pool: ThreadPoolEx
 def test_a_picture_that_cannot_be_decoded_is_an_error_of_its_batch(pool: ThreadPoolExecutor) -> None:
     result = stored(pool, read=lambda sha256: b"x" if sha256 == SUMS[7] else BLOBS[sha256])
     with pytest.raises(ServiceError) as caught:
-        list(ahead(result, [ALL], None))
+        list(prefetch(result, [ALL], None))
     assert caught.value.code == "unsupported_image"
     np.testing.assert_array_equal(result.read(ALL[:7]), eager()[:7])
 

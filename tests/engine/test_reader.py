@@ -25,7 +25,7 @@ from server.engine.transfer import DirectTransfer
 from server.methods.registry import Registry
 from server.training import co_batching, frozen
 from server.training.data import InMemory, LabelledImages, Splits
-from server.training.fit import Fitted, fit
+from server.training.fit import FitResult, fit
 from server.training.recipe import resolve
 from tests.engine.golden_cases import Bench, golden_backbone
 from tests.engine.test_additions import ALL_KINDS
@@ -184,7 +184,7 @@ def drawn(count: int, seed: int) -> LabelledImages:
 SPLITS = Splits(drawn(21, 0), drawn(9, 1), drawn(6, 2))
 
 
-def fitted(backbone: Backbone, **fields: object) -> Fitted:
+def fitted(backbone: Backbone, **fields: object) -> FitResult:
     method = Registry().get("readonly")
     recipe = resolve(method.defaults, {"epochs": 3, "prompts": 2, "batch_size": 4, "seed": 3, **fields})
     return fit(backbone, method, SPLITS, 3, recipe)
@@ -244,7 +244,7 @@ def test_no_gradient_runs_through_the_trunk(backbone: Backbone, monkeypatch: pyt
     for kept in (None, co_batching.RecordedRows(vit.record(backbone, x, 0), None)):
         params = {name: value.clone().requires_grad_() for name, value in task.params.items()}
         lens = Registry().get("readonly").lower(backbone, params, task.lengths)
-        ask = co_batching.ForwardRequest(x if kept is None else x[:0], condition(lens, 5), kept=kept)
+        ask = co_batching.ForwardRequest(x if kept is None else x[:0], condition(lens, 5), recorded=kept)
         [features] = co_batching._features(backbone, [ask])
         (vit.classify(features, lens) ** 2).sum().backward()
         gradients.append({name: value.grad for name, value in params.items()})
@@ -263,7 +263,7 @@ def test_a_reader_and_other_methods_fit_in_one_group(backbone: Backbone) -> None
     lenses = [a_task(name, (2, 0, 1, 2), 3, 1).lens(backbone) for name in ("readonly", "vpt_deep", "readonly")]
     kept = co_batching.RecordedRows(vit.record(backbone, x, 0).take(torch.tensor([1, 0])), None)
     asks = [co_batching.ForwardRequest(x, condition(lens, 2)) for lens in lenses[:2]]
-    asks.append(co_batching.ForwardRequest(x[:0], condition(lenses[2], 2), kept=kept))
+    asks.append(co_batching.ForwardRequest(x[:0], condition(lenses[2], 2), recorded=kept))
     for learning in (False, True):
         with torch.set_grad_enabled(learning):
             result = co_batching._features(backbone, asks)

@@ -17,7 +17,7 @@ import torch
 from server.training.caches import array_cache, array_file
 from server.training.caches.array_cache import ArrayCache
 from server.training.caches.array_file import DamagedError
-from server.training.caches.feature_cache import FeatureCache, FeatureKey, NoCache, to_array, to_tensor
+from server.training.caches.feature_cache import FeatureCache, FeatureKey, to_array, to_tensor
 from tests.training.kept_arrays import KEYS, files, held, made, noted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -334,9 +334,3 @@ def test_tensors_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> Non
     assert found is not None
     assert to_tensor(found).dtype == dtype
     assert torch.equal(to_tensor(found), tensor)
-
-
-def test_no_cache_keeps_nothing() -> None:
-    cache = NoCache()
-    cache.put(KEY, made("ab"))
-    assert cache.get(KEY) is None

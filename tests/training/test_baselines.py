@@ -19,10 +19,10 @@ from server.methods.baseline import Baseline
 from server.methods.partial import Partial
 from server.methods.registry import BASELINES, Registry
 from server.training import baseline_fit, checkpoint, co_batching, frozen
-from server.training.baseline_fit import Reported, reporting
-from server.training.co_batching import alone
+from server.training.baseline_fit import BaselineResult, reporting
+from server.training.co_batching import run_alone
 from server.training.data import Splits
-from server.training.fit import DivergedError, Fitted, fitting, seeded
+from server.training.fit import DivergedError, FitResult, fitting, seeded
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from tests.engine.golden_cases import golden_backbone
@@ -43,9 +43,11 @@ def quick_eye() -> Backbone:
     return golden_backbone("vit_nano", 101, torch.float32)
 
 
-def reported(backbone: Backbone, baseline: Baseline, rest: dict[str, Any] | None = None, **changes: object) -> Reported:
+def reported(
+    backbone: Backbone, baseline: Baseline, rest: dict[str, Any] | None = None, **changes: object
+) -> BaselineResult:
     recipe = resolve(baseline.defaults, {**QUICKER, **changes})
-    return alone(backbone, reporting(backbone, baseline, SPLITS, 3, recipe, **(rest or {})))
+    return run_alone(backbone, reporting(backbone, baseline, SPLITS, 3, recipe, **(rest or {})))
 
 
 def normalised(backbone: Backbone, count: int) -> torch.Tensor:
@@ -102,7 +104,7 @@ def test_full_is_what_a_plain_loop_makes_of_timms_model(backbone: Backbone) -> N
     """One epoch, written out: whole batches, timm's own forward, PyTorch's AdamW."""
     recipe = resolve(Registry().baseline("full").defaults, {**QUICKER, "epochs": 1, "warmup_epochs": 0})
     kept: list[checkpoint.Checkpoint] = []
-    alone(backbone, reporting(backbone, Registry().baseline("full"), SPLITS, 3, recipe, keep=kept.append))
+    run_alone(backbone, reporting(backbone, Registry().baseline("full"), SPLITS, 3, recipe, on_checkpoint=kept.append))
     model, generator = copy.deepcopy(backbone.model).requires_grad_(True), seeded(recipe.seed, 1)
     head = Registry().baseline("full").model(backbone, 3, seeded(recipe.seed, 0)).head
     moving = [*model.parameters(), head.weight]
@@ -160,13 +162,13 @@ def test_an_interrupted_fit_that_is_resumed_ends_with_the_same_figures(
             raise PowerCutError
 
     backbone, file, steps = quick_eye, tmp_path / "job.safetensors", []
-    undisturbed = reported(backbone, baseline, {"keep": lambda state: None}, patience=3, augment="flip")
-    keep = {"watch": cut, "keep": lambda state: checkpoint.write(file, state)}
+    undisturbed = reported(backbone, baseline, {"on_checkpoint": lambda state: None}, patience=3, augment="flip")
+    keep = {"on_progress": cut, "on_checkpoint": lambda state: checkpoint.write(file, state)}
     with pytest.raises(PowerCutError):
         reported(backbone, baseline, keep, patience=3, augment="flip")
     again = {
         "resume": checkpoint.read(file),
-        "watch": lambda now: steps.append(now.epoch if now.step else 9),
+        "on_progress": lambda now: steps.append(now.epoch if now.step else 9),
     }
     resumed = reported(backbone, baseline, again, patience=3, augment="flip")
     assert min(steps) == 2
@@ -182,13 +184,13 @@ def test_it_takes_turns_with_the_others_of_its_group(backbone: Backbone) -> None
     found = co_batching.run(
         backbone,
         [
-            reporting(backbone, full, SPLITS, 3, quick, watch=lambda _: seen.append("full")),
-            fitting(backbone, deep, SPLITS, 3, asked, watch=lambda _: seen.append("deep")),
+            reporting(backbone, full, SPLITS, 3, quick, on_progress=lambda _: seen.append("full")),
+            fitting(backbone, deep, SPLITS, 3, asked, on_progress=lambda _: seen.append("deep")),
             reporting(backbone, full, SPLITS, 3, resolve(full.defaults, {**QUICKER, **wild})),
         ],
     )
-    assert isinstance(found[0], Reported)
-    assert isinstance(found[1], Fitted)
+    assert isinstance(found[0], BaselineResult)
+    assert isinstance(found[1], FitResult)
     assert isinstance(found[2], DivergedError)
     assert found[0].metrics == reported(backbone, full, epochs=2).metrics
     assert seen.index("full") < len(seen) - 1 - seen[::-1].index("deep")

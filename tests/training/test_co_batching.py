@@ -15,7 +15,7 @@ from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.training import co_batching
 from server.training.co_batching import Fitting, ForwardRequest
-from server.training.fit import DivergedError, Fitted, fit, fitting
+from server.training.fit import DivergedError, FitResult, fit, fitting
 from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
 from tests.engine.golden_cases import golden_backbone
@@ -39,11 +39,11 @@ def recipe_of(method: str, changes: dict[str, Any]) -> Recipe:
     return resolve(Registry().get(method).defaults, {**QUICK, **changes})
 
 
-def job(backbone: Backbone, method: str, changes: dict[str, Any], **rest: Any) -> Fitting[Fitted]:
+def job(backbone: Backbone, method: str, changes: dict[str, Any], **rest: Any) -> Fitting[FitResult]:
     return fitting(backbone, Registry().get(method), SPLITS, 3, recipe_of(method, changes), **rest)
 
 
-def close(one: Fitted, other: Fitted) -> None:
+def close(one: FitResult, other: FitResult) -> None:
     for name, value in one.params.items():
         np.testing.assert_allclose(value, other.params[name], rtol=1e-6, atol=1e-7)
     assert one.metrics["val"]["confusion"] == other.metrics["val"]["confusion"]
@@ -55,7 +55,7 @@ def test_jobs_in_one_batch_end_as_each_by_itself(backbone: Backbone) -> None:
     of the order in which a product adds up."""
     found = co_batching.run(backbone, [job(backbone, *one) for one in JOBS])
     for (method, changes), outcome in zip(JOBS, found, strict=True):
-        assert isinstance(outcome, Fitted)
+        assert isinstance(outcome, FitResult)
         close(outcome, fit(backbone, Registry().get(method), SPLITS, 3, recipe_of(method, changes)))
 
 
@@ -80,26 +80,26 @@ def test_one_that_breaks_leaves_its_neighbours_alone(backbone: Backbone) -> None
         if (progress.epoch, progress.step) == (2, 1):
             raise CancelledError
 
-    cancelled = job(backbone, "vpt_deep", {}, watch=cancel)
+    cancelled = job(backbone, "vpt_deep", {}, on_progress=cancel)
     diverging = job(backbone, "vpt_deep", {"optimizer": "sgd", "lr": 1e30})
     well = job(backbone, *JOBS[0])
     found = co_batching.run(backbone, [cancelled, diverging, well])
     assert isinstance(found[0], CancelledError)
     assert isinstance(found[1], DivergedError)
-    assert isinstance(found[2], Fitted)
+    assert isinstance(found[2], FitResult)
     close(found[2], fit(backbone, Registry().get("vpt_deep"), SPLITS, 3, recipe_of(*JOBS[0])))
 
 
 def test_a_job_may_join_later(backbone: Backbone) -> None:
     waiting = [job(backbone, *JOBS[1])]
 
-    def more() -> list[Fitting[Fitted]]:
+    def more() -> list[Fitting[FitResult]]:
         return [waiting.pop()] if rounds() > 10 and waiting else []
 
     rounds = _counter()
     found = co_batching.run(backbone, [job(backbone, *JOBS[0])], more)
     assert len(found) == 2
-    assert isinstance(found[1], Fitted)
+    assert isinstance(found[1], FitResult)
     close(found[1], fit(backbone, Registry().get("vpt_deep"), SPLITS, 3, recipe_of(*JOBS[1])))
 
 
@@ -113,7 +113,7 @@ def test_what_one_batch_cannot_hold_runs_one_by_one(backbone: Backbone, monkeypa
 
     monkeypatch.setattr(vit, "forward_lanes", small)
     found = co_batching.run(backbone, [job(backbone, *JOBS[0]), job(backbone, *JOBS[1])])
-    assert all(isinstance(outcome, Fitted) for outcome in found)
+    assert all(isinstance(outcome, FitResult) for outcome in found)
 
 
 def test_a_fit_too_big_even_by_itself_is_told_so(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.training import forward_cost
 from server.training.baseline_fit import reporting
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.compare import ComparisonInputs, ComparisonRequest, comparing
 from server.training.data import Splits
-from server.training.fit import Fitted, fit
+from server.training.fit import FitResult, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import resolve
@@ -46,7 +46,7 @@ def fresh(backbone: Backbone) -> FrozenFeatures:
     return FrozenFeatures(backbone)
 
 
-def packed(backbone: Backbone, fitted: Fitted) -> Bundle:
+def packed(backbone: Backbone, fitted: FitResult) -> Bundle:
     spec = backbone.spec
     manifest = Manifest(
         task="stripes", method=fitted.method.name, backbone=Fingerprint(arch=spec.arch, fingerprint=spec.fingerprint),
@@ -57,7 +57,7 @@ def packed(backbone: Backbone, fitted: Fitted) -> Bundle:
 
 
 def compared(backbone: Backbone, wish: ComparisonRequest = WISH, **rest: Any) -> dict[str, Any]:
-    return alone(backbone, comparing(backbone, Registry(), wish, material(backbone), **rest))
+    return run_alone(backbone, comparing(backbone, Registry(), wish, material(backbone), **rest))
 
 
 def timeless(value: Any) -> Any:
@@ -83,7 +83,7 @@ def test_every_fit_is_the_one_that_a_job_would_make(backbone: Backbone) -> None:
     assert told["bundle_bytes"] == pytest.approx(len(packed(backbone, alike).data), rel=0.01)
     partial = registry.baseline("partial-1")
     recipe = resolve(partial.defaults, {**WISH.fields, "seed": 0})
-    reported = alone(backbone, reporting(backbone, partial, SPLITS, 3, recipe))
+    reported = run_alone(backbone, reporting(backbone, partial, SPLITS, 3, recipe))
     assert by_key["partial-1", 0]["test_accuracy"] == reported.metrics["test_accuracy"]
     assert by_key["linear", 0]["epochs"] == registry.get("linear").defaults["epochs"], "a head keeps its own epochs"
 
@@ -121,7 +121,7 @@ def test_what_was_cut_goes_on_with_the_fit_that_it_was_in(
 
     checkpoints, steps = Checkpoints(tmp_path), []
     with pytest.raises(PowerCutError):
-        compared(backbone, watch=cut, keep=checkpoints.keeper("cut"))
+        compared(backbone, on_progress=cut, on_checkpoint=checkpoints.recorder("cut"))
     left = checkpoints.read("cut")
     assert left is not None
     assert (len(left.trials), left.epoch) == (4, 1)
@@ -132,7 +132,7 @@ def test_what_was_cut_goes_on_with_the_fit_that_it_was_in(
         if progress.step:
             steps.append((progress.trial, progress.epoch))
 
-    resumed = compared(backbone, resume=left, watch=note)
+    resumed = compared(backbone, resume=left, on_progress=note)
     assert min(steps) == (5, 2)
     assert timeless(resumed) == timeless(compared(backbone))
     assert resumed["fits"][4]["fit_s"] >= round(left.spent_s, 1)
@@ -142,15 +142,15 @@ def test_a_finished_fit_is_written_down_however_quick_it_was(backbone: Backbone,
     checkpoints, known = Checkpoints(tmp_path), []
 
     def look(progress: Progress) -> None:
-        if progress.tried is not None:
+        if progress.trial_figures is not None:
             kept = checkpoints.read("quick")
             known.append(0 if kept is None else len(kept.trials))
 
     compared(
         backbone,
         ComparisonRequest(("linear",), (0, 1), {"validation": 0.2}),
-        watch=look,
-        keep=checkpoints.keeper("quick"),
+        on_progress=look,
+        on_checkpoint=checkpoints.recorder("quick"),
     )
     assert known == [1, 2]
 
@@ -168,7 +168,7 @@ def test_what_diverges_is_told_and_the_others_are_compared(backbone: Backbone, m
 def test_without_test_pictures_the_validation_pictures_count(backbone: Backbone) -> None:
     splits = Splits(SPLITS.train, SPLITS.val, None)
     asked = comparing(backbone, Registry(), ComparisonRequest(("linear",), (0,)), material(backbone, splits))
-    assert alone(backbone, asked)["dataset_split"] == "val"
+    assert run_alone(backbone, asked)["dataset_split"] == "val"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_without_test_pictures_the_validation_pictures_count(backbone: Backbone)
 def test_a_wrong_wish_is_refused_before_the_first_fit(backbone: Backbone, wish: ComparisonRequest, code: str) -> None:
     steps: list[Progress] = []
     with pytest.raises(ServiceError) as refused:
-        compared(backbone, wish, watch=steps.append)
+        compared(backbone, wish, on_progress=steps.append)
     assert refused.value.code == code
     assert not steps
 
@@ -193,4 +193,4 @@ def test_a_forward_is_measured_beside_the_plain_one(backbone: Backbone, monkeypa
     monkeypatch.setattr(forward_cost, "_timed", lambda run: (run(), next(told))[1])
     found = fit(backbone, Registry().get("linear"), SPLITS, 3, resolve({}, {"epochs": 1}))
     loaded = Registry().load(packed(backbone, found), backbone)
-    assert forward_cost.measured(backbone, loaded, lambda: None).forward == 1.5
+    assert forward_cost.measure(backbone, loaded, lambda: None).forward == 1.5

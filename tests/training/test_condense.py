@@ -22,10 +22,10 @@ from server.methods.method import Method
 from server.methods.registry import METHODS, Registry
 from server.training import checkpoint
 from server.training.checkpoint import Checkpoint
-from server.training.co_batching import Fitting, alone
-from server.training.condense import condensable, condensing, counts, cut, refit_recipe, scores, under_way
+from server.training.co_batching import Fitting, run_alone
+from server.training.condense import condensable, condensing, counts, cut, refit_recipe, resumed_parent, scores
 from server.training.data import LabelledImages, Splits
-from server.training.fit import Fit, Fitted, fit
+from server.training.fit import Fit, FitResult, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import Condense, Recipe, resolve
@@ -42,31 +42,31 @@ def backbone() -> Backbone:
     return golden_backbone("vit_nano", 101, torch.float64)
 
 
-def fitted(backbone: Backbone, method: str, **changes: object) -> Fitted:
+def fitted(backbone: Backbone, method: str, **changes: object) -> FitResult:
     own = Registry().get(method)
     return fit(backbone, own, SPLITS, 3, resolve(own.defaults, {**QUICK, "epochs": 3, **changes}))
 
 
 @pytest.fixture(scope="module")
-def parent(backbone: Backbone) -> Fitted:
+def parent(backbone: Backbone) -> FitResult:
     return fitted(backbone, "vpt_deep")
 
 
-def asked(parent: Fitted, **how: object) -> Fitted:
-    return replace(parent, recipe=replace(parent.recipe, condense=Condense.of({**ALWAYS, **how})))
+def asked(parent: FitResult, **how: object) -> FitResult:
+    return replace(parent, recipe=replace(parent.recipe, condense=Condense.parse({**ALWAYS, **how})))
 
 
-def condensed(backbone: Backbone, parent: Fitted, **rest: Any) -> Fitted:
-    return alone(backbone, condensing(backbone, parent, SPLITS, 3, **rest))
+def condensed(backbone: Backbone, parent: FitResult, **rest: Any) -> FitResult:
+    return run_alone(backbone, condensing(backbone, parent, SPLITS, 3, **rest))
 
 
-def scored(backbone: Backbone, parent: Fitted, pictures: LabelledImages) -> torch.Tensor:
+def scored(backbone: Backbone, parent: FitResult, pictures: LabelledImages) -> torch.Tensor:
     def asking() -> Fitting[torch.Tensor]:
         run = Fit(backbone, parent.method, parent.recipe, parent.prompt_lengths, FrozenFeatures(backbone))
         yield from run.begin(pictures, 3, parent, None)
         return (yield from scores(run, (yield from run.inputs(pictures))))
 
-    return alone(backbone, asking())
+    return run_alone(backbone, asking())
 
 
 @pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "cvpt"])
@@ -98,7 +98,7 @@ def test_what_is_kept_is_the_best_of_all_layers(data: st.DataObject) -> None:
     score = data.draw(st.lists(st.floats(0, 9), min_size=sum(lengths), max_size=sum(lengths)))
     count = data.draw(st.integers(1, sum(lengths)))
     prompts = np.arange(sum(lengths), dtype=np.float32)[:, None]
-    whole = Fitted(Registry().get("vpt_deep"), Recipe(), {"prompts": prompts}, lengths, {})
+    whole = FitResult(Registry().get("vpt_deep"), Recipe(), {"prompts": prompts}, lengths, {})
     found = cut(whole, torch.tensor(score, dtype=torch.float64), count)
     kept = found.params["prompts"][:, 0].astype(int).tolist()
     assert kept == sorted(kept), "in their order"
@@ -141,7 +141,7 @@ def test_what_is_left_is_served_as_it_was_judged(method: Method) -> None:
     assert right == pytest.approx(found.metrics["val_accuracy"], abs=1e-6)
 
 
-def test_the_smallest_that_is_good_enough_wins(backbone: Backbone, parent: Fitted) -> None:
+def test_the_smallest_that_is_good_enough_wins(backbone: Backbone, parent: FitResult) -> None:
     found = condensed(backbone, asked(parent, keep=[0.5, 0.1, 0.3], epsilon=0.1, epochs=3))
     told = found.metrics["condense"]
     tried = [one["kept"] for one in told["sweep"]]
@@ -155,7 +155,7 @@ def test_the_smallest_that_is_good_enough_wins(backbone: Backbone, parent: Fitte
     assert [len(layer) for layer in told["scores"]] == list(parent.prompt_lengths)
 
 
-def test_where_none_is_good_enough_the_parent_stays(backbone: Backbone, parent: Fitted) -> None:
+def test_where_none_is_good_enough_the_parent_stays(backbone: Backbone, parent: FitResult) -> None:
     spoilt = asked(parent, keep=[0.1, 0.5], epsilon=0.0)
     rate = replace(spoilt.recipe, lr=1e30, optimizer="sgd")  # whatever is refitted diverges
     found = condensed(backbone, replace(spoilt, recipe=rate))
@@ -167,16 +167,16 @@ def test_where_none_is_good_enough_the_parent_stays(backbone: Backbone, parent: 
         np.testing.assert_array_equal(value, found.params[name])
 
 
-def test_chosen_prompts_are_better_than_random_ones(backbone: Backbone, parent: Fitted) -> None:
+def test_chosen_prompts_are_better_than_random_ones(backbone: Backbone, parent: FitResult) -> None:
     """Before any refit, the best quarter keeps more of the fitted loss than the worst quarter."""
 
-    def nll(start: Fitted) -> float:
+    def nll(start: FitResult) -> float:
         def asking() -> Fitting[np.ndarray]:
             run = Fit(backbone, start.method, start.recipe, start.prompt_lengths, FrozenFeatures(backbone))
             yield from run.begin(SPLITS.train, 3, start, None)
             return (yield from run.logits((yield from run.inputs(SPLITS.train))))
 
-        logits = torch.from_numpy(alone(backbone, asking()))
+        logits = torch.from_numpy(run_alone(backbone, asking()))
         return float(F.cross_entropy(logits, torch.from_numpy(SPLITS.train.targets)))
 
     score = scored(backbone, parent, SPLITS.train)
@@ -186,7 +186,7 @@ def test_chosen_prompts_are_better_than_random_ones(backbone: Backbone, parent: 
 
 @pytest.mark.parametrize("when", [(1, 1), (2, 2)], ids=["in the first refit", "in the second"])
 def test_an_interrupted_condensation_that_is_resumed_ends_with_the_same_bits(
-    backbone: Backbone, parent: Fitted, when: tuple[int, int], tmp_path: Path
+    backbone: Backbone, parent: FitResult, when: tuple[int, int], tmp_path: Path
 ) -> None:
     class PowerCutError(Exception):
         pass
@@ -200,11 +200,11 @@ def test_an_interrupted_condensation_that_is_resumed_ends_with_the_same_bits(
     undisturbed, file = condensed(backbone, again), tmp_path / "job.safetensors"
     assert len(undisturbed.metrics["condense"]["sweep"]) == 2
     with pytest.raises(PowerCutError):
-        condensed(backbone, again, watch=cut_off, keep=lambda state: checkpoint.write(file, state))
+        condensed(backbone, again, on_progress=cut_off, on_checkpoint=lambda state: checkpoint.write(file, state))
     state = checkpoint.read(file)
     assert state is not None
     assert (state.epoch, len(state.condense["told"]["sweep"])) == (1, when[0] - 1)
-    started = under_way(state, Registry().get)
+    started = resumed_parent(state, Registry().get)
     assert started is not None
     assert (started.recipe, started.prompt_lengths) == (again.recipe, again.prompt_lengths)
     steps: list[tuple[int, int]] = []
@@ -213,7 +213,7 @@ def test_an_interrupted_condensation_that_is_resumed_ends_with_the_same_bits(
         if now.step:
             steps.append((now.trial, now.epoch))
 
-    resumed = condensed(backbone, started, resume=state, watch=note)
+    resumed = condensed(backbone, started, resume=state, on_progress=note)
     assert min(steps) == (when[0], 2), "nothing is done twice"
     for name, value in undisturbed.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])
@@ -222,11 +222,11 @@ def test_an_interrupted_condensation_that_is_resumed_ends_with_the_same_bits(
 
 def test_a_checkpoint_of_a_fit_is_none_of_a_condensation(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "fit", Checkpoint(epoch=2))
-    assert under_way(checkpoint.read(tmp_path / "fit"), Registry().get) is None
-    assert under_way(None, Registry().get) is None
+    assert resumed_parent(checkpoint.read(tmp_path / "fit"), Registry().get) is None
+    assert resumed_parent(None, Registry().get) is None
 
 
-def test_what_cannot_be_condensed_is_refused(backbone: Backbone, parent: Fitted) -> None:
+def test_what_cannot_be_condensed_is_refused(backbone: Backbone, parent: FitResult) -> None:
     assert {method.name for method in PROMPTED} == {"vpt_deep", "vpt_shallow", "cvpt", "prompt_bias"}
     for name in ("linear", "readonly"):  # a reader's other parameters go with a layer's last prompt
         with pytest.raises(ServiceError, match=f"prompts can go one by one, got {name}"):
@@ -238,18 +238,18 @@ def test_what_cannot_be_condensed_is_refused(backbone: Backbone, parent: Fitted)
             resolve({}, {"condense": wrong})
 
 
-def test_progress_tells_every_count(backbone: Backbone, parent: Fitted) -> None:
+def test_progress_tells_every_count(backbone: Backbone, parent: FitResult) -> None:
     seen: list[Progress] = []
-    found = condensed(backbone, asked(parent, keep=[0.1, 0.5]), watch=seen.append)
-    tried = [progress.tried for progress in seen if progress.tried]
+    found = condensed(backbone, asked(parent, keep=[0.1, 0.5]), on_progress=seen.append)
+    tried = [progress.trial_figures for progress in seen if progress.trial_figures]
     assert [one["kept"] for one in tried] == [one["kept"] for one in found.metrics["condense"]["sweep"]]
     assert {progress.trials for progress in seen} == {2}
     assert not any(progress.epoch_ended for progress in seen)
 
 
-def test_what_cannot_be_seen_of_the_test_pictures(backbone: Backbone, parent: Fitted) -> None:
+def test_what_cannot_be_seen_of_the_test_pictures(backbone: Backbone, parent: FitResult) -> None:
     """Nothing is chosen by them: with others the same prompts are kept."""
     others = Splits(SPLITS.train, SPLITS.val, SPLITS.test.take(np.arange(3)) if SPLITS.test else None)
     one = condensed(backbone, asked(parent))
-    other = alone(backbone, condensing(backbone, asked(parent), others, 3))
+    other = run_alone(backbone, condensing(backbone, asked(parent), others, 3))
     np.testing.assert_array_equal(one.params["prompts"], other.params["prompts"])

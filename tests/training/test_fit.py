@@ -16,7 +16,7 @@ from server.errors import ServiceError
 from server.methods.registry import Registry
 from server.training import checkpoint, frozen
 from server.training.data import InMemory, LabelledImages, Splits, hold_out
-from server.training.fit import DivergedError, Fit, Fitted, fit
+from server.training.fit import DivergedError, Fit, FitResult, fit
 from server.training.optimizer import lr_scale
 from server.training.progress import Progress
 from server.training.recipe import Recipe, resolve
@@ -46,7 +46,7 @@ SPLITS = Splits(stripes(60, 1), stripes(30, 2), stripes(30, 3))
 QUICK = {"epochs": 6, "batch_size": 20, "warmup_epochs": 1, "prompts": 4, "lr": 1e-2}
 
 
-def fitted(backbone: Backbone, method: str, **changes: object) -> Fitted:
+def fitted(backbone: Backbone, method: str, **changes: object) -> FitResult:
     own = Registry().get(method)
     return fit(backbone, own, SPLITS, 3, resolve(own.defaults, {**QUICK, **changes}))
 
@@ -102,7 +102,9 @@ def test_an_interrupted_fit_that_is_resumed_ends_with_the_same_bits(
     recipe = resolve(own.defaults, {**QUICK, "optimizer": optimizer, "prompt_dropout": 0.2})
     undisturbed = fit(backbone, own, SPLITS, 3, recipe)
     with pytest.raises(PowerCutError):
-        fit(backbone, own, SPLITS, 3, recipe, watch=cut, keep=lambda state: checkpoint.write(file, state))
+        fit(
+            backbone, own, SPLITS, 3, recipe, on_progress=cut, on_checkpoint=lambda state: checkpoint.write(file, state)
+        )
     found = checkpoint.read(file)
     assert found is not None
     assert found.epoch == 3
@@ -112,7 +114,7 @@ def test_an_interrupted_fit_that_is_resumed_ends_with_the_same_bits(
         if progress.step:
             epochs.append(progress.epoch)
 
-    resumed = fit(backbone, own, SPLITS, 3, recipe, resume=found, watch=note)
+    resumed = fit(backbone, own, SPLITS, 3, recipe, resume=found, on_progress=note)
     assert min(epochs) == 4
     for name, value in undisturbed.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])
@@ -138,14 +140,14 @@ def test_whoever_watches_sees_every_step_and_can_end_it(backbone: Backbone) -> N
 
     seen: list[Progress] = []
 
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         seen.append(progress)
         if len(seen) == 6:
             raise EnoughError
 
     own = Registry().get("vpt_deep")
     with pytest.raises(EnoughError):
-        fit(backbone, own, SPLITS, 3, resolve(own.defaults, QUICK), watch=watch)
+        fit(backbone, own, SPLITS, 3, resolve(own.defaults, QUICK), on_progress=on_progress)
     assert [(p.epoch, p.step, p.epoch_ended) for p in seen] == [
         (1, 1, False), (1, 2, False), (1, 3, False), (1, 3, False), (1, 3, True), (2, 1, False),
     ]  # fmt: skip  # the fourth: a batch of the validation pictures

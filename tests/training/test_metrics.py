@@ -14,7 +14,7 @@ TARGETS = np.array([0, 1, 1, 2])
 
 
 def test_by_hand() -> None:
-    found = metrics.judged(LOGITS, TARGETS)
+    found = metrics.split_figures(LOGITS, TARGETS)
     assert found["images"] == 4
     assert found["accuracy"] == 0.75
     assert found["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
@@ -39,7 +39,7 @@ def test_the_loss_is_torch_s() -> None:
 
 
 def test_a_class_without_pictures_has_no_accuracy_and_no_part_in_the_mean() -> None:
-    found = metrics.judged(LOGITS[:3], TARGETS[:3])
+    found = metrics.split_figures(LOGITS[:3], TARGETS[:3])
     assert found["per_class"] == [1.0, 0.5, None]
     assert found["macro_accuracy"] == 0.75
 
@@ -48,7 +48,7 @@ def test_many_classes_are_told_by_their_commonest_confusions() -> None:
     classes = 60
     logits = np.zeros((10, classes))
     logits[:, 7] = 1
-    found = metrics.judged(logits, np.array([3] * 6 + [5] * 3 + [7]))
+    found = metrics.split_figures(logits, np.array([3] * 6 + [5] * 3 + [7]))
     assert "confusion" not in found
     assert found["confused"] == [[3, 7, 6], [5, 7, 3]]
 

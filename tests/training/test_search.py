@@ -15,9 +15,9 @@ from server.methods.registry import Registry
 from server.methods.vpt_deep import VptDeep
 from server.training import checkpoint, search
 from server.training.checkpoint import Checkpoint
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.data import Splits, sample
-from server.training.fit import Fitted
+from server.training.fit import FitResult
 from server.training.progress import Progress
 from server.training.recipe import Recipe
 from server.training.search import searching
@@ -33,23 +33,23 @@ def backbone() -> Backbone:
     return golden_backbone("vit_nano", 101, torch.float32)
 
 
-def searched(backbone: Backbone, methods: tuple[str, ...] = ALL, **rest: Any) -> Fitted:
+def searched(backbone: Backbone, methods: tuple[str, ...] = ALL, **rest: Any) -> FitResult:
     own = [Registry().get(name) for name in methods]
     fixed = rest.pop("fixed", SHORT)
-    return alone(backbone, searching(backbone, own, SPLITS, 3, fixed, **{"budget": 2000, **rest}))
+    return run_alone(backbone, searching(backbone, own, SPLITS, 3, fixed, **{"budget": 2000, **rest}))
 
 
 @pytest.fixture(scope="module")
-def found(backbone: Backbone) -> Fitted:
+def found(backbone: Backbone) -> FitResult:
     return searched(backbone)
 
 
-def test_it_finds_a_recipe_that_learns(found: Fitted) -> None:
+def test_it_finds_a_recipe_that_learns(found: FitResult) -> None:
     assert found.metrics["val_accuracy"] >= 0.9
     assert found.metrics["test_accuracy"] >= 0.9
 
 
-def test_what_was_tried_is_told(found: Fitted) -> None:
+def test_what_was_tried_is_told(found: FitResult) -> None:
     told = found.metrics["search"]
     rungs = [trial["rung"] for trial in told["trials"]]
     assert rungs == sorted(rungs)
@@ -69,7 +69,7 @@ def test_the_budget_is_kept(backbone: Backbone, budget: int) -> None:
     assert told["budget"] == budget
 
 
-def test_the_same_seed_finds_the_same(backbone: Backbone, found: Fitted) -> None:
+def test_the_same_seed_finds_the_same(backbone: Backbone, found: FitResult) -> None:
     again = searched(backbone)
     assert again.metrics == found.metrics
     for name, value in found.params.items():
@@ -80,9 +80,9 @@ def test_the_best_of_each_method_goes_on_and_then_the_next_best() -> None:
     deep, shallow = (Registry().get(name) for name in ("vpt_deep", "vpt_shallow"))
     ranked = [search.Candidate(shallow, Recipe(lr=lr)) for lr in (0.1, 0.2, 0.3)]
     ranked += [search.Candidate(deep, Recipe(lr=lr)) for lr in (0.4, 0.5)]
-    assert search._survivors(ranked, 3) == [ranked[0], ranked[1], ranked[3]]
-    assert search._survivors(ranked, 1) == [ranked[0], ranked[3]]
-    assert search._survivors(ranked, 9) == ranked
+    assert search._promoted(ranked, 3) == [ranked[0], ranked[1], ranked[3]]
+    assert search._promoted(ranked, 1) == [ranked[0], ranked[3]]
+    assert search._promoted(ranked, 9) == ranked
 
 
 def test_fixed_fields_are_not_searched(backbone: Backbone) -> None:
@@ -100,7 +100,7 @@ def test_a_search_among_heads_only(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("when", ["among the heads", "in a rung", "in the full fit"])
 def test_an_interrupted_search_that_is_resumed_ends_with_the_same_bits(
-    backbone: Backbone, found: Fitted, when: str, tmp_path: Path
+    backbone: Backbone, found: FitResult, when: str, tmp_path: Path
 ) -> None:
     class PowerCutError(Exception):
         pass
@@ -116,11 +116,11 @@ def test_an_interrupted_search_that_is_resumed_ends_with_the_same_bits(
 
     file = tmp_path / "job.safetensors"
     with pytest.raises(PowerCutError):
-        searched(backbone, watch=cut, keep=lambda state: checkpoint.write(file, state))
+        searched(backbone, on_progress=cut, on_checkpoint=lambda state: checkpoint.write(file, state))
     state = checkpoint.read(file)
     assert isinstance(state, Checkpoint)
     trials: list[int] = []
-    again = searched(backbone, resume=state, watch=lambda progress: trials.append(progress.trial))
+    again = searched(backbone, resume=state, on_progress=lambda progress: trials.append(progress.trial))
     assert min((trial for trial in trials if trial), default=99) > len(state.trials)
     assert again.metrics == found.metrics
     for name, value in found.params.items():
@@ -134,7 +134,7 @@ def with_candidates(*candidates: dict[str, Any]) -> Method:
 
 def test_a_candidate_that_diverges_is_noted_and_passed_over(backbone: Backbone) -> None:
     method = with_candidates({"lr": 1e30, "optimizer": "sgd"}, {"lr": 0.01})
-    found = alone(backbone, searching(backbone, [method], SPLITS, 3, SHORT, budget=1000))
+    found = run_alone(backbone, searching(backbone, [method], SPLITS, 3, SHORT, budget=1000))
     wild = [trial for trial in found.metrics["search"]["trials"] if trial["lr"] == 1e30]
     assert [trial["val_nll"] for trial in wild] == [None]
     assert found.recipe.lr == 0.01
@@ -142,15 +142,15 @@ def test_a_candidate_that_diverges_is_noted_and_passed_over(backbone: Backbone) 
 
 def test_a_head_that_is_better_after_all_is_kept(backbone: Backbone) -> None:
     method = with_candidates({"lr": 1e-9}, {"lr": 2e-9})
-    found = alone(backbone, searching(backbone, [Registry().get("linear"), method], SPLITS, 3, SHORT, budget=1000))
+    found = run_alone(backbone, searching(backbone, [Registry().get("linear"), method], SPLITS, 3, SHORT, budget=1000))
     assert found.method.name == "linear"
     assert {trial["method"] for trial in found.metrics["search"]["trials"]} == {"linear", "vpt_deep"}
 
 
 def test_progress_tells_trials_and_their_outcomes(backbone: Backbone) -> None:
     seen: list[Progress] = []
-    found = searched(backbone, watch=seen.append)
-    tried = [progress.tried for progress in seen if progress.tried]
+    found = searched(backbone, on_progress=seen.append)
+    tried = [progress.trial_figures for progress in seen if progress.trial_figures]
     assert tried == found.metrics["search"]["trials"]
     assert {progress.trials for progress in seen if progress.trial} == {len(tried)}
     assert not any(progress.epoch_ended for progress in seen if progress.trial)
@@ -159,8 +159,8 @@ def test_progress_tells_trials_and_their_outcomes(backbone: Backbone) -> None:
 
 def test_small_data_are_fitted_for_longer(backbone: Backbone) -> None:
     own = [Registry().get("vpt_deep")]
-    few = search._Plan.of(backbone, own, Splits(stripes(100, 1), SPLITS.val, None), {}, 30_000)
-    many = search._Plan.of(backbone, own, Splits(stripes(1000, 1), SPLITS.val, None), {}, 30_000)
+    few = search._Plan.make(backbone, own, Splits(stripes(100, 1), SPLITS.val, None), {}, 30_000)
+    many = search._Plan.make(backbone, own, Splits(stripes(1000, 1), SPLITS.val, None), {}, 30_000)
     assert few.prompted[0].recipe.epochs == 96
     assert many.prompted[0].recipe.epochs == own[0].defaults["epochs"]
 
@@ -176,7 +176,7 @@ def test_a_sample_has_every_class() -> None:
 def test_large_data_are_tried_in_part(backbone: Backbone) -> None:
     splits = Splits(stripes(300, 5), SPLITS.val, None)
     own = [Registry().get(name) for name in ALL]
-    found = alone(backbone, searching(backbone, own, splits, 3, SHORT, budget=600))
+    found = run_alone(backbone, searching(backbone, own, splits, 3, SHORT, budget=600))
     assert all(trial["images"] < 300 for trial in found.metrics["search"]["trials"] if trial["rung"] == 1)
     assert found.metrics["train_images"] == 300
 

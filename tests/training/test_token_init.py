@@ -16,9 +16,9 @@ from server.errors import ServiceError
 from server.methods.method import Method
 from server.methods.registry import METHODS, Registry
 from server.training import checkpoint, token_init
-from server.training.co_batching import alone
+from server.training.co_batching import run_alone
 from server.training.data import InMemory, LabelledImages
-from server.training.fit import Fitted, fit
+from server.training.fit import FitResult, fit
 from server.training.frozen import FrozenFeatures
 from server.training.progress import Progress
 from server.training.recipe import resolve
@@ -44,7 +44,9 @@ def tokens_of(
 ) -> dict[int, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     frozen = FrozenFeatures(backbone)
-    return alone(backbone, token_init.layer_tokens(frozen, pictures, lengths, generator=generator, tick=lambda: None))
+    return run_alone(
+        backbone, token_init.layer_tokens(frozen, pictures, lengths, generator=generator, tick=lambda: None)
+    )
 
 
 def literal(backbone: Backbone, pictures: LabelledImages) -> list[torch.Tensor]:
@@ -134,7 +136,7 @@ def test_k_means_finds_clusters_that_are_there() -> None:
     torch.testing.assert_close(found, means, msg="where it ends, each centre is its members' mean")
 
 
-def fitted(backbone: Backbone, method: Method, **changes: object) -> Fitted:
+def fitted(backbone: Backbone, method: Method, **changes: object) -> FitResult:
     return fit(backbone, method, SPLITS, 3, resolve(method.defaults, {**QUICK, "epochs": 2, **changes}))
 
 
@@ -167,7 +169,9 @@ def test_an_interrupted_fit_goes_on_from_them(backbone: Backbone, tmp_path: Path
     recipe = resolve(own.defaults, {**QUICK, "epochs": 3, "init": "tokens_kmeans", "prompt_dropout": 0.2})
     undisturbed = fit(backbone, own, SPLITS, 3, recipe)
     with pytest.raises(PowerCutError):
-        fit(backbone, own, SPLITS, 3, recipe, watch=cut, keep=lambda state: checkpoint.write(file, state))
+        fit(
+            backbone, own, SPLITS, 3, recipe, on_progress=cut, on_checkpoint=lambda state: checkpoint.write(file, state)
+        )
     resumed = fit(backbone, own, SPLITS, 3, recipe, resume=checkpoint.read(file))
     for name, value in undisturbed.params.items():
         np.testing.assert_array_equal(value, resumed.params[name])
@@ -191,6 +195,6 @@ def test_no_prompts_are_no_tokens(backbone: Backbone) -> None:
 def test_a_search_holds_to_it_where_there_are_prompts(backbone: Backbone) -> None:
     methods = [Registry().get(name) for name in ("linear", "vpt_deep")]
     fixed = {"epochs": 2, "batch_size": 20, "prompts": 2, "init": "tokens", "lr": 0.01, "optimizer": "adamw"}
-    found = alone(backbone, searching(backbone, methods, SPLITS, 3, fixed, budget=400))
+    found = run_alone(backbone, searching(backbone, methods, SPLITS, 3, fixed, budget=400))
     assert {trial["method"] for trial in found.metrics["search"]["trials"]} == {"linear", "vpt_deep"}
     assert found.recipe.init == ("tokens" if found.method.name == "vpt_deep" else "uniform")

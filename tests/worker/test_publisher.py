@@ -157,9 +157,8 @@ def rearranged(house: House, version: str, order: list[int], labels: tuple[str, 
 @pytest.fixture
 def judge(house: House) -> Callable[[Bundle], Any]:
     trainer = house.trainer
-    pulse = type("Still", (), {"check": staticmethod(lambda: None)})()
-    case = trainer._case(house.jobs.cancel(house.submit("linear").id))
-    return trainer._judge(case, pulse)
+    heartbeat = type("Still", (), {"check": staticmethod(lambda: None)})()
+    return trainer._fit_job(house.jobs.cancel(house.submit("linear").id), heartbeat).evaluate
 
 
 def test_labels_meet_by_name(house: House, judge: Callable[[Bundle], Any]) -> None:

@@ -28,16 +28,17 @@ from server.errors import DiskFull, Unavailable
 from server.jobs.job import Job
 from server.jobs.sqlite_store import SqliteJobStore
 from server.methods.registry import Registry
-from server.training.caches.feature_cache import NoCache
 from server.training.caches.pixel_cache import PixelCache
 from server.training.evaluate import evaluate
 from server.training.progress import Progress
 from server.training.recipe import resolve
 from server.training.stored_images import Decoder
 from server.worker import checkpoints, trainer
+from server.worker.checkpoints import Checkpoints
 from server.worker.dataset_reader import DatasetReader
 from server.worker.heartbeat import Heartbeat
-from server.worker.trainer import Resources, Trainer
+from server.worker.resources import Resources
+from server.worker.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -62,10 +63,16 @@ class House:
         backbone = untrained()
         decoder = self.decoder(backbone.spec.geometry)
         return Trainer(
-            Resources(backbone, Registry(), decoder, NoCache(), self.folder / "checkpoints"),
+            Resources(
+                backbone,
+                Registry(),
+                self.datasets,
+                DatasetReader(decoder),
+                None,
+                Checkpoints(self.folder / "checkpoints"),
+            ),
             self.store,
             self.jobs,
-            self.datasets,
             worker=name,
             lease_s=30,
             keep_s=0,
@@ -195,7 +202,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_an_attempt_not_the_job(
 
 
 def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "AWAY_S", 0.01)
+    monkeypatch.setattr(trainer, "STORE_RETRY_S", 0.01)
     claim, calls = house.jobs.claim, []
 
     def away(*arguments: object) -> Job | None:
@@ -218,17 +225,17 @@ def test_a_job_store_that_is_away_is_waited_for(house: House, monkeypatch: pytes
 
 
 def during_the_first_step(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], object]) -> list[Progress]:
-    """Let something happen once the fit has made a step, and give the pulse time to notice. The steps so far."""
-    watch, steps = Heartbeat.watch, []
+    """Let something happen once the fit has made a step, and give the heartbeat time to notice. The steps so far."""
+    on_progress, steps = Heartbeat.on_progress, []
 
-    def watching(pulse: Heartbeat, progress: Progress) -> None:
+    def watching(heartbeat: Heartbeat, progress: Progress) -> None:
         steps.append(progress)
         if len(steps) == 1:
             happen()
             time.sleep(1.2)
-        watch(pulse, progress)
+        on_progress(heartbeat, progress)
 
-    monkeypatch.setattr(Heartbeat, "watch", watching)
+    monkeypatch.setattr(Heartbeat, "on_progress", watching)
     return steps
 
 
@@ -259,14 +266,14 @@ def test_an_interrupted_job_goes_on_where_it_was_and_ends_with_the_same_version(
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)
     with monkeypatch.context() as patch:
-        watch = Heartbeat.watch
+        on_progress = Heartbeat.on_progress
 
-        def failing(pulse: Heartbeat, progress: Progress) -> None:
+        def failing(heartbeat: Heartbeat, progress: Progress) -> None:
             if progress.epoch == 3:
                 raise RuntimeError("power cut")
-            watch(pulse, progress)
+            on_progress(heartbeat, progress)
 
-        patch.setattr(Heartbeat, "watch", failing)
+        patch.setattr(Heartbeat, "on_progress", failing)
         assert house.worked(job).state == "queued"
     assert list((house.folder / "checkpoints").iterdir())
     done = house.worked(job)
@@ -485,14 +492,14 @@ def test_an_interrupted_condensation_goes_on_and_ends_with_the_same_version(
     undisturbed = house.worked(house.submit(recipe=recipe))
     job = house.submit(recipe=recipe)
     with monkeypatch.context() as patch:
-        watch = Heartbeat.watch
+        on_progress = Heartbeat.on_progress
 
-        def failing(pulse: Heartbeat, progress: Progress) -> None:
+        def failing(heartbeat: Heartbeat, progress: Progress) -> None:
             if (progress.epoch, progress.step, bool(progress.trial)) == (2, 1, reached == 2):
                 raise RuntimeError("power cut")
-            watch(pulse, progress)
+            on_progress(heartbeat, progress)
 
-        patch.setattr(Heartbeat, "watch", failing)
+        patch.setattr(Heartbeat, "on_progress", failing)
         assert house.worked(job).state == "queued"
     done = house.worked(job)
     assert (done.state, done.attempt) == ("succeeded", 2)
@@ -553,15 +560,15 @@ def test_a_comparison_tells_each_fit_and_ends_with_a_table(house: House) -> None
 
 
 def test_a_comparison_that_is_given_back_fits_nothing_twice(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, watch, seen = compare(house), Heartbeat.watch, []
+    job, on_progress, seen = compare(house), Heartbeat.on_progress, []
 
-    def watching(pulse: Heartbeat, progress: Progress) -> None:
+    def watching(heartbeat: Heartbeat, progress: Progress) -> None:
         seen.append(progress.trial)
-        if progress.tried is not None and progress.trial == 3:
+        if progress.trial_figures is not None and progress.trial == 3:
             house.trainer.stop.set()
-        watch(pulse, progress)
+        on_progress(heartbeat, progress)
 
-    monkeypatch.setattr(Heartbeat, "watch", watching)
+    monkeypatch.setattr(Heartbeat, "on_progress", watching)
     assert house.worked(job).state == "queued"
     assert max(seen) == 3
     seen.clear()

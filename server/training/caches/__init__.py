@@ -1,1 +1,1 @@
-"""Pixels and frozen features that epochs and jobs share, on disk and in memory."""
+"""Caches of pixels and frozen features, shared by epochs and jobs, on disk and in memory."""

@@ -1,9 +1,9 @@
-"""One array as one file of a cache: a header, the raw values, and a checksum that also covers the key.
+"""The file of one cached array: a header, the raw values, and a checksum that also covers the key.
 
     magic "LRA1" · crc32 · dtype · number of axes · up to four sides        32 bytes, little-endian, then the values
 
-A file that was cut short, overwritten, zeroed by a power cut or renamed to another key is noticed and is no array.
-Large arrays are mapped rather than read, copy on write: their memory is the kernel's to take back.
+A file that was truncated, overwritten, zeroed by a power cut or renamed to another key is detected as damaged. Large
+arrays are mapped copy-on-write instead of read, so that the kernel can reclaim their memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_AXES: Final = 4
 MAPPED_FROM: Final = 4 * 2**20  # bytes; below it reading is cheaper than page faults
 
 _HEAD: Final = struct.Struct("<4sIII4I")  # magic, crc32, dtype, axes, sides
-_SIGNED: Final = struct.Struct("<II4I")  # what follows the checksum
+_SIGNED: Final = struct.Struct("<II4I")  # the header after the checksum, which covers it
 
 
 class DamagedError(ValueError):
@@ -40,14 +40,14 @@ def size_of(array: Array) -> int:
 
 
 def write(path: Path, key: str, array: Array) -> None:
-    """uint8, uint16, float16 or float32 of one to four axes. Anything that was at `path` is overwritten."""
+    """Write an array of uint8, uint16, float16 or float32 with one to four axes. Overwrites the file at `path`."""
     if array.dtype.str not in DTYPES or not 1 <= array.ndim <= MAX_AXES:
         raise TypeError(f"expected {DTYPES} of 1 to {MAX_AXES} axes, got {array.dtype.str} of {array.ndim}")
     values = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     sides = array.shape + (1,) * (MAX_AXES - array.ndim)
-    told = _SIGNED.pack(DTYPES.index(array.dtype.str), array.ndim, *sides)
+    header = _SIGNED.pack(DTYPES.index(array.dtype.str), array.ndim, *sides)
     with open(path, "wb") as file:
-        file.write(MAGIC + struct.pack("<I", _checksum(key, told, values)) + told)
+        file.write(MAGIC + struct.pack("<I", _checksum(key, header, values)) + header)
         file.write(values)
 
 
@@ -72,9 +72,9 @@ def _parsed(content: memoryview, key: str) -> Array:
         raise DamagedError("wrong checksum")
     shape = tuple(sides[:axes])
     if dtype >= len(DTYPES) or math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != len(values):
-        raise DamagedError("wrong size")  # by another version of this program: the checksum is right
+        raise DamagedError("wrong size")  # the checksum is right: written by another version of this program
     return np.frombuffer(values, DTYPES[dtype]).reshape(shape)
 
 
-def _checksum(key: str, told: bytes | memoryview, values: memoryview) -> int:
-    return zlib.crc32(values, zlib.crc32(told, zlib.crc32(key.encode())))
+def _checksum(key: str, header: bytes | memoryview, values: memoryview) -> int:
+    return zlib.crc32(values, zlib.crc32(header, zlib.crc32(key.encode())))

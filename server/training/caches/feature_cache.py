@@ -1,4 +1,4 @@
-"""Frozen features, computed once for a set of pictures: what the backbone says of them before anything is trained."""
+"""A cache of frozen features: the plain backbone's outputs for a set of pictures."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .array_file import Array
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Everything that features depend on: `images` is `Images.digest`, `backbone` its fingerprint, `device` (`cpu`,
-    `cuda`) and `dtype` what computes them and in what, packed weights told from plain ones, which round otherwise;
-    `mean` and `std` the normalisation; `what` names the place in the network that they are taken from."""
+    """Everything that features depend on. `images`: `Images.digest`. `backbone`: its fingerprint. `device`: `cpu` or
+    `cuda`. `dtype`: of the computation, with a note on packed weights, which round differently. `mean`, `std`: the
+    normalisation. `what`: the place in the network."""
 
     images: str
     backbone: str
@@ -36,7 +36,7 @@ class FeatureKey:
 
 
 class Features(Protocol):
-    """Arrays of any shape, float32, float16, or bfloat16 as its bits in uint16."""
+    """Arrays of any shape in float32 or float16, or bfloat16 as its bits in uint16."""
 
     def get(self, key: FeatureKey) -> Array | None: ...
 
@@ -44,8 +44,8 @@ class Features(Protocol):
 
 
 class FeatureCache:
-    """On disk, bounded in bytes, for threads and processes. A large array comes back mapped: its memory is the kernel's
-    to take back, and writing to it changes neither the file nor what others get."""
+    """Features on disk, bounded in bytes, for threads and processes. Large arrays are mapped copy-on-write: the kernel
+    can reclaim their memory, and writing to them changes neither the file nor other readers' arrays."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._arrays = ArrayCache(folder, max_bytes, spread=False)
@@ -57,24 +57,14 @@ class FeatureCache:
         self._arrays.put(key.digest, array)
 
 
-class NoCache:
-    """Keeps nothing."""
-
-    def get(self, key: FeatureKey) -> Array | None:
-        return None
-
-    def put(self, key: FeatureKey, array: Array) -> None:
-        pass
-
-
 def to_array(features: Tensor) -> Array:
-    """For a cache: numpy knows no bfloat16, its bits travel as uint16."""
+    """Features as an array for the cache: numpy has no bfloat16, so its bits become uint16."""
     kept = features.detach().cpu().contiguous()
     return kept.view(torch.int16).numpy().view(np.uint16) if kept.dtype == torch.bfloat16 else kept.numpy()
 
 
 def to_tensor(kept: Array) -> Tensor:
-    """Back again, on the CPU."""
+    """The features of a cached array, on the CPU."""
     return (
         torch.from_numpy(kept.view(np.int16)).view(torch.bfloat16)
         if kept.dtype == np.uint16

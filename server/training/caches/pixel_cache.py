@@ -1,4 +1,4 @@
-"""Decoded pictures, kept: the most recent in memory, more of them on disk, each under its blob's sha256 and its cut."""
+"""A cache of decoded pictures, in memory and on disk, by the blob's sha256 and the cut."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Pixels = NDArray[np.uint8]
 
 
 class PixelCache:
-    """uint8 arrays [h, w, 3] by (blob sha256, cut). Safe for threads; processes share the folder.
+    """Pixels uint8 [h, w, 3] by (blob sha256, cut). Safe for threads; processes share the folder.
 
-    Without a folder, or with a bound of 0, that part keeps nothing. What is handed out is shared: never write to it.
+    Without a folder, or with a bound of 0, that part caches nothing. The arrays are shared: never write to them.
     """
 
     def __init__(self, folder: Path | None, *, disk_bytes: int, memory_bytes: int) -> None:
@@ -28,12 +28,12 @@ class PixelCache:
 
     def get(self, sha256: str, cut: str) -> Pixels | None:
         key = _key(sha256, cut)
-        found = self._memory.get(key)
-        if found is None and self._disk is not None:
-            found = self._disk.get(key)
-            if found is not None:
-                self._memory.put(key, found)
-        return found
+        pixels = self._memory.get(key)
+        if pixels is None and self._disk is not None:
+            pixels = self._disk.get(key)
+            if pixels is not None:
+                self._memory.put(key, pixels)
+        return pixels
 
     def put(self, sha256: str, cut: str, pixels: Pixels) -> None:
         key = _key(sha256, cut)
@@ -42,16 +42,12 @@ class PixelCache:
             self._disk.put(key, pixels)
 
 
-def no_cache() -> PixelCache:
-    return PixelCache(None, disk_bytes=0, memory_bytes=0)
-
-
 def _key(sha256: str, cut: str) -> str:
     return hashlib.sha256(f"{sha256} {cut}".encode()).hexdigest()
 
 
 class _Recent:
-    """The most recently used arrays, `max_bytes` of them."""
+    """The most recently used arrays, at most `max_bytes` in total."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
@@ -60,10 +56,10 @@ class _Recent:
 
     def get(self, key: str) -> Pixels | None:
         with self._lock:
-            found = self._arrays.get(key)
-            if found is not None:
+            pixels = self._arrays.get(key)
+            if pixels is not None:
                 self._arrays.move_to_end(key)
-            return found
+            return pixels
 
     def put(self, key: str, pixels: Pixels) -> None:
         if pixels.nbytes > self._max_bytes:

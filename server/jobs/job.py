@@ -1,4 +1,4 @@
-"""A job: one training request, the states it passes through, and what happened on the way.
+"""A job: one training request, its states and its events.
 
 queued ──claim──▶ running ──finish──▶ succeeded | failed | cancelled
   ▲ │                │
@@ -36,9 +36,9 @@ class Job:
     """One training request. Times are seconds since the epoch.
 
     `attempt` is the fencing number: 0 before the first claim, one more at each claim. `failures` counts the attempts
-    that broke or fell silent, a graceful release being neither; at `max_attempts` the job is given up. `error` is
-    `{"code", "detail"}`: why the job failed, or why its latest attempt did. `checkpoint` is the worker's word for where
-    it can go on. `publish` is when the new version goes live: always, if it is better than what is live, or never.
+    that failed or lost their lease, but not those that were released; at `max_attempts` the job fails. `error` is
+    `{"code", "detail"}`: why the job failed, or why its latest attempt did. `publish`: whether the new version goes
+    live always, if it is better than the live version, or never.
     """
 
     id: str
@@ -62,7 +62,6 @@ class Job:
     metrics: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
     cancel_requested: bool = False
-    checkpoint: str | None = None
     started_at: float | None = None
     finished_at: float | None = None
 
@@ -76,9 +75,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a job. `seq` counts from 1 without gaps.
+    """An event of a job. `seq` counts from 1 without gaps.
 
-    The store writes queued, started, retried, cancel_requested and the three end states; a worker adds its own.
+    The store writes queued, started, retried, cancel_requested and the three final states; a worker adds others.
     """
 
     seq: int
@@ -94,9 +93,9 @@ _ID: Final = re.compile(f"job_[0-7][{_ALPHABET}]{{25}}")
 
 
 def new_id(now: float, after: str | None = None) -> str:
-    """A fresh id that sorts by time: 48 bits of milliseconds, 80 random bits, and always behind the id `after`.
+    """A new id that sorts by time, after the id `after`: 48 bits of milliseconds and 80 random bits.
 
-    The newest id given as `after` keeps the order of submission within a millisecond and when a clock is set back.
+    With the newest id as `after`, ids keep the order of submission within a millisecond and when a clock is set back.
     """
     number = (int(now * 1000) & (2**48 - 1)) << 80 | secrets.randbits(80)
     if after is not None and number <= (last := _number(after)):
@@ -119,7 +118,7 @@ def _number(job_id: str) -> int:
 
 
 def to_json(value: object) -> str:
-    """Canonical JSON. NaN and the infinities, which JSON has no word for, become null: a loss may well be one."""
+    """Canonical JSON. NaN and the infinities, which a loss may be and JSON cannot express, become null."""
     return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -1,6 +1,7 @@
-"""What each operation makes of a job: pure functions, the same for every store.
+"""The state machine of a job: pure functions, the same for every store.
 
-A store reads the job, asks here for the `Step`, and writes the new job and its events in one transaction.
+A store reads the job, calls the function of the operation, and writes the resulting `Step`, the new job and its events,
+in one transaction.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from server.errors import Conflict
 from .job import FINISHED, TRANSITIONS, Job, State, to_json
 from .store import LeaseLost
 
-SILENT: Final = "lease_expired"
-Happening = tuple[str, dict[str, Any]]  # an event's type and data, before the store gives it a number and a time
+LEASE_EXPIRED: Final = "lease_expired"
+NewEvent = tuple[str, dict[str, Any]]  # type and data; the store adds the number and the time
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     job: Job
-    events: tuple[Happening, ...] = ()
+    events: tuple[NewEvent, ...] = ()
 
 
 def submitted(job: Job) -> Step:
     return Step(job, (("queued", {}),))
 
 
-def resubmitted(job: Job, asked: Job) -> Job:
-    """The job that an idempotency key stands for, when it is asked for in the same words."""
-    if _words(job) != _words(asked):
+def resubmitted(job: Job, request: Job) -> Job:
+    """The job of an idempotency key. Raises Conflict (idempotency_conflict) if the request has other parameters."""
+    if _parameters(job) != _parameters(request):
         raise Conflict(
-            f"idempotency key {job.idempotency_key!r} belongs to job {job.id}, which was asked for in other words",
+            f"idempotency key {job.idempotency_key!r} was already used with different parameters, for job {job.id}",
             code="idempotency_conflict",
             job=job.id,
         )
@@ -40,9 +41,9 @@ def resubmitted(job: Job, asked: Job) -> Job:
 
 
 def claimed(job: Job, *, worker: str, lease_s: float, now: float) -> Step:
-    """A worker takes the job. One whose lease expired has lost an attempt: it may end here instead of running again."""
+    """A worker claims the job. A job whose lease expired loses an attempt, and ends here if that was the last."""
     if job.state == "running":
-        lost = {"code": SILENT, "detail": f"attempt {job.attempt} fell silent and lost its lease"}
+        lost = {"code": LEASE_EXPIRED, "detail": f"attempt {job.attempt} sent no heartbeat and lost its lease"}
         waiting = _retried(job, lost, now)
         if waiting.job.finished:
             return waiting
@@ -72,10 +73,6 @@ def noted(job: Job, attempt: int, type_: str, data: Mapping[str, Any]) -> Step:
     return Step(_held(job, attempt), ((type_, dict(data)),))
 
 
-def checkpointed(job: Job, attempt: int, ref: str | None) -> Step:
-    return Step(replace(_held(job, attempt), checkpoint=ref))
-
-
 def finished(
     job: Job,
     attempt: int,
@@ -93,7 +90,7 @@ def finished(
 
 
 def released(job: Job, attempt: int, *, now: float) -> Step:
-    """Given back in good order, by a worker that is being stopped: no failure is counted."""
+    """Returned to the queue by a worker that shuts down. No failure is counted."""
     held = _held(job, attempt)
     if held.cancel_requested:
         return _ended(held, "cancelled", None, now)
@@ -106,7 +103,7 @@ def attempt_failed(job: Job, attempt: int, error: Mapping[str, str], *, retry: b
 
 
 def cancelled(job: Job, *, now: float) -> Step:
-    """At once when nobody works on it; otherwise a request that the worker sees at its next heartbeat."""
+    """Cancelled at once where no worker runs the job; else a request that the worker sees at its next heartbeat."""
     if job.finished:
         raise Conflict(f"job {job.id} is {job.state} already and cannot be cancelled", code="job_finished")
     if job.state == "queued" or job.lease_expired(now):
@@ -119,8 +116,8 @@ def cancelled(job: Job, *, now: float) -> Step:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _words(job: Job) -> tuple[str, ...]:
-    """What makes a request another one. How urgent it is does not."""
+def _parameters(job: Job) -> tuple[str, ...]:
+    """The parameters that have to be equal for the same idempotency key: all but the priority."""
     return job.task, job.dataset, job.method, to_json(job.recipe), job.publish
 
 
@@ -141,16 +138,17 @@ def _waiting(job: Job, **changes: Any) -> Job:
 
 
 def _ended(job: Job, state: State, error: dict[str, str] | None, now: float) -> Step:
-    """An end is final: nobody holds the job any more, and what went wrong in earlier attempts no longer matters."""
+    """The final step: without worker and lease, and without the errors of earlier attempts."""
     ended = _moved(job, state, worker=None, lease_expires_at=None, error=error, finished_at=now)
-    told = {"version": ended.version, "error": error}
-    return Step(ended, ((state, {key: value for key, value in told.items() if value is not None}),))
+    data = {"version": ended.version, "error": error}
+    return Step(ended, ((state, {key: value for key, value in data.items() if value is not None}),))
 
 
 def _retried(job: Job, error: dict[str, str], now: float) -> Step:
-    """One attempt has failed: back into the queue, unless it was to be cancelled anyway or was the last."""
+    """The step after a failed attempt: back to the queue, unless cancellation was requested or it was the last."""
     failed = replace(job, failures=job.failures + 1)
-    last = job.error if job.error and error["code"] == SILENT else error  # a reported error says more than silence
+    # an error that an attempt reported says more than a lost lease
+    last = job.error if job.error and error["code"] == LEASE_EXPIRED else error
     if job.cancel_requested:
         return _ended(failed, "cancelled", None, now)
     if failed.failures >= job.max_attempts:

@@ -1,9 +1,9 @@
-"""What the job store does inside Redis, in Lua: each script runs alone and changes everything or nothing.
+"""The Lua scripts of the job store. Redis runs each script alone, and each changes everything or nothing.
 
-A change was decided in Python from a job with its stamp. It is refused (0) when the stamp has moved since. The new
+A change is computed in Python from a job with its stamp. It is refused (0) where the stamp has changed since. The new
 stamp is random and chosen by the writer, so that a change whose answer was lost can be sent again and counts once.
 
-Where memory runs out Redis refuses the first command that needs some, so that command comes before all other writes.
+Out of memory, Redis refuses the first command that needs some; in each script that command precedes all other writes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if stamp ~= ARGV[1] then return 0 end
 return redis.call('LLEN', KEYS[2])
 """
 
-# As above and KEYS: newest, all, task, tenant and, with an idempotency key, keys. The stamp read is the newest id.
+# As above and KEYS: newest, all, task and, with an idempotency key, keys. The stamp read is the newest id.
 SUBMIT: Final = f"""
 if redis.call('HGET', KEYS[1], 'stamp') == ARGV[2] then return 1 end
 if (redis.call('GET', KEYS[8]) or '') ~= ARGV[1] then return 0 end
 {_WRITE}
 redis.call('SET', KEYS[8], ARGV[3])
-for i = 9, 11 do redis.call('ZADD', KEYS[i], 0, ARGV[3]) end
-if KEYS[12] then redis.call('HSET', KEYS[12], ARGV[8], ARGV[3]) end
+for i = 9, 10 do redis.call('ZADD', KEYS[i], 0, ARGV[3]) end
+if KEYS[11] then redis.call('HSET', KEYS[11], ARGV[8], ARGV[3]) end
 return 1
 """
 
 # KEYS: waiting, leases. ARGV: now, the key of a job less its id. The jobs that may be next, each with its stamp: those
-# whose lease expired, and of the queue its head.
+# whose lease expired, and the head of the queue.
 NEXT: Final = """
 local ids, found = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ARGV[1]), {}
 local head = redis.call('ZRANGE', KEYS[1], 0, 0)
@@ -63,7 +63,7 @@ for i, id in ipairs(ids) do ids[i] = redis.call('HGET', ARGV[3] .. id, 'job') en
 return ids
 """
 
-# KEYS: job, events, keys, index… ARGV: id, idempotency key. 1 when it was this call that forgot the job.
+# KEYS: job, events, keys, index… ARGV: id, idempotency key. 1 if this call deleted the job.
 FORGET: Final = """
 if redis.call('DEL', KEYS[1]) == 0 then return 0 end
 redis.call('DEL', KEYS[2])

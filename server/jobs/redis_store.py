@@ -1,10 +1,10 @@
 """Jobs in Redis, for several machines: any number of servers and workers share one queue.
 
-A change reads a job with its stamp, asks `lifecycle` what becomes of it, and writes job, events and indexes by a script
-that refuses when the stamp has moved, in which case it starts again: see `redis_scripts`.
+A change reads a job with its stamp, computes the step in `lifecycle`, and writes job, events and indexes by a script
+that refuses if the stamp has changed; then the change starts again: see `redis_scripts`.
 
-What is accepted is as durable as that Redis: give it an append-only file, and `maxmemory-policy noeviction`. Leases are
-told by the clocks of those who claim; clocks that disagree move a lease, and the fencing of attempts still holds.
+Jobs are as durable as the Redis server: give it an append-only file, and `maxmemory-policy noeviction`. Leases end by
+the clocks of the claiming workers; where clocks disagree, leases are longer or shorter, and the fencing still holds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
@@ -26,12 +27,13 @@ from .lifecycle import Step
 from .stepwise import StepwiseJobStore
 from .store import Events, Jobs
 
-MAX_TRIES: Final = 1000  # changes lost to faster writers before giving up; one of them always wins
-BATCH: Final = 100  # jobs that one listing script reads: Redis does nothing else meanwhile
+MAX_TRIES: Final = 1000  # changes that are lost to faster writers before giving up
+_answering = partial(answering, "job store")
+BATCH: Final = 100  # jobs that one listing script reads: a script blocks the server
 
 
 class _StoredJob(NamedTuple):
-    """A job as it is written down, and the stamp it had then."""
+    """A job as it is stored, with its stamp."""
 
     job: Job
     stamp: str
@@ -45,15 +47,14 @@ class RedisJobStore(StepwiseJobStore):
 
     # {0} is the prefix. Indexes are sorted sets of job ids.
     JOB = "{0}:jobs:job:{1}"  # hash: the job as JSON, its stamp
-    EVENTS = "{0}:jobs:events:{1}"  # list of [type, at, data]; the place in it is the event's number
+    EVENTS = "{0}:jobs:events:{1}"  # list of [type, at, data]; an event's number is its position
     WAITING = "{0}:jobs:waiting"  # the queue: -priority, then age
     LEASES = "{0}:jobs:leases"  # running jobs by the end of their lease
     FINISHED = "{0}:jobs:finished"  # by the time they finished
-    STATE = "{0}:jobs:state:{1}"  # this and the next three by age
+    STATE = "{0}:jobs:state:{1}"  # this and the next two by age
     TASK = "{0}:jobs:task:{1}"
-    TENANT = "{0}:jobs:tenant:{1}"
     ALL = "{0}:jobs:all"
-    NEWEST = "{0}:jobs:newest"  # the last id given; outlives its job
+    NEWEST = "{0}:jobs:newest"  # the last id; kept when its job is deleted
     KEYS = "{0}:jobs:keys:{1}"  # per tenant, hash: idempotency key → id
 
     def __init__(self, url: str, *, prefix: str = "lensrack", now: Callable[[], float] = time.time) -> None:
@@ -68,15 +69,15 @@ class RedisJobStore(StepwiseJobStore):
     def __repr__(self) -> str:
         return f"RedisJobStore(prefix={self._prefix!r})"
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
-    def _add(self, asked: Job) -> Job:
+    def _add(self, request: Job) -> Job:
         for _ in range(MAX_TRIES):
-            newest, known = self._before_submit(asked.tenant, asked.idempotency_key)
+            newest, known = self._before_submit(request.tenant, request.idempotency_key)
             if known:
-                return lifecycle.resubmitted(known, asked)
+                return lifecycle.resubmitted(known, request)
             now = self._now()
-            job = replace(asked, id=new_id(now, after=newest), created_at=now)
+            job = replace(request, id=new_id(now, after=newest), created_at=now)
             if self._submitted(newest, lifecycle.submitted(job), now):
                 return job
         raise _outrun()
@@ -91,16 +92,15 @@ class RedisJobStore(StepwiseJobStore):
         state: State | None = None,
         cursor: str | None = None,
         limit: int = 50,
-        tenant: str | None = None,
         task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
         if cursor is not None and not is_id(cursor):
             raise BadRequest("expected the cursor of an earlier page, got something else")
-        asked = {"task": task, "state": state, "tenant": tenant}
-        wanted = {name: value for name, value in asked.items() if value is not None}
-        found = self._newest_first(self._narrowest(wanted), cursor)
-        covered = (job for job in found if job.task.startswith(task_prefix))
-        matching = (job for job in covered if all(getattr(job, name) == value for name, value in wanted.items()))
+        conditions: dict[str, str | None] = {"task": task, "state": state}
+        filters = {name: value for name, value in conditions.items() if value is not None}
+        candidates = self._newest_first(self._narrowest(filters), cursor)
+        covered = (job for job in candidates if job.task.startswith(task_prefix))
+        matching = (job for job in covered if all(getattr(job, name) == value for name, value in filters.items()))
         jobs = [*islice(matching, limit + 1)]
         page = jobs[:limit]
         return page, page[-1].id if page and len(jobs) > limit else None
@@ -108,14 +108,14 @@ class RedisJobStore(StepwiseJobStore):
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
         first, texts = max(after, 0), []
         if limit > 0 and is_id(job_id):
-            with answering("job store"):
+            with _answering():
                 texts = self._redis.lrange(self._key(self.EVENTS, job_id), first, first + limit - 1)
         if not texts:
             self.get(job_id)
         return [Event(seq, *json.loads(text)) for seq, text in enumerate(texts, start=first + 1)]
 
     def counts(self) -> dict[State, int]:
-        with answering("job store"), self._redis.pipeline(transaction=True) as pipe:
+        with _answering(), self._redis.pipeline(transaction=True) as pipe:
             for state in STATES:
                 pipe.zcard(self._key(self.STATE, state))
             return dict(zip(STATES, pipe.execute(), strict=True))
@@ -137,7 +137,7 @@ class RedisJobStore(StepwiseJobStore):
 
     def prune(self, older_than_s: float) -> Jobs:
         before = self._now() - older_than_s
-        with answering("job store"):
+        with _answering():
             ids = sorted(map(str, self._redis.zrangebyscore(self._key(self.FINISHED), "-inf", f"({before!r}")))
         old = [kept.job for job_id in ids if (kept := self._find(job_id))]
         return [job for job in old if self._forgotten(job)]
@@ -151,7 +151,7 @@ class RedisJobStore(StepwiseJobStore):
         return template.format(self._prefix, part)
 
     def _find(self, job_id: str) -> _StoredJob | None:
-        with answering("job store"):
+        with _answering():
             text, stamp = self._redis.hmget(self._key(self.JOB, job_id), "job", "stamp")
         return _kept(_str(text), _str(stamp))
 
@@ -175,29 +175,27 @@ class RedisJobStore(StepwiseJobStore):
 
     def _written(self, kept: _StoredJob, step: Step, now: float) -> int:
         """The number of the job's last event, or 0 when another writer was faster."""
-        with answering("job store"):
+        with _answering():
             return int(self._change_script(self._keys(kept.job, step.job), _arguments(kept.stamp, step, now)))
 
     def _keys(self, before: Job, after: Job) -> tuple[str, ...]:
-        own = (self._key(self.JOB, after.id), self._key(self.EVENTS, after.id))
+        records = (self._key(self.JOB, after.id), self._key(self.EVENTS, after.id))
         queues = (self._key(self.WAITING), self._key(self.LEASES), self._key(self.FINISHED))
-        return *own, *queues, self._key(self.STATE, before.state), self._key(self.STATE, after.state)
+        return *records, *queues, self._key(self.STATE, before.state), self._key(self.STATE, after.state)
 
     def _next(self, now: float) -> _StoredJob | None:
-        """The waiting job whose turn it is."""
-        with answering("job store"):
+        """The waiting job that is to be claimed next."""
+        with _answering():
             rows = self._next_script([self._key(self.WAITING), self._key(self.LEASES)], [now, self._key(self.JOB)])
         waiting = [kept for row in rows if (kept := _kept(*row))]
         return min(waiting, key=lambda kept: (-kept.job.priority, kept.job.id), default=None)
 
-    # --- coming and going ---------------------------------------------------------------------------------------------
+    # --- submitting and deleting --------------------------------------------------------------------------------------
 
     def _before_submit(self, tenant: str, key: str | None) -> tuple[str | None, Job | None]:
-        """The newest id so far, and the job that the idempotency key stands for.
-
-        In this order: whoever uses the key later has moved the newest id, and our submission is refused.
-        """
-        with answering("job store"):
+        """The newest id, and the job of the idempotency key. Read in this order: a later submission with the key
+        changes the newest id, and this one is refused."""
+        with _answering():
             newest = _str(self._redis.get(self._key(self.NEWEST)))
             known = _str(self._redis.hget(self._key(self.KEYS, tenant), key)) if key is not None else None
         kept = self._find(known) if known else None
@@ -208,33 +206,33 @@ class RedisJobStore(StepwiseJobStore):
         keys = [*self._keys(job, job), self._key(self.NEWEST), *self._by_age(job)]
         if job.idempotency_key is not None:
             keys.append(self._key(self.KEYS, job.tenant))
-        with answering("job store"):
+        with _answering():
             return bool(self._submit_script(keys, _arguments(newest or "", step, now)))
 
-    def _by_age(self, job: Job) -> tuple[str, str, str]:
-        return self._key(self.ALL), self._key(self.TASK, job.task), self._key(self.TENANT, job.tenant)
+    def _by_age(self, job: Job) -> tuple[str, str]:
+        return self._key(self.ALL), self._key(self.TASK, job.task)
 
     def _forgotten(self, job: Job) -> bool:
-        own = [self._key(self.JOB, job.id), self._key(self.EVENTS, job.id), self._key(self.KEYS, job.tenant)]
+        records = [self._key(self.JOB, job.id), self._key(self.EVENTS, job.id), self._key(self.KEYS, job.tenant)]
         indexes = [*self._by_age(job), self._key(self.FINISHED), self._key(self.STATE, job.state)]
-        with answering("job store"):
-            return bool(self._forget_script(own + indexes, [job.id, job.idempotency_key or ""]))
+        with _answering():
+            return bool(self._forget_script(records + indexes, [job.id, job.idempotency_key or ""]))
 
     # --- listing ------------------------------------------------------------------------------------------------------
 
-    def _narrowest(self, wanted: Mapping[str, str]) -> str:
-        """The shortest index that holds every job that is wanted."""
-        templates = {"task": self.TASK, "state": self.STATE, "tenant": self.TENANT}
-        indexes = [self._key(templates[name], value) for name, value in wanted.items()] or [self._key(self.ALL)]
+    def _narrowest(self, filters: Mapping[str, str]) -> str:
+        """The shortest index that holds all jobs of the filters."""
+        templates = {"task": self.TASK, "state": self.STATE}
+        indexes = [self._key(templates[name], value) for name, value in filters.items()] or [self._key(self.ALL)]
         if len(indexes) == 1:
             return indexes[0]
-        with answering("job store"):
+        with _answering():
             return min(indexes, key=self._redis.zcard)
 
     def _newest_first(self, index: str, cursor: str | None) -> Iterator[Job]:
         below = f"({cursor}" if cursor else "+"
         while True:
-            with answering("job store"):
+            with _answering():
                 texts = self._page_script([index], [below, BATCH, self._key(self.JOB)])
             jobs = [_job(text) for text in texts]
             yield from jobs
@@ -247,7 +245,7 @@ class RedisJobStore(StepwiseJobStore):
 
 
 def _str(value: str | bytes | None) -> str | None:
-    """The client decodes what it answers; its types do not know that."""
+    """The client decodes answers to text, which its types do not express."""
     return cast("str | None", value)
 
 
@@ -256,7 +254,9 @@ def _text(job: Job) -> str:
 
 
 def _job(text: str) -> Job:
-    return Job(**json.loads(text))
+    fields = json.loads(text)
+    fields.pop("checkpoint", None)  # of records that older versions wrote
+    return Job(**fields)
 
 
 def _kept(text: str | None, stamp: str | None) -> _StoredJob | None:
@@ -264,7 +264,7 @@ def _kept(text: str | None, stamp: str | None) -> _StoredJob | None:
 
 
 def _arguments(read: str, step: Step, now: float) -> list[str | float]:
-    """What a script wants to know: see `redis_scripts`."""
+    """The arguments of a script: see `redis_scripts`."""
     job = step.job
     waiting: str | float = -job.priority if job.state == "queued" else ""
     lease = job.lease_expires_at if job.lease_expires_at is not None else ""

@@ -1,4 +1,4 @@
-"""The tables of the SQLite job store, and how an older file is brought up to them."""
+"""The tables of the SQLite job store, and the migration of older files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sqlite3
 from typing import Final
 
 from server.errors import Unavailable
+from server.storage.sqlite import transaction
 
 MIGRATIONS: Final = (  # entry n brings a file from schema version n to n + 1; what is released is never edited
     (
@@ -26,6 +27,7 @@ MIGRATIONS: Final = (  # entry n brings a file from schema version n to n + 1; w
         ) WITHOUT ROWID""",
     ),
     ("ALTER TABLE jobs ADD COLUMN publish TEXT NOT NULL DEFAULT 'always'",),
+    ("ALTER TABLE jobs DROP COLUMN checkpoint",),
 )
 
 
@@ -38,8 +40,7 @@ def migrate(db: sqlite3.Connection) -> None:
         )
     db.execute("PRAGMA journal_mode = WAL")
     for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-        db.execute("BEGIN IMMEDIATE")
-        for statement in statements:
-            db.execute(statement)
-        db.execute(f"PRAGMA user_version = {number}")
-        db.execute("COMMIT")
+        with transaction(db):
+            for statement in statements:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {number}")

@@ -1,6 +1,6 @@
-"""Jobs in one SQLite file, for one machine: threads and processes alike open it and take turns.
+"""Jobs in one SQLite file, for the threads and processes of one machine.
 
-A change is one `BEGIN IMMEDIATE` transaction: read the job, ask `lifecycle` what becomes of it, write job and events.
+A change is one `BEGIN IMMEDIATE` transaction: read the job, compute the step in `lifecycle`, write job and events.
 Open the store after a fork, never before it: SQLite's connections do not survive one.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from server.errors import BadRequest, NotFound, Unavailable
-from server.storage.sqlite import alone, answering, connect
+from server.storage.sqlite import answering, connect, exclusive, transaction
 
 from . import lifecycle
 from .job import STATES, Event, Job, State, is_id, new_id, to_json
@@ -45,7 +45,7 @@ _EVENT: Final = (
 
 
 class SqliteJobStore(StepwiseJobStore):
-    """The job store over the file `path`, made with its folder when absent. `now` gives seconds since the epoch."""
+    """The job store in the file `path`, created with its folder if absent. `now` returns seconds since the epoch."""
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path, self._now = path, now
@@ -54,18 +54,18 @@ class SqliteJobStore(StepwiseJobStore):
         self._closed = False
         with _answering():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with alone(path.parent):
+            with exclusive(path.parent):
                 migrate(self._connection())
 
-    # --- asking -------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
-    def _add(self, asked: Job) -> Job:
+    def _add(self, request: Job) -> Job:
         with self._transaction() as db:
-            if known := _by_key(db, asked.tenant, asked.idempotency_key):
-                return lifecycle.resubmitted(known, asked)
+            if known := _by_key(db, request.tenant, request.idempotency_key):
+                return lifecycle.resubmitted(known, request)
             now = self._now()
             newest = db.execute("SELECT MAX(id) FROM jobs").fetchone()[0]
-            job = replace(asked, id=new_id(now, after=newest), created_at=now)
+            job = replace(request, id=new_id(now, after=newest), created_at=now)
             return _save(db, lifecycle.submitted(job), now)
 
     def get(self, job_id: str) -> Job:
@@ -79,19 +79,18 @@ class SqliteJobStore(StepwiseJobStore):
         state: State | None = None,
         cursor: str | None = None,
         limit: int = 50,
-        tenant: str | None = None,
         task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
         if cursor is not None and not is_id(cursor):
             raise BadRequest("expected the cursor of an earlier page, got something else")
-        wanted = {"task =": task, "state =": state, "tenant =": tenant, "id <": cursor}
+        conditions = {"task =": task, "state =": state, "id <": cursor}
         if task_prefix:
-            wanted |= {"task >=": task_prefix, "task <": f"{task_prefix}\x7f"}  # beyond every letter of a name
-        given = {condition: value for condition, value in wanted.items() if value is not None}
-        where = " AND ".join(f"{condition} ?" for condition in given) or "TRUE"
+            conditions |= {"task >=": task_prefix, "task <": f"{task_prefix}\x7f"}  # after every letter of a name
+        conditions = {condition: value for condition, value in conditions.items() if value is not None}
+        where = " AND ".join(f"{condition} ?" for condition in conditions) or "TRUE"
         with _answering():
             rows = self._connection().execute(
-                f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*given.values(), limit + 1)
+                f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*conditions.values(), limit + 1)
             )
             jobs = [_job(row) for row in rows]
         page = jobs[:limit]
@@ -110,13 +109,13 @@ class SqliteJobStore(StepwiseJobStore):
 
     def counts(self) -> dict[State, int]:
         with _answering():
-            found = dict(self._connection().execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in STATES}
+            counts = dict(self._connection().execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
+        return {state: counts.get(state, 0) for state in STATES}
 
     # --- working ------------------------------------------------------------------------------------------------------
 
     def claim(self, worker: str, lease_s: float) -> Job | None:
-        with _answering():  # idle workers ask often: they should not take the writers' turn for nothing
+        with _answering():  # a read, so that the many polls of idle workers do not block writers
             if self._connection().execute(_WAITING, (self._now(),)).fetchone() is None:
                 return None
         with self._transaction() as db:
@@ -143,7 +142,7 @@ class SqliteJobStore(StepwiseJobStore):
         return old
 
     def close(self) -> None:
-        """Every thread's connection. No other thread may be inside a call."""
+        """Close the connections of all threads. No other thread may be inside a call."""
         with self._lock:
             self._closed = True
             connections = [*self._connections.values()]
@@ -162,17 +161,11 @@ class SqliteJobStore(StepwiseJobStore):
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with _answering():
             db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(db):
                 yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # some failures, a full disk among them, have rolled back already
-                    db.execute("ROLLBACK")
-                raise
 
     def _connection(self) -> sqlite3.Connection:
-        """This thread's own. Those of threads that have ended are closed here, since nobody else will."""
+        """The connection of this thread. Closes those of threads that have ended."""
         me = threading.current_thread()
         connection = self._connections.get(me)
         if connection is not None:

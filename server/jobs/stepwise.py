@@ -1,6 +1,6 @@
-"""What every job store does alike: take a request apart, and turn each of a worker's words into a `Step`.
+"""The part of the job store that all backends share: every operation becomes a `Step` of the lifecycle.
 
-A backend says how a new job is added and how a step is taken: read the job, decide, write job and events as one.
+A backend implements how a job is added and how a step is taken: read the job, decide, write job and events atomically.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .lifecycle import Step
 
 
 class StepwiseJobStore(ABC):
-    """The verbs of the job store that are the same for every backend."""
+    """The operations of the job store that are the same for every backend."""
 
     @abstractmethod
-    def _add(self, asked: Job) -> Job:
-        """Give `asked` an id and a time and queue it, unless its idempotency key stands for a job already."""
+    def _add(self, request: Job) -> Job:
+        """Queue `request` with an id and a time, or return the job that its idempotency key belongs to."""
 
     @abstractmethod
     def _step(self, job_id: str, decide: Callable[[Job, float], Step]) -> Job:
-        """What `decide` makes of the job at this time, written together with its events or not at all."""
+        """Read the job, call `decide` with it and the time, write the step atomically, and return the new job."""
 
     def submit(
         self,
@@ -39,7 +39,7 @@ class StepwiseJobStore(ABC):
         publish: Publish = "always",
         max_attempts: int,
     ) -> Job:
-        asked = Job(
+        request = Job(
             id="",
             task=task,
             dataset=dataset,
@@ -52,15 +52,12 @@ class StepwiseJobStore(ABC):
             tenant=tenant,
             idempotency_key=idempotency_key,
         )
-        return self._add(asked)
+        return self._add(request)
 
     def heartbeat(self, job_id: str, attempt: int, lease_s: float, progress: Mapping[str, Any] | None = None) -> Job:
         return self._step(
             job_id, lambda job, now: lifecycle.kept_alive(job, attempt, lease_s=lease_s, progress=progress, now=now)
         )
-
-    def set_checkpoint(self, job_id: str, attempt: int, ref: str | None) -> Job:
-        return self._step(job_id, lambda job, _: lifecycle.checkpointed(job, attempt, ref))
 
     def finish(
         self,

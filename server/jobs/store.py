@@ -1,7 +1,7 @@
-"""The job store: what every backend promises. `tests/jobs/test_job_store.py` holds each of them to it.
+"""The interface of the job store. `tests/jobs/test_job_store.py` tests every backend against it.
 
-A job is a stored resource with a lease, not a message that can be lost. Whoever claims it gets an attempt number, and
-every later word about the job must carry it: a worker that wakes up late is told `LeaseLost` and can change nothing.
+A job is a stored resource with a lease, not a message that can be lost. A claim returns an attempt number, which every
+later call for the job must carry: a worker that lost its lease gets `LeaseLost` and can change nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from .job import Event, Job, Publish, State
 
-Jobs = list[Job]  # inside the store `list` is a verb
+Jobs = list[Job]  # in the store, `list` is a method
 Events = list[Event]
 
 
@@ -24,7 +24,7 @@ class LeaseLost(Exception):
 
 
 class JobStore(Protocol):
-    """Safe for threads and processes. A job changes and the event that tells of it is written together or not at all.
+    """Safe for threads and processes. A change of a job and its event are written together or not at all.
 
     Raises `NotFound` job_not_found for an unknown id, `Unavailable` store_unavailable or `DiskFull` when the backend
     fails. Recipes, progress, metrics and event data are JSON objects; NaN and the infinities are stored as null.
@@ -45,9 +45,9 @@ class JobStore(Protocol):
     ) -> Job:
         """A new queued job; ids sort in the order of submission.
 
-        A tenant's idempotency key names one job: asked again with the same task, dataset, method, recipe and publishing
-        policy the answer is that job as it now is; with others `Conflict` idempotency_conflict, whose extra `job` is
-        its id.
+        A tenant's idempotency key belongs to one job: a second call with the same task, dataset, method, recipe and
+        publishing policy returns that job as it is then; with other parameters it raises `Conflict`
+        idempotency_conflict, whose extra `job` is the job's id.
         """
 
     def get(self, job_id: str) -> Job: ...
@@ -59,27 +59,26 @@ class JobStore(Protocol):
         state: State | None = None,
         cursor: str | None = None,
         limit: int = 50,
-        tenant: str | None = None,
         task_prefix: str = "",
     ) -> tuple[Jobs, str | None]:
-        """Newest first, at most `limit`, and the cursor of the next page or None. `BadRequest` for a foreign cursor.
+        """At most `limit` jobs, newest first, and the cursor of the next page or None. Raises `BadRequest` for an
+        invalid cursor.
 
-        `task_prefix` is how the tasks' names begin; a backend may have to look at every job for it.
+        `task_prefix`: of the tasks' names; a backend may have to read every job for it.
         """
 
     def claim(self, worker: str, lease_s: float) -> Job | None:
-        """The waiting job of highest priority, the oldest of these, now running with one attempt more; or None.
+        """Claim the waiting job of highest priority, of these the oldest. It is returned running, with the next attempt
+        number; None where no job waits.
 
-        A running job whose lease expired waits too. It is retried, or ended when it was to be cancelled or has no
-        attempt left (`too_many_attempts`, with the last error in the detail).
+        A running job whose lease expired waits too. It is retried, or ended where cancellation was requested or no
+        attempt is left (`too_many_attempts`, with the last error in the detail).
         """
 
     def heartbeat(self, job_id: str, attempt: int, lease_s: float, progress: Mapping[str, Any] | None = None) -> Job:
-        """Keep the lease for `lease_s` from now and tell the progress. See `cancel_requested` of the answer."""
+        """Renew the lease for `lease_s` from now and store the progress. The returned job has `cancel_requested`."""
 
     def append_event(self, job_id: str, attempt: int, type_: str, data: Mapping[str, Any]) -> Event: ...
-
-    def set_checkpoint(self, job_id: str, attempt: int, ref: str | None) -> Job: ...
 
     def finish(
         self,
@@ -93,19 +92,19 @@ class JobStore(Protocol):
     ) -> Job: ...
 
     def release(self, job_id: str, attempt: int) -> Job:
-        """Back to the queue without a failure counted; cancelled when that was asked for."""
+        """Return the job to the queue without counting a failure; cancelled where that was requested."""
 
     def fail_attempt(self, job_id: str, attempt: int, error: Mapping[str, str], *, retry: bool) -> Job:
-        """`error` is {"code", "detail"}. With `retry` back to the queue while attempts are left, otherwise failed."""
+        """With `retry` return the job to the queue while attempts are left; else it fails. error: its code, detail."""
 
     def cancel(self, job_id: str) -> Job:
-        """Cancelled at once when nobody works on it, otherwise asked of the worker. `Conflict` job_finished."""
+        """Cancel the job, at once or by a request to its worker. Raises `Conflict` job_finished."""
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
         """Events with seq > `after`, in order."""
 
     def prune(self, older_than_s: float) -> Jobs:
-        """Forget the jobs that finished longer ago, with their events; the answer is what was forgotten."""
+        """Delete the jobs that finished longer ago, with their events. Returns the deleted jobs."""
 
     def counts(self) -> dict[State, int]:
         """The number of jobs in every state."""

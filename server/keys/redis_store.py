@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, cast
 
 from pydantic import ValidationError
@@ -15,8 +16,9 @@ from .key import Key
 from .store import Keys
 
 MAX_TRIES: Final = 100
+_answering = partial(answering, "key store")
 
-# KEYS: the hash; ARGV: id, what was read, what it becomes
+# KEYS: the hash; ARGV: id, the record that was read, the new record
 _CHANGE: Final = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
@@ -25,7 +27,7 @@ return 1
 
 
 class RedisKeyStore:
-    """The key store over a Redis server. Raises `ValueError` for a URL of another form."""
+    """The key store on a Redis server. Raises `ValueError` for a URL of another form."""
 
     KEYS = "{0}:keys"  # hash: id → record as JSON
 
@@ -38,25 +40,25 @@ class RedisKeyStore:
         return f"RedisKeyStore({self._hash!r})"
 
     def add(self, key: Key) -> None:
-        with answering("key store"):
+        with _answering():
             added = self._redis.hsetnx(self._hash, key.id, key.model_dump_json())
         if not added:
             raise store.exists(key.id)
 
     def change(self, key_id: str, become: Callable[[Key], Key]) -> Key:
         for _ in range(MAX_TRIES):
-            with answering("key store"):
+            with _answering():
                 text = cast("str | None", self._redis.hget(self._hash, key_id))
             if text is None:
                 raise store.unknown(key_id)
             changed = become(_key(text))
-            with answering("key store"):
+            with _answering():
                 if self._change_script([self._hash], [key_id, text, changed.model_dump_json()]):
                     return changed
         raise Unavailable(f"other writers of the key store were faster {MAX_TRIES} times", code="store_unavailable")
 
     def list(self) -> Keys:
-        with answering("key store"):
+        with _answering():
             texts = cast("list[str]", self._redis.hvals(self._hash))
         return store.in_order([_key(text) for text in texts])
 

@@ -13,18 +13,19 @@ from typing import Final
 from pydantic import ValidationError
 
 from server.errors import Unavailable
-from server.storage import sqlite
+from server.storage.sqlite import answering, connect, transaction
 
 from . import store
 from .key import Key
 from .store import Keys
 
 MODE: Final = 0o600
+_answering = partial(answering, "key store")
 SCHEMA: Final = "CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
 
 
 class SqliteKeyStore:
-    """The key store over the file `path`, which is made with the first key. Each call opens it anew."""
+    """The key store in the file `path`, which is created with the first key. Each call opens it again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -53,35 +54,25 @@ class SqliteKeyStore:
         return store.in_order([_key(row[0]) for row in rows])
 
     def close(self) -> None:
-        """Nothing is open between two calls."""
+        """Nothing to close: no connection is open between two calls."""
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with _answering():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT, MODE))
-            with closing(self._connected()) as db:
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
+            with closing(self._connected()) as db, transaction(db):
+                yield db
 
     def _connected(self) -> sqlite3.Connection:
-        db = sqlite.connect(self._path)
+        db = connect(self._path)
         try:
-            with suppress(sqlite3.OperationalError):  # a read-only file has its table, or nothing is in it
+            with suppress(sqlite3.OperationalError):  # a read-only file has the table already, or is empty
                 db.execute(SCHEMA)
         except BaseException:
             db.close()
             raise
         return db
-
-
-_answering = partial(sqlite.answering, "key store")
 
 
 def _key(text: str) -> Key:

@@ -1,1 +1,1 @@
-"""SQLite and Redis, opened alike and failing alike."""
+"""Access to SQLite and Redis for the stores of jobs and keys: `connect`, and `answering` for their errors."""

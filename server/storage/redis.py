@@ -1,4 +1,4 @@
-"""The way to the Redis server that jobs and keys share: opened alike, and failing alike."""
+"""Clients of the Redis server of jobs and keys. All stores open them here, and report the same errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.errors import DiskFull, Unavailable
 
 
 def connect(url: str) -> redis.Redis:
-    """A client that answers in text. Connects nothing yet. Raises ValueError for a URL of another form."""
+    """A client whose answers are text. Does not connect yet. Raises ValueError for a URL of another form."""
     try:
         return redis_connection.connect(url, text=True)
     except BadStoreUrl as error:
@@ -21,9 +21,9 @@ def connect(url: str) -> redis.Redis:
 
 @contextmanager
 def answering(store: str) -> Iterator[None]:
-    """Whatever the server or the way to it does, as a ServiceError that names neither host nor password.
+    """Translate the errors of the server and its connection into a ServiceError that names neither host nor password.
 
-    `store` is what is kept there ("job store"). Raises DiskFull or Unavailable (store_unavailable).
+    `store` is the name of the store in the message ("job store"). Raises DiskFull or Unavailable (store_unavailable).
     """
     try:
         yield

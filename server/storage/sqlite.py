@@ -1,6 +1,6 @@
-"""SQLite files of jobs and keys: opened alike, and failing alike.
+"""Connections to the SQLite files of jobs and keys. All stores open them here, and report the same errors.
 
-`synchronous=FULL`, so that what was accepted outlives a power cut.
+`synchronous=FULL`, so that a committed change survives a power cut.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ BUSY_S: Final = 20.0
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode: transactions begin and end where the caller says so.
+    """A connection in autocommit mode: transactions are those of `transaction`.
 
-    Used by one thread at a time, closed by any.
+    One thread may use it at a time; any thread may close it.
     """
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
@@ -35,8 +35,21 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One process at a time: the switch to the write-ahead log does not wait for its turn by itself."""
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """A write transaction around the `with` block: committed at its end, rolled back where it raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # some failures, a full disk among them, have rolled back already
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, for the switch to the write-ahead log, which ignores SQLite's timeout."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -47,9 +60,9 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def answering(store: str) -> Iterator[None]:
-    """Whatever SQLite or the file system does, as a ServiceError that names no path.
+    """Translate the errors of SQLite and the file system into a ServiceError that names no path.
 
-    `store` is what is kept there ("job store"). Raises DiskFull or Unavailable (store_unavailable).
+    `store` is the name of the store in the message ("job store"). Raises DiskFull or Unavailable (store_unavailable).
     """
     try:
         yield

@@ -26,7 +26,7 @@ from typing import Any, Final
 from prompts_store import Store, StoreUnavailable
 from server.errors import DiskFull, ServiceError, Unavailable
 from server.jobs.job import Job
-from server.jobs.lifecycle import SILENT
+from server.jobs.lifecycle import LEASE_EXPIRED
 from server.jobs.store import JobStore, LeaseLost
 from server.observability import logs, metrics, tracing
 from server.training import co_batching
@@ -238,4 +238,4 @@ def _summary(version: str | None, figures: Mapping[str, Any]) -> str:
 def _is_takeover(job: Job) -> bool:
     """Whether this attempt follows one whose lease expired. Unknown, and False, for a job that keeps an older error."""
     error = job.error or {"code": "", "detail": ""}
-    return error["code"] == SILENT and f"attempt {job.attempt - 1} " in error["detail"]
+    return error["code"] == LEASE_EXPIRED and f"attempt {job.attempt - 1} " in error["detail"]

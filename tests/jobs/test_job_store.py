@@ -138,13 +138,12 @@ def test_lists_are_narrowed_by_how_the_tasks_begin(store: JobStore) -> None:
     assert [job.task for job in store.list(task_prefix="acme-", limit=2, cursor=following)[0]] == ["acme-a"]
 
 
-def test_lists_are_narrowed_by_task_state_and_tenant(store: JobStore) -> None:
-    a, b = submit(store, "a", tenant="x"), submit(store, "b", tenant="x")
-    c = submit(store, "a", tenant="y")
+def test_lists_are_narrowed_by_task_and_state(store: JobStore) -> None:
+    a, b, c = submit(store, "a"), submit(store, "b"), submit(store, "a")
     claim(store)
     assert [job.id for job in store.list(task="a")[0]] == [c.id, a.id]
     assert [job.id for job in store.list(state="running")[0]] == [a.id]
-    assert [job.id for job in store.list(tenant="x", state="queued")[0]] == [b.id]
+    assert [job.id for job in store.list(task="b", state="queued")[0]] == [b.id]
     assert store.list(task="nobody") == ([], None)
 
 
@@ -202,7 +201,6 @@ def test_a_lease_expires_at_its_second_and_the_old_attempt_is_fenced(store: JobS
     late: list[Callable[[], object]] = [
         lambda: store.heartbeat(old.id, old.attempt, 30, {"epoch": 99}),
         lambda: store.append_event(old.id, old.attempt, "published", {}),
-        lambda: store.set_checkpoint(old.id, old.attempt, "stale"),
         lambda: store.finish(old.id, old.attempt, "succeeded", version="v"),
         lambda: store.fail_attempt(old.id, old.attempt, ERROR, retry=False),
         lambda: store.release(old.id, old.attempt),
@@ -337,9 +335,8 @@ def test_a_release_costs_no_attempt_and_is_fenced(store: JobStore) -> None:
     for number in range(1, 6):
         running = claim(store)
         assert running.attempt == number
-        store.set_checkpoint(job.id, number, f"step-{number}")
         released = store.release(job.id, number)
-        assert (released.state, released.failures, released.checkpoint) == ("queued", 0, f"step-{number}")
+        assert (released.state, released.failures) == ("queued", 0)
         with pytest.raises(LeaseLost):
             store.heartbeat(job.id, number, 30)
 
@@ -425,11 +422,10 @@ def test_counts_know_every_state(store: JobStore) -> None:
 def test_pruning_forgets_only_what_finished_long_ago(store: JobStore, clock: Clock) -> None:
     old, waiting = submit(store, idempotency_key="k"), submit(store)
     running = claim(store)
-    store.set_checkpoint(old.id, running.attempt, "ckpt")
     store.finish(old.id, running.attempt, "succeeded", version="v")
     clock.now += 100
     fresh = store.cancel(submit(store).id)
-    assert [(job.id, job.checkpoint) for job in store.prune(50)] == [(old.id, "ckpt")]
+    assert [(job.id, job.version) for job in store.prune(50)] == [(old.id, "v")]
     assert {job.id for job in store.list()[0]} == {waiting.id, fresh.id}
     with pytest.raises(NotFound):
         store.events(old.id)

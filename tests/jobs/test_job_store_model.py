@@ -38,7 +38,6 @@ class Model:
     failures: int = 0
     until: float = 0.0
     asked_to_stop: bool = False
-    checkpoint: str | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     events: list[str] = field(default_factory=lambda: ["queued"])
 
@@ -136,11 +135,6 @@ class History(RuleBasedStateMachine):
         if job := self.fenced(claim, lambda *held: self.store.append_event(*held, "epoch", {})):
             job.events.append("epoch")
 
-    @rule(claim=claims, ref=st.sampled_from(["c1", "c2"]))
-    def checkpoint(self, claim: tuple[str, int], ref: str) -> None:
-        if job := self.fenced(claim, lambda *held: self.store.set_checkpoint(*held, ref)):
-            job.checkpoint = ref
-
     @rule(claim=claims, state=st.sampled_from(["succeeded", "failed", "cancelled"]))
     def finish(self, claim: tuple[str, int], state: Any) -> None:
         if job := self.fenced(claim, lambda *held: self.store.finish(*held, state)):
@@ -185,8 +179,8 @@ class History(RuleBasedStateMachine):
         assert more is None
         assert [job.id for job in listed] == [job.id for job in reversed(self.jobs)]
         for job, model in zip(reversed(listed), self.jobs, strict=True):
-            assert (job.state, job.attempt, job.checkpoint, job.progress, job.cancel_requested) == (
-                model.state, model.attempt, model.checkpoint, model.progress, model.asked_to_stop,
+            assert (job.state, job.attempt, job.progress, job.cancel_requested) == (
+                model.state, model.attempt, model.progress, model.asked_to_stop,
             )  # fmt: skip
             assert (job.worker is not None) == (job.lease_expires_at is not None) == (job.state == "running")
             assert (job.finished_at is not None) == job.finished

@@ -36,17 +36,18 @@ def test_the_file_is_made_with_its_folder_and_kept(path: Path) -> None:
     again.close()
     with sqlite3.connect(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert file.execute("PRAGMA user_version").fetchone() == (2,)
+        assert file.execute("PRAGMA user_version").fetchone() == (3,)
     file.close()
 
 
-def test_a_job_of_a_file_without_policies_is_published_always(path: Path) -> None:
+def test_a_job_of_the_oldest_file_is_published_always(path: Path) -> None:
     path.parent.mkdir(parents=True)
     with sqlite3.connect(path) as file:
         for statement in (*MIGRATIONS[0], "PRAGMA user_version = 1"):
             file.execute(statement)
         texts = {"id": new_id(1.0), "task": "t", "dataset": "d", "method": "linear", "state": "queued", "tenant": ""}
         numbers = {"attempt": 0, "failures": 0, "max_attempts": 3, "priority": 0, "created_at": 1}
+        texts |= {"checkpoint": "a field that is no more"}
         old = {**texts, **numbers, "cancel_requested": 0, "recipe": "{}", "progress": "{}", "metrics": "{}"}
         file.execute(f"INSERT INTO jobs ({', '.join(old)}) VALUES ({', '.join('?' * len(old))})", [*old.values()])
     file.close()
@@ -62,7 +63,7 @@ def test_a_file_of_a_newer_lensrack_is_refused_and_left_alone(path: Path) -> Non
         file.execute("PRAGMA user_version = 7")
     file.close()
     before = path.read_bytes()
-    with pytest.raises(Unavailable, match="schema 7, written by a newer lensrack; this one reads up to 2"):
+    with pytest.raises(Unavailable, match="schema 7, written by a newer lensrack; this one reads up to 3"):
         SqliteJobStore(path)
     assert path.read_bytes() == before
 

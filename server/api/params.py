@@ -1,4 +1,4 @@
-"""What routes take from a path and a header: task names and media types."""
+"""What routes take from a path and a header: tasks, their versions and media types."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Final
 from fastapi import Depends
 from starlette.datastructures import Headers
 
-from server.errors import BadRequest, UnsupportedMedia
-from server.serving.resolver import TASK
+from server.errors import UnsupportedMedia
+from server.serving.resolver import Ref, Refs, task_name
 
 IMAGE_TYPES: Final = ("image/jpeg", "image/png", "image/webp", "image/bmp")
 ARCHIVE_TYPES: Final = (
@@ -23,18 +23,22 @@ ARCHIVE_TYPES: Final = (
 )
 
 
-def task_name(task: str) -> str:
-    """A task's name from a path. Raises BadRequest (bad_task_name)."""
-    if not TASK.fullmatch(task):
-        raise BadRequest(f"expected a task name like {TASK.pattern}, got {task[:100]!r}", code="bad_task_name")
-    return task
-
-
 async def _task_name(task: str) -> str:
     return task_name(task)
 
 
-TaskOf = Annotated[str, Depends(_task_name)]
+async def _ref(task: str) -> Ref:
+    return Ref.parse(task)
+
+
+async def _refs(task: str) -> Refs:
+    return Ref.parse_all(task)
+
+
+# of the path's `{task}`; each raises BadRequest (bad_task_name)
+TaskOf = Annotated[str, Depends(_task_name)]  # `task`
+RefOf = Annotated[Ref, Depends(_ref)]  # `task`, `task@alias` or `task@version`
+RefsOf = Annotated[Refs, Depends(_refs)]  # and `task@one+other`
 
 
 def media_type(headers: Headers) -> str:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,14 +49,9 @@ from .answers import (
 from .decoding import Fitted, Image, ImageBatch
 from .quarantine import Quarantine
 from .residency import Residency
-from .resolver import ENSEMBLE_SIGN, Catalogue, Ref, Resolver
+from .resolver import Catalogue, Ref, Refs, Resolver
 
 T = TypeVar("T")
-
-
-def versions_in(text: str) -> int:
-    """How many versions a reference asks, and so how many rows a picture costs; of a wrong one anything."""
-    return len(re.split("[+ ]", text.partition("@")[2]))
 
 
 @dataclass(frozen=True)
@@ -110,13 +104,12 @@ class Predictor:
         return narrowed
 
     async def predict(
-        self, task_ref: str, images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
+        self, refs: Refs, images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> Answer:
         """Ask one task, or an ensemble of its versions, about images.
 
         Raises ServiceError kinds and the store's errors.
         """
-        refs = Ref.parse_all(task_ref)
         with self._asking(images, len(refs), key, (tenant, refs[0].task), timeout_s) as asking:
             return await within_timeout(timeout_s, self._answer(refs, top_k, asking))
 
@@ -129,10 +122,9 @@ class Predictor:
         return Outputs(ref.task, given.versions[0], tuple(given.labels[0]), logits, scores, given.timings)
 
     async def predict_many(
-        self, task_refs: Sequence[str], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
+        self, refs: Mapping[str, Refs], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> dict[str, Answer | Exception]:
-        """Ask many tasks about the same images, decoded once: each task's answer, or what went wrong with it."""
-        refs = {text.replace(" ", ENSEMBLE_SIGN): Ref.parse_all(text) for text in task_refs}
+        """Ask many tasks about the same images, decoded once: under each key of `refs` its answer or its error."""
         flow = common_flow({(tenant, one.task) for of_task in refs.values() for one in of_task})
         with self._asking(images, sum(map(len, refs.values())), key, flow, timeout_s) as asking:
             asked = [within_timeout(timeout_s, self._answer(of_task, top_k, asking)) for of_task in refs.values()]
@@ -145,11 +137,10 @@ class Predictor:
             return await within_timeout(timeout_s, self._embed(asking))
 
     async def run_exclusive(
-        self, task_ref: str, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
+        self, ref: Ref, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
     ) -> tuple[str, Any, T]:
         """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
         the seat. For what is no prediction, such as where the network looks."""
-        ref = Ref.parse(task_ref)
         with self._asking([image], 1, key, (tenant, ref.task), timeout_s) as asking:
             return await within_timeout(timeout_s, self._run_exclusive(ref, work, asking))
 

@@ -18,13 +18,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from prompts_store import Alias, AliasNotFound, StoreError, StoreUnavailable, TaskNotFound, VersionInfo, VersionNotFound
+from prompts_store import (
+    Alias,
+    AliasNotFound,
+    StoreError,
+    StoreUnavailable,
+    TaskNotFound,
+    VersionInfo,
+    VersionNotFound,
+    names,
+)
 from server.errors import BadRequest
 
 from .quarantine import Quarantine
 from .residency import Residency
 
-TASK = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ENSEMBLE_SIGN = "+"  # between the versions of an ensemble
 MOST_TRIED: Final = 4  # earlier versions, before the request is told why its own could not be loaded
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -39,9 +47,24 @@ class Catalogue(Protocol):
     def history(self, task: str, alias: str) -> Sequence[Alias]: ...
 
 
+def task_name(text: str) -> str:
+    """The name of a task, without a version. Raises BadRequest (bad_task_name)."""
+    if not names.is_task(text):
+        raise _bad_task_name(text)
+    return text
+
+
+def _bad_task_name(text: str) -> BadRequest:
+    return BadRequest(
+        f"expected a task name like {names.TASK.pattern}, where a version may be named followed by @alias or @version, "
+        f"several of them with + between, got {text[:100]!r}",
+        code="bad_task_name",
+    )
+
+
 @dataclass(frozen=True)
 class Ref:
-    """What a client names: a task, and an alias, a version or the beginning of one."""
+    """A task, and an alias, a version or the beginning of one. Parsed once, where a request comes in."""
 
     task: str
     name: str = "live"
@@ -55,22 +78,26 @@ class Ref:
         return refs[0]
 
     @classmethod
-    def parse_all(cls, text: str) -> tuple[Ref, ...]:
+    def parse_all(cls, text: str) -> Refs:
         """`task`, `task@name` or `task@name+name`. A plus sign that a query has turned into a blank is one, too: no
         name holds either. Raises BadRequest (bad_task_name)."""
-        task, at, names = text.partition("@")
-        each = re.split("[+ ]", names) if at else ["live"]
-        if not TASK.fullmatch(task) or not all(each):
-            raise BadRequest(
-                f"expected a task name like {TASK.pattern}, optionally followed by @alias or @version, several of them "
-                f"with + between, got {text[:100]!r}",
-                code="bad_task_name",
-            )
+        task, at, versions = text.partition("@")
+        each = re.split("[+ ]", versions) if at else ["live"]
+        if not names.is_task(task) or not all(each):
+            raise _bad_task_name(text)
         return tuple(cls(task, name) for name in each)
+
+    @classmethod
+    def parse_each(cls, texts: Iterable[str]) -> dict[str, Refs]:
+        """Several texts as `parse_all` reads them, by the text; each text once. Raises BadRequest (bad_task_name)."""
+        return {text.replace(" ", ENSEMBLE_SIGN): cls.parse_all(text) for text in texts}
 
     @property
     def is_version(self) -> bool:
         return _DIGEST.fullmatch(self.name) is not None
+
+
+Refs = tuple[Ref, ...]  # versions of one task: one, or the members of an ensemble
 
 
 class Resolver:

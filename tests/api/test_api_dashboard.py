@@ -15,6 +15,7 @@ from PIL import Image
 
 from prompts_store import open_store
 from server.api.routes import ui
+from server.serving.resolver import Ref
 from tests.api.api_server import Api, assert_problem, serving
 from tests.api.test_api_datasets import zipped
 from tests.serving.floor import Floor, png, publish
@@ -188,7 +189,7 @@ async def test_a_seat_stays_until_the_engine_is_done_although_its_client_has_lef
     floor = Floor(open_store("memory://"))
     version = publish(floor.store, "left")
     floor.engine.gate.clear()
-    work = floor.predictor.run_exclusive("left", png(), floor.engine.look, key="", tenant="", timeout_s=20)
+    work = floor.predictor.run_exclusive(Ref("left"), png(), floor.engine.look, key="", tenant="", timeout_s=20)
     asked = asyncio.ensure_future(work)
     assert await asyncio.to_thread(floor.engine.entered.wait, 10)
     for _ in range(3):  # gone, and gone again

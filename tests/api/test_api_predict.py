@@ -233,6 +233,24 @@ def test_tasks_that_cannot_answer(api: Api, task: str, status: int, code: str):
     assert "[a-z0-9]" in detail or code != "bad_task_name"
 
 
+def test_a_wrong_name_is_the_same_problem_wherever_it_is_named(api: Api):
+    """And nothing else of the request is looked at before: not its body, its type, or its other parameters."""
+    told = []
+    for path in (
+        "/predict/No!",
+        "/predict/No!?unknown=1",
+        "/predict?task=No!",
+        "/tasks/No!/attention",
+        "/tasks/No!/pin",
+    ):
+        told.append(assert_problem(api.http.post(path, content=b"?"), 400, "bad_task_name")["detail"])
+    told.append(assert_problem(api.http.get("/tasks/No!"), 400, "bad_task_name")["detail"])
+    for path in ("/v2/models/No!/infer", "/v2/models/No!/versions/live/infer", "/v2/repository/models/No!/load"):
+        told.append(api.http.post(path, content=b"?").json()["error"])
+    told.append(api.http.get("/v1/models/No!").json()["error"]["message"])
+    assert set(told) == {told[0]}
+
+
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf", "11", "soon", ""])
 def test_timeouts_out_of_range(api: Api, timeout: str):
     problem = assert_problem(ask(api, **{"lensrack-timeout": timeout}), 422, "invalid_request")

@@ -18,6 +18,7 @@ from server.api.middleware.fast_path import FastPath
 from server.api.routes import predict
 from server.keys.key import NOBODY
 from server.observability import metrics
+from server.serving.resolver import Refs
 from tests.api.api_server import Api, serving
 from tests.serving.floor import png, publish
 
@@ -106,8 +107,8 @@ def test_what_is_plain_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the route asks for its scope here, too."""
     asked: list[str] = []
 
-    async def told(request: Any, services: Any, task: str, top_k: int) -> predict.Response:
-        asked.append(f"{task} {top_k}")
+    async def told(request: Any, services: Any, refs: Refs, top_k: int) -> predict.Response:
+        asked.append(f"{refs[0].task} {top_k}")
         return predict.Response()
 
     async def required(request: Any) -> None:

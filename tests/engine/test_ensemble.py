@@ -21,6 +21,7 @@ from server.engine.residency import Residency
 from server.methods.registry import Registry
 from server.serving.answers import Limits
 from server.serving.predictor import Predictor
+from server.serving.resolver import Ref
 from tests.engine.golden_cases import golden_backbone
 
 pytestmark = pytest.mark.anyio
@@ -67,7 +68,7 @@ async def test_it_is_the_mean_of_the_separate_answers() -> None:
         images = [picture(1), picture(2)]
 
         async def ask(ref: str) -> list[dict[str, float]]:
-            answer = await predictor.predict(ref, images, 10, key="k", tenant="", timeout_s=60)
+            answer = await predictor.predict(Ref.parse_all(ref), images, 10, key="k", tenant="", timeout_s=60)
             return [{one.label: one.score for one in of_image} for of_image in answer.predictions]
 
         separate = [await ask(f"fish@{method}") for method in MEMBERS]

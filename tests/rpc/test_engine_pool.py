@@ -21,6 +21,7 @@ from prompts_store import VersionNotFound, open_store
 from server.batching.row import Row
 from server.errors import QueueFull, Unavailable
 from server.rpc.engine_server import EngineServer
+from server.serving.resolver import Ref
 from server.settings import Settings
 from tests.rpc.far_floor import LOOK, SeveralFront, server, settled, several
 from tests.serving.floor import SIZE, Floor, png, publish
@@ -40,7 +41,7 @@ class Two:
 
     async def ask(self, task: str = "fish", grey: int = 7, count: int = 1) -> Any:
         images = [png(grey)] * count
-        return await self.front.predictor.predict(task, images, 1, key="k", tenant="", timeout_s=60.0)
+        return await self.front.predictor.predict(Ref.parse_all(task), images, 1, key="k", tenant="", timeout_s=60.0)
 
     def asked(self, number: int) -> set[str]:
         """Tasks that an engine has computed rows of."""
@@ -169,7 +170,7 @@ async def test_one_request_may_have_seats_at_both():
         versions = {task: publish(store, task) for task in TASKS[:8]}
         assert len({built.home(version, task) for task, version in versions.items()}) == 2
         answers = await built.front.predictor.predict_many(
-            list(versions), [png(6), png(7)], 1, key="k", tenant="", timeout_s=60.0
+            Ref.parse_each(versions), [png(6), png(7)], 1, key="k", tenant="", timeout_s=60.0
         )
         assert {task: answer.version for task, answer in answers.items()} == versions
         both = [publish(store, "fish", seed) for seed in range(8)]
@@ -179,7 +180,7 @@ async def test_one_request_may_have_seats_at_both():
         features = await built.front.predictor.embed([png(9)] * 3, tenant="", timeout_s=60.0)
         assert [vector[0] for vector in features.vectors] == [9, 9, 9]
         for task, version in versions.items():
-            seen = await built.front.predictor.run_exclusive(task, png(9), LOOK, key="", tenant="", timeout_s=60)
+            seen = await built.front.predictor.run_exclusive(Ref(task), png(9), LOOK, key="", tenant="", timeout_s=60)
             assert (seen[0], seen[2][0]) == (version, 9)
 
 

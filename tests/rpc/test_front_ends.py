@@ -27,6 +27,7 @@ from server.rpc.connection import FROM_ENGINE
 from server.rpc.engine_server import FROM_FRONTS, EngineServer
 from server.rpc.protocol import Form, Frame, FrameReader, Kind, ProtocolError, Reply, SentRow
 from server.rpc.shared_memory import PixelReader, PixelWriter, slot_bytes
+from server.serving.resolver import Ref
 from tests.rpc.far_floor import LOOK, Front, front, server, settled
 from tests.serving.floor import SIZE, Floor, png, publish
 
@@ -55,7 +56,7 @@ async def house(**changes: Any) -> AsyncIterator[tuple[Floor, EngineServer, Path
 
 async def ask(built: Front, grey: int = 7, count: int = 1) -> Any:
     images = [png(grey)] * count
-    return await built.predictor.predict("fish", images, 1, key="k", tenant="", timeout_s=60.0)
+    return await built.predictor.predict((Ref("fish"),), images, 1, key="k", tenant="", timeout_s=60.0)
 
 
 async def inside(floor: Floor, built: Front) -> asyncio.Task[Any]:
@@ -211,7 +212,7 @@ async def test_a_front_end_knows_who_is_quiet_beside_what_others_have():
                 two.batcher.require_room(0, flow)
         for flow in (("", "bird"), ("quiet", "fish"), ("quiet", "")):
             two.batcher.require_room(100, flow)
-        quiet = asyncio.create_task(two.predictor.predict("bird", [png(7)], 1, key="", tenant="", timeout_s=60))
+        quiet = asyncio.create_task(two.predictor.predict((Ref("bird"),), [png(7)], 1, key="", tenant="", timeout_s=60))
         await settled(lambda: one.batcher.beside == {"": {"bird": 1}})
         floor.engine.gate.set()
         assert {one.task for one in await asyncio.gather(quiet, *asked)} == {"fish", "bird"}
@@ -243,7 +244,9 @@ async def test_a_full_queue_of_one_tenants_still_lets_another_in():
         with pytest.raises(QueueFull):
             await ask(built)
         built.batcher.require_room(100, ("quiet", "fish"))
-        quiet = asyncio.create_task(built.predictor.predict("fish", [png(7)], 1, key="", tenant="quiet", timeout_s=60))
+        quiet = asyncio.create_task(
+            built.predictor.predict((Ref("fish"),), [png(7)], 1, key="", tenant="quiet", timeout_s=60)
+        )
         await settled(lambda: len(floor.batcher) == 5)
         built.batcher.check_integrity()
         floor.batcher.check_integrity()
@@ -259,7 +262,9 @@ async def test_a_full_queue_of_one_tasks_still_lets_another_of_its_tenant_in():
         with pytest.raises(QueueFull):
             built.batcher.require_room(0, ("", "fish"))
         built.batcher.require_room(100, ("", "bird"))
-        quiet = asyncio.create_task(built.predictor.predict("bird", [png(7)], 1, key="", tenant="", timeout_s=60))
+        quiet = asyncio.create_task(
+            built.predictor.predict((Ref("bird"),), [png(7)], 1, key="", tenant="", timeout_s=60)
+        )
         await settled(lambda: len(floor.batcher) == 5)
         built.batcher.check_integrity()
         floor.batcher.check_integrity()
@@ -296,7 +301,9 @@ async def test_a_drain_answers_who_waits_or_tells_them():
 
 async def test_works_beside_predictions_are_asked_by_name():
     async with house() as (floor, _, path), front(floor, path) as built:
-        version, _, seen = await built.predictor.run_exclusive("fish", png(9), LOOK, key="", tenant="", timeout_s=60)
+        version, _, seen = await built.predictor.run_exclusive(
+            Ref("fish"), png(9), LOOK, key="", tenant="", timeout_s=60
+        )
         assert (len(version), seen) == (64, [9, 0])
 
 

@@ -57,12 +57,12 @@ async def floor(**changes: Any) -> AsyncIterator[Floor]:
 
 async def ask(built: Floor, ref: str = "fish", images: list[bytes] | None = None, **changes: Any) -> Answer:
     given = {"top_k": 5, "key": "k", "tenant": "", "timeout_s": 10.0, **changes}
-    return await built.predictor.predict(ref, images if images is not None else [png()], **given)
+    return await built.predictor.predict(Ref.parse_all(ref), images if images is not None else [png()], **given)
 
 
 async def ask_many(built: Floor, refs: list[str], images: list[bytes] | None = None, **changes: Any) -> dict[str, Any]:
     given = {"top_k": 1, "key": "k", "tenant": "", "timeout_s": 10.0, **changes}
-    return await built.predictor.predict_many(refs, images or [png()], **given)
+    return await built.predictor.predict_many(Ref.parse_each(refs), images or [png()], **given)
 
 
 # --- one task ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prompts_store import CachedStore, CorruptBundle, StoreUnavailable, VersionN
 from server.errors import Conflict
 from server.serving import quarantine
 from server.serving.answers import Answer
+from server.serving.resolver import Ref
 from tests.serving.floor import Floor, bundle, png, publish
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +63,7 @@ async def floor(damaged: Damaged) -> AsyncIterator[Floor]:
 
 
 async def ask(built: Floor, ref: str = "fish", key: str = "") -> Answer:
-    return await built.predictor.predict(ref, [png(3)], 1, key=key, tenant="", timeout_s=20)
+    return await built.predictor.predict(Ref.parse_all(ref), [png(3)], 1, key=key, tenant="", timeout_s=20)
 
 
 async def test_the_version_before_a_damaged_one_answers_and_says_so(

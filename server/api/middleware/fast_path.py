@@ -23,6 +23,7 @@ from server.api import problems, scopes
 from server.api.routes import predict
 from server.api.services import services_of
 from server.errors import ServiceError
+from server.serving.resolver import Ref
 
 from .auth import TEMPLATE
 
@@ -65,4 +66,5 @@ def _plain(scope: Scope) -> bool:
 async def _predicted(request: Request, top_k: int) -> Response:
     await scopes.require(request)
     services = await services_of(request)
-    return await predict.predict(request, services, request.scope["path"].removeprefix(_PREFIX), top_k)
+    refs = Ref.parse_all(request.scope["path"].removeprefix(_PREFIX))
+    return await predict.predict(request, services, refs, top_k)

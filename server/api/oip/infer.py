@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from server.api.params import task_name
 from server.api.services import Services
 from server.serving.answers import Outputs
 from server.serving.decoding import Image
-from server.serving.resolver import Ref
+from server.serving.resolver import Ref, task_name
 
 from . import tensors
 
@@ -22,8 +21,7 @@ MICROSECONDS: Final = 1e6  # in a second: the unit of the parameter `timeout`
 class InferRequest:
     """`wanted`: nothing means all outputs. `timeout_us`: the client's, 0 for none. `key` chooses a canary's side."""
 
-    model: str
-    version: str
+    ref: Ref
     images: Sequence[Image]
     wanted: Sequence[tensors.OutputRequest]
     timeout_us: int
@@ -31,7 +29,8 @@ class InferRequest:
 
 
 def ref(model: str, version: str = "") -> Ref:
-    """A version is a digest, the unique beginning of one, or an alias. Raises BadRequest bad_task_name."""
+    """`version`: a digest, the unique beginning of one, or an alias; empty for the live one. Raises BadRequest
+    (bad_task_name)."""
     return Ref(task_name(model), version or LIVE)
 
 
@@ -45,7 +44,7 @@ async def answer(services: Services, asked: InferRequest) -> Outputs:
     """Raises ServiceError kinds and the store's errors, as `Predictor.predict`."""
     await services.meter.images(services.key, len(asked.images))
     return await services.predictor.outputs(
-        ref(asked.model, asked.version),
+        asked.ref,
         asked.images,
         key=asked.key,
         tenant=services.tenant,

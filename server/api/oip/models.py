@@ -16,9 +16,9 @@ from server.api.routes import residency
 from server.api.services import Services
 from server.errors import Unprocessable
 from server.serving.predictor import within_timeout
+from server.serving.resolver import Ref
 
 from . import tensors
-from .infer import ref
 
 PLATFORM: Final = "lensrack"
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "parameters")
@@ -29,21 +29,20 @@ def server() -> dict[str, Any]:
     return {"name": PLATFORM, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-async def find(services: Services, model: str, version: str = "") -> stored.VersionInfo:
-    """The version that a name means. Raises BadRequest, and the store's errors for what is not there."""
-    asked = ref(model, version)
-    full = await residency.one_version(services, asked)
-    for info in await asyncio.to_thread(services.store.versions, asked.task):
+async def find(services: Services, ref: Ref) -> stored.VersionInfo:
+    """The version that a reference means. Raises BadRequest, and the store's errors for what is not there."""
+    full = await residency.one_version(services, ref)
+    for info in await asyncio.to_thread(services.store.versions, ref.task):
         if info.version == full:
             return info
-    raise stored.VersionNotFound(asked.task, full)
+    raise stored.VersionNotFound(ref.task, full)
 
 
-async def metadata(services: Services, model: str, version: str = "") -> dict[str, Any]:
-    manifest = (await find(services, model, version)).manifest
-    versions = await asyncio.to_thread(services.store.versions, model)
+async def metadata(services: Services, ref: Ref) -> dict[str, Any]:
+    manifest = (await find(services, ref)).manifest
+    versions = await asyncio.to_thread(services.store.versions, ref.task)
     return {
-        "name": model,
+        "name": ref.task,
         "versions": [info.version for info in versions],
         "platform": PLATFORM,
         "inputs": _listed(tensors.inputs(manifest.preprocess.size)),
@@ -56,19 +55,18 @@ async def index(services: Services) -> list[dict[str, str]]:
     return await asyncio.to_thread(_index, services.store)
 
 
-async def load(services: Services, model: str, parameters: object) -> None:
+async def load(services: Services, ref: Ref, parameters: object) -> None:
     """Make what is live resident before anybody asks for it. Raises Unprocessable for a configuration."""
     if parameters:
         raise Unprocessable("parameters: expected none, models come from the store with all that belongs to them")
-    asked = ref(model)
-    version = await residency.one_version(services, asked)
-    await within_timeout(services.settings.request_timeout_s, services.residency.load(asked.task, version))
+    version = await residency.one_version(services, ref)
+    await within_timeout(services.settings.request_timeout_s, services.residency.load(ref.task, version))
 
 
-async def unload(services: Services, model: str) -> None:
-    """Free the device memory of all its versions."""
-    for info in await asyncio.to_thread(services.store.versions, ref(model).task):
-        await services.residency.unload(model, info.version)
+async def unload(services: Services, task: str) -> None:
+    """Free the device memory of all versions of a task."""
+    for info in await asyncio.to_thread(services.store.versions, task):
+        await services.residency.unload(task, info.version)
 
 
 def _listed(forms: dict[str, tensors.TensorSpec]) -> list[dict[str, Any]]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
+from server.api import params
 from server.api.routes import predict
 from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest
+from server.serving.resolver import Ref
 
 from . import body, infer, models, tensors
 
@@ -55,6 +57,18 @@ _INFER: Final[dict[str, Any]] = {
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=_ERROR)
 
 
+async def _live(task: str) -> Ref:
+    return infer.ref(task)
+
+
+async def _version(task: str, version: str) -> Ref:
+    return infer.ref(task, version)
+
+
+Live = Annotated[Ref, Depends(_live)]
+Version = Annotated[Ref, Depends(_version)]
+
+
 @router.get("")
 async def server_metadata() -> dict[str, Any]:
     return models.server()
@@ -77,49 +91,49 @@ async def ready(services: ServicesOf) -> Response:
 
 
 @router.get("/models/{task}")
-async def model_metadata(services: ServicesOf, task: str) -> dict[str, Any]:
-    return await models.metadata(services, task)
+async def model_metadata(services: ServicesOf, ref: Live) -> dict[str, Any]:
+    return await models.metadata(services, ref)
 
 
 @router.get("/models/{task}/versions/{version}")
-async def version_metadata(services: ServicesOf, task: str, version: str) -> dict[str, Any]:
-    return await models.metadata(services, task, version)
+async def version_metadata(services: ServicesOf, ref: Version) -> dict[str, Any]:
+    return await models.metadata(services, ref)
 
 
 @router.get("/models/{task}/ready")
-async def model_ready(services: ServicesOf, task: str) -> dict[str, Any]:
+async def model_ready(services: ServicesOf, ref: Live) -> dict[str, Any]:
     """It exists: what is not on the device gets there when somebody asks for it."""
-    await models.find(services, task)
-    return {"name": task, "ready": True}
+    await models.find(services, ref)
+    return {"name": ref.task, "ready": True}
 
 
 @router.get("/models/{task}/versions/{version}/ready")
-async def version_ready(services: ServicesOf, task: str, version: str) -> dict[str, Any]:
-    await models.find(services, task, version)
-    return {"name": task, "ready": True}
+async def version_ready(services: ServicesOf, ref: Version) -> dict[str, Any]:
+    await models.find(services, ref)
+    return {"name": ref.task, "ready": True}
 
 
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
 @router.post("/models/{task}/infer", response_model=dict[str, Any], openapi_extra=_INFER)
-async def model_infer(request: Request, services: ServicesOf, task: str) -> Response:
+async def model_infer(request: Request, services: ServicesOf, ref: Live) -> Response:
     """Ask the live version, with one of the inputs `image`, `pixels` and `tensor`."""
-    return await _infer(request, services, task, "")
+    return await _infer(request, services, ref)
 
 
 @router.post("/models/{task}/versions/{version}/infer", response_model=dict[str, Any], openapi_extra=_INFER)
-async def version_infer(request: Request, services: ServicesOf, task: str, version: str) -> Response:
+async def version_infer(request: Request, services: ServicesOf, ref: Version) -> Response:
     """Ask a version by its digest, the unique beginning of it, or an alias."""
-    return await _infer(request, services, task, version)
+    return await _infer(request, services, ref)
 
 
-async def _infer(request: Request, services: Services, task: str, version: str) -> Response:
+async def _infer(request: Request, services: Services, ref: Ref) -> Response:
     asked = await _read(request, services)
     key = request.headers.get("Lensrack-Key") or request_id(request)
-    question = infer.InferRequest(task, version, asked.images, asked.wanted, asked.timeout_us, key)
+    question = infer.InferRequest(ref, asked.images, asked.wanted, asked.timeout_us, key)
     found = await predict.unless_gone(request, infer.answer(services, question))
-    about: dict[str, Any] = {"model_name": task, "model_version": found.version}
+    about: dict[str, Any] = {"model_name": ref.task, "model_version": found.version}
     if asked.id:
         about["id"] = asked.id
     headers = {**predict.server_timing(found.timings), "Lensrack-Version": found.version}
@@ -148,14 +162,14 @@ async def repository_index(services: ServicesOf) -> list[dict[str, str]]:
 
 
 @router.post("/repository/models/{task}/load", response_class=Response)
-async def load(request: Request, services: ServicesOf, task: str) -> Response:
+async def load(request: Request, services: ServicesOf, ref: Live) -> Response:
     """Make the live version resident, so that its first request need not wait for it."""
-    await models.load(services, task, await _parameters(request))
+    await models.load(services, ref, await _parameters(request))
     return Response()
 
 
 @router.post("/repository/models/{task}/unload", response_class=Response)
-async def unload(services: ServicesOf, task: str) -> Response:
+async def unload(services: ServicesOf, task: params.TaskOf) -> Response:
     """Free the device memory of the task's versions. The next request brings its version back."""
     await models.unload(services, task)
     return Response()

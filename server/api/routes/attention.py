@@ -7,6 +7,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 
 from lensrack import wire
+from server.api import params
 from server.api.services import ServicesOf, request_id
 from server.errors import Unprocessable
 
@@ -18,14 +19,14 @@ DIGITS: Final = 6
 
 
 @router.post("/tasks/{task}/attention", openapi_extra={"requestBody": predict.IMAGES})
-async def attention(request: Request, services: ServicesOf, task: str) -> wire.Attention:
+async def attention(request: Request, services: ServicesOf, ref: params.RefOf) -> wire.Attention:
     """The attention of `task`, `task@alias` or `task@version` over one image: of the class token in the last block, and
     rolled out through all blocks. Slower than a prediction, and one at a time."""
     images = await predict.read_images(request, services)
     if len(images) != 1:
         raise Unprocessable(f"images: expected 1, got {len(images)}")
     work = services.predictor.run_exclusive(
-        task,
+        ref,
         images[0],
         services.look,
         key=request.headers.get("Lensrack-Key") or request_id(request),

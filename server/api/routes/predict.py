@@ -25,7 +25,7 @@ from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest, ServiceError, Unprocessable
 from server.serving.answers import Answer, Scored, Timings
 from server.serving.decoding import Image
-from server.serving.predictor import versions_in
+from server.serving.resolver import Ref
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,16 +101,16 @@ _VERSION: Final[dict[str, Any]] = {
     responses={200: {"headers": {**_HEADERS, **_VERSION}}},
     openapi_extra=_BODY,
 )
-async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK = 5) -> Response:
+async def predict(request: Request, services: ServicesOf, refs: params.RefsOf, top_k: TopK = 5) -> Response:
     """Ask one task, `task`, `task@alias` or `task@version`, about one or more images.
 
     `task@live+candidate` is an ensemble: several versions answer in one batch, a row each, and their probabilities are
     averaged. A NumPy body (uint8 [n, S, S, 3], RGB) holds images that the client has cut to the version's size itself.
     """
     timeout_s = _timeout_s(request, services)
-    images = await read_pixels(request, services, versions_in(task))
+    images = await read_pixels(request, services, len(refs))
     work = services.predictor.predict(
-        task, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+        refs, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
     answer = await unless_gone(request, work)
     body = wire.PredictResponse(
@@ -128,10 +128,10 @@ async def predict(request: Request, services: ServicesOf, task: str, top_k: TopK
 async def predict_many(request: Request, services: ServicesOf, tasks: Tasks, top_k: TopK = 5) -> Response:
     """Ask many tasks about the same images. A task that fails has its problem in its place; only when none could answer
     is the whole request a problem, the first task's."""
-    timeout_s = _timeout_s(request, services)
-    images = await read_pixels(request, services, sum(map(versions_in, set(tasks))))
+    refs, timeout_s = Ref.parse_each(tasks), _timeout_s(request, services)
+    images = await read_pixels(request, services, sum(map(len, refs.values())))
     work = services.predictor.predict_many(
-        tasks, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
+        refs, images, top_k, key=_key(request), tenant=services.tenant, timeout_s=timeout_s
     )
     results = await unless_gone(request, work)
     answered = [result for result in results.values() if isinstance(result, Answer)]

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter
 
 from lensrack import wire
-from server.api import views
+from server.api import params, views
 from server.api.services import Services, ServicesOf
 from server.serving.predictor import within_timeout
 from server.serving.resolver import Ref
@@ -16,27 +16,24 @@ router = APIRouter(tags=["residency"])
 
 
 @router.post("/tasks/{task}/load")
-async def load(services: ServicesOf, task: str) -> wire.Residency:
+async def load(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
     """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
-    ref = Ref.parse(task)
     version = await one_version(services, ref)
     await within_timeout(services.settings.request_timeout_s, services.residency.load(ref.task, version))
     return views.residency(services, ref.task, version)
 
 
 @router.post("/tasks/{task}/unload")
-async def unload(services: ServicesOf, task: str) -> wire.Residency:
+async def unload(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
     """Free the version's memory on the device; answers when the last request that needs it has been served."""
-    ref = Ref.parse(task)
     version = await one_version(services, ref)
     await services.residency.unload(ref.task, version)
     return views.residency(services, ref.task, version)
 
 
 @router.post("/tasks/{task}/pin")
-async def pin(services: ServicesOf, task: str, body: wire.PinRequest | None = None) -> wire.Residency:
+async def pin(services: ServicesOf, ref: params.RefOf, body: wire.PinRequest | None = None) -> wire.Residency:
     """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
-    ref = Ref.parse(task)
     version = await one_version(services, ref)
     if (body or wire.PinRequest()).pinned:
         acquiring = services.residency.acquire(ref.task, version)

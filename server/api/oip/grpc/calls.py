@@ -10,6 +10,7 @@ from typing import Any, Final
 from server.api.oip import infer, models
 from server.api.oip import tensors as oip
 from server.api.services import Services
+from server.serving.resolver import task_name
 
 from . import tensors
 from .messages import message
@@ -41,21 +42,21 @@ async def server_metadata(_: Any, __: Call) -> Any:
 
 
 async def model_ready(request: Any, call: Call) -> Any:
-    await models.find(call.services, request.name, request.version)
+    await models.find(call.services, infer.ref(request.name, request.version))
     return message("ModelReadyResponse")(ready=True)
 
 
 async def model_metadata(request: Any, call: Call) -> Any:
-    return message("ModelMetadataResponse")(**await models.metadata(call.services, request.name, request.version))
+    return message("ModelMetadataResponse")(
+        **await models.metadata(call.services, infer.ref(request.name, request.version))
+    )
 
 
 async def model_infer(request: Any, call: Call) -> Any:
-    wanted = tensors.wanted(request)
+    ref, wanted = infer.ref(request.model_name, request.model_version), tensors.wanted(request)
     oip.check_outputs(wanted)
     images = oip.images(tensors.given(request), call.services.settings.max_images)
-    question = infer.InferRequest(
-        request.model_name, request.model_version, images, wanted, _timeout_us(request, call), call.key
-    )
+    question = infer.InferRequest(ref, images, wanted, _timeout_us(request, call), call.key)
     found = await infer.answer(call.services, question)
     return tensors.response(request, found.version, oip.output_tensors(found, wanted))
 
@@ -65,12 +66,12 @@ async def repository_index(_: Any, call: Call) -> Any:
 
 
 async def load(request: Any, call: Call) -> Any:
-    await models.load(call.services, _model(request), dict(request.parameters))
+    await models.load(call.services, infer.ref(_model(request)), dict(request.parameters))
     return message("RepositoryModelLoadResponse")()
 
 
 async def unload(request: Any, call: Call) -> Any:
-    await models.unload(call.services, _model(request))
+    await models.unload(call.services, task_name(_model(request)))
     return message("RepositoryModelUnloadResponse")()
 
 

@@ -62,7 +62,7 @@ def within(services: Services, tenant: str, quota: int | None) -> Services:
         tenant=tenant,
         store=store,
         residency=residency,
-        predictor=services.predictor.within(store, residency),
+        predictor=services.predictor.scoped(store, residency),
         jobs=ScopedJobs(services.jobs, tenant),
         datasets=datasets,
         uploads=services.uploads.scoped(tenant),

@@ -15,7 +15,7 @@ from .services import Services
 def resident_now(services: Services, task: wire.Task) -> wire.Task:
     """A task as the store knows it, with what this process knows of it."""
     resident = task.live is not None and services.residency.resident(task.task, task.live)
-    requests = services.predictor.asked(task.task).total()
+    requests = services.predictor.request_counts(task.task).total()
     return task.model_copy(update={"resident": resident, "requests": requests})
 
 

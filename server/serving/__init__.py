@@ -1,1 +1,1 @@
-"""Story 1, a picture's way to its answer: resolve the version, decode, queue, score."""
+"""Story 1, from an image to its answer: resolve the version, decode, queue, score."""

@@ -1,4 +1,4 @@
-"""What a prediction answers: scores, labels, features, timings."""
+"""From logits to answers: scores, labels, features, timings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scores = np.ndarray[Any, np.dtype[np.float64]]  # [C] or [n, C], adding up to 1
 
 
 class SeatLike(Protocol):
-    """What a prediction needs to know of a resident version."""
+    """A resident version, as far as scoring needs it."""
 
     @property
     def labels(self) -> Sequence[str]: ...
@@ -52,8 +52,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """`predictions[i]` are the best labels of image i, best first. `versions` gave them, in the order of the request:
-    one, or those of an ensemble."""
+    """`predictions[i]`: the best labels of image i, best first. `versions`: one, or an ensemble's in the request's
+    order."""
 
     task: str
     versions: tuple[str, ...]
@@ -62,13 +62,13 @@ class Answer:
 
     @property
     def version(self) -> str:
-        """All of them in a word."""
+        """All versions in one text, as a reference joins them."""
         return ENSEMBLE_SIGN.join(self.versions)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """All that a version says of n images: `logits` [n, C], and the `probabilities` [n, C] that they mean."""
+    """A version's outputs for n images: `logits` [n, C] and their `probabilities` [n, C]."""
 
     task: str
     version: str
@@ -80,7 +80,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Features:
-    """`vectors` [n, D]: the frozen backbone's features of n images."""
+    """The frozen backbone's features of n images: `vectors` [n, D]."""
 
     fingerprint: str
     vectors: np.ndarray[Any, Any]
@@ -88,7 +88,7 @@ class Features:
 
 
 def probabilities(logits: np.ndarray[Any, Any]) -> Scores:
-    """Softmax in float64. logits: [C]. Raises Internal (engine_failed) for logits that are not finite."""
+    """Return the softmax in float64. logits: [C]. Raises Internal (engine_failed) for logits that are not finite."""
     wide = np.asarray(logits, np.float64)
     check_finite(wide)
     scores: Scores = np.exp(wide - wide.max())
@@ -97,16 +97,16 @@ def probabilities(logits: np.ndarray[Any, Any]) -> Scores:
 
 
 def mean_scores(rows: Sequence[Scores], labels: Sequence[Sequence[str]]) -> list[Scores]:
-    """The mean over the members of an ensemble, in the first one's order of labels: [C] of each image.
+    """Return the mean over an ensemble's members for each image: [C], in the first member's order of labels.
 
-    `rows` are the first member's for each image, then the second's, …; labels[m] names member m's classes.
+    `rows`: the first member's scores of each image, then the second's, …; `labels[m]`: member m's classes.
     """
     if len(labels) == 1:
         return list(rows)
     images = len(rows) // len(labels)
     total = [np.zeros(len(labels[0])) for _ in range(images)]
-    for member, own in enumerate(labels):
-        place = {label: index for index, label in enumerate(own)}
+    for member, classes in enumerate(labels):
+        place = {label: index for index, label in enumerate(classes)}
         order = [place[label] for label in labels[0]]
         for image in range(images):
             total[image] += rows[member * images + image][order]
@@ -114,10 +114,10 @@ def mean_scores(rows: Sequence[Scores], labels: Sequence[Sequence[str]]) -> list
 
 
 def require_same_labels(seats: Sequence[SeatLike], versions: Sequence[str]) -> None:
-    """Raises Conflict (labels_differ): probabilities of different classes have no mean."""
-    first = set(seats[0].labels)
+    """Raises Conflict (labels_differ) unless all have the same labels: other probabilities have no mean."""
+    expected = set(seats[0].labels)
     for seat, version in zip(seats, versions, strict=True):
-        if odd := sorted(first.symmetric_difference(seat.labels)):
+        if odd := sorted(expected.symmetric_difference(seat.labels)):
             raise Conflict(
                 f"an ensemble's versions must have the same labels: {versions[0][:12]} and {version[:12]} differ in "
                 f"{', '.join(repr(label[:40]) for label in odd[:5])}{' …' if len(odd) > 5 else ''}",
@@ -126,11 +126,12 @@ def require_same_labels(seats: Sequence[SeatLike], versions: Sequence[str]) -> N
 
 
 def best(scores: Scores, labels: Sequence[str], top_k: int) -> list[Scored]:
-    """The `top_k` most likely labels (all, where there are fewer); ties by index. scores: [C]."""
+    """Return the `top_k` most likely labels (all, where there are fewer); ties by index. scores: [C]."""
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [Scored(labels[i], i, score) for i, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
 
 
 def check_finite(numbers: np.ndarray[Any, Any]) -> None:
+    """Raises Internal (engine_failed)."""
     if not np.isfinite(numbers).all():
         raise Internal("the engine gave numbers that are not finite", code="engine_failed")

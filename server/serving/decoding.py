@@ -1,4 +1,10 @@
-"""The images of one request on their way to pixels, in threads: from files, from pixels, or ready already."""
+"""Preprocessing: the images of one request become the network's inputs, in threads.
+
+bytes (an encoded file) ─▶ decode ─┐
+DecodedImage, any size ────────────┴▶ resize and crop to a geometry ─┐
+PrecutImage, cut by the client ─────▶ checked ───────────────────────┼─▶ ModelInput
+NormalisedImage, float32 ───────────▶ checked ───────────────────────┘
+"""
 
 from __future__ import annotations
 
@@ -18,18 +24,18 @@ from server.engine.images.decode import Geometry
 from server.errors import Conflict, ServiceError, Unprocessable
 
 Pixels = npt.NDArray[np.uint8]
-Fitted = Pixels | npt.NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that came normalised
+ModelInput = Pixels | npt.NDArray[np.float32]  # uint8 [S, S, 3], or float32 [3, S, S] that came normalised
 
 
 @dataclass(frozen=True, eq=False)
 class PrecutImage:
-    """An image that came as pixels, uint8 [S, S, 3], and how it was cut, where its sender says so."""
+    """Pixels that the client has resized and cropped, uint8 [S, S, 3]; `geometry` says how, where it is declared."""
 
     pixels: Pixels
     geometry: Geometry | None = None
 
-    def fitted(self, geometry: Geometry) -> Pixels:
-        """The pixels, where they are what `geometry` asks for. Raises Conflict (geometry_differs), Unprocessable."""
+    def require(self, geometry: Geometry) -> Pixels:
+        """Return the pixels, cut as `geometry` says. Raises Conflict (geometry_differs), Unprocessable (bad_pixels)."""
         expected = (geometry.size, geometry.size, 3)
         if self.geometry is None and self.pixels.shape != expected:
             raise Unprocessable(
@@ -46,92 +52,92 @@ class PrecutImage:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """An image that came as pixels of any size, uint8 [H, W, 3], to be cut as an encoded one would be."""
+class DecodedImage:
+    """Pixels of any size, uint8 [H, W, 3], to be resized and cropped like an encoded image."""
 
     pixels: Pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Normalised:
-    """An image as the network takes it, float32 [3, S, S], cut and normalised by whoever sent it."""
+class NormalisedImage:
+    """The network's input, float32 [3, S, S], resized, cropped and normalised by the client."""
 
     values: npt.NDArray[np.float32]
 
 
-Image = bytes | PrecutImage | Decoded | Normalised  # an encoded file, or what a client has made of it
+Image = bytes | PrecutImage | DecodedImage | NormalisedImage  # bytes: an encoded file
 
 
 class ImageBatch:
-    """A request's images, decoded and cut once for each geometry that its tasks ask for.
+    """A request's images, decoded and cut once for each geometry that its tasks need.
 
     Decoding and cutting are one step of one thread, so that at most as many full-size images are in memory as there
     are decoding threads.
     """
 
-    def __init__(self, given: Sequence[Image], pool: Executor, max_pixels: int, margin: float = math.inf) -> None:
+    def __init__(self, images: Sequence[Image], pool: Executor, max_pixels: int, margin: float = math.inf) -> None:
         """margin: see `images.pixels`."""
-        self._given, self._pool, self._max_pixels, self._margin = given, pool, max_pixels, margin
-        self._fitted: dict[Geometry, asyncio.Future[list[Fitted]]] = {}
-        self._shown: list[list[Row]] = [[] for _ in given]
-        self._cut = all(isinstance(image, PrecutImage) for image in given)
+        self._images, self._pool, self._max_pixels, self._margin = images, pool, max_pixels, margin
+        self._by_geometry: dict[Geometry, asyncio.Future[list[ModelInput]]] = {}
+        self._rows: list[list[Row]] = [[] for _ in images]  # of each image, over all tasks
+        self._precut = all(isinstance(image, PrecutImage) for image in images)
         self.decode_s = 0.0
 
-    async def fitted(self, geometry: Geometry) -> list[Fitted]:
-        """uint8 [S, S, 3] per image; the same arrays for everybody who asks for this geometry."""
-        if self._cut:  # nothing is to be computed: a thread would cost more than the look at their shape
-            return [self._fit_one(i, geometry) for i in range(len(self._given))]
-        if geometry not in self._fitted:
-            self._fitted[geometry] = asyncio.ensure_future(self._fit(geometry))
-        # a task whose time is up leaves the others their pixels
-        return await asyncio.shield(self._fitted[geometry])
+    async def inputs(self, geometry: Geometry) -> list[ModelInput]:
+        """Return uint8 [S, S, 3] for each image; the same arrays for all tasks of this geometry."""
+        if self._precut:  # there is nothing to compute: a thread would cost more than the look at the shapes
+            return [self._input(i, geometry) for i in range(len(self._images))]
+        if geometry not in self._by_geometry:
+            self._by_geometry[geometry] = asyncio.ensure_future(self._decode(geometry))
+        # a task that times out must not cancel the decoding that others wait for
+        return await asyncio.shield(self._by_geometry[geometry])
 
-    def show(self, rows: Sequence[Row]) -> None:
-        """Let rows of the same image know each other across tasks."""
-        for row, companions in zip(rows, self._shown, strict=True):
+    def link(self, rows: Sequence[Row]) -> None:
+        """Make rows of the same image companions of each other, across tasks."""
+        for row, companions in zip(rows, self._rows, strict=True):
             companions.append(row)
             row.companions = companions
 
     def close(self) -> None:
-        """Nobody waits any more: what is not decoded yet need not be, and rows that know each other, so that none of
-        them goes before the garbage is collected, forget each other and with them the pixels."""
-        for companions in self._shown:
+        """Cancel decoding that is not done, and unlink the rows: in their cycle of references the pixels would live
+        until the next garbage collection."""
+        for companions in self._rows:
             companions.clear()
-        for fitting in self._fitted.values():
-            if not fitting.done():
-                fitting.cancel()
-            elif not fitting.cancelled():
-                fitting.exception()  # those who asked have been told
+        for decoding in self._by_geometry.values():
+            if not decoding.done():
+                decoding.cancel()
+            elif not decoding.cancelled():
+                decoding.exception()  # the tasks that waited have raised it
 
-    async def _fit(self, geometry: Geometry) -> list[Fitted]:
+    async def _decode(self, geometry: Geometry) -> list[ModelInput]:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        jobs = [loop.run_in_executor(self._pool, self._fit_one, i, geometry) for i in range(len(self._given))]
+        jobs = [loop.run_in_executor(self._pool, self._input, i, geometry) for i in range(len(self._images))]
         try:
             return list(await asyncio.gather(*jobs))
         finally:
-            for job in jobs:  # one bad image is enough: the others need not be decoded
+            for job in jobs:  # one bad image fails the request: the others need not be decoded
                 job.cancel()
             self.decode_s = max(self.decode_s, time.perf_counter() - started)
 
-    def _fit_one(self, index: int, geometry: Geometry) -> Fitted:
-        image = self._given[index]
+    def _input(self, index: int, geometry: Geometry) -> ModelInput:
+        image = self._images[index]
         try:
-            return fitted(image, geometry, self._max_pixels, self._margin)
+            return model_input(image, geometry, self._max_pixels, self._margin)
         except ServiceError as error:
-            if len(self._given) > 1:
+            if len(self._images) > 1:
                 error.detail = f"image {index}: {error.detail}"
                 error.args = (error.detail,)
                 error.extra["image"] = index
             raise
 
 
-def fitted(image: Image, geometry: Geometry, max_pixels: int, margin: float = math.inf) -> Fitted:
-    """What the engine takes of it. Errors: as `images`, and of pixels that are cut another way."""
+def model_input(image: Image, geometry: Geometry, max_pixels: int, margin: float = math.inf) -> ModelInput:
+    """Return an image as the network takes it. Raises like `engine.images.decode`, and like `PrecutImage.require`."""
     if isinstance(image, PrecutImage):
-        return image.fitted(geometry)
-    if isinstance(image, Decoded):
+        return image.require(geometry)
+    if isinstance(image, DecodedImage):
         return decode.of_picture(image.pixels, geometry, max_pixels=max_pixels)
-    if isinstance(image, Normalised):
+    if isinstance(image, NormalisedImage):
         return decode.of_tensor(image.values, geometry)
     return decode.pixels(image, geometry, max_pixels=max_pixels, margin=margin)

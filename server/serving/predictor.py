@@ -1,15 +1,15 @@
-"""One /predict, from bytes to labels.
+"""One prediction, from a task's reference and images to labels.
 
-    "cats@live" ─▶ version and seat    see `server.serving.resolver`
-         images ─▶ pixels              decoded and cut to the seat's geometry, in threads
-         pixels ─▶ rows ─▶ logits      queued among the rows of all tasks, answered by one forward
-         logits ─▶ labels              softmax and the best k, in float64
+    Refs ("cats", "live") ─▶ version and seat   `server.serving.resolver`
+                   images ─▶ pixels             decoded and cut to the seat's geometry, in threads
+                   pixels ─▶ rows ─▶ logits     queued among the rows of all tasks, computed in one batch
+                   logits ─▶ labels             softmax and the best k, in float64: `server.serving.answers`
 
 An ensemble, "cats@live+candidate", is several versions of one task: their rows go together and their probabilities are
 averaged. It costs a row for each version and image, as the authors of VPT advise: one picture in several rows, each
 with prompts of its own.
 
-Whatever happens on the way, the seat is given back: when the last row has left the engine, not before.
+A seat is released when the last of its rows has left the engine, however the request ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .answers import (
     probabilities,
     require_same_labels,
 )
-from .decoding import Fitted, Image, ImageBatch
+from .decoding import Image, ImageBatch, ModelInput
 from .quarantine import Quarantine
 from .residency import Residency
 from .resolver import Catalogue, Ref, Refs, Resolver
@@ -56,8 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _EngineOutput:
-    """What the engine gave: `logits` are the first version's of each image, then the second's, …; `labels` are each
-    version's."""
+    """`logits`: the first version's of each image, then the second's, …; `labels`: each version's."""
 
     versions: tuple[str, ...]
     labels: list[Sequence[str]]
@@ -67,9 +66,9 @@ class _EngineOutput:
 
 @dataclass(frozen=True)
 class _Request:
-    """What belongs to a request rather than to one of its tasks."""
+    """What all tasks of a request share."""
 
-    pictures: ImageBatch
+    images: ImageBatch
     reservation: Reservation
     key: str
     tenant: str
@@ -92,140 +91,153 @@ class Predictor:
     ) -> None:
         """`geometry` and `fingerprint` are the bare backbone's, for `embed`."""
         self.quarantine = Quarantine()
-        self._seating = Resolver(store, residency, self.quarantine)
+        self._resolver = Resolver(store, residency, self.quarantine)
         self._batcher, self._pool = batcher, pool
         self._limits, self._geometry, self._fingerprint = limits, geometry, fingerprint
-        self._asked: dict[str, Counter[str]] = {}
+        self._requests: dict[str, Counter[str]] = {}
 
-    def within(self, store: Catalogue, residency: Residency) -> Predictor:
-        """The same predictor as who may see only a part of store and rack is to have it."""
-        narrowed = copy.copy(self)
-        narrowed._seating = self._seating.within(store, residency)
-        return narrowed
+    def scoped(self, store: Catalogue, residency: Residency) -> Predictor:
+        """A copy restricted to one tenant's store and rack."""
+        scoped = copy.copy(self)
+        scoped._resolver = self._resolver.scoped(store, residency)
+        return scoped
 
     async def predict(
         self, refs: Refs, images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> Answer:
-        """Ask one task, or an ensemble of its versions, about images.
+        """Answer for one task, or for an ensemble of its versions.
 
         Raises ServiceError kinds and the store's errors.
         """
-        with self._asking(images, len(refs), key, (tenant, refs[0].task), timeout_s) as asking:
-            return await within_timeout(timeout_s, self._answer(refs, top_k, asking))
+        with self._open(images, len(refs), key, (tenant, refs[0].task), timeout_s) as request:
+            return await within_timeout(timeout_s, self._answer(refs, top_k, request))
 
     async def outputs(self, ref: Ref, images: Sequence[Image], *, key: str, tenant: str, timeout_s: float) -> Outputs:
-        """Ask one version about images, and be told all that it says of them. Raises like `predict`."""
-        with self._asking(images, 1, key, (tenant, ref.task), timeout_s) as asking:
-            given = await within_timeout(timeout_s, self._ask([ref], asking))
-        scores = np.stack([probabilities(row) for row in given.logits])
-        logits = np.stack(given.logits).astype(np.float64)
-        return Outputs(ref.task, given.versions[0], tuple(given.labels[0]), logits, scores, given.timings)
+        """Return the logits and probabilities of one version. Raises like `predict`."""
+        with self._open(images, 1, key, (tenant, ref.task), timeout_s) as request:
+            output = await within_timeout(timeout_s, self._run((ref,), request))
+        scores = np.stack([probabilities(row) for row in output.logits])
+        logits = np.stack(output.logits).astype(np.float64)
+        return Outputs(ref.task, output.versions[0], tuple(output.labels[0]), logits, scores, output.timings)
 
     async def predict_many(
         self, refs: Mapping[str, Refs], images: Sequence[Image], top_k: int, *, key: str, tenant: str, timeout_s: float
     ) -> dict[str, Answer | Exception]:
-        """Ask many tasks about the same images, decoded once: under each key of `refs` its answer or its error."""
-        flow = common_flow({(tenant, one.task) for of_task in refs.values() for one in of_task})
-        with self._asking(images, sum(map(len, refs.values())), key, flow, timeout_s) as asking:
-            asked = [within_timeout(timeout_s, self._answer(of_task, top_k, asking)) for of_task in refs.values()]
-            results = await asyncio.gather(*asked, return_exceptions=True)
-        return {text: _result(result) for text, result in zip(refs, results, strict=True)}
+        """Answer for many tasks about the same images, decoded once: under each key of `refs` its answer or error."""
+        flow = common_flow({(tenant, ref.task) for of_task in refs.values() for ref in of_task})
+        with self._open(images, sum(map(len, refs.values())), key, flow, timeout_s) as request:
+            answers = [within_timeout(timeout_s, self._answer(of_task, top_k, request)) for of_task in refs.values()]
+            results = await asyncio.gather(*answers, return_exceptions=True)
+        return {text: _answer_or_error(result) for text, result in zip(refs, results, strict=True)}
 
     async def embed(self, images: Sequence[Image], *, tenant: str, timeout_s: float) -> Features:
-        """The frozen backbone's features of images."""
-        with self._asking(images, 1, "", (tenant, ""), timeout_s) as asking:
-            return await within_timeout(timeout_s, self._embed(asking))
+        """Return the frozen backbone's features of images."""
+        with self._open(images, 1, "", (tenant, ""), timeout_s) as request:
+            return await within_timeout(timeout_s, self._embed(request))
 
     async def run_exclusive(
-        self, ref: Ref, image: Image, work: Callable[[Fitted, Any], T], *, key: str, tenant: str, timeout_s: float
+        self,
+        ref: Ref,
+        image: Image,
+        work: Callable[[ModelInput, Any], T],
+        *,
+        key: str,
+        tenant: str,
+        timeout_s: float,
     ) -> tuple[str, Any, T]:
-        """What `work` makes of an image and its seat, in the engine's thread between two batches; with the version and
-        the seat. For what is no prediction, such as where the network looks."""
-        with self._asking([image], 1, key, (tenant, ref.task), timeout_s) as asking:
-            return await within_timeout(timeout_s, self._run_exclusive(ref, work, asking))
+        """Call `work(pixels, seat)` in the engine's thread between two batches; return version, seat and result.
 
-    def asked(self, task: str) -> Counter[str]:
-        """How often each version of a task has been asked since the start."""
-        return self._asked.get(task, Counter())
+        For anything that is no prediction, such as attention maps.
+        """
+        with self._open([image], 1, key, (tenant, ref.task), timeout_s) as request:
+            return await within_timeout(timeout_s, self._run_exclusive(ref, work, request))
+
+    def request_counts(self, task: str) -> Counter[str]:
+        """Requests since the start, by version of the task."""
+        return self._requests.get(task, Counter())
 
     async def resolve(self, ref: Ref, key: str) -> str:
         """See `Resolver.resolve`."""
-        return await self._seating.resolve(ref, key)
+        return await self._resolver.resolve(ref, key)
 
     async def version_like(self, task: str, text: str) -> str:
         """See `Resolver.version_like`."""
-        return await self._seating.version_like(task, text)
+        return await self._resolver.version_like(task, text)
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    async def _answer(self, refs: Sequence[Ref], top_k: int, asking: _Request) -> Answer:
-        given = await self._ask(refs, asking)
-        scores = mean_scores([probabilities(row) for row in given.logits], given.labels)
-        predictions = [best(of_image, given.labels[0], top_k) for of_image in scores]
-        return Answer(refs[0].task, given.versions, predictions, given.timings)
+    async def _answer(self, refs: Refs, top_k: int, request: _Request) -> Answer:
+        output = await self._run(refs, request)
+        scores = mean_scores([probabilities(row) for row in output.logits], output.labels)
+        predictions = [best(of_image, output.labels[0], top_k) for of_image in scores]
+        return Answer(refs[0].task, output.versions, predictions, output.timings)
 
-    async def _ask(self, refs: Sequence[Ref], asking: _Request) -> _EngineOutput:
-        """`refs` are of one task."""
-        began, task = self._batcher.clock(), refs[0].task
+    async def _run(self, refs: Refs, request: _Request) -> _EngineOutput:
+        started, task = self._batcher.clock(), refs[0].task
         with tracing.span("predict", {"lensrack.task": task}):
-            given = await self._given(refs, asking)
-        metrics.TASK_S.labels(metrics.TASKS.label(task)).observe(self._batcher.clock() - began)
-        return given
+            output = await self._run_seated(refs, request)
+        metrics.TASK_S.labels(metrics.TASKS.label(task)).observe(self._batcher.clock() - started)
+        return output
 
-    async def _given(self, refs: Sequence[Ref], asking: _Request) -> _EngineOutput:
+    async def _run_seated(self, refs: Refs, request: _Request) -> _EngineOutput:
         with ExitStack() as seats:
             versions, members = [], []
             for ref in refs:
-                with tracing.span("seat"):
-                    version, seat = await self._seating.take(ref, asking.key)
-                hold = _SeatLease(partial(self._seating.release, seat))
-                seats.callback(hold.drop)
-                self._asked.setdefault(ref.task, Counter())[version] += 1
+                version, lease = await self._lease(ref, request)
+                seats.callback(lease.release)
                 versions.append(version)
-                members.append((seat, hold))
-            require_same_labels([seat for seat, _ in members], versions)
-            rows = await self._all_rows(refs[0].task, members, asking)
-            logits = await _submit_and_wait(rows, asking.reservation)
-        labels = [seat.labels for seat, _ in members]
-        return _EngineOutput(tuple(versions), labels, logits, _timings(asking, rows))
+                members.append(lease)
+            require_same_labels([lease.seat for lease in members], versions)
+            rows = await self._all_rows(refs[0].task, members, request)
+            logits = await _submit_and_wait(rows, request.reservation)
+        labels = [lease.seat.labels for lease in members]
+        return _EngineOutput(tuple(versions), labels, logits, _timings(request, rows))
 
-    async def _all_rows(self, task: str, members: Sequence[tuple[Any, _SeatLease]], asking: _Request) -> list[Row]:
+    async def _lease(self, ref: Ref, request: _Request) -> tuple[str, _SeatLease]:
+        with tracing.span("seat"):
+            version, seat = await self._resolver.acquire(ref, request.key)
+        self._requests.setdefault(ref.task, Counter())[version] += 1
+        return version, _SeatLease(seat, partial(self._resolver.release, seat))
+
+    async def _all_rows(self, task: str, members: Sequence[_SeatLease], request: _Request) -> list[Row]:
         rows: list[Row] = []
         try:
-            for seat, hold in members:
-                rows += await self._rows(task, seat, hold, asking)
+            for lease in members:
+                rows += await self._rows(task, lease, request)
         except BaseException:
             _release_all(rows)
             raise
         return rows
 
-    async def _rows(self, task: str, seat: Any, hold: _SeatLease, asking: _Request) -> list[Row]:
-        """A row an image, cut as this version asks."""
+    async def _rows(self, task: str, lease: _SeatLease, request: _Request) -> list[Row]:
+        """A row for each image, cut to the seat's geometry."""
         with tracing.span("decode"):
-            pixels = await asking.pictures.fitted(seat.geometry)
-        rows = [self._row(task, seat, image, hold, asking) for image in pixels]
-        asking.pictures.show(rows)
+            pixels = await request.images.inputs(lease.seat.geometry)
+        rows = [self._row(task, lease, image, request) for image in pixels]
+        request.images.link(rows)
         return rows
 
-    async def _run_exclusive(self, ref: Ref, work: Callable[[Fitted, Any], T], asking: _Request) -> tuple[str, Any, T]:
-        version, seat = await self._seating.take(ref, asking.key)
+    async def _run_exclusive(
+        self, ref: Ref, work: Callable[[ModelInput, Any], T], request: _Request
+    ) -> tuple[str, Any, T]:
+        version, seat = await self._resolver.acquire(ref, request.key)
         try:
-            [pixels] = await asking.pictures.fitted(seat.geometry)
+            [pixels] = await request.images.inputs(seat.geometry)
             return version, seat, await self._batcher.run_exclusive(work, pixels, seat)
         finally:
-            self._seating.release(seat)
+            self._resolver.release(seat)
 
-    async def _embed(self, asking: _Request) -> Features:
-        pixels = await asking.pictures.fitted(self._geometry)
-        rows = [self._row("", None, image, _SeatLease(_nothing), asking) for image in pixels]
-        vectors = np.stack(await _submit_and_wait(rows, asking.reservation))
+    async def _embed(self, request: _Request) -> Features:
+        pixels = await request.images.inputs(self._geometry)
+        rows = [self._row("", _SeatLease(None, _release_nothing), image, request) for image in pixels]
+        vectors = np.stack(await _submit_and_wait(rows, request.reservation))
         check_finite(vectors)
-        return Features(self._fingerprint, vectors, _timings(asking, rows))
+        return Features(self._fingerprint, vectors, _timings(request, rows))
 
-    def _row(self, task: str, seat: Any, image: Fitted, hold: _SeatLease, asking: _Request) -> Row:
+    def _row(self, task: str, lease: _SeatLease, image: ModelInput, request: _Request) -> Row:
         reply = asyncio.get_running_loop().create_future()
-        row = Row(task, asking.tenant, seat, image, asking.deadline, self._batcher.clock(), reply)
-        row.leave = hold.share()
+        row = Row(task, request.tenant, lease.seat, image, request.deadline, self._batcher.clock(), reply)
+        row.leave = lease.share()
         return row
 
     # --- what the steps lean on -------------------------------------------------------------------------------------
@@ -241,44 +253,46 @@ class Predictor:
             )
 
     @contextmanager
-    def _asking(
+    def _open(
         self, images: Sequence[Image], tasks: int, key: str, flow: FlowKey, timeout_s: float
     ) -> Iterator[_Request]:
-        """A request's room in the queue and its images; neither outlives it."""
+        """A request's reservation in the queue and its images; neither outlives it."""
         self._check_size(len(images), tasks)
         with self._batcher.reserve(len(images) * tasks, flow) as reservation:
-            shown = ImageBatch(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
+            batch = ImageBatch(images, self._pool, self._limits.max_image_pixels, self._limits.margin)
             try:
-                yield _Request(shown, reservation, key, flow[0], self._batcher.clock() + timeout_s)
+                yield _Request(batch, reservation, key, flow[0], self._batcher.clock() + timeout_s)
             finally:
-                shown.close()
-                if shown.decode_s:
-                    metrics.DECODE_S.observe(shown.decode_s)
+                batch.close()
+                if batch.decode_s:
+                    metrics.DECODE_S.observe(batch.decode_s)
 
 
 @dataclass(eq=False)
 class _SeatLease:
-    """A seat in use by a request and its rows; given back when the last of them lets go."""
+    """A seat that a request and its rows share; `give_back` is called when the last of them releases it."""
 
-    release: Callable[[], None]
+    seat: Any
+    give_back: Callable[[], None]
     users: int = field(default=1)
 
     def share(self) -> Callable[[], None]:
+        """One user more; return what it calls at its end."""
         self.users += 1
-        return self.drop
+        return self.release
 
-    def drop(self) -> None:
+    def release(self) -> None:
         self.users -= 1
         if self.users == 0:
-            self.release()
+            self.give_back()
 
 
-def _nothing() -> None:
-    """There is no seat to give back."""
+def _release_nothing() -> None:
+    """Rows of the bare backbone have no seat."""
 
 
 async def _submit_and_wait(rows: Sequence[Row], reservation: Reservation) -> list[np.ndarray[Any, Any]]:
-    """Queue rows and wait for all replies; on the way out, whatever the reason, nobody waits for one any more."""
+    """Queue rows and return all replies; cancel those that are not there when the wait ends early."""
     try:
         reservation.submit(rows)
     except BaseException:
@@ -294,13 +308,13 @@ async def _submit_and_wait(rows: Sequence[Row], reservation: Reservation) -> lis
 
 
 def _release_all(rows: Sequence[Row]) -> None:
-    """They have not come into the queue, and so nobody else lets go of their seats."""
+    """For rows that were never queued: the queue releases the seats of all others."""
     for row in rows:
         row.leave()
 
 
 async def within_timeout(timeout_s: float, work: Awaitable[T]) -> T:
-    """Wait at most so long. Raises DeadlineExceeded."""
+    """Return the result of `work`. Raises DeadlineExceeded after `timeout_s`."""
     try:
         async with asyncio.timeout(timeout_s):
             return await work
@@ -308,15 +322,15 @@ async def within_timeout(timeout_s: float, work: Awaitable[T]) -> T:
         raise DeadlineExceeded(f"the answer was not ready within {timeout_s:g} s") from error
 
 
-def _timings(asking: _Request, rows: Sequence[Row]) -> Timings:
+def _timings(request: _Request, rows: Sequence[Row]) -> Timings:
     return Timings(
-        decode_s=asking.pictures.decode_s,
+        decode_s=request.images.decode_s,
         queue_s=max(row.watch.queue_s for row in rows),
         compute_s=max(row.watch.compute_s for row in rows),
     )
 
 
-def _result(result: Answer | BaseException) -> Answer | Exception:
+def _answer_or_error(result: Answer | BaseException) -> Answer | Exception:
     if isinstance(result, BaseException) and not isinstance(result, Exception):
         raise result
     return result

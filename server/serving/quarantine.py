@@ -1,6 +1,7 @@
-"""Versions that could not be loaded: damaged in the store, for another backbone, too large.
+"""Versions that could not be loaded: damaged in the store, fitted on another backbone, too large.
 
-They are not asked for again for a while, so that a broken bundle costs a look now and then and not one a request.
+A quarantined version is not loaded again for RETRY_S, so that a broken bundle costs one attempt in that time instead of
+one for each request.
 """
 
 from __future__ import annotations
@@ -13,36 +14,36 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-RETRY_S: Final = 30.0  # a bundle that was put again, or a store that was mended, is found by then
-FORGOTTEN_S: Final = 600.0  # a version that nobody has asked for so long is nobody's trouble any more
+RETRY_S: Final = 30.0  # after which a bundle that was put again, or a store that was repaired, is noticed
+FORGOTTEN_S: Final = 600.0  # a version that was not requested for so long is no longer counted
 
 
 @dataclass
-class _Held:
+class _Entry:
     error: Exception
     until: float
-    asked_at: float
+    requested_at: float
 
 
 class Quarantine:
-    """By (task, version), with the reason. Belongs to the event loop."""
+    """By (task, version), with the error. Belongs to the event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._held: dict[tuple[str, str], _Held] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
 
     def check(self, task: str, version: str) -> None:
         """Raises what loading the version raised, until it may be tried again."""
-        held = self._held.get((task, version))
-        if held is None:
+        entry = self._entries.get((task, version))
+        if entry is None:
             return
-        held.asked_at = self._clock()
-        if held.asked_at < held.until:
-            raise held.error.with_traceback(None)
+        entry.requested_at = self._clock()
+        if entry.requested_at < entry.until:
+            raise entry.error.with_traceback(None)
 
     def put(self, task: str, version: str, error: Exception) -> None:
         now = self._clock()
-        if (task, version) not in self._held:
+        if (task, version) not in self._entries:
             log.error(
                 "task %s: version %s cannot be loaded and is quarantined: %s",
                 task,
@@ -50,14 +51,14 @@ class Quarantine:
                 getattr(error, "detail", repr(error)),
                 exc_info=None if hasattr(error, "detail") else error,
             )
-        self._held[task, version] = _Held(error, now + RETRY_S, now)
+        self._entries[task, version] = _Entry(error, now + RETRY_S, now)
 
     def release(self, task: str, version: str) -> None:
-        if self._held.pop((task, version), None) is not None:
+        if self._entries.pop((task, version), None) is not None:
             log.warning("task %s: version %s can be loaded again", task, version)
 
     def count(self) -> int:
-        """How many there are that somebody has asked for lately."""
-        old = self._clock() - FORGOTTEN_S
-        self._held = {key: held for key, held in self._held.items() if held.asked_at > old}
-        return len(self._held)
+        """Versions that were requested within the last FORGOTTEN_S; others are dropped."""
+        oldest = self._clock() - FORGOTTEN_S
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.requested_at > oldest}
+        return len(self._entries)

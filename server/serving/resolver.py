@@ -1,12 +1,12 @@
-"""From what a client names to a seat on the rack.
+"""From a reference to a seat on the rack.
 
     "cats@live" ─▶ which version?   alias, digest or prefix; a canary by the request's key
-        version ─▶ its seat         on the rack already, or loaded once for everybody who asks; pinned
-                     └ cannot be loaded ─▶ quarantined; an alias is answered by where it pointed before
+        version ─▶ its seat         resident already, or loaded once for all requests that wait for it; pinned
+                     └ cannot be loaded ─▶ quarantined; an alias falls back to the version it pointed at before
 
-Whoever asks for a version by its own name gets that version or the reason why not. Whoever asks for an alias wants an
-answer: a damaged bundle, one for another backbone, a store that is away just then cost nobody the version before it.
-The answer names the version that gave it, as all answers do.
+A reference to a version gets that version or the reason why not. A reference to an alias falls back: while its version
+is damaged, fitted on another backbone or cannot be fetched from the store, the version before it answers. The answer
+names the version that gave it, as all answers do.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from .quarantine import Quarantine
 from .residency import Residency
 
 ENSEMBLE_SIGN = "+"  # between the versions of an ensemble
-MOST_TRIED: Final = 4  # earlier versions, before the request is told why its own could not be loaded
+MAX_FALLBACKS: Final = 4  # earlier versions that are tried before the request fails
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{8,63}")
 
 
 class Catalogue(Protocol):
-    """What a prediction asks of the store."""
+    """The part of a store that predictions read."""
 
     def aliases(self, task: str) -> Mapping[str, Alias]: ...
     def versions(self, task: str) -> Sequence[VersionInfo]: ...
@@ -48,7 +48,7 @@ class Catalogue(Protocol):
 
 
 def task_name(text: str) -> str:
-    """The name of a task, without a version. Raises BadRequest (bad_task_name)."""
+    """Return a task's name, which may name no version. Raises BadRequest (bad_task_name)."""
     if not names.is_task(text):
         raise _bad_task_name(text)
     return text
@@ -71,7 +71,7 @@ class Ref:
 
     @classmethod
     def parse(cls, text: str) -> Ref:
-        """`task` or `task@name`. Raises BadRequest (bad_task_name), also for an ensemble."""
+        """Parse `task` or `task@name`. Raises BadRequest (bad_task_name), also for an ensemble."""
         refs = cls.parse_all(text)
         if len(refs) > 1:
             raise BadRequest(f"expected one version of a task, got {text[:100]!r}", code="bad_task_name")
@@ -79,8 +79,10 @@ class Ref:
 
     @classmethod
     def parse_all(cls, text: str) -> Refs:
-        """`task`, `task@name` or `task@name+name`. A plus sign that a query has turned into a blank is one, too: no
-        name holds either. Raises BadRequest (bad_task_name)."""
+        """Parse `task`, `task@name` or `task@name+name`. Raises BadRequest (bad_task_name).
+
+        A blank separates like a plus sign, which a query's decoding turns into one; no name holds either.
+        """
         task, at, versions = text.partition("@")
         each = re.split("[+ ]", versions) if at else ["live"]
         if not names.is_task(task) or not all(each):
@@ -89,7 +91,7 @@ class Ref:
 
     @classmethod
     def parse_each(cls, texts: Iterable[str]) -> dict[str, Refs]:
-        """Several texts as `parse_all` reads them, by the text; each text once. Raises BadRequest (bad_task_name)."""
+        """Parse several texts; return the references by text. Raises BadRequest (bad_task_name)."""
         return {text.replace(" ", ENSEMBLE_SIGN): cls.parse_all(text) for text in texts}
 
     @property
@@ -101,23 +103,26 @@ Refs = tuple[Ref, ...]  # versions of one task: one, or the members of an ensemb
 
 
 class Resolver:
-    """Resolves references and takes seats. Belongs to the event loop."""
+    """Resolves references and acquires seats. Belongs to the event loop."""
 
     def __init__(self, store: Catalogue, residency: Residency, quarantine: Quarantine) -> None:
         self._store, self._residency, self._quarantine = store, residency, quarantine
-        self._last: dict[Ref, str] = {}  # what an alias was last answered by
+        self._last_answered: dict[Ref, str] = {}  # the version that answered for an alias last
 
-    def within(self, store: Catalogue, residency: Residency) -> Resolver:
-        """The same as who may see only a part of store and rack is to have it."""
-        narrowed = copy.copy(self)
-        narrowed._store, narrowed._residency = store, residency
-        return narrowed
+    def scoped(self, store: Catalogue, residency: Residency) -> Resolver:
+        """A copy restricted to one tenant's store and rack."""
+        scoped = copy.copy(self)
+        scoped._store, scoped._residency = store, residency
+        return scoped
 
-    async def take(self, ref: Ref, key: str) -> tuple[str, Any]:
-        """The version that answers, and its pinned seat. Raises what `resolve`, the store and the loader raise."""
+    async def acquire(self, ref: Ref, key: str) -> tuple[str, Any]:
+        """Return the version that answers, and its pinned seat; `release` gives the seat back.
+
+        Raises what `resolve`, the store and the loader raise.
+        """
         version, by_alias = await self._resolve(ref, key)
         try:
-            return await self._taken(ref, version, by_alias)
+            return await self._acquire_version(ref, version, by_alias)
         except VersionNotFound:
             if ref.is_version:
                 raise
@@ -126,23 +131,23 @@ class Resolver:
         except Exception as error:
             if not by_alias:
                 raise
-            return await self._earlier(ref, key, version, error)
-        # the alias moved on and the version was deleted between the two steps: ask once more
+            return await self._fall_back(ref, key, version, error)
+        # the alias moved on and the version was deleted between the two steps: resolve once more
         version, by_alias = await self._resolve(ref, key)
-        return await self._taken(ref, version, by_alias)
+        return await self._acquire_version(ref, version, by_alias)
 
     def release(self, seat: Any) -> None:
         self._residency.release(seat)
 
     async def resolve(self, ref: Ref, key: str) -> str:
-        """The version that should answer.
+        """Return the version that should answer.
 
         Raises TaskNotFound, AliasNotFound, VersionNotFound, BadRequest (ambiguous_version).
         """
         return (await self._resolve(ref, key))[0]
 
     async def version_like(self, task: str, text: str) -> str:
-        """A version by its digest, which may not exist, or by its unique beginning of at least 8 digits, which does.
+        """Return a version by its digest, which may not exist, or by its unique beginning of at least 8 digits.
 
         Raises TaskNotFound, VersionNotFound, BadRequest (ambiguous_version).
         """
@@ -151,15 +156,15 @@ class Resolver:
         if not _PREFIX.fullmatch(text):
             raise VersionNotFound(task, text)
         infos = await asyncio.to_thread(self._store.versions, task)
-        found = [info.version for info in infos if info.version.startswith(text)]
-        if not found:
+        candidates = [info.version for info in infos if info.version.startswith(text)]
+        if not candidates:
             raise VersionNotFound(task, text)
-        if len(found) > 1:
+        if len(candidates) > 1:
             raise BadRequest(
-                f"expected the beginning of one version, got {text!r}, with which {len(found)} versions begin",
+                f"expected the beginning of one version, got {text!r}, with which {len(candidates)} versions begin",
                 code="ambiguous_version",
             )
-        return found[0]
+        return candidates[0]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -175,12 +180,12 @@ class Resolver:
         raise AliasNotFound(ref.task, ref.name)
 
     async def _aliases(self, task: str) -> Mapping[str, Alias]:
-        """From memory where the store remembers them; otherwise in a thread, for a store may touch a disk or a wire."""
+        """From the store's cache; else in a thread, as reading may wait for a disk or the network."""
         known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store, "known_aliases", None)
         aliases = known(task) if known is not None else None
         return aliases if aliases is not None else await asyncio.to_thread(self._store.aliases, task)
 
-    async def _taken(self, ref: Ref, version: str, by_alias: bool) -> tuple[str, Any]:
+    async def _acquire_version(self, ref: Ref, version: str, by_alias: bool) -> tuple[str, Any]:
         self._quarantine.check(ref.task, version)
         try:
             seat = await self._residency.acquire(ref.task, version)
@@ -193,35 +198,35 @@ class Resolver:
             raise
         self._quarantine.release(ref.task, version)
         if by_alias:
-            self._last[ref] = version
+            self._last_answered[ref] = version
         return version, seat
 
-    async def _earlier(self, ref: Ref, key: str, failed: str, error: Exception) -> tuple[str, Any]:
-        """Who answers for an alias whose version cannot be loaded. Raises `error` where nobody can."""
-        for version in await self._candidates(ref, key, failed):
+    async def _fall_back(self, ref: Ref, key: str, failed: str, error: Exception) -> tuple[str, Any]:
+        """A version that can answer in place of `failed`. Raises `error` where there is none."""
+        for version in await self._fallbacks(ref, key, failed):
             try:
-                return await self._taken(ref, version, by_alias=True)
-            except Exception:  # it has been told of; what the caller is told is why its own failed
+                return await self._acquire_version(ref, version, by_alias=True)
+            except Exception:  # logged by the quarantine; the caller gets the error of its own version
                 continue
         raise error
 
-    async def _candidates(self, ref: Ref, key: str, failed: str) -> list[str]:
-        """Other targets of the alias, then where it pointed before; without the store, what answered last."""
+    async def _fallbacks(self, ref: Ref, key: str, failed: str) -> list[str]:
+        """Other targets of the alias, then its earlier targets; while the store is away, what answered last."""
         try:
             states = await asyncio.to_thread(self._store.history, ref.task, ref.name)
         except StoreError:
-            last = self._last.get(ref)
+            last = self._last_answered.get(ref)
             return [last] if last is not None and last != failed else []
-        versions = dict.fromkeys(version for state in reversed(states) for version in _in_order(state, key))
-        return [version for version in versions if version != failed][:MOST_TRIED]
+        versions = dict.fromkeys(version for state in reversed(states) for version in _by_preference(state, key))
+        return [version for version in versions if version != failed][:MAX_FALLBACKS]
 
 
 def _unrelated_to_version(error: Exception) -> bool:
-    """Whether a version might be whole although loading it failed so."""
+    """Whether loading failed for a reason that says nothing about the version."""
     return isinstance(error, StoreUnavailable) or getattr(error, "code", "") == "engine_unavailable"
 
 
-def _in_order(state: Alias, key: str) -> Iterable[str]:
-    """The one that the key chooses, then the others, the heaviest first."""
+def _by_preference(state: Alias, key: str) -> Iterable[str]:
+    """The target that the key chooses, then the others, the heaviest first."""
     others = sorted(state.targets, key=lambda target: -target.weight)
     return (state.choose(key), *(target.version for target in others))

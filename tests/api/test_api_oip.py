@@ -22,7 +22,7 @@ from PIL import Image
 from server.api.oip import body
 from server.engine.images.decode import Geometry, of_picture, pixels
 from server.errors import ServiceError, TooLarge
-from server.serving.decoding import Decoded, fitted
+from server.serving.decoding import DecodedImage, model_input
 from tests.api.api_server import Api, assert_refused, serving
 from tests.serving.floor import SIZE, png, publish
 
@@ -415,7 +415,7 @@ def test_pixels_are_cut_as_the_picture_would_be(width: int, height: int, seed: i
     Image.fromarray(picture).save(file, "PNG")
     expected = pixels(file.getvalue(), geometry, max_pixels=10_000)
     np.testing.assert_array_equal(of_picture(picture, geometry, max_pixels=10_000), expected)
-    np.testing.assert_array_equal(fitted(Decoded(picture), geometry, 10_000), expected)
+    np.testing.assert_array_equal(model_input(DecodedImage(picture), geometry, 10_000), expected)
 
 
 HEAD = json.dumps({"inputs": [tensor("image", "BYTES", [2], binary_data_size=30)], "outputs": [{"name": "label"}]})

@@ -127,8 +127,8 @@ def held_up(api: Api, stage: str, monkeypatch: pytest.MonkeyPatch) -> tuple[thre
         step = Held(api.floor.store.get)
         monkeypatch.setattr(api.floor.store, "get", step)
     else:
-        step = Held(decoding.fitted)
-        monkeypatch.setattr(decoding, "fitted", step if stage == "decoding" else step._work)
+        step = Held(decoding.model_input)
+        monkeypatch.setattr(decoding, "model_input", step if stage == "decoding" else step._work)
     if stage == "the body":
         step.entered.set()
     return step.entered, step.gate

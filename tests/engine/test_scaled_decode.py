@@ -98,7 +98,7 @@ def test_a_request_is_decoded_as_its_server_says() -> None:
 
     async def fitted(margin: float) -> np.ndarray[Any, Any]:
         with ThreadPoolExecutor(1) as pool:
-            [result] = await ImageBatch([data], pool, MAX, margin).fitted(GEOMETRY)
+            [result] = await ImageBatch([data], pool, MAX, margin).inputs(GEOMETRY)
         return np.asarray(result)
 
     np.testing.assert_array_equal(asyncio.run(fitted(2.0)), cut(data, 2))

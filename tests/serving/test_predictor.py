@@ -138,7 +138,7 @@ async def test_a_prefix_of_two_versions_is_ambiguous():
             def versions(self, task: str) -> list[Any]:
                 return infos * 2
 
-        built.predictor._seating._store = Twins()
+        built.predictor._resolver._store = Twins()
         with pytest.raises(BadRequest) as caught:
             await ask(built, f"fish@{infos[0].version[:10]}")
         assert caught.value.code == "ambiguous_version"
@@ -379,15 +379,15 @@ async def test_seats_are_given_back_where_one_versions_pixels_cannot_be_made(mon
     """Those of another version of the ensemble are ready by then."""
     async with floor() as built:
         versions = [publish(built.store, "fish", seed) for seed in (0, 1)]
-        fitted, asked = ImageBatch.fitted, []
+        inputs, asked = ImageBatch.inputs, []
 
         async def late(self: ImageBatch, geometry: Any) -> Any:
             asked.append(geometry)
             if len(asked) == 2:
                 raise Unprocessable("no pixels")
-            return await fitted(self, geometry)
+            return await inputs(self, geometry)
 
-        monkeypatch.setattr(ImageBatch, "fitted", late)
+        monkeypatch.setattr(ImageBatch, "inputs", late)
         with pytest.raises(Unprocessable):
             await ask(built, f"fish@{'+'.join(versions)}")
         await settled(lambda: built.shelf.in_use == 0)
@@ -400,7 +400,7 @@ async def test_rows_of_one_image_know_each_other(monkeypatch: pytest.MonkeyPatch
     close = ImageBatch.close
 
     def look_before_it_is_over(pictures: ImageBatch) -> None:
-        known.update({id(row): tuple(rows) for rows in pictures._shown for row in rows})
+        known.update({id(row): tuple(rows) for rows in pictures._rows for row in rows})
         close(pictures)
 
     monkeypatch.setattr(ImageBatch, "close", look_before_it_is_over)

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from server.errors import BadRequest, Unprocessable
 from server.serving.answers import Outputs
-from server.serving.decoding import Decoded, Image, Normalised
+from server.serving.decoding import DecodedImage, Image, NormalisedImage
 
 Shape = tuple[int, ...]
 Values = npt.NDArray[np.float32] | list[bytes]
@@ -135,18 +135,20 @@ def _encoded(element: object, at: int) -> bytes:
 
 def _pixels(one: InputTensor) -> list[Image]:
     if one.raw is not None:
-        return [Decoded(each) for each in _shaped(one, one.raw, np.dtype(np.uint8))]
+        return [DecodedImage(each) for each in _shaped(one, one.raw, np.dtype(np.uint8))]
     numbers = _numbers(one)
     if not ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
         raise Unprocessable(f"input {one.name!r}: expected whole numbers from 0 to 255, got others")
-    return [Decoded(each) for each in numbers.astype(np.uint8).reshape(one.shape)]
+    return [DecodedImage(each) for each in numbers.astype(np.uint8).reshape(one.shape)]
 
 
 def _tensors(one: InputTensor) -> list[Image]:
     if one.raw is not None:
-        return [Normalised(each.astype(np.float32)) for each in _shaped(one, one.raw, np.dtype("<f4"))]  # now aligned
+        return [
+            NormalisedImage(each.astype(np.float32)) for each in _shaped(one, one.raw, np.dtype("<f4"))
+        ]  # now aligned
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
-        return [Normalised(each) for each in _numbers(one).astype(np.float32).reshape(one.shape)]
+        return [NormalisedImage(each) for each in _numbers(one).astype(np.float32).reshape(one.shape)]
 
 
 def _shaped(one: InputTensor, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -16,8 +16,8 @@ router = APIRouter(tags=["rack"])
 async def rack(services: ServicesOf) -> wire.Rack:
     """Who sits on the device, what waits for it, and how full its forwards have been. A key for some tasks sees only
     these, and nothing that is counted over all."""
-    asked, now = services.predictor.asked, await services.rack()
-    seats = [seat.model_copy(update={"requests": asked(seat.task)[seat.version]}) for seat in now.seats]
+    counts_of, now = services.predictor.request_counts, await services.rack()
+    seats = [seat.model_copy(update={"requests": counts_of(seat.task)[seat.version]}) for seat in now.seats]
     if services.tenant:
         sizes = {"max_queue": services.settings.max_queue, "max_batch": services.settings.max_batch}
         return now.model_copy(update={"seats": seats, **sizes})

@@ -1,1 +1,1 @@
-"""HTTP: services and tenants as routes see them; nothing below knows of requests."""
+"""HTTP: routes, and the services that they call, scoped to a tenant. No other room knows of requests."""

@@ -1,8 +1,8 @@
-"""The HTTP application: every route, inside what is true of all of them.
+"""The HTTP application: all routes, and the middleware that every request passes.
 
-Trace (id, log, metrics, the unforeseen) ─▶ Door (host, key, scope) ─▶ BodyLimit ─▶ Turnstile (is there room?) ─▶
-    Shortcut (plain predictions) or the router ─▶ routes ─▶ what the key covers of predictor, residency, stores;
-                                                                                      every failure ─▶ problems
+RequestLog (id, log, metrics, unexpected errors) ─▶ AuthMiddleware (host, key, scope) ─▶ BodyLimit ─▶
+    AdmissionMiddleware (429 while the queue is full) ─▶ FastPath (plain predictions) or the router ─▶ routes, with
+    services scoped to the key; every failure becomes a problem document
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .routes import (
     uploads,
 )
 from .services import Services
-from .tenancy import scoping
+from .tenancy import services_by_key
 
 __all__ = ["Services", "create_app"]
 
@@ -54,15 +54,15 @@ _PROBLEM: Final[dict[str, Any]] = {
 }
 
 
-_ROOMS: Final = (
+_ROUTE_MODULES: Final = (
     *(predict, attention, tasks, aliases, residency, rack),
     *(datasets, thumbnails, uploads, feedback, train, compare, health, session, ui),
     *(oip, files, jobs, models, embeddings),
 )
 
 
-def create_app(services: Services, ring: Authenticator) -> FastAPI:
-    """The application over these services and keys. It starts and closes none of them: who made them does."""
+def create_app(services: Services, authenticator: Authenticator) -> FastAPI:
+    """Return the application over these services and keys, which their owner starts and closes."""
     receiving.sweep(services.settings.datasets_dir)
     app = FastAPI(
         title="lensrack",
@@ -71,7 +71,7 @@ def create_app(services: Services, ring: Authenticator) -> FastAPI:
         redirect_slashes=False,
         middleware=[
             Middleware(RequestLog),
-            Middleware(AuthMiddleware, ring=ring, settings=services.settings),
+            Middleware(AuthMiddleware, authenticator=authenticator, settings=services.settings),
             Middleware(
                 body_limit.BodyLimit,
                 cap=body_limit.caps(services.settings),
@@ -83,28 +83,28 @@ def create_app(services: Services, ring: Authenticator) -> FastAPI:
         dependencies=[Depends(scopes.require)],
         responses={"default": _PROBLEM},
     )
-    app.state.services, app.state.ring = scoping(services), ring
-    app.state.leaving = False  # set when the process is asked to end
+    app.state.services, app.state.authenticator = services_by_key(services), authenticator
+    app.state.leaving = False  # set when the process begins to shut down
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     app.state.parsing = anyio.CapacityLimiter(oip.PARSING)
     app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
     problems.install(app)
-    for room in _ROOMS:
-        app.include_router(room.router)
+    for module in _ROUTE_MODULES:
+        app.include_router(module.router)
     app.openapi = lambda: _documented(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
 
 def _documented(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, and the models that it cannot find by itself: those of bodies that routes read on their own."""
+    """FastAPI's schema, and the models of bodies that routes read themselves, which it does not know."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = schema["components"]["schemas"]
         for model in (wire.Problem, wire.PredictRequest):
-            found = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(found.pop("$defs", {}))
-            schemas[model.__name__] = found
+            definition = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(definition.pop("$defs", {}))
+            schemas[model.__name__] = definition
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{}, {"key": []}]  # {}: a server that has no keys asks for none
+        schema["security"] = [{}, {"key": []}]  # {}: a server without keys needs none
         app.openapi_schema = schema
     return app.openapi_schema

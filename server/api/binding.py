@@ -1,4 +1,4 @@
-"""What may come in: how large, of which type, and to which address the server may listen."""
+"""The address that the server may listen on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from server.settings import Settings
 
 
 class UnsafeBind(ValueError):
-    """The server would be open to everybody who reaches the machine."""
+    """The server would be open to everybody who can reach the machine."""
 
 
 def require_safe_bind(settings: Settings, *, locked: bool = False) -> None:
-    """Refuse any address but loopback, as long as there are no API keys and LENSRACK_ALLOW_OPEN is not given.
+    """Raises UnsafeBind for any address but loopback, unless there are API keys or LENSRACK_ALLOW_OPEN is set.
 
     `locked`: there are or have been keys, and requests need one.
     """
@@ -34,12 +34,9 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether it is written as an address, bare of port and brackets, and no name."""
+    """Whether `host` is an IP address without port and brackets, rather than a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
         return False
     return True
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ RefsOf = Annotated[Refs, Depends(_refs)]  # and `task@one+other`
 
 
 def media_type(headers: Headers) -> str:
-    """The content type without its parameters; empty where there is none."""
+    """Return the content type without its parameters; empty where there is none."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def require_type(headers: Headers, expected: Collection[str]) -> str:
-    """The body's media type, which must be among the expected ones. Raises UnsupportedMedia."""
+    """Return the body's media type. Raises UnsupportedMedia unless it is among the expected ones."""
     got = media_type(headers)
     if got not in expected:
         raise UnsupportedMedia(f"content type: expected {' or '.join(expected)}, got {got[:100] or 'none'}")

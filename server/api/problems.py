@@ -29,12 +29,15 @@ from .openai import faults as openai
 
 MEDIA_TYPE: Final = "application/problem+json"
 CODE: Final = "Lensrack-Code"
-_SHORT: Final = reprlib.Repr()  # of what may hold megabytes
+_SHORT: Final = reprlib.Repr()  # a value may have megabytes
 
 Model = TypeVar("Model", bound=BaseModel)
-_DIALECTS: Final[Mapping[str, Callable[[ServiceError], Mapping[str, Any]]]] = {"v1": openai.told, "v2": oip.told}
+_DIALECTS: Final[Mapping[str, Callable[[ServiceError], Mapping[str, Any]]]] = {
+    "v1": openai.error_body,
+    "v2": oip.error_body,
+}
 
-# where the store's failures stand among the service's; the first that fits counts, and what is not here is internal
+# each store error as a service error; the first that matches counts, others are internal
 _STORE: Final[Mapping[type[stored.StoreError], type[ServiceError]]] = {
     stored.BundleError: errors.BadRequest,
     stored.BadAlias: errors.Unprocessable,
@@ -49,12 +52,12 @@ _STORE: Final[Mapping[type[stored.StoreError], type[ServiceError]]] = {
     stored.CorruptBundle: errors.Internal,
     stored.CorruptAliases: errors.Internal,
 }
-# HTTP's own failures, as routing and the framework's parsers raise them
+# codes of HTTP errors that routing and the framework's parsers raise
 _CODES: Final = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-class Answered(Response):
-    """A problem as a response."""
+class ProblemResponse(Response):
+    """A problem document as a response."""
 
     media_type = MEDIA_TYPE
 
@@ -63,17 +66,17 @@ class Answered(Response):
 
 
 def service_error(error: Exception) -> ServiceError:
-    """The same failure in the service's words. What was not foreseen is internal and says nothing of itself."""
+    """Return an error as a ServiceError. An unexpected one becomes `internal`, without its details."""
     if isinstance(error, ServiceError):
         return error
-    for kind, words in _STORE.items():
-        if isinstance(error, kind):
-            return words(error.detail, code=error.code)
+    for store_error, service_error_ in _STORE.items():
+        if isinstance(error, store_error):
+            return service_error_(error.detail, code=error.code)
     return errors.Internal("the server failed unexpectedly; its log has the details under this request id")
 
 
 def problem(error: ServiceError, request_id: str) -> wire.Problem:
-    """`extra` joins the standard members and cannot replace them."""
+    """Return the problem document. `extra` joins the standard members and cannot replace them."""
     return wire.Problem.model_validate(
         {
             **error.extra,
@@ -87,11 +90,11 @@ def problem(error: ServiceError, request_id: str) -> wire.Problem:
 
 
 def answer(error: ServiceError, scope: Scope) -> Response:
-    """The answer to this request that it failed, in the words of whoever it is from."""
+    """Return the response to a request that failed, in the dialect of its path."""
     headers = _headers(error)
-    if (told := _DIALECTS.get(scope["path"].removeprefix("/").partition("/")[0])) is not None:
-        return Response(json.dumps(told(error)), error.status, {**headers, CODE: error.code}, "application/json")
-    return Answered(problem(error, scope["state"]["request_id"]), headers)
+    if (error_body := _DIALECTS.get(scope["path"].removeprefix("/").partition("/")[0])) is not None:
+        return Response(json.dumps(error_body(error)), error.status, {**headers, CODE: error.code}, "application/json")
+    return ProblemResponse(problem(error, scope["state"]["request_id"]), headers)
 
 
 def _headers(error: ServiceError) -> dict[str, str]:
@@ -103,19 +106,19 @@ def _headers(error: ServiceError) -> dict[str, str]:
     return headers
 
 
-def parsed(model: type[Model], body: bytes) -> Model:
-    """A JSON body. Raises BadRequest for what is no JSON, Unprocessable for another than the model's."""
+def parse_json(model: type[Model], body: bytes) -> Model:
+    """Return a JSON body as `model`. Raises BadRequest for anything but JSON, Unprocessable where it does not fit."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        if found[0]["type"] == "json_invalid":
-            raise errors.BadRequest(f"expected a JSON body, got something else: {found[0]['msg']}") from error
-        raise unprocessable(found) from error
+        findings = error.errors(include_url=False)
+        if findings[0]["type"] == "json_invalid":
+            raise errors.BadRequest(f"expected a JSON body, got something else: {findings[0]['msg']}") from error
+        raise unprocessable(findings) from error
 
 
 def install(app: FastAPI) -> None:
-    """Make every failure of this application a problem; the unforeseen ones are the trace middleware's."""
+    """Answer every failure of `app` with a problem; unexpected ones are caught by `middleware.request_log`."""
     app.add_exception_handler(ServiceError, _service)
     app.add_exception_handler(stored.StoreError, _service)
     app.add_exception_handler(HTTPException, _http)
@@ -128,55 +131,54 @@ def _service(request: Request, error: Exception) -> Response:
 
 def _http(request: Request, error: Exception) -> Response:
     failure = cast(HTTPException, error)
-    said = {
+    details = {
         404: f"nothing is served at {request.url.path[:200]!r}",
-        405: f"{request.method} is not what {request.url.path[:200]!r} takes",
+        405: f"{request.url.path[:200]!r} does not take {request.method}",
     }
-    told = ServiceError(said.get(failure.status_code, str(failure.detail)))
-    told.status, told.code = failure.status_code, _CODES.get(failure.status_code, "http_error")
-    response = answer(told, request.scope)
+    problem_error = ServiceError(details.get(failure.status_code, str(failure.detail)))
+    problem_error.status, problem_error.code = failure.status_code, _CODES.get(failure.status_code, "http_error")
+    response = answer(problem_error, request.scope)
     response.headers.update(failure.headers or {})
     return response
 
 
 def _validation(request: Request, error: Exception) -> Response:
-    found = cast(RequestValidationError, error).errors()
-    if found and found[0]["type"] == "json_invalid":
-        told: ServiceError = errors.BadRequest(f"expected a JSON body, got something else: {_syntax(found[0])}")
-    else:
-        told = unprocessable(found)
-    return answer(told, request.scope)
+    findings = cast(RequestValidationError, error).errors()
+    if findings and findings[0]["type"] == "json_invalid":
+        detail = f"expected a JSON body, got something else: {_syntax(findings[0])}"
+        return answer(errors.BadRequest(detail), request.scope)
+    return answer(unprocessable(findings), request.scope)
 
 
-def unprocessable(found: Sequence[Any]) -> errors.Unprocessable:
-    """pydantic's findings as one error: field, what was expected, what came."""
-    listed = [
-        {"field": _field(one["loc"]), "expected": _expected(one), "actual": _actual(one.get("input"))}
-        for one in found[:20]
+def unprocessable(findings: Sequence[Any]) -> errors.Unprocessable:
+    """Return pydantic's findings as one error; each names the field, the expected and the actual value."""
+    fields = [
+        {"field": _field(finding["loc"]), "expected": _expected(finding), "actual": _actual(finding.get("input"))}
+        for finding in findings[:20]
     ]
-    detail = "; ".join(f"{one['field']}: {one['expected']}, got {one['actual']}" for one in listed[:5])
-    return errors.Unprocessable(detail, errors=listed)
+    detail = "; ".join(f"{field['field']}: {field['expected']}, got {field['actual']}" for field in fields[:5])
+    return errors.Unprocessable(detail, errors=fields)
 
 
-def _syntax(found: Mapping[str, Any]) -> str:
-    position = found["loc"][-1] if found["loc"] else 0
-    return f"{found.get('ctx', {}).get('error', 'syntax error')} at character {position}"
+def _syntax(finding: Mapping[str, Any]) -> str:
+    position = finding["loc"][-1] if finding["loc"] else 0
+    return f"{finding.get('ctx', {}).get('error', 'syntax error')} at character {position}"
 
 
 def _field(location: Sequence[str | int]) -> str:
-    named = [str(part) for part in location if part not in ("body", "query", "path", "header")]
-    return ".".join(named) or "body"
+    parts = [str(part) for part in location if part not in ("body", "query", "path", "header")]
+    return ".".join(parts) or "body"
 
 
-def _expected(found: Mapping[str, Any]) -> str:
-    message = str(found["msg"])
-    if found["type"] == "extra_forbidden":
+def _expected(finding: Mapping[str, Any]) -> str:
+    message = str(finding["msg"])
+    if finding["type"] == "extra_forbidden":
         return "expected no such field"
     return message.replace("Input should be", "expected").replace("Field required", "expected a value")
 
 
 def _actual(value: object) -> str:
-    """What came, short enough for an error."""
+    """The value, short enough for an error."""
     if isinstance(value, dict | list):
         text = _SHORT.repr(value)
     else:

@@ -1,6 +1,6 @@
-"""A body on its way into a file: from the socket to the disk, never into memory, and gone whatever happens.
+"""Spools a request's body to a file: from the socket to the disk, never into memory, and deleted at the end.
 
-The file is locked as long as it grows. One that nobody holds was left by a process that died; the next start sweeps it.
+The file is locked while it grows. An unlocked one was left by a process that died; the next start sweeps it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastapi import Request
 from server.errors import DiskFull, Silent
 
 FOLDER: Final = "uploads"
-WRITE_BYTES: Final = 2**20  # gathered before a thread writes it: a hand-over for each packet would cost more
+WRITE_BYTES: Final = 2**20  # collected before a thread writes them: a hand-over for each packet would cost more
 
 
 @asynccontextmanager
 async def received(request: Request, root: Path, *, silence_s: float) -> AsyncIterator[Path]:
-    """The request's body as a file below `root`, deleted at the end.
+    """Spool the request's body to a file below `root`, which is deleted at the end.
 
-    Raises ClientDisconnect, TooLarge, DiskFull, and Silent when nothing comes for `silence_s`.
+    Raises ClientDisconnect, TooLarge, DiskFull, and Silent when nothing arrives for `silence_s`.
     """
     async with spooled(root) as (path, append):
         await fill(request, append, silence_s=silence_s)
@@ -36,7 +36,10 @@ async def received(request: Request, root: Path, *, silence_s: float) -> AsyncIt
 
 @asynccontextmanager
 async def spooled(root: Path) -> AsyncIterator[tuple[Path, Callable[[bytes], None]]]:
-    """An empty file below `root`, deleted at the end, and what appends to it. Raises DiskFull, as appending does."""
+    """Open an empty file below `root`, deleted at the end; yield its path and a function that appends to it.
+
+    Raises DiskFull, as appending does.
+    """
     path = root / FOLDER / secrets.token_hex(16)
     file = await asyncio.to_thread(_created, path)
     try:
@@ -47,7 +50,7 @@ async def spooled(root: Path) -> AsyncIterator[tuple[Path, Callable[[bytes], Non
 
 
 def sweep(root: Path) -> int:
-    """Delete what dead processes have left; returns how many files."""
+    """Delete the files that dead processes have left; return how many."""
     return sum(_swept(path) for path in (root / FOLDER).glob("*"))
 
 
@@ -59,7 +62,7 @@ def _created(path: Path) -> int:
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file).st_nlink:
                 return file
-            os.close(file)  # a sweeper came between the two calls
+            os.close(file)  # another process swept it between the two calls
     except OSError as error:
         raise _full() from error
 
@@ -71,7 +74,7 @@ def _swept(path: Path) -> bool:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)  # while it is locked: nobody can begin to write it meanwhile
+        path.unlink(missing_ok=True)  # while it is locked, so that no process begins to write it
     except BlockingIOError:
         return False
     finally:
@@ -80,21 +83,21 @@ def _swept(path: Path) -> bool:
 
 
 async def fill(request: Request, write: Callable[[bytes], None], *, silence_s: float | None = None) -> None:
-    """Hand the body to `write`, in threads, in pieces of WRITE_BYTES; what came of one that breaks off, too.
+    """Pass the body to `write`, in threads, in pieces of WRITE_BYTES; also the beginning of a body that breaks off.
 
-    Raises what `write` raises, ClientDisconnect, TooLarge, and Silent when nothing comes for `silence_s`.
+    Raises what `write` raises, ClientDisconnect, TooLarge, and Silent when nothing arrives for `silence_s`.
     """
-    waiting = bytearray()
+    pending = bytearray()
     try:
         async for chunk in _chunks(request, silence_s):
-            waiting += chunk
-            if len(waiting) >= WRITE_BYTES:
-                piece, waiting = bytes(waiting), bytearray()
+            pending += chunk
+            if len(pending) >= WRITE_BYTES:
+                piece, pending = bytes(pending), bytearray()
                 await asyncio.to_thread(write, piece)
     except Exception:  # a cancellation leaves a piece in a thread, and nothing may be written after that
-        await asyncio.to_thread(write, bytes(waiting))
+        await asyncio.to_thread(write, bytes(pending))
         raise
-    await asyncio.to_thread(write, bytes(waiting))
+    await asyncio.to_thread(write, bytes(pending))
 
 
 async def _chunks(request: Request, silence_s: float | None) -> AsyncIterator[bytes]:

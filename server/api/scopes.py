@@ -1,7 +1,11 @@
-"""Which key each route asks for. A route that is not listed asks for `admin`: what is forgotten is closed.
+"""The key that each route needs. A route that is not listed needs `admin`, so that a forgotten one is closed.
 
-open      nobody is asked          whole     any key for all tasks: what is told is of everybody
+open      no key                   whole     any key for all tasks: the answer is about all tenants
 any       a key of any scope       predict, train, admin: a key with that scope
+
+`check` runs twice for each request: before its body is read, with the listed route that its path looks like
+(`template`), and with the route that FastAPI has matched (`require`). The first refuses early and may be wrong about
+an unlisted route whose path looks like a listed one; the second decides about the route that really runs.
 """
 
 from __future__ import annotations
@@ -124,49 +128,48 @@ _TEMPLATES: Final = {
 
 
 def template(method: str, path: str) -> str | None:
-    """The listed route that will probably answer; None for none."""
-    for asked in (method, "GET") if method == "HEAD" else (method,):
-        for pattern, route in _TEMPLATES.get(asked, ()):
+    """Return the listed route that a path looks like; None for none."""
+    for candidate in (method, "GET") if method == "HEAD" else (method,):
+        for pattern, route in _TEMPLATES.get(candidate, ()):
             if pattern.match(path):
                 return route
     return None
 
 
 def need_of(method: str, route: str) -> Need:
-    asked = (method, route)
-    if method == "HEAD" and asked not in NEEDS:
-        asked = ("GET", route)
-    return NEEDS.get(asked, "admin")
+    if method == "HEAD" and (method, route) not in NEEDS:
+        method = "GET"
+    return NEEDS.get((method, route), "admin")
 
 
 def check(scope: Scope, route: str | None, *, given: bool) -> None:
-    """Whether the request's key may use a route; `given`: there was something that might have been a key.
+    """Check that the request's key may use a route; `given`: a token was sent, valid or not.
 
-    For a path that no listed route takes any key will do: either nothing is there, or a route that asks for itself.
+    Without a route any key will do: either nothing is there, or `require` checks the route that FastAPI matches.
     Raises Unauthenticated, Forbidden.
     """
     key: Key | None = scope["state"]["key"]
     need = "any" if route is None else need_of(scope["method"], route)
     if need == "whole" and scope["state"]["open_metrics"]:
         return
-    admit(key, need, f"{scope['method']} {scope['path'][:200]!r}", given=given)
+    require_need(key, need, f"{scope['method']} {scope['path'][:200]!r}", given=given)
 
 
-def admit(key: Key | None, need: Need, what: str, *, given: bool) -> None:
-    """Whether a key may do `what`, which needs this. Raises Unauthenticated, Forbidden."""
+def require_need(key: Key | None, need: Need, what: str, *, given: bool) -> None:
+    """Check that a key may do `what`. Raises Unauthenticated, Forbidden."""
     if need == "open":
         return
     if key is None:
         got = "one that is wrong, revoked or unknown" if given else "none"
         raise Unauthenticated(f"expected an API key (Authorization: Bearer …), got {got}")
     if need == "whole" and key.tasks:
-        raise Forbidden("this tells of all tasks: expected a key for all of them, got one for some")
+        raise Forbidden("this describes all tasks: expected a key for all of them, got one for some")
     if (lacking := _missing(key, need)) is not None:
         raise Forbidden(f"{what} needs the scope {lacking!r}, which this key does not have", scope=lacking)
 
 
 async def require(request: Request) -> None:
-    """Every route's first dependency: the route itself asks for what it needs, whatever the door took it for."""
+    """Check the route that FastAPI has matched: the first dependency of all routes."""
     check(request.scope, request.scope["route"].path, given=False)
 
 

@@ -1,6 +1,6 @@
-"""What the HTTP layer stands on: everything it calls, handed over once by `server.app.services`.
+"""The service container: everything that routes call, built once by `server.app.services`.
 
-A route gets its `ServicesOf` narrowed to what the key of the request covers, and has no other way to them.
+A route gets its `ServicesOf` scoped to the key of the request, and has no other way to them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `serv
 
 
 class JobRequests(Protocol):
-    """What clients may ask of the job store; the rest of it is the workers'."""
+    """The part of the job store that requests use; the rest is the workers'."""
 
     def submit(
         self,
@@ -62,7 +62,7 @@ class JobRequests(Protocol):
 
 
 class FeedbackRequests(Protocol):
-    """What clients may ask of feedback; see `server.datasets.feedback_store`."""
+    """Feedback as requests use it; see `server.datasets.feedback_store`."""
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]: ...
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page: ...
@@ -73,13 +73,15 @@ class FeedbackRequests(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that routes call, as far as the key of the request covers it: see `server.api.tenancy`.
+    """Everything that routes call, scoped to the key of the request: see `server.api.tenancy`.
 
-    `tenant` is how the names of its tasks begin, "" for all. `methods` maps a method's name to its meaning in a line,
-    `baselines` to that and to why it cannot be served. `check_bundle` raises ServiceError for a bundle that the running
-    backbone, or the bundle's own method, cannot serve; it may take its time and is called in a thread, and so may
-    `importer`, which makes bundles of other people's checkpoints. `rack` tells who sits on the device; `look` belongs
-    to the engine's thread."""
+    tenant        the prefix of its tasks' names, "" for all
+    methods       what each does, by name; baselines: the same, and why it cannot be served
+    check_bundle  raises ServiceError for a bundle that the backbone or its method cannot serve; slow, call in a thread
+    importer      makes bundles of other tools' checkpoints; slow, call in a thread
+    rack          describes the device
+    look          computes attention maps, in the engine's thread
+    """
 
     settings: Settings
     predictor: Predictor
@@ -103,15 +105,15 @@ class Services:
 
 
 async def services_of(request: Request) -> Services:  # a plain function would cost each request a thread
-    """What the request's key covers."""
-    narrowed: Callable[[Key | None], Services] = request.app.state.services
-    return narrowed(request.state.key)
+    """Return the services scoped to the request's key."""
+    services_by_key: Callable[[Key | None], Services] = request.app.state.services
+    return services_by_key(request.state.key)
 
 
 ServicesOf = Annotated[Services, Depends(services_of)]
 
 
 def request_id(request: Request) -> str:
-    """This request's id, as the trace middleware chose it."""
-    known: str = request.state.request_id
-    return known
+    """Return the request's id, which `middleware.request_log` has set."""
+    id_: str = request.state.request_id
+    return id_

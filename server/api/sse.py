@@ -1,9 +1,12 @@
-"""A job's events as a stream (server-sent events, WHATWG HTML section 9.2), for browsers and whoever speaks it.
+"""A job's events as a stream of server-sent events (WHATWG HTML, section 9.2).
 
-Each event carries its number as `id`, so a client that lost its connection says `Last-Event-ID` and misses nothing. A
-comment every `HEARTBEAT_S` keeps proxies from closing a quiet stream. When the job has ended the stream ends; a client
-that comes back after that gets 204, which tells an EventSource not to come again. It ends, too, when the key that asked
-for it is revoked (who comes back then gets 401), and when the server leaves.
+Each event carries its number as `id`, so that a client which lost its connection sends `Last-Event-ID` and misses
+nothing. A comment every `HEARTBEAT_S` keeps proxies from closing a quiet stream. The stream ends with the job, with the
+key that opened it (a client that reconnects then gets 401), and when the server shuts down. A client that reconnects
+after the job's last event gets 204, which tells an EventSource to stop.
+
+FastAPI's own (`fastapi.sse`) serves a route that always streams: it decides by the route's response class, not by the
+request's Accept, and the 200 is sent before the first event is known, so no 204; its interval is private.
 """
 
 from __future__ import annotations
@@ -21,18 +24,19 @@ from server.errors import BadRequest, Forbidden, Unauthenticated
 
 MEDIA_TYPE: Final = "text/event-stream"
 HEARTBEAT_S: Final = 15.0
-WAIT_S: Final = 5.0  # one look at the store's events; shorter than the heartbeat, so that one is never late by much
+WAIT_S: Final = 5.0  # of one wait for events; shorter than HEARTBEAT_S, so that a heartbeat is never late by much
 
-# (after, wait_s); raises Unauthenticated or Forbidden once the key is no longer good for it
+# (after, wait_s); raises Unauthenticated or Forbidden once the key no longer allows it
 Page = Callable[[int, float], Awaitable[wire.JobEvents]]
 
 
-def wanted(request: Request) -> bool:
+def accepted(request: Request) -> bool:
+    """Whether the client accepts a stream."""
     return MEDIA_TYPE in request.headers.get("accept", "")
 
 
 def last_seen(request: Request, after: int) -> int:
-    """`Last-Event-ID` where the client sends one, for it knows better than the address it reconnects to."""
+    """Return `Last-Event-ID` where it is sent, which is newer than the `after` of a reconnecting client's URL."""
     text = request.headers.get("last-event-id")
     if text is None:
         return after
@@ -42,7 +46,7 @@ def last_seen(request: Request, after: int) -> int:
 
 
 async def respond(page: Page, after: int, leaving: Callable[[], bool]) -> Response:
-    """The first page is read before the answer begins: an unknown job is a 404, not a broken stream."""
+    """Return the stream. Its first page is read before the response begins: an unknown job is a 404."""
     first = await page(after, 0.0)
     if first.finished and not first.events:
         return Response(status_code=204)
@@ -50,24 +54,24 @@ async def respond(page: Page, after: int, leaving: Callable[[], bool]) -> Respon
     return StreamingResponse(_frames(first, page, leaving), media_type=MEDIA_TYPE, headers=headers)
 
 
-async def _frames(found: wire.JobEvents, page: Page, leaving: Callable[[], bool]) -> AsyncIterator[str]:
-    said = time.monotonic()
+async def _frames(events: wire.JobEvents, page: Page, leaving: Callable[[], bool]) -> AsyncIterator[str]:
+    sent_at = time.monotonic()
     while True:
-        for event in found.events:
+        for event in events.events:
             yield frame(event)
-            said = time.monotonic()
-        if found.finished or leaving():
+            sent_at = time.monotonic()
+        if events.finished or leaving():
             return
-        if time.monotonic() - said >= HEARTBEAT_S:
+        if time.monotonic() - sent_at >= HEARTBEAT_S:
             yield ": still here\n\n"
-            said = time.monotonic()
+            sent_at = time.monotonic()
         try:
-            found = await page(found.next, WAIT_S)
+            events = await page(events.next, WAIT_S)
         except (Unauthenticated, Forbidden):
             return
 
 
 def frame(event: wire.JobEvent) -> str:
-    """One event. JSON has no raw line breaks, so `data` is always one line."""
+    """Return an event as text. JSON has no raw line breaks, so `data` is always one line."""
     body = json.dumps({"at": event.at, **event.data}, ensure_ascii=False)
     return f"id: {event.seq}\nevent: {event.type}\ndata: {body}\n\n"

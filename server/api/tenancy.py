@@ -1,8 +1,7 @@
-"""What a key with a prefix sees of the server: its own, and of everything else exactly what it would see of nothing.
+"""What a key with a prefix sees of the server. Other tenants' resources look as if they did not exist (404).
 
-The services that a route is given are narrowed before it gets them, so no route can forget to ask. What is not the
-key's fails with the words that what does not exist fails with. Only names that a request would make anew cannot fail
-like that: those beyond the prefix are refused alike, whether there is such a task or not.
+A route gets services that are scoped to the request's key already, so no route can forget to check. Only names that a
+request would create cannot be 404: those outside the prefix are refused alike (403), whether the task exists or not.
 """
 
 from __future__ import annotations
@@ -27,31 +26,30 @@ from server.serving.residency import Residency
 
 from .services import FeedbackRequests, JobRequests, Services
 
-NOTHING: Final = "\0"  # what somebody without a key sees: no name begins with it
+NOTHING: Final = "\0"  # the tenant of a request without a key: no name begins with it
 
 
-def scoping(services: Services) -> Callable[[Key | None], Services]:
-    """From a request's key to its services. Those of one prefix are made once, a key's as long as it is unchanged."""
-    made: dict[tuple[str, int | None], Services] = {}
-    kept: dict[str, Services] = {}
+def services_by_key(services: Services) -> Callable[[Key | None], Services]:
+    """Return a function from a request's key to its services. Cached by prefix, and by key until the key changes."""
+    by_tenant: dict[tuple[str, int | None], Services] = {}
+    by_key: dict[str, Services] = {}
 
-    def narrowed(key: Key | None) -> Services:
+    def services_of(key: Key | None) -> Services:
         tenant, quota = (NOTHING, 0) if key is None else (key.tasks, key.allowance.bytes_stored)
-        if (tenant, quota) not in made:
-            made[tenant, quota] = within(services, tenant, quota)
-        found = made[tenant, quota]
+        if (tenant, quota) not in by_tenant:
+            by_tenant[tenant, quota] = scoped(services, tenant, quota)
         if key is None:
-            return found
-        own = kept.get(key.id)
-        if own is None or own.key is not key:
-            own = kept[key.id] = replace(found, key=key)
-        return own
+            return by_tenant[tenant, quota]
+        cached = by_key.get(key.id)
+        if cached is None or cached.key is not key:
+            cached = by_key[key.id] = replace(by_tenant[tenant, quota], key=key)
+        return cached
 
-    return narrowed
+    return services_of
 
 
-def within(services: Services, tenant: str, quota: int | None) -> Services:
-    """`quota`: the most bytes that the tenant's data sets may have."""
+def scoped(services: Services, tenant: str, quota: int | None) -> Services:
+    """Return the services restricted to one tenant. `quota`: the most bytes that its data sets may have."""
     datasets = services.datasets.scoped(tenant, quota)
     if not tenant:
         return replace(services, datasets=datasets)
@@ -67,20 +65,20 @@ def within(services: Services, tenant: str, quota: int | None) -> Services:
         datasets=datasets,
         uploads=services.uploads.scoped(tenant),
         feedback=ScopedFeedback(services.feedback, tenant),
-        rack=partial(own_rack, services.rack, tenant),
+        rack=partial(scoped_rack, services.rack, tenant),
     )
 
 
-async def own_rack(ask: Callable[[], Awaitable[wire.Rack]], tenant: str) -> wire.Rack:
-    """The key's own seats. What is counted over all tasks would tell of the others'."""
-    rack = await ask()
+async def scoped_rack(read: Callable[[], Awaitable[wire.Rack]], tenant: str) -> wire.Rack:
+    """Return the rack with the tenant's seats only, without counts over all tasks, which would reveal the others'."""
+    rack = await read()
     seats = [seat for seat in rack.seats if seat.task.startswith(tenant)]
     used = {"used_slots": len(seats), "used_bytes": sum(seat.bytes for seat in seats)}
     return rack.model_copy(update={"seats": seats, **used, "hits": 0, "loads": 0, "evictions": 0})
 
 
-def require_own(tenant: str, task: str) -> None:
-    """For names that would be made. Raises Forbidden, whether there is such a task or not."""
+def require_scoped_name(tenant: str, task: str) -> None:
+    """For names that a request would create. Raises Forbidden, whether the task exists or not."""
     if not task.startswith(tenant):
         raise Forbidden(f"the names of this key's tasks begin with {tenant!r}, got {task[:100]!r}")
 
@@ -92,65 +90,65 @@ class ScopedStore:
         self._inner, self._tenant = inner, tenant
 
     def put(self, bundle: Bundle) -> str:
-        require_own(self._tenant, bundle.manifest.task)
+        require_scoped_name(self._tenant, bundle.manifest.task)
         return self._inner.put(bundle)
 
     def get(self, task: str, version: str) -> Bundle:
-        return self._of(task).get(task, version)
+        return self._store_of(task).get(task, version)
 
     def tasks(self) -> list[str]:
         return [task for task in self._inner.tasks() if task.startswith(self._tenant)]
 
     def versions(self, task: str) -> list[VersionInfo]:
-        return self._of(task).versions(task)
+        return self._store_of(task).versions(task)
 
     def aliases(self, task: str) -> dict[str, Alias]:
-        return self._of(task).aliases(task)
+        return self._store_of(task).aliases(task)
 
     def known_aliases(self, task: str) -> Mapping[str, Alias] | None:
-        known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._of(task), "known_aliases", None)
+        known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store_of(task), "known_aliases", None)
         return known(task) if known is not None else None
 
     def refresh(self, task: str) -> None:
-        refresh: Callable[[str], None] | None = getattr(self._of(task), "refresh", None)
+        refresh: Callable[[str], None] | None = getattr(self._store_of(task), "refresh", None)
         if refresh is not None:
             refresh(task)
 
     def set_alias(self, task: str, alias: str, targets: stored.Targets, *, expect: stored.Expect = ANY) -> Alias:
-        return self._of(task).set_alias(task, alias, targets, expect=expect)
+        return self._store_of(task).set_alias(task, alias, targets, expect=expect)
 
     def delete_alias(self, task: str, alias: str, *, expect: stored.Expect = ANY) -> None:
-        self._of(task).delete_alias(task, alias, expect=expect)
+        self._store_of(task).delete_alias(task, alias, expect=expect)
 
     def history(self, task: str, alias: str) -> list[Alias]:
-        return self._of(task).history(task, alias)
+        return self._store_of(task).history(task, alias)
 
     def rollback(self, task: str, alias: str, *, expect: stored.Expect = ANY) -> Alias:
-        return self._of(task).rollback(task, alias, expect=expect)
+        return self._store_of(task).rollback(task, alias, expect=expect)
 
     def delete_version(self, task: str, version: str) -> None:
-        self._of(task).delete_version(task, version)
+        self._store_of(task).delete_version(task, version)
 
     def delete_task(self, task: str) -> None:
-        self._of(task).delete_task(task)
+        self._store_of(task).delete_task(task)
 
     def watch(self, stop: threading.Event) -> Iterator[Change]:
         return (change for change in self._inner.watch(stop) if change.task.startswith(self._tenant))
 
     def close(self) -> None:
-        """Whoever made the inner store closes it."""
+        """The inner store is closed by its owner."""
 
     def owns(self, task: str) -> bool:
         return task.startswith(self._tenant)
 
-    def _of(self, task: str) -> Store:
+    def _store_of(self, task: str) -> Store:
         if not self.owns(task):
             raise stored.TaskNotFound(task)
         return self._inner
 
 
 class ScopedResidency:
-    """The seats of a store's own tasks."""
+    """The seats of the tenant's tasks."""
 
     def __init__(self, inner: Residency, store: ScopedStore) -> None:
         self._inner, self._store = inner, store
@@ -187,7 +185,7 @@ class ScopedResidency:
 
 
 class ScopedJobs:
-    """The jobs of own tasks."""
+    """The jobs of the tenant's tasks."""
 
     def __init__(self, inner: JobRequests, tenant: str) -> None:
         self._inner, self._tenant = inner, tenant
@@ -205,7 +203,7 @@ class ScopedJobs:
         publish: Publish = "always",
         max_attempts: int,
     ) -> Job:
-        require_own(self._tenant, task)
+        require_scoped_name(self._tenant, task)
         return self._inner.submit(
             task, dataset, method, recipe, idempotency_key=idempotency_key, tenant=self._tenant, priority=priority,
             publish=publish, max_attempts=max_attempts,
@@ -241,13 +239,13 @@ class ScopedJobs:
 
 
 class ScopedFeedback:
-    """Feedback on own tasks; on others nothing has been said."""
+    """Feedback on the tenant's tasks; other tasks look as if they had none."""
 
     def __init__(self, inner: FeedbackRequests, tenant: str) -> None:
         self._inner, self._tenant = inner, tenant
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]:
-        require_own(self._tenant, task)
+        require_scoped_name(self._tenant, task)
         return self._inner.add(task, pictures, label)
 
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page:

@@ -1,4 +1,4 @@
-"""What the store and the device know, in the wire's words."""
+"""The store's and the device's state as wire models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from lensrack import wire
 from .services import Services
 
 
-def resident_now(services: Services, task: wire.Task) -> wire.Task:
-    """A task as the store knows it, with what this process knows of it."""
+def heaviest(state: stored.Alias) -> str:
+    """Return the version that gets most of an alias's requests."""
+    return max(state.targets, key=lambda target: target.weight).version
+
+
+def with_residency(services: Services, task: wire.Task) -> wire.Task:
+    """Return a task as the store describes it, with what only this process knows: residency and requests."""
     resident = task.live is not None and services.residency.resident(task.task, task.live)
     requests = services.predictor.request_counts(task.task).total()
     return task.model_copy(update={"resident": resident, "requests": requests})
@@ -30,11 +35,11 @@ def residency(services: Services, task: str, version: str) -> wire.Residency:
     )
 
 
-def told(response: Response, state: stored.Alias) -> wire.Alias:
-    """An alias, with its ETag on the response."""
-    shown = alias(state)
-    response.headers["ETag"] = shown.etag
-    return shown
+def alias_with_etag(response: Response, state: stored.Alias) -> wire.Alias:
+    """Return an alias, and set its ETag on the response."""
+    body = alias(state)
+    response.headers["ETag"] = body.etag
+    return body
 
 
 def _targets(state: stored.Alias) -> list[wire.AliasTarget]:

@@ -12,7 +12,7 @@ from lensrack import wire
 from prompts_store import Store
 from server.api import services as api
 from server.api.services import Services
-from server.api.tenancy import scoping
+from server.api.tenancy import services_by_key
 from server.batching.admission import Queue
 from server.errors import NotInstalled
 from server.jobs.store import JobStore
@@ -126,5 +126,5 @@ def build_grpc(services: Services, ring: Authenticator) -> GrpcServer | None:
     try:
         from server.api.oip.grpc.server import GrpcServer
     except ImportError as error:
-        raise NotInstalled(f"LENSRACK_GRPC_PORT needs {error.name}: install the extra `lensrack[grpc]`") from error
-    return GrpcServer(scoping(services), ring, settings, settings.grpc_port)
+        raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
+    return GrpcServer(services_by_key(services), ring, settings, settings.grpc_port)

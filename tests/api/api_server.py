@@ -19,7 +19,7 @@ from lensrack import wire
 from prompts_store import Bundle, open_store
 from server.api.app import Services, create_app
 from server.api.middleware.connections import limited
-from server.api.tenancy import scoping
+from server.api.tenancy import services_by_key
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
@@ -128,14 +128,16 @@ def serving(
         check_bundle=check_bundle,
         importer=Importer(BACKBONE, check_bundle),
     )
-    ring = Authenticator(open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None)
-    ring.load()
+    authenticator = Authenticator(
+        open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None
+    )
+    authenticator.load()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that name TCP
     port = listener.getsockname()[1]
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(services, ring),
+            create_app(services, authenticator),
             log_config=None,
             lifespan="off",
             timeout_graceful_shutdown=2,
@@ -146,7 +148,7 @@ def serving(
     grpc_port: Future[int] = Future()
 
     async def run() -> None:
-        async with _front(services, ring) if grpc else nullcontext(0) as its_port:
+        async with _front(services, authenticator) if grpc else nullcontext(0) as its_port:
             grpc_port.set_result(its_port)
             await server.serve(sockets=[listener])
         await floor.close()
@@ -168,10 +170,10 @@ def serving(
 
 
 @asynccontextmanager
-async def _front(services: Services, ring: Authenticator) -> AsyncIterator[int]:
+async def _front(services: Services, authenticator: Authenticator) -> AsyncIterator[int]:
     from server.api.oip.grpc.server import GrpcServer
 
-    front = GrpcServer(scoping(services), ring, services.settings, 0)
+    front = GrpcServer(services_by_key(services), authenticator, services.settings, 0)
     yield await front.start()
     await front.stop(5)
 

@@ -117,7 +117,7 @@ def test_what_is_plain_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_path.predict, "predict", told)
     monkeypatch.setattr(fast_path.scopes, "require", required)
     assert not asyncio.run(passed_on(scope(query_string=b"top_k=7")))
-    assert asked == [fast_path.TAKEN, "fish 7"]
+    assert asked == [fast_path.TEMPLATE_SERVED, "fish 7"]
 
 
 def shown(answer: httpx.Response) -> tuple[int, dict[str, str], str]:
@@ -137,7 +137,7 @@ def scope(**changes: Any) -> dict[str, Any]:
             services = staticmethod(lambda key: None)
 
     plain = {"type": "http", "method": "POST", "path": "/predict/fish", "query_string": b"", "headers": [], "app": App}
-    return {**plain, "state": {TEMPLATE: fast_path.TAKEN, "key": NOBODY}, **changes}
+    return {**plain, "state": {TEMPLATE: fast_path.TEMPLATE_SERVED, "key": NOBODY}, **changes}
 
 
 async def passed_on(asked: dict[str, Any]) -> bool:

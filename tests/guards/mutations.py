@@ -146,7 +146,7 @@ MUTATIONS = (
     Mutation(
         "Whoever listens to a job does not outlive the key",
         "server/api/routes/train.py",
-        "        await request.state.admitted(request.scope)\n",
+        "        await request.state.reauthorize(request.scope)\n",
         "",
         "tests/security/test_keys_http.py::test_whoever_listens_to_a_job_does_not_outlive_the_key",
     ),

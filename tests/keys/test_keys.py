@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 from server.clock import WallClock
 from server.errors import QueueFull
-from server.keys import authenticator as ring_module
+from server.keys import authenticator as authenticator_module
 from server.keys import key as keys
 from server.keys import meter as meter_module
 from server.keys.authenticator import Authenticator
@@ -153,7 +153,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         KeysFile(tmp_path / "keys").read()
 
 
-# --- the ring ---------------------------------------------------------------------------------------------------------
+# --- the authenticator ------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -174,7 +174,7 @@ class Counted:
             self.count += 1
             return real(token, kept)
 
-        monkeypatch.setattr(ring_module, "matches", counting)
+        monkeypatch.setattr(authenticator_module, "matches", counting)
 
 
 @pytest.fixture
@@ -189,28 +189,28 @@ def made(store: SqliteKeyStore, id_: str = "abc", **changes: object) -> str:
 
 
 def opened(store: SqliteKeyStore, file: Path | None = None, clock: Clock | None = None) -> Authenticator:
-    ring = Authenticator(store, KeysFile(file) if file else None, now=clock or time.time)
-    ring.load()
-    return ring
+    authenticator = Authenticator(store, KeysFile(file) if file else None, now=clock or time.time)
+    authenticator.load()
+    return authenticator
 
 
-async def owner(ring: Authenticator, token: str) -> str | None:
+async def owner(authenticator: Authenticator, token: str) -> str | None:
     """As after the time that an answer is taken for fresh."""
-    await ring.refresh(-1)
-    found = await ring.owner(token)
+    await authenticator.refresh(-1)
+    found = await authenticator.owner(token)
     return found.id if found else None
 
 
 async def test_a_token_is_its_keys_and_hashed_once(store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     token = made(store)
-    ring, counted = opened(store), Counted(monkeypatch)
-    assert await asyncio.gather(*(owner(ring, token) for _ in range(5))) == ["abc"] * 5
+    authenticator, counted = opened(store), Counted(monkeypatch)
+    assert await asyncio.gather(*(owner(authenticator, token) for _ in range(5))) == ["abc"] * 5
     assert counted.count == 1
     wrong = keys.new_token("abc")
-    assert [await owner(ring, wrong) for _ in range(3)] == [None] * 3
+    assert [await owner(authenticator, wrong) for _ in range(3)] == [None] * 3
     assert counted.count == 2, "a wrong one costs its hash once, too"
     for strange in ("", "x", keys.new_token("nobody"), token[:-1] + "é", "\ud800", token + " "):
-        assert await owner(ring, strange) is None
+        assert await owner(authenticator, strange) is None
     assert counted.count == 2, "and what names no key costs none"
 
 
@@ -218,17 +218,17 @@ async def test_a_tenants_weight_is_the_largest_of_its_keys_that_hold(store: Sqli
     for id_, tasks, weight, ended in (("a", "acme-", 2, None), ("b", "acme-", 3, None), ("c", "acme-", 9, 1.0)):
         made(store, id_, tasks=tasks, allowance={"weight": weight}, revoked_at=ended)
     made(store, "d", tasks="plain-")
-    ring = opened(store)
-    assert [ring.weight(tenant) for tenant in ("acme-", "plain-", "", "unknown-")] == [3, 1, 1, 1]
+    authenticator = opened(store)
+    assert [authenticator.weight(tenant) for tenant in ("acme-", "plain-", "", "unknown-")] == [3, 1, 1, 1]
     made(store, "e", tasks="plain-", allowance={"weight": 0.5})
-    await ring.refresh(-1)
-    assert ring.weight("plain-") == 0.5
+    await authenticator.refresh(-1)
+    assert authenticator.weight("plain-") == 0.5
 
 
 async def test_too_many_strange_tokens_are_sent_away(store: SqliteKeyStore) -> None:
     made(store)
-    ring = opened(store)
-    wrong = [ring.owner(keys.new_token("abc")) for _ in range(ring_module.WAITING + 3)]
+    authenticator = opened(store)
+    wrong = [authenticator.owner(keys.new_token("abc")) for _ in range(authenticator_module.WAITING + 3)]
     found = await asyncio.gather(*wrong, return_exceptions=True)
     assert [one for one in found if one is not None], "all were checked"
     assert all(one is None or (isinstance(one, QueueFull) and one.code == "rate_limited") for one in found)
@@ -236,85 +236,85 @@ async def test_too_many_strange_tokens_are_sent_away(store: SqliteKeyStore) -> N
 
 async def test_revocation_holds_at_once_and_never_opens_the_server(store: SqliteKeyStore) -> None:
     token = made(store)
-    ring = opened(store)
-    assert await owner(ring, token) == "abc"
+    authenticator = opened(store)
+    assert await owner(authenticator, token) == "abc"
     store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
-    assert await owner(ring, token) is None
-    assert ring.locked
+    assert await owner(authenticator, token) is None
+    assert authenticator.locked
     assert opened(store).locked, "also after a restart"
 
 
 async def test_the_first_key_locks_a_server_that_runs(store: SqliteKeyStore) -> None:
-    ring = opened(store)
-    assert not ring.locked
+    authenticator = opened(store)
+    assert not authenticator.locked
     token = made(store)
-    assert await owner(ring, token) == "abc"
-    assert ring.locked
+    assert await owner(authenticator, token) == "abc"
+    assert authenticator.locked
 
 
 async def test_a_key_made_a_moment_ago_is_known(store: SqliteKeyStore) -> None:
     made(store, "old")
-    ring = opened(store)
-    await ring.refresh()
+    authenticator = opened(store)
+    await authenticator.refresh()
     token = made(store)
-    await asyncio.sleep(ring_module.MISS_S + 0.01)
-    found = await ring.owner(token)
+    await asyncio.sleep(authenticator_module.MISS_S + 0.01)
+    found = await authenticator.owner(token)
     assert found is not None
 
 
 async def test_an_old_token_holds_as_long_as_it_was_told_to(store: SqliteKeyStore) -> None:
     clock = Clock()
     old, new = made(store), keys.new_token("abc")
-    ring = opened(store, clock=clock)
-    assert await owner(ring, old) == "abc"
+    authenticator = opened(store, clock=clock)
+    assert await owner(authenticator, old) == "abc"
     store.change(
         "abc", lambda k: k.model_copy(update={"hash": keys.hashed(new), "old_hash": k.hash, "old_until": 1010.0})
     )
-    assert [await owner(ring, old), await owner(ring, new)] == ["abc", "abc"]
+    assert [await owner(authenticator, old), await owner(authenticator, new)] == ["abc", "abc"]
     clock.now = 1010.0
-    assert [await owner(ring, old), await owner(ring, new)] == [None, "abc"]
+    assert [await owner(authenticator, old), await owner(authenticator, new)] == [None, "abc"]
 
 
 async def test_the_file_is_read_again_when_it_changes(store: SqliteKeyStore, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(line())
-    ring = opened(store, path)
-    assert ring.locked
-    assert await owner(ring, TOKEN) == "ci"
+    authenticator = opened(store, path)
+    assert authenticator.locked
+    assert await owner(authenticator, TOKEN) == "ci"
     path.write_text(line(token="another-token-of-the-same"))
-    assert [await owner(ring, TOKEN), await owner(ring, "another-token-of-the-same")] == [None, "ci"]
+    assert [await owner(authenticator, TOKEN), await owner(authenticator, "another-token-of-the-same")] == [None, "ci"]
     path.write_text("half a li")
-    assert await owner(ring, "another-token-of-the-same") == "ci", "what cannot be used changes nothing"
+    assert await owner(authenticator, "another-token-of-the-same") == "ci", "what cannot be used changes nothing"
     new = tmp_path / "new"
     new.write_text(line(id="ops"))
     os.replace(new, path)
-    assert await owner(ring, TOKEN) == "ops"
+    assert await owner(authenticator, TOKEN) == "ops"
     path.unlink()
-    assert await owner(ring, TOKEN) == "ops"
+    assert await owner(authenticator, TOKEN) == "ops"
     path.write_text("")
-    assert await owner(ring, TOKEN) is None
-    assert ring.locked, "an empty file opens nothing"
+    assert await owner(authenticator, TOKEN) is None
+    assert authenticator.locked, "an empty file opens nothing"
 
 
 async def test_the_word_of_the_file_counts(store: SqliteKeyStore, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(line())
     token = made(store, "ci")
-    ring = opened(store, path)
-    assert [await owner(ring, token), await owner(ring, TOKEN)] == [None, "ci"]
+    authenticator = opened(store, path)
+    assert [await owner(authenticator, token), await owner(authenticator, TOKEN)] == [None, "ci"]
 
 
 async def test_keys_outlive_their_store(store: SqliteKeyStore, tmp_path: Path) -> None:
     token = made(store)
-    ring = opened(store)
-    assert await owner(ring, token) == "abc"
+    authenticator = opened(store)
+    assert await owner(authenticator, token) == "abc"
     whole = (tmp_path / "keys.sqlite").read_bytes()
     (tmp_path / "keys.sqlite").write_bytes(b"no database at all" * 100)
-    assert await owner(ring, token) == "abc"
+    assert await owner(authenticator, token) == "abc"
     (tmp_path / "keys.sqlite").write_bytes(whole)
     store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
     for _ in range(100):
-        if await owner(ring, token) is None:
+        if await owner(authenticator, token) is None:
             return
         await asyncio.sleep(0.02)
     pytest.fail("the revocation was never seen")
@@ -338,25 +338,25 @@ async def test_nobody_waits_for_a_key_store_that_hangs(
     hanging: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a Redis behind a network that has gone does, or a host's name that nobody knows any more."""
-    monkeypatch.setattr(ring_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(authenticator_module, "PATIENCE_S", 0.1)
     process, url = hanging
     store = RedisKeyStore(url)
     token = keys.new_token("abc")
     store.add(Key(id="abc", scopes=frozenset({"predict"}), hash=keys.hashed(token)))
-    ring = Authenticator(store)
-    ring.load()
-    assert await owner(ring, token) == "abc"
+    authenticator = Authenticator(store)
+    authenticator.load()
+    assert await owner(authenticator, token) == "abc"
     process.send_signal(signal.SIGSTOP)
     for _ in range(3):
-        assert await owner(ring, token) == "abc"
-        assert ring._reading is not None
-        assert not ring._reading.done(), "who asked was answered before the store was"
+        assert await owner(authenticator, token) == "abc"
+        assert authenticator._reading is not None
+        assert not authenticator._reading.done(), "who asked was answered before the store was"
     process.send_signal(signal.SIGCONT)
-    await asyncio.wait_for(ring._reading, 60)
+    await asyncio.wait_for(authenticator._reading, 60)
     store.change("abc", lambda key: key.model_copy(update={"revoked_at": 1.0}))
-    monkeypatch.setattr(ring_module, "PATIENCE_S", 60.0)
-    assert await owner(ring, token) is None
-    ring.close()
+    monkeypatch.setattr(authenticator_module, "PATIENCE_S", 60.0)
+    assert await owner(authenticator, token) is None
+    authenticator.close()
 
 
 async def test_nobody_waits_for_counts_that_hang(
@@ -443,9 +443,9 @@ async def test_a_prefix_that_two_tenants_may_share_is_told_once(
 ) -> None:
     for name, tasks in (("shared", "acme"), ("own", "acme-"), ("all", "")):
         store.add(Key(id=name, scopes=frozenset({"predict"}), tasks=tasks, hash=""))
-    ring = Authenticator(store)
-    ring.load()
-    await ring.refresh(0)
+    authenticator = Authenticator(store)
+    authenticator.load()
+    await authenticator.refresh(0)
     told = [record.getMessage() for record in caplog.records]
     assert told == ["key shared covers every task whose name begins with 'acme', within words too"]
 
@@ -454,21 +454,21 @@ async def test_a_prefix_that_two_tenants_may_share_is_told_once(
 async def test_no_clock_lets_an_old_or_revoked_token_in_again(store: SqliteKeyStore, jump_s: float) -> None:
     wall, steady = Clock(), Clock()
     old, new = made(store), keys.new_token("abc")
-    ring = Authenticator(store, now=WallClock(wall, steady).latest)
-    ring.load()
+    authenticator = Authenticator(store, now=WallClock(wall, steady).latest)
+    authenticator.load()
     renewed = {"old_until": wall.now + 30, "hash": keys.hashed(new)}
     store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
-    assert await owner(ring, old) == "abc"
+    assert await owner(authenticator, old) == "abc"
     wall.now += jump_s
-    assert await owner(ring, old) == ("abc" if jump_s < 0 else None)
+    assert await owner(authenticator, old) == ("abc" if jump_s < 0 else None)
     for clock in (wall, steady):
         clock.now += 31
-    assert await owner(ring, old) is None, "its time was up, whatever the clock says"
-    assert await owner(ring, new) == "abc"
+    assert await owner(authenticator, old) is None, "its time was up, whatever the clock says"
+    assert await owner(authenticator, new) == "abc"
     store.change("abc", lambda key: key.model_copy(update={"revoked_at": wall.now}))
     for back_s in (0.0, -1e6, 2e6):
         wall.now += back_s
-        assert await owner(ring, new) is None
+        assert await owner(authenticator, new) is None
 
 
 @pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
@@ -502,12 +502,12 @@ async def test_a_key_ends_at_its_time_and_no_clock_brings_it_back(
     if kind == "an old token":
         renewed = {"old_until": ends + 1000, "hash": keys.hashed(keys.new_token("abc"))}
         store.change("abc", lambda key: key.model_copy(update={"old_hash": key.hash, **renewed}))
-    ring = Authenticator(store, file, now=WallClock(wall, steady).latest)
-    ring.load()
-    assert await owner(ring, token) == "abc"
+    authenticator = Authenticator(store, file, now=WallClock(wall, steady).latest)
+    authenticator.load()
+    assert await owner(authenticator, token) == "abc"
     for clock in (wall, steady):
         clock.now += 60
-    assert await owner(ring, token) is None
+    assert await owner(authenticator, token) is None
     wall.now -= 1e6
-    assert await owner(ring, token) is None
-    assert ring.locked
+    assert await owner(authenticator, token) is None
+    assert authenticator.locked

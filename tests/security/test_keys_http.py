@@ -102,10 +102,10 @@ def test_what_is_there_is_not_told_to_strangers(api: Api, path: str) -> None:
 
 def test_a_route_that_nobody_listed_is_for_admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the path looks like that of another route."""
-    room = SimpleNamespace(router=APIRouter())
-    room.router.add_api_route("/extra", lambda: "extra")
-    room.router.add_api_route("/tasks/extra", lambda: "extra")
-    monkeypatch.setattr(app, "_ROOMS", (room, *app._ROOMS))
+    module = SimpleNamespace(router=APIRouter())
+    module.router.add_api_route("/extra", lambda: "extra")
+    module.router.add_api_route("/tasks/extra", lambda: "extra")
+    monkeypatch.setattr(app, "_ROUTE_MODULES", (module, *app._ROUTE_MODULES))
     with serving(tmp_path, keys_file=keys_file(tmp_path)) as api:
         for path in ("/extra", "/tasks/extra"):
             assert_problem(api.http.get(path), 401, "unauthenticated")
@@ -330,7 +330,7 @@ def test_a_session_cannot_be_used_from_other_sites(signed_in: httpx.Client) -> N
     assert signed_in.get("/tasks", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, auth.packed("ü"), auth.packed("\0")])
+@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, auth.encode_token("ü"), auth.encode_token("\0")])
 def test_a_cookie_that_is_none_of_ours_is_nobody(api: Api, value: str) -> None:
     answer = api.http.get("/tasks", headers={"Cookie": f"{auth.COOKIE}={value}"})
     assert_problem(answer, 401, "unauthenticated")

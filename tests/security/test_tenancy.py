@@ -188,7 +188,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return done
 
 
-async def keys_stay(ring: Authenticator, max_age_s: float = 0) -> None:
+async def keys_stay(authenticator: Authenticator, max_age_s: float = 0) -> None:
     """Instead of `Authenticator.refresh`."""
 
 

@@ -18,6 +18,7 @@ from server.batching.row import Row
 from server.errors import BadRequest, DeadlineExceeded, Internal, QueueFull, ServiceError, Unavailable, Unprocessable
 from server.serving.answers import Answer
 from server.serving.decoding import ImageBatch
+from server.serving.resolver import Ref
 from tests.api.garbage import collected
 from tests.rpc.far_floor import far, settled, spread
 from tests.serving.floor import FINGERPRINT, Floor, bundle, png, publish

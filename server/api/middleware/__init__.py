@@ -1,1 +1,1 @@
-"""What every request passes before a route: admission, authentication, body limits, the request log."""
+"""Middleware before the routes: request log, authentication, body limits, admission, fast path."""

@@ -14,27 +14,27 @@ from server.api import problems
 from server.errors import Silent, TooLarge
 from server.settings import Settings
 
-_IMAGES_COME_TO: Final = re.compile(
+_IMAGE_PATHS: Final = re.compile(
     r"/predict(/.*)?|/embed|/v1/embeddings|/tasks/[^/]+/(feedback|attention)|/v2/models/[^/]+(/versions/[^/]+)?/infer"
 )
-_UPLOADS_GO_ON_AT: Final = re.compile(r"/uploads/[^/]+")
-_ARCHIVES_COME_TO: Final = ("/datasets", "/v1/files")
-_BUNDLES_COME_TO: Final = re.compile(r"/tasks/[^/]+/versions")
+_UPLOAD_PATHS: Final = re.compile(r"/uploads/[^/]+")
+_ARCHIVE_PATHS: Final = ("/datasets", "/v1/files")
+_BUNDLE_PATHS: Final = re.compile(r"/tasks/[^/]+/versions")
 
 Cap = Callable[[str, str], int]
 Patience = Callable[[str, str], float | None]
 
 
 def caps(settings: Settings) -> Cap:
-    """The most bytes that a body may have, by method and path."""
+    """Return the most bytes that a body may have, by method and path."""
 
     def cap(method: str, path: str) -> int:
-        if _IMAGES_COME_TO.fullmatch(path):
+        if _IMAGE_PATHS.fullmatch(path):
             return settings.max_body_bytes
-        whole = method == "POST" and path in _ARCHIVES_COME_TO
-        if whole or (method == "PATCH" and _UPLOADS_GO_ON_AT.fullmatch(path)):
+        whole = method == "POST" and path in _ARCHIVE_PATHS
+        if whole or (method == "PATCH" and _UPLOAD_PATHS.fullmatch(path)):
             return settings.max_dataset_bytes
-        if method == "PUT" and _BUNDLES_COME_TO.fullmatch(path):
+        if method == "PUT" and _BUNDLE_PATHS.fullmatch(path):
             return settings.max_bundle_bytes
         return settings.max_json_bytes
 
@@ -42,18 +42,18 @@ def caps(settings: Settings) -> Cap:
 
 
 def patience(settings: Settings) -> Patience:
-    """How long a body may take in all, by method and path; None for archives, which may only not fall silent."""
+    """Return the most seconds that a body may take, by method and path; None for archives, whose silence is limited."""
 
     def most_s(method: str, path: str) -> float | None:
-        archive = (method == "POST" and path in _ARCHIVES_COME_TO) or _UPLOADS_GO_ON_AT.fullmatch(path)
+        archive = (method == "POST" and path in _ARCHIVE_PATHS) or _UPLOAD_PATHS.fullmatch(path)
         return None if archive else settings.body_timeout_s
 
     return most_s
 
 
 class BodyLimit:
-    """Stops a body at its cap, at once where its length is told and otherwise (chunked) while it is read; and one that
-    trickles, when its time is over."""
+    """Refuses a body above its cap: at once where Content-Length says so, otherwise (chunked) while it is read; and a
+    body that takes too long."""
 
     def __init__(self, app: ASGIApp, cap: Cap, patience: Patience) -> None:
         self.app, self.cap, self.patience = app, cap, patience
@@ -62,8 +62,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked = (scope["method"], scope["path"])
-        reading = _BoundedBody(self.cap(*asked), self.patience(*asked), Headers(scope=scope), receive, send)
+        method, path = scope["method"], scope["path"]
+        reading = _BoundedBody(self.cap(method, path), self.patience(method, path), Headers(scope=scope), receive, send)
         try:
             if not reading.cut:
                 await self.app(scope, reading.receive, reading.send)
@@ -75,16 +75,15 @@ class BodyLimit:
 
 
 class _BoundedBody:
-    """One request's body while it is read. `cut`: it was too large or too slow, and the answer to that has not been
-    given."""
+    """A request's body while it is read. `cut`: it was too large or too slow, and no response has begun."""
 
     def __init__(self, cap: int, most_s: float | None, headers: Headers, receive: Receive, send: Send) -> None:
         self._cap, self._most_s, self._receive, self._send = cap, most_s, receive, send
         self._got, self._answered, self._whole = 0, False, False
         self._until = None if most_s is None else asyncio.get_running_loop().time() + most_s
-        told = headers.get("content-length", "")
-        self.cut = told.isascii() and told.isdecimal() and (len(told) > 18 or int(told) > cap)
-        self.error: TooLarge | Silent | None = self._too_large(told[:30]) if self.cut else None
+        length = headers.get("content-length", "")
+        self.cut = length.isascii() and length.isdecimal() and (len(length) > 18 or int(length) > cap)
+        self.error: TooLarge | Silent | None = self._too_large(length[:30]) if self.cut else None
 
     async def receive(self) -> Message:
         if self._whole:
@@ -110,7 +109,7 @@ class _BoundedBody:
         return TooLarge(f"expected a body of at most {self._cap} bytes, got {got}")
 
     async def send(self, message: Message) -> None:
-        """Whatever the application makes of a body that was cut off is dropped: the answer is that it was too large."""
+        """Send, unless the body was cut off: then the application's response is dropped for the error's."""
         if not self.cut:
             self._answered = True
             await self._send(message)

@@ -1,10 +1,10 @@
-"""Connections: how many may be open, and how long one may be silent before it has asked anything.
+"""Connections: how many may be open, and how long the head of a request may take.
 
     up to `most`      served
-    RESERVED more     probes (`PROBES`) are answered, everybody else is told 503 too_many_connections: see `door`
-    beyond these      told the same, without being read, and hung up on
+    RESERVED more     probes (`PROBES`) are answered, other requests get 503 too_many_connections: see `auth`
+    beyond these      503 without reading anything, and the connection is closed
 
-A crowd whose questions are not answered in time opens ever more of them, and each costs memory and a file.
+Clients that are not answered in time open ever more connections, and each costs memory and a file descriptor.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-CROWDED: Final = "crowded"  # in the state of a request that came by one connection too many
+CROWDED: Final = "crowded"  # in the state of a request on a connection above `most`
 PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 RETRY_S: Final = 1.0
 RESERVED: Final = 64
-LINGER_S: Final = 1.0  # a connection that is closed with something unread would take the answer along
-OWN_FILES: Final = 256  # that a server opens for anything but connections
+LINGER_S: Final = 1.0  # closing a connection with unread bytes would discard the response
+OTHER_FILES: Final = 256  # files that a server opens beside its connections
 _BODY: Final = b'{"type":"about:blank","title":"Service Unavailable","status":503,"code":"too_many_connections",\
 "detail":"too many connections are open"}'
-TOLD: Final = (
+REFUSAL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: %d\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%s" % (RETRY_S, len(_BODY), _BODY)
 )
 
 
 def with_files_for(most: int) -> int:
-    """Raise the process's limit of open files as far as it may be; how many connections these are enough for."""
+    """Raise the process's limit of open files as far as allowed; return how many connections that is enough for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + RESERVED + OWN_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = most + RESERVED + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(1, min(most, soft - RESERVED - OWN_FILES))
+        return max(1, min(most, soft - RESERVED - OTHER_FILES))
     return most
 
 
@@ -54,58 +54,58 @@ class _Limited(HttpToolsProtocol):
     most = 0
     silence_s = 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own signature
         super().connection_made(transport)
-        self._away = len(self.connections) > self.most + RESERVED
-        self._impatient: asyncio.TimerHandle | None = None
-        if self._away:
-            self._turn_away()
+        self._refused = len(self.connections) > self.most + RESERVED
+        self._timer: asyncio.TimerHandle | None = None
+        if self._refused:
+            self._refuse()
             return
-        self._wait()
+        self._start_timer()
         if len(self.connections) > self.most:
             self.app_state = {**self.app_state, CROWDED: True}
 
     def data_received(self, data: bytes) -> None:
-        if not self._away:
+        if not self._refused:
             super().data_received(data)
 
     def on_message_begin(self) -> None:
-        self._wait()
+        self._start_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._stop_waiting()
+        self._stop_timer()
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        self._stop_waiting()
+        self._stop_timer()
         super().shutdown()
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _turn_away(self) -> None:
-        self.transport.write(TOLD)
+    def _refuse(self) -> None:
+        self.transport.write(REFUSAL)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._impatient = self.loop.call_later(LINGER_S, self.transport.abort)
+        self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
-    def _wait(self) -> None:
-        self._stop_waiting()
-        self._impatient = self.loop.call_later(self.silence_s, self._hang_up)
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(self.silence_s, self._close)
 
-    def _stop_waiting(self) -> None:
-        if self._impatient is not None:
-            self._impatient.cancel()
-            self._impatient = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _hang_up(self) -> None:
+    def _close(self) -> None:
         self.transport.close()
 
 
 def crowded(state: dict[str, Any], template: str | None) -> bool:
-    """Whether a request must be sent away because of all the connections that are open."""
+    """Whether a request must be refused because too many connections are open."""
     return bool(state.get(CROWDED)) and template not in PROBES

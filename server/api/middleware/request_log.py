@@ -1,4 +1,4 @@
-"""What is known of every request: an id on every response, a line in the log, a count and a time by route."""
+"""The request log: an id on every response, a line in the log, count and duration by route, a trace."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from server.observability import logs, metrics, tracing
 log = logging.getLogger("server.access")
 
 HEADER: Final = "X-Request-Id"
-CLIENT_GONE: Final = 499  # as nginx writes it: nobody was there to be answered
+CLIENT_GONE: Final = 499  # nginx's status for a client that left before the response
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 SANE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestLog:
-    """The outermost middleware, so that no response and no failure escapes it."""
+    """The outermost middleware, so that every response and every failure passes it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -37,41 +37,41 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        traced = _LoggedRequest(scope, receive, send)
-        about = logs.REQUEST_ID.set(traced.id)
+        request = _LoggedRequest(scope, receive, send)
+        context = logs.REQUEST_ID.set(request.id)
         try:
-            with traced.span():
-                await self._answer(traced)
+            with request.span():
+                await self._answer(request)
         finally:
-            logs.REQUEST_ID.reset(about)
+            logs.REQUEST_ID.reset(context)
 
-    async def _answer(self, traced: _LoggedRequest) -> None:
-        scope = traced.scope
+    async def _answer(self, request: _LoggedRequest) -> None:
+        scope = request.scope
         try:
-            await self.app(scope, traced.receive, traced.send)
+            await self.app(scope, request.receive, request.send)
         except ClientDisconnect:
-            traced.status = traced.status or CLIENT_GONE
+            request.status = request.status or CLIENT_GONE
         except asyncio.CancelledError:
-            if traced.status or not scope["app"].state.leaving:
+            if request.status or not scope["app"].state.leaving:
                 raise
-            # this request outlasts the shutdown: the HTTP front gives up on it, and would call that an error of ours
+            # the request outlasts the shutdown: uvicorn cancels it, and would answer 500
             late = Unavailable("the server is shutting down", code="shutting_down")
-            await problems.answer(late, scope)(scope, traced.receive, traced.send)
+            await problems.answer(late, scope)(scope, request.receive, request.send)
         except Exception as error:
-            log.exception("request %s failed", traced.id)
-            if traced.status:
-                raise  # half an answer is out: the connection must break, so that nobody takes it for a whole one
-            await problems.answer(problems.service_error(error), scope)(scope, traced.receive, traced.send)
+            log.exception("request %s failed", request.id)
+            if request.status:
+                raise  # half a response is out: the connection must break, or the client would take it for whole
+            await problems.answer(problems.service_error(error), scope)(scope, request.receive, request.send)
         finally:
-            traced.record()
+            request.record()
 
 
 class _LoggedRequest:
-    """One request: its id, when it came, how much came with it, how it was answered."""
+    """A request: its id, start, bytes received and status."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get(HEADER, "")
-        self.id = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        id_ = Headers(scope=scope).get(HEADER, "")
+        self.id = id_ if SANE.fullmatch(id_) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
         self.scope, self._receive, self._send = scope, receive, send
         self._started, self._got_bytes = time.perf_counter(), 0
@@ -83,8 +83,8 @@ class _LoggedRequest:
 
     @contextmanager
     def _traced(self) -> Iterator[None]:
-        about = {"lensrack.request_id": self.id}
-        with tracing.request_span(self.scope["method"], self.scope["headers"], about) as self._span:
+        attributes = {"lensrack.request_id": self.id}
+        with tracing.request_span(self.scope["method"], self.scope["headers"], attributes) as self._span:
             yield
 
     async def receive(self) -> Message:
@@ -102,20 +102,20 @@ class _LoggedRequest:
     def record(self) -> None:
         took_s = time.perf_counter() - self._started
         route = getattr(self.scope.get("route"), "path", "unmatched")
-        method = self.scope["method"] if self.scope["method"] in _METHODS else "other"  # labels are few
+        method = self.scope["method"] if self.scope["method"] in _METHODS else "other"  # a closed set of labels
         status = self.status or 500
         metrics.REQUESTS.labels(route, method, str(status)).inc()
         metrics.REQUEST_S.labels(route).observe(took_s)
         metrics.REQUEST_BYTES.labels(route).inc(self._got_bytes)
-        known: dict[str, str | int] = {"http.request.method": method, "http.route": route}
-        known["http.response.status_code"] = status
-        tracing.finish_request(self._span, f"{method} {route}", known, failed=status >= 500)
+        attributes: dict[str, str | int] = {"http.request.method": method, "http.route": route}
+        attributes["http.response.status_code"] = status
+        tracing.finish_request(self._span, f"{method} {route}", attributes, failed=status >= 500)
         self._log(took_s, route)
 
     def _log(self, took_s: float, route: str) -> None:
         path = self.scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-        told = logs.fields(
+        fields = logs.fields(
             method=self.scope["method"], path=path, route=route, status=self.status, took_ms=round(1000 * took_s, 3)
         )
         line = "%s %s %d %.1f ms %s"
-        log.info(line, self.scope["method"], path, self.status, 1000 * took_s, self.id, extra=told)
+        log.info(line, self.scope["method"], path, self.status, 1000 * took_s, self.id, extra=fields)

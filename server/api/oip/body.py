@@ -108,7 +108,7 @@ def header_length(headers: Headers, body: bytes) -> int:
 
 def parse(body: bytes, length: int, max_images: int) -> ParsedRequest:
     """`length`: of the JSON. Raises BadRequest, Unprocessable."""
-    asked = problems.parsed(_Request, body[:length])
+    asked = problems.parse_json(_Request, body[:length])
     given = _given(asked.inputs, memoryview(body)[length:])
     wanted = _wanted(asked)
     check_outputs(wanted)

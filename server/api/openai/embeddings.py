@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
 
 
 class EmbeddingsRequest(BaseModel):
-    """`user` is whom the client asks for, which concerns nobody here."""
+    """`user` is accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,26 +46,26 @@ class EmbeddingsRequest(BaseModel):
 async def embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
     """`input`: a picture or several, as base64 or as data URIs."""
     body = await request.body()
-    asked, images = await anyio.to_thread.run_sync(_read, body, limiter=request.app.state.parsing)
-    await require_backbone(services, asked.model)
+    embedding, images = await anyio.to_thread.run_sync(_read, body, limiter=request.app.state.parsing)
+    await require_backbone(services, embedding.model)
     await services.meter.images(services.key, len(images))
     timeout_s = services.settings.request_timeout_s
     work = services.predictor.embed(images, tenant=services.tenant, timeout_s=timeout_s)
-    return _told(asked, await predict.unless_gone(request, work))
+    return _response(embedding, await predict.unless_gone(request, work))
 
 
 def _read(body: bytes) -> tuple[EmbeddingsRequest, list[bytes]]:
-    asked = problems.parsed(EmbeddingsRequest, body)
-    given = [asked.input] if isinstance(asked.input, str) else asked.input
-    return asked, [_picture(text, index) for index, text in enumerate(given)]
+    embedding = problems.parse_json(EmbeddingsRequest, body)
+    texts = [embedding.input] if isinstance(embedding.input, str) else embedding.input
+    return embedding, [_picture(text, index) for index, text in enumerate(texts)]
 
 
 def _picture(text: str, index: int) -> bytes:
     if _ADDRESS.match(text):
-        raise _refused(index, "a picture itself, since this server fetches nothing", text)
-    found = _DATA_URI.match(text)
+        raise _refused(index, "a picture's bytes, as this server fetches no URL", text)
+    prefix = _DATA_URI.match(text)
     try:
-        return base64.b64decode(text[found.end() :] if found else text, validate=True)
+        return base64.b64decode(text[prefix.end() :] if prefix else text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise _refused(index, "a picture as base64 or as a data URI", text) from error
 
@@ -74,17 +74,17 @@ def _refused(index: int, expected: str, got: str) -> Unprocessable:
     return Unprocessable(f"input.{index}: expected {expected}, got {got[:40]!r}", param="input")
 
 
-def _told(asked: EmbeddingsRequest, features: Features) -> dict[str, Any]:
+def _response(embedding: EmbeddingsRequest, features: Features) -> dict[str, Any]:
     vectors = features.vectors.astype("<f4")
-    if asked.dimensions not in (None, vectors.shape[1]):
-        detail = f"dimensions: expected {vectors.shape[1]}, as many as there are, got {asked.dimensions}"
+    if embedding.dimensions not in (None, vectors.shape[1]):
+        detail = f"dimensions: expected {vectors.shape[1]}, the feature's length, got {embedding.dimensions}"
         raise Unprocessable(detail, param="dimensions")
     data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(vector, asked.encoding_format)}
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, embedding.encoding_format)}
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": 0, "total_tokens": 0}  # pictures are not counted in tokens
-    return {"object": "list", "model": asked.model, "data": data, "usage": usage}
+    return {"object": "list", "model": embedding.model, "data": data, "usage": usage}
 
 
 def _encoded(vector: np.ndarray[Any, Any], encoding: str) -> list[float] | str:

@@ -1,4 +1,4 @@
-"""A failure as OpenAI's clients read it: `{"error": {message, type, param, code}}`."""
+"""An error as OpenAI's clients read it: `{"error": {message, type, param, code}}`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 _TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def told(error: ServiceError) -> dict[str, Any]:
-    """`param` is the field that is to blame, where there is one."""
-    found: Any = error.extra.get("errors")
-    param = found[0]["field"] if found else error.extra.get("param")
+def error_body(error: ServiceError) -> dict[str, Any]:
+    """Return the body of an error. `param`: the field that is wrong, where there is one."""
+    fields: Any = error.extra.get("errors")
+    param = fields[0]["field"] if fields else error.extra.get("param")
     return {"error": {"message": error.detail, "type": _type(error.status), "param": param, "code": error.code}}
 
 

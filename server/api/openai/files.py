@@ -1,4 +1,4 @@
-"""Files: an archive of labelled pictures is a data set. Its id is the data set's; the archive itself is not kept."""
+"""Files: an archive of labelled images becomes a data set, whose id is the file's. The archive is not kept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def upload(request: Request, services: ServicesOf) -> dict[str, Any]:
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive", param="file")
         ingest = partial(services.datasets.ingest, archive, name=form.name)
-        return told(await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests))
+        return to_wire(await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests))
 
 
 @router.get("/files")
@@ -65,13 +65,14 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    found = await asyncio.to_thread(services.datasets.list) if purpose in (None, PURPOSE) else []
-    return paging.cut([told(one) for one in (found if order == "desc" else found[::-1])], after, limit)
+    newest = await asyncio.to_thread(services.datasets.list) if purpose in (None, PURPOSE) else []
+    ordered = newest if order == "desc" else newest[::-1]
+    return paging.cut([to_wire(dataset) for dataset in ordered], after, limit)
 
 
 @router.get("/files/{dataset_id}")
 async def get_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
-    return told(await asyncio.to_thread(services.datasets.get, dataset_id))
+    return to_wire(await asyncio.to_thread(services.datasets.get, dataset_id))
 
 
 @router.delete("/files/{dataset_id}")
@@ -83,15 +84,15 @@ async def delete_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
 
 def _check(fields: dict[str, str]) -> None:
     """Raises Unprocessable."""
-    if strangers := sorted(fields.keys() - {"purpose"}):
-        raise Unprocessable(f"expected the fields file and purpose, got {strangers[0][:100]!r}", param=strangers[0])
+    if unknown := sorted(fields.keys() - {"purpose"}):
+        raise Unprocessable(f"expected the fields file and purpose, got {unknown[0][:100]!r}", param=unknown[0])
     if fields.get("purpose") != PURPOSE:
         got = repr(fields["purpose"][:100]) if "purpose" in fields else "none"
         raise Unprocessable(f"purpose: expected {PURPOSE!r}, got {got}", param="purpose")
 
 
-def told(dataset: Dataset) -> dict[str, Any]:
-    """`bytes` are its pictures'."""
+def to_wire(dataset: Dataset) -> dict[str, Any]:
+    """Return a data set as a file. `bytes`: of its images."""
     return {
         "id": dataset.id,
         "object": "file",

@@ -1,4 +1,4 @@
-"""The form of an upload, read while it comes: the file goes to the disk, never into memory."""
+"""The multipart form of an upload, parsed while it arrives: the file goes to the disk, never into memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARTS: Final = 20
 
 
 class FileForm:
-    """`file` and other fields of a multipart body. `append` takes the file's bytes as they come."""
+    """`file` and other fields of a multipart body. `append` is called with the file's bytes as they arrive."""
 
     def __init__(self, content_type: str, append: Callable[[bytes], None]) -> None:
         """Raises BadRequest where the content type is another or has no boundary."""
@@ -38,7 +38,7 @@ class FileForm:
             raise BadRequest(f"multipart body: {error}") from error
 
     def feed(self, data: bytes) -> None:
-        """The next bytes of the body. After a failure nothing is taken any more. Raises BadRequest, DiskFull."""
+        """Parse the next bytes of the body; after a failure, ignore them. Raises BadRequest, DiskFull."""
         if self._broken:
             return
         try:
@@ -59,10 +59,10 @@ class FileForm:
 
     @property
     def name(self) -> str:
-        """The file's, without the folders of whoever sent it."""
+        """The file's name, without the client's folders."""
         return (self.filename or "").replace("\\", "/").split("/")[-1]
 
-    # --- as the parser comes along ------------------------------------------------------------------------------------
+    # --- the parser's callbacks --------------------------------------------------------------------------------------
 
     def _callbacks(self) -> MultipartCallbacks:
         return {

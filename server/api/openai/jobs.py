@@ -32,7 +32,7 @@ from .models import require_backbone
 
 SUPERVISED: Final = "supervised"
 AUTO: Final = "auto"
-_RECIPE: Final = {"n_epochs": "epochs"}  # where a recipe's field is called otherwise
+_RECIPE: Final = {"n_epochs": "epochs"}  # fields with another name in our recipe
 _OURS: Final = {"task": "suffix", "dataset": "training_file", "recipe": "hyperparameters"}
 _LEVELS: Final = {"failed": "error", "retried": "warn", "live_unusable": "warn"}
 _EVENT: Final = re.compile(r"(job_[0-9a-z]+)-([0-9]{1,18})")
@@ -44,7 +44,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 class FineTuningRequest(BaseModel):
-    """`validation_file`, `integrations` and `metadata` are not kept, and refused rather than dropped."""
+    """`validation_file`, `integrations` and `metadata` are refused rather than ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,76 +62,77 @@ class FineTuningRequest(BaseModel):
 @router.post("")
 async def create(
     services: ServicesOf,
-    asked: FineTuningRequest,
+    request: FineTuningRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> dict[str, Any]:
-    await require_backbone(services, asked.model)
-    return told(services, await train.queued(services, request_of(asked), idempotency_key))
+    await require_backbone(services, request.model)
+    return to_wire(services, await train.enqueue(services, request_of(request), idempotency_key))
 
 
 @router.get("")
 async def list_jobs(services: ServicesOf, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     jobs, following = await asyncio.to_thread(lambda: services.jobs.list(cursor=after, limit=limit))
-    return paging.page([told(services, job) for job in jobs], following is not None)
+    return paging.page([to_wire(services, job) for job in jobs], following is not None)
 
 
 @router.get("/{job_id}")
 async def get(services: ServicesOf, job_id: str) -> dict[str, Any]:
-    return told(services, await train.current(services, job_id))
+    return to_wire(services, await train.current(services, job_id))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(services: ServicesOf, job_id: str) -> dict[str, Any]:
     """A waiting job ends at once, a running one within a step: until then its status is `running`."""
-    return told(services, await asyncio.to_thread(services.jobs.cancel, job_id))
+    return to_wire(services, await asyncio.to_thread(services.jobs.cancel, job_id))
 
 
 @router.get("/{job_id}/events")
 async def events(services: ServicesOf, job_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     before = None if after is None else _seq(job_id, after)
-    found = await asyncio.to_thread(_events, services, job_id)
-    older = [one for one in reversed(found) if before is None or one.seq < before]
-    return paging.page([_event(job_id, one) for one in older[:limit]], len(older) > limit)
+    all_events = await asyncio.to_thread(_events, services, job_id)
+    older = [event for event in reversed(all_events) if before is None or event.seq < before]
+    return paging.page([_event(job_id, event) for event in older[:limit]], len(older) > limit)
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
-def request_of(asked: FineTuningRequest) -> wire.TrainRequest:
-    """Raises Unprocessable, in the client's words."""
-    method, of_method = _method(asked.method)
-    recipe = _recipe({**(asked.hyperparameters or {}), **of_method})
-    if asked.seed is not None:
-        recipe["seed"] = asked.seed
-    told: dict[str, Any] = {"task": asked.suffix, "dataset": asked.training_file, "method": method}
+def request_of(request: FineTuningRequest) -> wire.TrainRequest:
+    """Return our training request. Raises Unprocessable, with the client's field names."""
+    method, of_method = _method(request.method)
+    recipe = _recipe({**(request.hyperparameters or {}), **of_method})
+    if request.seed is not None:
+        recipe["seed"] = request.seed
+    fields: dict[str, Any] = {"task": request.suffix, "dataset": request.training_file, "method": method}
     try:
-        return wire.TrainRequest.model_validate({**told, "recipe": recipe} if recipe else told)
+        return wire.TrainRequest.model_validate({**fields, "recipe": recipe} if recipe else fields)
     except ValidationError as error:
-        found = [{**one, "loc": _renamed(one["loc"])} for one in error.errors(include_url=False)]
-        raise problems.unprocessable(found) from error
+        findings = [{**finding, "loc": _renamed(finding["loc"])} for finding in error.errors(include_url=False)]
+        raise problems.unprocessable(findings) from error
 
 
-def _method(told: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def _method(method: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """Our name of the method, and its hyper-parameters."""
-    told = {"type": SUPERVISED} if told is None else told
-    kind = told.get("type")
+    method = {"type": SUPERVISED} if method is None else method
+    kind = method.get("type")
     if not isinstance(kind, str):
         raise Unprocessable(f"method.type: expected {SUPERVISED!r} or a method's name, got none", param="method.type")
-    own = told.get(kind) or {}
-    if not isinstance(own, dict) or not isinstance(own.get("hyperparameters") or {}, dict):
+    settings = method.get(kind) or {}
+    if not isinstance(settings, dict) or not isinstance(settings.get("hyperparameters") or {}, dict):
         raise Unprocessable(f"method.{kind[:100]}: expected an object with hyperparameters", param="method")
-    return AUTO if kind == SUPERVISED else kind, own.get("hyperparameters") or {}
+    return AUTO if kind == SUPERVISED else kind, settings.get("hyperparameters") or {}
 
 
-def _recipe(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What is `auto` is left out, since it is what is found where nothing is said."""
-    if told.get("learning_rate_multiplier", AUTO) not in (AUTO, 1, None):
-        expected = "'auto', or the rate itself as lr: there is no rate that holds for every method to multiply"
-        detail = f"learning_rate_multiplier: expected {expected}, got {str(told['learning_rate_multiplier'])[:40]}"
+def _recipe(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Our recipe. Fields that are `auto` are left out, as a search chooses what a recipe leaves open."""
+    multiplier = hyperparameters.get("learning_rate_multiplier", AUTO)
+    if multiplier not in (AUTO, 1, None):
+        expected = "'auto', or the rate itself as lr: methods have no common rate that could be multiplied"
+        detail = f"learning_rate_multiplier: expected {expected}, got {str(multiplier)[:40]}"
         raise Unprocessable(detail, param="hyperparameters.learning_rate_multiplier")
-    given = {name: value for name, value in told.items() if name != "learning_rate_multiplier"}
+    given = {name: value for name, value in hyperparameters.items() if name != "learning_rate_multiplier"}
     kept = {name: value for name, value in given.items() if name == "search" or value not in (AUTO, None)}
     return {_RECIPE.get(name, name): value for name, value in kept.items()}
 
@@ -142,16 +143,16 @@ def _renamed(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _seq(job_id: str, event_id: str) -> int:
-    found = _EVENT.fullmatch(event_id)
-    if found is None or found[1] != job_id:
+    parts = _EVENT.fullmatch(event_id)
+    if parts is None or parts[1] != job_id:
         raise NotFound(f"after: expected the id of an event of this job, got {event_id[:100]!r}", param="after")
-    return int(found[2])
+    return int(parts[2])
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def told(services: Services, job: Job) -> dict[str, Any]:
+def to_wire(services: Services, job: Job) -> dict[str, Any]:
     recipe, method = job.recipe, SUPERVISED if job.method == AUTO else job.method
     parameters = {
         "n_epochs": recipe.get("epochs", AUTO),
@@ -186,21 +187,21 @@ def _error(error: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _events(services: Services, job_id: str) -> list[Event]:
-    """All of a job's; there are as many as epochs, more or less."""
-    found: list[Event] = []
-    while page := services.jobs.events(job_id, found[-1].seq if found else 0, train.MOST_EVENTS):
-        found += page
-    return found
+    """All events of a job: about as many as epochs."""
+    events_: list[Event] = []
+    while page := services.jobs.events(job_id, events_[-1].seq if events_ else 0, train.MOST_EVENTS):
+        events_ += page
+    return events_
 
 
-def _event(job_id: str, one: Event) -> dict[str, Any]:
-    facts = ", ".join(f"{name} {value}" for name, value in one.data.items() if isinstance(value, int | float | str))
+def _event(job_id: str, event: Event) -> dict[str, Any]:
+    values = ", ".join(f"{name} {value}" for name, value in event.data.items() if isinstance(value, int | float | str))
     return {
-        "id": f"{job_id}-{one.seq}",
+        "id": f"{job_id}-{event.seq}",
         "object": "fine_tuning.job.event",
-        "created_at": int(one.at),
-        "level": _LEVELS.get(one.type, "info"),
-        "type": "metrics" if one.type == "epoch" else "message",
-        "message": f"{one.type}: {facts}" if facts else one.type,
-        "data": one.data,
+        "created_at": int(event.at),
+        "level": _LEVELS.get(event.type, "info"),
+        "type": "metrics" if event.type == "epoch" else "message",
+        "message": f"{event.type}: {values}" if values else event.type,
+        "data": event.data,
     }

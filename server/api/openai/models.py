@@ -1,4 +1,4 @@
-"""Models: the backbone, whose features can be asked for and which jobs begin with, and every task."""
+"""Models: the backbone, which embeds and which jobs fine-tune, and every task."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ router = APIRouter(prefix="/v1/models", tags=["OpenAI"], responses=RESPONSES)
 @router.get("")
 async def list_models(services: ServicesOf) -> dict[str, Any]:
     tasks = await asyncio.to_thread(_tasks, services.store)
-    return {"object": "list", "data": [_told(services.settings.backbone, 0), *tasks]}
+    return {"object": "list", "data": [_model(services.settings.backbone, 0), *tasks]}
 
 
 @router.get("/{task}")
 async def get_model(services: ServicesOf, task: str) -> dict[str, Any]:
     """The backbone, or `task`, `task@alias` or `task@version`."""
     if task in await names(services):
-        return _told(task, 0)
+        return _model(task, 0)
     ref = Ref.parse(task)
     version = await residency.one_version(services, ref)
     for info in await asyncio.to_thread(services.store.versions, ref.task):
         if info.version == version:
-            return _told(task, int(info.manifest.created_at))
+            return _model(task, int(info.manifest.created_at))
     raise stored.VersionNotFound(ref.task, version)
 
 
 async def names(services: Services) -> set[str]:
-    """What the backbone is called: as the settings have it, and by its architecture."""
+    """Return the backbone's names: the setting's, and its architecture's."""
     ready = await asyncio.to_thread(services.ready)
     return {services.settings.backbone} | ({ready.backbone.arch} if ready.backbone else set())
 
@@ -54,15 +54,15 @@ async def require_backbone(services: Services, model: str) -> None:
 
 
 def _tasks(store: stored.Store) -> list[dict[str, Any]]:
-    found = []
+    models = []
     for task in store.tasks():
         try:
             versions = store.versions(task)
         except stored.TaskNotFound:
             continue  # deleted since the list was read
-        found.append(_told(task, int(max((info.manifest.created_at for info in versions), default=0))))
-    return found
+        models.append(_model(task, int(max((info.manifest.created_at for info in versions), default=0))))
+    return models
 
 
-def _told(name: str, created: int) -> dict[str, Any]:
+def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": OWNER}

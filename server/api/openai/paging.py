@@ -1,4 +1,4 @@
-"""Pages as OpenAI's clients turn them: `after` is the id of the last one seen, `has_more` says whether to go on."""
+"""Pages as OpenAI's clients read them: `after` is the id of the last item seen, `has_more` says whether to go on."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from server.errors import NotFound
 
 
-def page(found: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    first, last = (found[0]["id"], found[-1]["id"]) if found else (None, None)
-    return {"object": "list", "data": list(found), "has_more": has_more, "first_id": first, "last_id": last}
+def page(items: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return {"object": "list", "data": list(items), "has_more": has_more, "first_id": first, "last_id": last}
 
 
-def cut(found: Sequence[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
-    """A page of what is at hand as a whole. Raises NotFound for an `after` that is not among it."""
-    ids = [one["id"] for one in found]
+def cut(items: Sequence[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    """Return a page of all items. Raises NotFound for an `after` that is not among them."""
+    ids = [item["id"] for item in items]
     if after is not None and after not in ids:
-        raise NotFound(f"after: expected the id of one that was listed, got {after[:100]!r}", param="after")
-    rest = found[ids.index(after) + 1 :] if after is not None else found
+        raise NotFound(f"after: expected the id of a listed item, got {after[:100]!r}", param="after")
+    rest = items[ids.index(after) + 1 :] if after is not None else items
     return page(rest[:limit], len(rest) > limit)

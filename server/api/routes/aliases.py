@@ -34,7 +34,7 @@ _ETAG: Final[dict[str, Any]] = {
 
 @router.get("/tasks/{task}/aliases/{alias}", responses={200: _ETAG})
 async def get_alias(response: Response, services: ServicesOf, task: params.TaskOf, alias: str) -> wire.Alias:
-    return views.told(response, await _current(services, task, alias))
+    return views.alias_with_etag(response, await _current(services, task, alias))
 
 
 @router.put("/tasks/{task}/aliases/{alias}", openapi_extra=_CONDITIONS, responses={200: _ETAG})
@@ -54,7 +54,7 @@ async def set_alias(
     tries = 1 if expect is not ANY else CANARY_TRIES
     for left in reversed(range(tries)):
         try:
-            return views.told(
+            return views.alias_with_etag(
                 response, await _point(services, task, alias, version=version, weight=update.weight, expect=expect)
             )
         except stored.AliasConflict as error:
@@ -94,7 +94,7 @@ async def rollback(
         state = await asyncio.to_thread(services.store.rollback, task, alias, expect=_expectation(request))
     except stored.AliasConflict as error:
         raise await _precondition_failed(services, task, alias, error) from error
-    return views.told(response, state)
+    return views.alias_with_etag(response, state)
 
 
 async def _current(services: Services, task: str, alias: str) -> stored.Alias:

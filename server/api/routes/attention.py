@@ -1,4 +1,4 @@
-"""Where the network looked when it answered about a picture."""
+"""Attention maps: where the network looked when it answered about an image."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ async def attention(request: Request, services: ServicesOf, ref: params.RefOf) -
         tenant=services.tenant,
         timeout_s=services.settings.request_timeout_s,
     )
-    version, seat, seen = await predict.unless_gone(request, work)
+    version, seat, maps = await predict.unless_gone(request, work)
     return wire.Attention(
         task=seat.task,
         version=version,
-        last=_told(seen.last),
-        rollout=_told(seen.rollout),
+        last=_attention_map(maps.last),
+        rollout=_attention_map(maps.rollout),
         crop_mode=seat.geometry.crop_mode,
         crop_pct=seat.geometry.crop_pct,
     )
 
 
-def _told(looked: Any) -> wire.Looked:
-    grid = looked.grid.round(DIGITS).tolist()
-    return wire.Looked(grid=grid, prompts=round(looked.prompts, DIGITS), rest=round(looked.rest, DIGITS))
+def _attention_map(attended: Any) -> wire.Looked:
+    grid = attended.grid.round(DIGITS).tolist()
+    return wire.Looked(grid=grid, prompts=round(attended.prompts, DIGITS), rest=round(attended.rest, DIGITS))

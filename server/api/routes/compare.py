@@ -1,4 +1,4 @@
-"""Comparisons over HTTP: asked for here, done by workers as jobs, watched and cancelled as any job under /train."""
+"""Comparisons over HTTP: queued here, run by workers as jobs, watched and cancelled under /train like any job."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
 async def compare(
     response: Response,
     services: ServicesOf,
-    asked: wire.CompareRequest,
+    comparison: wire.CompareRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a comparison of methods. Its job is watched, followed and cancelled like any other."""
     known = {*services.methods, *services.baselines}
-    for name in asked.methods or ():
+    for name in comparison.methods or ():
         train.require_method(name, known)
     await services.meter.job(services.key)
-    job = await asyncio.to_thread(_submit, services, asked, idempotency_key)
+    job = await asyncio.to_thread(_submit, services, comparison, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
-    return train.told(job)
+    return train.to_wire(job)
 
 
 @router.get("/compare/{job_id}")
@@ -46,25 +46,25 @@ async def get_comparison(services: ServicesOf, job_id: str) -> wire.Comparison:
     job = await asyncio.to_thread(services.jobs.get, job_id)
     if job.method != COMPARE:
         raise NotFound(f"job {job.id} compares nothing: its method is {job.method!r}", code="job_not_found")
-    found = {"task": job.task, "title": job.task, **job.metrics.get(COMPARE, {})}
-    return wire.Comparison.model_validate({**found, "id": job.id, "dataset": job.dataset, "state": job.state})
+    table = {"task": job.task, "title": job.task, **job.metrics.get(COMPARE, {})}
+    return wire.Comparison.model_validate({**table, "id": job.id, "dataset": job.dataset, "state": job.state})
 
 
-def _submit(services: Services, asked: wire.CompareRequest, key: str | None) -> Job:
-    dataset = services.datasets.get(asked.dataset)
-    wish = {
-        "methods": asked.methods or list(services.methods),
-        "seeds": asked.seeds,
-        "recipe": asked.recipe.model_dump(exclude_none=True),
+def _submit(services: Services, comparison: wire.CompareRequest, key: str | None) -> Job:
+    dataset = services.datasets.get(comparison.dataset)
+    request = {
+        "methods": comparison.methods or list(services.methods),
+        "seeds": comparison.seeds,
+        "recipe": comparison.recipe.model_dump(exclude_none=True),
     }
     return services.jobs.submit(
-        asked.task,
+        comparison.task,
         dataset.id,
         COMPARE,
-        {COMPARE: wish},
+        {COMPARE: request},
         idempotency_key=key,
         tenant=services.tenant,
-        priority=asked.priority,
+        priority=comparison.priority,
         publish="never",
         max_attempts=services.settings.max_attempts,
     )

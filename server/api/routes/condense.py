@@ -1,4 +1,4 @@
-"""What a job takes over from the version that it condenses: method, recipe, and data set where none is named."""
+"""A condensing job inherits method, recipe and, where none is named, data set from the version that it condenses."""
 
 from __future__ import annotations
 
@@ -15,68 +15,69 @@ from server.errors import Conflict, Unprocessable
 from server.training.parent_version import require_labels
 
 AUTO: Final = "auto"
-_OF_A_FIT: Final = ("search", "budget", "preset", "init", "pool")
+_FIT_ONLY: Final = ("search", "budget", "preset", "init", "pool")
 
 
-async def taken_over(services: Services, asked: wire.TrainRequest) -> wire.TrainRequest:
-    """The request with everything that it leaves to the version told; as it is where it names none.
+async def with_inherited(services: Services, request: wire.TrainRequest) -> wire.TrainRequest:
+    """Return the request, completed from the version that it condenses; unchanged where it names none.
 
-    Raises StoreError and ServiceError: nothing is queued that could not be done.
+    Raises StoreError and ServiceError, so that nothing is queued that must fail.
     """
-    how = asked.recipe.condense
-    if how is None or how.version is None:
-        return asked
-    version = await _version(services, asked.task, how.version)
-    return await asyncio.to_thread(_from, services, asked, version)
+    condense = request.recipe.condense
+    if condense is None or condense.version is None:
+        return request
+    version = await _version(services, request.task, condense.version)
+    return await asyncio.to_thread(_from, services, request, version)
 
 
 async def _version(services: Services, task: str, name: str) -> str:
-    """Of an alias the version with most of the requests."""
+    """A version by its name; of an alias, the one with most of the requests."""
     alias = (await asyncio.to_thread(services.store.aliases, task)).get(name)
     if alias is not None:
         return alias.heaviest
     return await services.predictor.version_like(task, name)
 
 
-def _from(services: Services, asked: wire.TrainRequest, version: str) -> wire.TrainRequest:
-    bundle = services.store.get(asked.task, version)
+def _from(services: Services, request: wire.TrainRequest, version: str) -> wire.TrainRequest:
+    bundle = services.store.get(request.task, version)
     services.check_bundle(bundle)
     manifest = bundle.manifest
     if "prompts" not in bundle.tensors or not sum(manifest.prompt_lengths):
         raise Unprocessable(
-            f"condense.version: expected a version with prompts, got {version[:12]}, by {manifest.method}, without any"
+            f"condense.version: expected a version with prompts, got {version[:12]} ({manifest.method}), which has none"
         )
-    if asked.method not in (AUTO, manifest.method):
-        raise Unprocessable(f"method: expected {manifest.method}, which the version is by, got {asked.method[:100]!r}")
-    dataset = services.datasets.get(_dataset(asked, bundle))
+    if request.method not in (AUTO, manifest.method):
+        raise Unprocessable(f"method: expected {manifest.method}, the version's, got {request.method[:100]!r}")
+    dataset = services.datasets.get(_dataset(request, bundle))
     require_labels(bundle, tuple(dataset.labels))
-    return asked.model_copy(
-        update={"method": manifest.method, "dataset": dataset.id, "recipe": _recipe(asked.recipe, bundle)}
+    return request.model_copy(
+        update={"method": manifest.method, "dataset": dataset.id, "recipe": _recipe(request.recipe, bundle)}
     )
 
 
-def _dataset(asked: wire.TrainRequest, bundle: Bundle) -> str:
-    named = asked.dataset or bundle.manifest.dataset
-    if named is None:
+def _dataset(request: wire.TrainRequest, bundle: Bundle) -> str:
+    dataset = request.dataset or bundle.manifest.dataset
+    if dataset is None:
         raise Conflict(
-            f"version {bundle.version[:12]} does not tell what it was fitted on: expected a dataset, got none",
+            f"version {bundle.version[:12]} does not record its dataset: expected one in the request, got none",
             code="no_parent_dataset",
         )
-    return named
+    return dataset
 
 
-def _recipe(asked: wire.Recipe, bundle: Bundle) -> wire.Recipe:
-    """The version's own, beneath what is asked for. A manifest may be a stranger's: it is checked like a request."""
-    given: dict[str, Any] = asked.model_dump(exclude_none=True, exclude={"search"} if asked.search == "none" else None)
-    if others := sorted(given.keys() & set(_OF_A_FIT)):
+def _recipe(overrides: wire.Recipe, bundle: Bundle) -> wire.Recipe:
+    """The version's recipe with the request's overrides. A manifest may come from outside: it is validated, too."""
+    unused = {"search"} if overrides.search == "none" else None
+    given: dict[str, Any] = overrides.model_dump(exclude_none=True, exclude=unused)
+    if others := sorted(given.keys() & set(_FIT_ONLY)):
         raise Unprocessable(f"recipe: a version is condensed with its own recipe: expected no {', '.join(others)}")
-    known = wire.Recipe.model_fields.keys() - {*_OF_A_FIT, "condense"}
-    own = {name: value for name, value in bundle.manifest.recipe.items() if name in known}
+    known = wire.Recipe.model_fields.keys() - {*_FIT_ONLY, "condense"}
+    inherited = {name: value for name, value in bundle.manifest.recipe.items() if name in known}
     if "base_lr" in given:
-        own.pop("lr", None)
-    own["pool"] = bundle.manifest.pool
-    told = {**own, **given, "condense": {**given["condense"], "version": bundle.version}}
+        inherited.pop("lr", None)
+    inherited["pool"] = bundle.manifest.pool
+    recipe = {**inherited, **given, "condense": {**given["condense"], "version": bundle.version}}
     try:
-        return wire.Recipe.model_validate(told)
+        return wire.Recipe.model_validate(recipe)
     except ValidationError as error:
         raise problems.unprocessable(error.errors()) from error

@@ -1,4 +1,4 @@
-"""Datasets over HTTP: an archive goes from the socket to a file, never into memory, and from there into the store."""
+"""Datasets over HTTP: an archive is spooled to a file, never held in memory, and then stored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ router = APIRouter(tags=["datasets"])
 
 Ingest = Callable[[Path], Dataset]
 
-LOOK_AGAIN_S: Final = 0.25
+POLL_S: Final = 0.25
 INGESTS: Final = 2  # at once: each decodes every picture, and predictions need the cores and the threads as well
 _ARCHIVE: Final[dict[str, Any]] = {
     "requestBody": {
@@ -56,13 +56,13 @@ async def upload(
     """
     ingest = partial(services.datasets.ingest, name=name, parent=parent)
     if parent is not None:
-        await asyncio.to_thread(services.datasets.get, parent)  # an unknown one is told before 10 GB are read
+        await asyncio.to_thread(services.datasets.get, parent)  # an unknown one fails before 10 GB are read
     if upload_id is not None:
         dataset = await _from_upload(request, services, upload_id, ingest)
     else:
         dataset = await _from_body(request, services, ingest)
     response.headers["Location"] = f"/datasets/{dataset.id}"
-    return told(dataset)
+    return to_wire(dataset)
 
 
 async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
@@ -76,7 +76,7 @@ async def _from_body(request: Request, services: Services, ingest: Ingest) -> Da
 
 
 async def _from_upload(request: Request, services: Services, upload_id: str, ingest: Ingest) -> Dataset:
-    """Who asks again because an answer was lost waits until the first request is done and gets the same dataset."""
+    """A client that repeats a request whose answer was lost waits for the first one and gets the same dataset."""
     if await request.body():
         raise Unprocessable("expected an empty body, as the archive is the upload's, got one")
     finish = partial(services.uploads.finish, upload_id, lambda archive: ingest(archive).id)
@@ -87,19 +87,19 @@ async def _from_upload(request: Request, services: Services, upload_id: str, ing
             upload = await asyncio.to_thread(services.uploads.get, upload_id)
             if upload.offset < upload.length or await request.is_disconnected():
                 raise
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(POLL_S)
         else:
             return await asyncio.to_thread(services.datasets.get, dataset_id)
 
 
 @router.get("/datasets")
 async def list_datasets(services: ServicesOf) -> wire.DatasetList:
-    return wire.DatasetList(datasets=[told(each) for each in await asyncio.to_thread(services.datasets.list)])
+    return wire.DatasetList(datasets=[to_wire(dataset) for dataset in await asyncio.to_thread(services.datasets.list)])
 
 
 @router.get("/datasets/{dataset_id}")
 async def get_dataset(services: ServicesOf, dataset_id: str) -> wire.Dataset:
-    return told(await asyncio.to_thread(services.datasets.get, dataset_id))
+    return to_wire(await asyncio.to_thread(services.datasets.get, dataset_id))
 
 
 @router.delete("/datasets/{dataset_id}", status_code=204)
@@ -107,5 +107,5 @@ async def delete_dataset(services: ServicesOf, dataset_id: str) -> None:
     await asyncio.to_thread(services.datasets.delete, dataset_id)
 
 
-def told(dataset: Dataset) -> wire.Dataset:
+def to_wire(dataset: Dataset) -> wire.Dataset:
     return wire.Dataset.model_validate(dataset, from_attributes=True)

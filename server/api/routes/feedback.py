@@ -1,4 +1,4 @@
-"""Feedback over HTTP: what a task should have answered, gathered until it is frozen into a dataset to train on."""
+"""Feedback over HTTP: correct labels of images, collected until they are frozen into a dataset to train on."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ async def give(
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
     added = await asyncio.to_thread(_give, services, task, images, label, new_label)
-    if all(one.previous == one.entry.label for one in added):
+    if all(item.previous == item.entry.label for item in added):
         response.status_code = 200
-    return wire.Feedback(task=task, items=[_told(one.entry, one.previous) for one in added])
+    return wire.Feedback(task=task, items=[_item(item.entry, item.previous) for item in added])
 
 
 @router.get("/tasks/{task}/feedback")
@@ -60,14 +60,14 @@ async def read(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
 ) -> wire.FeedbackPage:
     """How much feedback each label has, and a page of it, newest first. `next` is the cursor of the following page."""
-    await asyncio.to_thread(services.store.aliases, task)  # a task that is not there is told
+    await asyncio.to_thread(services.store.aliases, task)  # raises TaskNotFound
     before = None if cursor is None else int(cursor)
     page = await asyncio.to_thread(services.feedback.page, task, label=label, before=before, limit=limit)
     return wire.FeedbackPage(
         task=task,
         images=sum(page.counts.values()),
         labels=dict(page.counts),
-        items=[_told(entry) for entry in page.entries],
+        items=[_item(entry) for entry in page.entries],
         next=None if page.next is None else str(page.next),
     )
 
@@ -94,19 +94,19 @@ async def freeze(
     """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next."""
     dataset = await asyncio.to_thread(_freeze, services, task, name, parent)
     response.headers["Location"] = f"/datasets/{dataset.id}"
-    return datasets.told(dataset)
+    return datasets.to_wire(dataset)
 
 
 # --- in threads -------------------------------------------------------------------------------------------------------
 
 
 def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
-    known, named = _live(services, task).labels, _printable(label)
-    if named not in known and not new_label:
+    known, name = _live(services, task).labels, _printable(label)
+    if name not in known and not new_label:
         shown = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
-        detail = f"label: expected one of {shown}; or new_label=true, got {named!r}"
+        detail = f"label: expected one of {shown}; or new_label=true, got {name!r}"
         raise Unprocessable(detail, code="unknown_label")
-    return services.feedback.add(task, images, named)
+    return services.feedback.add(task, images, name)
 
 
 def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dataset:
@@ -122,12 +122,12 @@ def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dat
     except NotFound as error:
         if parent is not None:
             raise
-        detail = f"the dataset {origin[:12]} of the live version is not here any more; name another with ?parent="
+        detail = f"the dataset {origin[:12]} of the live version does not exist any more; name another with ?parent="
         raise Conflict(detail, code="no_parent_dataset") from error
 
 
 def _live(services: Services, task: str) -> stored.Manifest:
-    """The manifest of the version that answers, or answers most."""
+    """The manifest of the live version; of a split alias, of the heaviest."""
     aliases = services.store.aliases(task)
     if "live" not in aliases:
         raise stored.AliasNotFound(task, "live")
@@ -145,7 +145,7 @@ def _printable(label: str) -> str:
         raise Unprocessable(f"label: expected 1 to 200 printable characters, got {label[:40]!r}") from error
 
 
-def _told(entry: FeedbackEntry, previous: str | None = None) -> wire.FeedbackItem:
+def _item(entry: FeedbackEntry, previous: str | None = None) -> wire.FeedbackItem:
     return wire.FeedbackItem(
         sha256=entry.sha256,
         label=entry.label,

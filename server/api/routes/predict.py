@@ -216,7 +216,7 @@ def require_whole(body: bytes, content_type: str) -> None:
 
 
 def _from_json(body: bytes) -> list[bytes]:
-    asked = problems.parsed(wire.PredictRequest, body)
+    asked = problems.parse_json(wire.PredictRequest, body)
     return [_decoded(image.b64, index) for index, image in enumerate(asked.images)]
 
 

@@ -1,4 +1,4 @@
-"""The dashboard's sign-in: a key is given once and travels on as a cookie that no script and no other site can use."""
+"""The dashboard's sign-in: a key is exchanged for a cookie that no script and no other site can use."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from server.keys.key import NOBODY, SCOPES, Key
 
 router = APIRouter(tags=["session"])
 
-LASTS_S: Final = 12 * 3600
+SESSION_S: Final = 12 * 3600
 
 
 @router.get("/session")
 async def who(request: Request) -> wire.Session:
-    """Whether a key is needed here, and what the one that came with this request may do."""
-    ring: Authenticator = request.app.state.ring
-    return _told(request.state.key, ring.locked)
+    """Whether this server needs a key, and what the key of this request may do."""
+    authenticator: Authenticator = request.app.state.authenticator
+    return _session(request.state.key, authenticator.locked)
 
 
 @router.post("/session")
-async def sign_in(request: Request, response: Response, asked: wire.SignIn) -> wire.Session:
+async def sign_in(request: Request, response: Response, credentials: wire.SignIn) -> wire.Session:
     """Exchange a key for a session cookie."""
-    ring: Authenticator = request.app.state.ring
-    if not ring.locked:
-        return _told(NOBODY, False)
-    key = await ring.owner(asked.key.strip())
+    authenticator: Authenticator = request.app.state.authenticator
+    if not authenticator.locked:
+        return _session(NOBODY, False)
+    key = await authenticator.owner(credentials.key.strip())
     if key is None:
         raise Unauthenticated("expected an API key, got one that is wrong, revoked or unknown")
-    _set(request, response, auth.packed(asked.key.strip()), LASTS_S)
-    return _told(key, True)
+    _set(request, response, auth.encode_token(credentials.key.strip()), SESSION_S)
+    return _session(key, True)
 
 
 @router.delete("/session", status_code=204)
@@ -46,13 +46,13 @@ async def sign_out(request: Request) -> Response:
     return response
 
 
-def _set(request: Request, response: Response, value: str, lasts_s: int) -> None:
+def _set(request: Request, response: Response, value: str, max_age_s: int) -> None:
     encrypted = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto", ""))
-    response.set_cookie(auth.COOKIE, value, max_age=lasts_s, secure=encrypted, httponly=True, samesite="strict")
+    response.set_cookie(auth.COOKIE, value, max_age=max_age_s, secure=encrypted, httponly=True, samesite="strict")
     response.headers["Cache-Control"] = "no-store"
 
 
-def _told(key: Key | None, locked: bool) -> wire.Session:
+def _session(key: Key | None, locked: bool) -> wire.Session:
     known = key if locked else None
     return wire.Session(
         keys=locked,

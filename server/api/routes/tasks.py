@@ -47,12 +47,12 @@ _BUNDLE: Final[dict[str, Any]] = {
 @router.get("/tasks")
 async def list_tasks(services: ServicesOf) -> wire.TaskList:
     found = await asyncio.to_thread(_summaries, services.store)
-    return wire.TaskList(tasks=[views.resident_now(services, task) for task in found])
+    return wire.TaskList(tasks=[views.with_residency(services, task) for task in found])
 
 
 @router.get("/tasks/{task}")
 async def get_task(services: ServicesOf, task: params.TaskOf) -> wire.Task:
-    return views.resident_now(services, await asyncio.to_thread(_summary, services.store, task))
+    return views.with_residency(services, await asyncio.to_thread(_summary, services.store, task))
 
 
 @router.delete("/tasks/{task}", status_code=204)

@@ -1,4 +1,4 @@
-"""Training over HTTP: jobs are asked for, listed, watched and cancelled here; workers elsewhere do them."""
+"""Training over HTTP: jobs are queued, listed, watched and cancelled here; worker processes run them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ router = APIRouter(tags=["jobs"])
 
 AUTO: Final = "auto"  # a search chooses the method, too
 MOST_EVENTS: Final = 1000
-# The store is another process's to write, and SQLite cannot call us: whoever waits for events looks again this often.
-LOOK_AGAIN_S: Final = 0.15
+# The store is written by other processes, and SQLite has no notification: a request that waits for events polls.
+POLL_S: Final = 0.15
 _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {"headers": {"Location": {"description": "Where to watch the job.", "schema": {"type": "string"}}}}
 }
@@ -38,24 +38,24 @@ _STREAM: Final[dict[int | str, dict[str, Any]]] = {
 async def train(
     response: Response,
     services: ServicesOf,
-    asked: wire.TrainRequest,
+    request: wire.TrainRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
     """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
-    job = await queued(services, asked, idempotency_key)
+    job = await enqueue(services, request, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
-    return told(job)
+    return to_wire(job)
 
 
-async def queued(services: Services, asked: wire.TrainRequest, idempotency_key: str | None) -> Job:
-    """The job of a request, counted for its key. Raises ServiceError kinds and the store's errors."""
-    asked = await condense.taken_over(services, asked)
-    if asked.method in services.baselines:
-        _check_baseline(services, asked)
-    elif asked.method != AUTO:
-        require_method(asked.method, {AUTO, *services.methods})
+async def enqueue(services: Services, request: wire.TrainRequest, idempotency_key: str | None) -> Job:
+    """Queue a job and count it for its key. Raises ServiceError kinds and the store's errors."""
+    request = await condense.with_inherited(services, request)
+    if request.method in services.baselines:
+        _check_baseline(services, request)
+    elif request.method != AUTO:
+        require_method(request.method, {AUTO, *services.methods})
     await services.meter.job(services.key)
-    return await asyncio.to_thread(_submit, services, asked, idempotency_key)
+    return await asyncio.to_thread(_submit, services, request, idempotency_key)
 
 
 @router.get("/train")
@@ -71,18 +71,18 @@ async def list_jobs(
     jobs, following = await asyncio.to_thread(
         lambda: services.jobs.list(task=task, state=state, cursor=cursor, limit=limit)
     )
-    return wire.JobList(jobs=[told(job) for job in jobs], next=following)
+    return wire.JobList(jobs=[to_wire(job) for job in jobs], next=following)
 
 
 @router.get("/train/{job_id}")
 async def get_job(services: ServicesOf, job_id: str) -> wire.Job:
-    return told(await current(services, job_id))
+    return to_wire(await current(services, job_id))
 
 
 @router.post("/train/{job_id}/cancel")
 async def cancel(services: ServicesOf, job_id: str) -> wire.Job:
     """A waiting job ends at once, a running one within a step."""
-    return told(await asyncio.to_thread(services.jobs.cancel, job_id))
+    return to_wire(await asyncio.to_thread(services.jobs.cancel, job_id))
 
 
 @router.get("/train/{job_id}/events", response_model=wire.JobEvents, responses=_STREAM)
@@ -98,7 +98,7 @@ async def events(
     With `Accept: text/event-stream` the same as a stream that ends with the job; `Last-Event-ID` resumes it.
     """
     await request.body()
-    if sse.wanted(request):
+    if sse.accepted(request):
         seen = sse.last_seen(request, after)
         page = partial(_events, request, services, job_id)
         return await sse.respond(page, seen, lambda: bool(request.app.state.leaving))
@@ -106,19 +106,19 @@ async def events(
 
 
 async def _events(request: Request, services: Services, job_id: str, after: int, wait_s: float) -> wire.JobEvents:
-    """Each look asks for the key anew: whoever waits must not outlive its revocation, nor keep a server that leaves."""
+    """Every poll checks the key again: a waiting request must not outlive its revocation, nor delay a shutdown."""
     until = time.monotonic() + wait_s
     while True:
-        await request.state.admitted(request.scope)
-        job = await current(services, job_id)  # before its events: an end that is seen here is among them
-        found: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
-        if found or job.finished or time.monotonic() >= until or request.app.state.leaving:
+        await request.state.reauthorize(request.scope)
+        job = await current(services, job_id)  # read before the events, so that they include the end that it shows
+        events_: list[Event] = await asyncio.to_thread(services.jobs.events, job_id, after, MOST_EVENTS)
+        if events_ or job.finished or time.monotonic() >= until or request.app.state.leaving:
             break
-        await asyncio.sleep(min(LOOK_AGAIN_S, max(0.0, until - time.monotonic())))
+        await asyncio.sleep(min(POLL_S, max(0.0, until - time.monotonic())))
     return wire.JobEvents(
-        events=[wire.JobEvent(seq=one.seq, type=one.type, at=one.at, data=one.data) for one in found],
-        next=found[-1].seq if found else after,
-        finished=job.finished and len(found) < MOST_EVENTS,
+        events=[wire.JobEvent(seq=event.seq, type=event.type, at=event.at, data=event.data) for event in events_],
+        next=events_[-1].seq if events_ else after,
+        finished=job.finished and len(events_) < MOST_EVENTS,
     )
 
 
@@ -129,44 +129,44 @@ def require_method(name: str, known: Collection[str]) -> None:
         raise Unprocessable(f"method: expected one of {names}, got {name[:100]!r}", code="unknown_method")
 
 
-def _check_baseline(services: Services, asked: wire.TrainRequest) -> None:
-    """A baseline is fitted and reported, as it is asked for. Raises Unprocessable."""
-    if asked.publish != "never":
-        why = services.baselines[asked.method][1]
+def _check_baseline(services: Services, request: wire.TrainRequest) -> None:
+    """A baseline is fitted and reported, never published. Raises Unprocessable."""
+    if request.publish != "never":
+        why = services.baselines[request.method][1]
         raise Unprocessable(
-            f"method {asked.method!r} {why}, so no version of it can be stored or served: "
-            f"expected publish 'never', which fits it for its figures, got {asked.publish!r}",
+            f"method {request.method!r} {why}, so no version of it can be stored or served: "
+            f"expected publish 'never', which fits it for its figures, got {request.publish!r}",
             code="method_not_servable",
         )
-    if asked.recipe.search == "quick":
+    if request.recipe.search == "quick":
         raise Unprocessable("recipe.search: 'quick' publishes a first version, which a baseline cannot have")
 
 
-def _submit(services: Services, asked: wire.TrainRequest, key: str | None) -> Job:
-    dataset = services.datasets.get(asked.dataset or "")
+def _submit(services: Services, request: wire.TrainRequest, key: str | None) -> Job:
+    dataset = services.datasets.get(request.dataset or "")
     return services.jobs.submit(
-        asked.task,
+        request.task,
         dataset.id,
-        asked.method,
-        _recipe(services, asked),
+        request.method,
+        _recipe(services, request),
         idempotency_key=key,
         tenant=services.tenant,
-        priority=asked.priority,
-        publish=asked.publish,
+        priority=request.priority,
+        publish=request.publish,
         max_attempts=services.settings.max_attempts,
     )
 
 
-def _recipe(services: Services, asked: wire.TrainRequest) -> dict[str, Any]:
-    """The recipe as a job keeps it: it says itself how what it leaves open is found."""
-    told = asked.recipe.model_dump(exclude_none=True)
-    if asked.method in services.baselines:  # what is left out takes its default
-        return {**told, "search": "none"}
-    return {"search": "auto", **told} if asked.method == AUTO else told
+def _recipe(services: Services, request: wire.TrainRequest) -> dict[str, Any]:
+    """The recipe as a job stores it; `search` says how the fields that it leaves open are chosen."""
+    recipe = request.recipe.model_dump(exclude_none=True)
+    if request.method in services.baselines:  # what is left out takes its default
+        return {**recipe, "search": "none"}
+    return {"search": "auto", **recipe} if request.method == AUTO else recipe
 
 
 async def current(services: Services, job_id: str) -> Job:
-    """A job as it is. One that is told to have succeeded can be asked at once: its version is known here by then."""
+    """Return a job. When it has succeeded, its version is known to this process before the client hears of it."""
 
     def read() -> Job:
         job = services.jobs.get(job_id)
@@ -178,8 +178,8 @@ async def current(services: Services, job_id: str) -> Job:
     return await asyncio.to_thread(read)
 
 
-def told(job: Job) -> wire.Job:
-    """A job in the wire's words; what only workers need stays out."""
+def to_wire(job: Job) -> wire.Job:
+    """Return a job as clients see it, without what only workers need."""
     return wire.Job(
         id=job.id,
         task=job.task,

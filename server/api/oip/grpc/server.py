@@ -83,8 +83,8 @@ class _LoggedCall:
 class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types
     """Finds each call's key before its message is read. Calls that are not in CALLS stay unimplemented."""
 
-    def __init__(self, narrowed: Callable[[Key | None], Services], ring: Authenticator) -> None:
-        self._narrowed, self._ring, self._messages = narrowed, ring, methods()
+    def __init__(self, narrowed: Callable[[Key | None], Services], authenticator: Authenticator) -> None:
+        self._narrowed, self._authenticator, self._messages = narrowed, authenticator, methods()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         service, _, name = details.method.removeprefix("/").partition("/")
@@ -109,11 +109,11 @@ class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
     async def _admitted(self, details: Any, need: scopes.Need) -> Key | None:
         """Raises Unauthenticated, Forbidden."""
         token = _bearer(details)
-        await self._ring.refresh()
+        await self._authenticator.refresh()
         key: Key | None = NOBODY
-        if self._ring.locked:
-            key = await self._ring.owner(token) if token else None
-        scopes.admit(key, need, details.method, given=token is not None)
+        if self._authenticator.locked:
+            key = await self._authenticator.owner(token) if token else None
+        scopes.require_need(key, need, details.method, given=token is not None)
         return key
 
 
@@ -171,15 +171,15 @@ class GrpcServer:
     """Made and run on one event loop. `port` 0 takes a free one; `start` tells which."""
 
     def __init__(
-        self, narrowed: Callable[[Key | None], Services], ring: Authenticator, settings: Settings, port: int
+        self, narrowed: Callable[[Key | None], Services], authenticator: Authenticator, settings: Settings, port: int
     ) -> None:
-        self._narrowed, self._ring, self._settings, self._port = narrowed, ring, settings, port
+        self._narrowed, self._authenticator, self._settings, self._port = narrowed, authenticator, settings, port
         self._server: Any = None
 
     async def start(self) -> int:
         """The port that it listens on. Raises OSError."""
         self._server = grpc.aio.server(
-            interceptors=[_AuthInterceptor(self._narrowed, self._ring)],
+            interceptors=[_AuthInterceptor(self._narrowed, self._authenticator)],
             maximum_concurrent_rpcs=self._settings.max_queue,
             options=[
                 ("grpc.so_reuseport", 0),  # a taken port is to be known, not shared

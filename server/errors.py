@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a caller, once: a status, a stable code and a sentence.
+"""All errors that a caller can get: a status, a stable code and a sentence.
 
     ServiceError
     ├── BadRequest 400        bad_request, bad_task_name, bad_image, bad_archive, bad_dataset, bad_bundle,
@@ -70,10 +70,6 @@ class NotFound(ServiceError):
     status, code = 404, "not_found"
 
 
-class MethodNotAllowed(ServiceError):
-    status, code = 405, "method_not_allowed"
-
-
 class Silent(ServiceError):
     status, code = 408, "upload_silent"
 
@@ -111,7 +107,7 @@ class Internal(ServiceError):
 
 
 class NotInstalled(ServiceError):
-    """What was asked for needs packages of an extra."""
+    """The request needs packages of an extra."""
 
     status, code = 501, "not_installed"
 

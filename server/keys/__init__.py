@@ -1,1 +1,1 @@
-"""API keys: who may ask for what, and how much of it."""
+"""API keys: what each may do, on which tasks, and how much of it."""

@@ -1,11 +1,11 @@
-"""The keys that are known at this moment, and whose a token is.
+"""From a token to its key, by a snapshot of all keys that is refreshed while the server runs.
 
-    token ─► seen before? ── yes ─► its key, if that still has the hash which the token matched
-                └─ no ─► its id ─► the key's hash ─► scrypt, one at a time ─► remembered under a keyed digest
+    token ─► verified before? ─ yes ─► its key, if that still has the hash which the token matched
+                └─ no ─► its id ─► the key's hash ─► scrypt, one at a time ─► cached under a keyed digest
 
-The store and the file are looked at again when what was read is older than FRESH_S, so that a revocation or a rotation
-holds everywhere within that time and without a restart. While the store is away the keys that were known go on, and who
-asks waits PATIENCE_S for it at most, once.
+Store and file are read again when the snapshot is older than FRESH_S, so that a revocation or a rotation takes effect
+everywhere within that time and without a restart. While the store is away the last snapshot stays valid; one request
+waits PATIENCE_S for the store, the others do not.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .store import KeyStore
 log = logging.getLogger(__name__)
 
 FRESH_S: Final = 1.0
-PATIENCE_S: Final = 2.0  # to look a host's name up alone may take many seconds when the host has gone
-MISS_S: Final = 0.1  # an id that is not known may have been made a moment ago
-REMEMBERED: Final = 10_000  # tokens that matched, and as many that did not
-WAITING: Final = 32  # tokens that wait for their scrypt; beyond that they are sent away
+PATIENCE_S: Final = 2.0  # the look-up of a host name alone may take many seconds when the host has gone
+MISS_S: Final = 0.1  # the age allowed for an unknown id, whose key may have just been created
+CACHED: Final = 10_000  # tokens that matched, and as many that did not
+WAITING: Final = 32  # tokens that may wait for scrypt; more get 429
 
 _Seen = OrderedDict[tuple[bytes, str], None]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """All keys by id, and those whose tokens the file tells by the tokens' digests."""
+class _Snapshot:
+    """All keys by id; and the ids of keys whose tokens the file holds, by the digest of the token."""
 
     keys: Mapping[str, Key] = field(default_factory=dict)
     tokens: Mapping[bytes, str] = field(default_factory=dict)
@@ -53,18 +53,18 @@ class Authenticator:
     def __init__(
         self, store: KeyStore, file: KeysFile | None = None, *, now: Callable[[], float] | None = None
     ) -> None:
-        """`now`: seconds since the epoch; otherwise a clock that, set back, lets no old token in again."""
+        """`now`: seconds since the epoch; by default a clock on which a token stays expired when it is set back."""
         self._store, self._file, self._now = store, file, now or WallClock().latest
-        self._known = _Known()
+        self._snapshot = _Snapshot()
         self._stamp: object = None
         self._listed: tuple[tuple[Key, str | None], ...] = ()
         self._pepper = secrets.token_bytes(32)
         self._read_at, self._failing = float("-inf"), False
         self._reading: asyncio.Task[None] | None = None
-        self._asked_at = float("-inf")
+        self._read_started = float("-inf")
         self._matched: _Seen = OrderedDict()
         self._refused: _Seen = OrderedDict()
-        self._one_at_a_time, self._waiting = asyncio.Lock(), 0
+        self._scrypt_lock, self._waiting = asyncio.Lock(), 0
         self._warned: set[str] = set()
         self.locked = False  # there are or have been keys: from then on every request needs one
 
@@ -78,71 +78,71 @@ class Authenticator:
         self._store.close()
 
     async def owner(self, token: str) -> Key | None:
-        """The key whose token this is, or None. Raises QueueFull rate_limited when too many strange tokens come."""
+        """Return the token's key, or None. Raises QueueFull (rate_limited) when too many unknown tokens arrive."""
         await self.refresh()
         if not token.isascii():
-            return None  # no token is, and not every text can be hashed
+            return None  # tokens are ASCII, and not every other text can be encoded
         digest = self._digest(token)
-        key_id = self._known.tokens.get(digest) or id_of(token)
-        if key_id not in self._known.keys:
+        key_id = self._snapshot.tokens.get(digest) or id_of(token)
+        if key_id not in self._snapshot.keys:
             await self.refresh(MISS_S)
-            key_id = self._known.tokens.get(digest) or id_of(token)
-        key = self._known.keys.get(key_id or "")
+            key_id = self._snapshot.tokens.get(digest) or id_of(token)
+        key = self._snapshot.keys.get(key_id or "")
         if key is None or key.ended(self._now()):
             return None
-        if self._known.tokens.get(digest) == key.id or await self._matches(token, digest, key):
+        if self._snapshot.tokens.get(digest) == key.id or await self._matches(token, digest, key):
             return key
         return None
 
     def weight(self, tenant: str) -> float:
-        """The tenant's share of a busy engine, in proportion to others': the largest that a key of it sets, else 1."""
-        return self._known.weights.get(tenant, 1.0)
+        """Return the tenant's weight in a busy engine: the largest that one of its keys sets, else 1."""
+        return self._snapshot.weights.get(tenant, 1.0)
 
     # --- one token --------------------------------------------------------------------------------------------------
 
     async def _matches(self, token: str, digest: bytes, key: Key) -> bool:
-        for kept in key.hashes(self._now()):
-            if kept and await self._gives(token, digest, kept):
+        for stored_hash in key.hashes(self._now()):
+            if stored_hash and await self._has_hash(token, digest, stored_hash):
                 return True
         return False
 
-    async def _gives(self, token: str, digest: bytes, kept: str) -> bool:
-        if (known := self._remembered(digest, kept)) is not None:
+    async def _has_hash(self, token: str, digest: bytes, stored_hash: str) -> bool:
+        if (known := self._cached_result(digest, stored_hash)) is not None:
             return known
         if self._waiting >= WAITING:
             detail = "too many API keys are being checked for the first time; try again"
             raise QueueFull(detail, code="rate_limited")
         self._waiting += 1
         try:
-            async with self._one_at_a_time:  # a guess costs one core for its time, however many come
-                if (known := self._remembered(digest, kept)) is not None:
+            async with self._scrypt_lock:  # guesses take one core, however many arrive
+                if (known := self._cached_result(digest, stored_hash)) is not None:
                     return known
-                true = await asyncio.to_thread(matches, token, kept)
+                matched = await asyncio.to_thread(matches, token, stored_hash)
         finally:
             self._waiting -= 1
-        seen = self._matched if true else self._refused
-        seen[digest, kept] = None
-        if len(seen) > REMEMBERED:
+        seen = self._matched if matched else self._refused
+        seen[digest, stored_hash] = None
+        if len(seen) > CACHED:
             seen.popitem(last=False)
-        return true
+        return matched
 
-    def _remembered(self, digest: bytes, kept: str) -> bool | None:
-        """Whether this token gives this hash, where that is known; under a digest that means nothing elsewhere."""
+    def _cached_result(self, digest: bytes, stored_hash: str) -> bool | None:
+        """Whether the token has this hash, where that was computed before; by a digest that is useless elsewhere."""
         for seen, answer in ((self._matched, True), (self._refused, False)):
-            if (digest, kept) in seen:
-                seen.move_to_end((digest, kept))
+            if (digest, stored_hash) in seen:
+                seen.move_to_end((digest, stored_hash))
                 return answer
         return None
 
     # --- all keys ---------------------------------------------------------------------------------------------------
 
     async def refresh(self, max_age_s: float = FRESH_S) -> None:
-        """See that what is known is no older. A store that failed or hangs is asked again, but not waited for."""
+        """Make the snapshot at most `max_age_s` old. A store that failed or hangs is read again, but not waited for."""
         if time.monotonic() - self._read_at <= max_age_s:
             return
         if self._reading is None or self._reading.done():
-            self._reading, self._asked_at = asyncio.create_task(self._read()), time.monotonic()
-        reading, left_s = self._reading, self._asked_at + PATIENCE_S - time.monotonic()
+            self._reading, self._read_started = asyncio.create_task(self._read()), time.monotonic()
+        reading, left_s = self._reading, self._read_started + PATIENCE_S - time.monotonic()
         if not self._failing and left_s > 0:
             await asyncio.wait([reading], timeout=left_s)
             if reading.done():
@@ -155,33 +155,33 @@ class Authenticator:
             self._take(await asyncio.to_thread(self._store.list))
         except ServiceError as error:
             if not self._failing:
-                log.error("%s; the keys that are known go on", error.detail)
+                log.error("%s; the keys of the last read stay valid", error.detail)
             self._failing = True
         else:
             self._failing = False
         self._read_at = asked_at
 
     def _read_file(self) -> None:
-        """A file that cannot be used changes nothing: a secret that is half written must lock nobody out."""
+        """A file that cannot be parsed changes nothing: one that is half written must lock no client out."""
         if self._file is None or (stamp := self._file.stamp()) == self._stamp:
             return
         try:
             self._listed = tuple(self._file.read())
             log.info("read the keys file again: %d keys", len(self._listed))
         except BadKeysFile as error:
-            log.error("%s; the keys that it held before go on", error)
+            log.error("%s; the keys that the file held before stay valid", error)
         self._stamp = stamp
 
     def _take(self, stored: list[Key]) -> None:
-        """The file's word counts where both have a key of one id."""
+        """Take a snapshot. Where store and file have a key of the same id, the file's counts."""
         keys = {key.id: key for key in stored} | {key.id: key for key, _ in self._listed}
         tokens = {self._digest(token): key.id for key, token in self._listed if token is not None}
-        self._known = _Known(keys, tokens, _weights(keys.values(), self._now()))
+        self._snapshot = _Snapshot(keys, tokens, _weights(keys.values(), self._now()))
         self._warn(keys.values())
         self.locked = self.locked or bool(keys) or self._file is not None
 
     def _warn(self, keys: Iterable[Key]) -> None:
-        """Once of each key whose prefix two tenants may share without knowing."""
+        """Warn once of each key whose prefix may cover another tenant's names."""
         for key in keys:
             if key.open_ended and key.id not in self._warned:
                 self._warned.add(key.id)
@@ -192,8 +192,8 @@ class Authenticator:
 
 
 def _weights(keys: Iterable[Key], now: float) -> dict[str, float]:
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for key in keys:
         if key.allowance.weight is not None and not key.ended(now):
-            found[key.tasks] = max(found.get(key.tasks, 0.0), key.allowance.weight)
-    return found
+            weights[key.tasks] = max(weights.get(key.tasks, 0.0), key.allowance.weight)
+    return weights

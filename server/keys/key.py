@@ -1,6 +1,6 @@
-"""An API key: who may do what, to which tasks, and how much of it. Its token is told once and kept as a hash.
+"""An API key: scopes, the tasks that it covers, and limits. Its token is shown once and stored as a hash.
 
-    lr_<id>_<secret>        what a client sends; the id is public and finds the record, the secret proves it
+    lr_<id>_<secret>        a client's token; the id is public and finds the record, the secret proves it
 
 A key sees what its `tasks` prefix covers: tasks by their names, jobs by their tasks, and data sets and uploads by the
 prefix of the key that stored them. Keys with the same prefix therefore share all of it, and the empty
@@ -41,7 +41,7 @@ TaskPrefix = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
 
 
 class Allowance(BaseModel):
-    """How much a key may take; None sets no limit. `weight` is its tenant's, where tenants wait for each other."""
+    """A key's limits; None sets none. `weight`: its tenant's share of a busy engine, in proportion to others'."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,7 +52,7 @@ class Allowance(BaseModel):
 
 
 class Key(BaseModel):
-    """One key as it is kept. Times are seconds since the epoch; the old hash holds until `old_until`."""
+    """A key as it is stored. Times are seconds since the epoch; the old hash is valid until `old_until`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,23 +74,19 @@ class Key(BaseModel):
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
 
-    def covers(self, name: str) -> bool:
-        """Whether a task, or what was stored under a prefix, is this key's."""
-        return name.startswith(self.tasks)
-
     @property
     def open_ended(self) -> bool:
-        """Whether its prefix may end within a word: `a` covers what begins with `ab-`, which may be somebody else's."""
+        """Whether its prefix may end within a word: `a` covers names like `ab-1`, which may be another tenant's."""
         return bool(self.tasks) and self.tasks[-1] not in SEPARATORS
 
     def hashes(self, now: float) -> tuple[str, ...]:
-        """What a token may match at this moment."""
+        """Return the hashes that a token may match at `now`."""
         if self.ended(now):
             return ()
         return (self.hash, self.old_hash) if self.old_hash and now < self.old_until else (self.hash,)
 
 
-# Everybody, as long as there are no keys.
+# The key of every request while the server has no keys.
 NOBODY: Final = Key(id="nobody", scopes=frozenset(SCOPES))
 
 
@@ -103,26 +99,26 @@ def new_token(key_id: str) -> str:
 
 
 def id_of(token: str) -> str | None:
-    """The public half of a token that was made here; None for anything else."""
-    found = _TOKEN.fullmatch(token)
-    return found[1] if found else None
+    """Return the public half of a token of this server's form; None for any other text."""
+    parts = _TOKEN.fullmatch(token)
+    return parts[1] if parts else None
 
 
 def hashed(token: str) -> str:
-    """`scrypt:log2 n:r:p:salt:hash`, with a salt of its own. Takes its time, and should: call it in a thread."""
+    """Return `scrypt:log2 n:r:p:salt:hash`, with a fresh salt. Slow on purpose: call it in a thread."""
     salt = secrets.token_bytes(16)
     digest = _scrypt(token, salt, LOG_N, _R, _P)
     return f"scrypt:{LOG_N}:{_R}:{_P}:{_text(salt)}:{_text(digest)}"
 
 
-def matches(token: str, kept: str) -> bool:
-    """Whether a token gives this hash, compared in constant time. Takes its time: call it in a thread."""
-    found = _HASH.fullmatch(kept)
-    if found is None:
+def matches(token: str, stored_hash: str) -> bool:
+    """Whether a token has this hash, compared in constant time. Slow on purpose: call it in a thread."""
+    parts = _HASH.fullmatch(stored_hash)
+    if parts is None:
         return False
     try:
-        salt, expected = (base64.urlsafe_b64decode(found[place]) for place in (4, 5))
-        got = _scrypt(token, salt, *(int(found[place]) for place in (1, 2, 3)))
+        salt, expected = (base64.urlsafe_b64decode(parts[place]) for place in (4, 5))
+        got = _scrypt(token, salt, *(int(parts[place]) for place in (1, 2, 3)))
     except (binascii.Error, ValueError, TypeError, OverflowError):  # parameters beyond what is allowed
         return False
     return hmac.compare_digest(got, expected)

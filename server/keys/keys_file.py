@@ -4,7 +4,7 @@
     {"id": "ops", "scopes": ["admin"], "hash": "scrypt:14:8:1:…"}                 or the hash of one that was made here
 
 Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`, `weight`, and `expires_at`, such as "2027-01-31T00:00:00Z".
-Empty lines and those that begin with # say nothing.
+Empty lines and lines that begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_TOKEN: Final = 20
 
 
 class BadKeysFile(ValueError):
-    """The file cannot be used. The message names the line, never what stands in it."""
+    """The file cannot be used. The message names the line, never its contents."""
 
 
 class _Line(Allowance):
@@ -43,20 +43,20 @@ class KeysFile:
         self._path = path
 
     def stamp(self) -> object:
-        """Changes when the file does, also where it is a link that is moved; None where it cannot be read."""
+        """Return a value that changes with the file, also when a link is moved; None where it cannot be read."""
         try:
-            told = os.stat(self._path)
+            stat = os.stat(self._path)
         except OSError:
             return None
-        return told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def read(self) -> list[tuple[Key, str | None]]:
-        """Each key, with its token where the file holds that. Raises BadKeysFile."""
-        found = [*self._lines()]
-        ids = [key.id for key, _ in found]
-        if twice := sorted({one for one in ids if ids.count(one) > 1}):
+        """Return each key, with its token where the file holds that. Raises BadKeysFile."""
+        keys = [*self._lines()]
+        ids = [key.id for key, _ in keys]
+        if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
             raise BadKeysFile(f"LENSRACK_KEYS_FILE: expected each id once, got {twice[0]!r} twice")
-        return found
+        return keys
 
     def _lines(self) -> Iterator[tuple[Key, str | None]]:
         for number, text in enumerate(self._text().splitlines(), start=1):
@@ -78,14 +78,14 @@ def _key(text: str, number: int) -> tuple[Key, str | None]:
     try:
         line = _Line.model_validate_json(text)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, found["loc"])) or "line"
-        raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: {where}: {found['msg']}") from None
+        finding = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, finding["loc"])) or "line"
+        raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: {where}: {finding['msg']}") from None
     if (line.token is None) == (line.hash is None):
         raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: expected either a token or a hash")
     if line.hash is not None and not is_hash(line.hash):
-        raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: hash: expected scrypt:…, as `keys create` tells it")
-    kept = {name: getattr(line, name) for name in Allowance.model_fields}
+        raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: hash: expected scrypt:…, as `keys create` prints it")
+    limits = {name: getattr(line, name) for name in Allowance.model_fields}
     key = Key(
         id=line.id,
         name=line.name,
@@ -93,6 +93,6 @@ def _key(text: str, number: int) -> tuple[Key, str | None]:
         tasks=line.tasks,
         hash=line.hash or "",
         expires_at=line.expires_at.timestamp() if line.expires_at else None,
-        allowance=Allowance(**kept),
+        allowance=Allowance(**limits),
     )
     return key, line.token

@@ -1,8 +1,8 @@
-"""How much a key has taken: images a second and jobs a day, by the `limits` library, in memory or in Redis.
+"""Rate limits by key: images per second and jobs per day, by the `limits` library, in memory or in Redis.
 
-Images are counted over a minute, so a key may take a minute's worth at once. Several servers on one Redis count
-together. While Redis is away nobody is refused: predictions outlive it, and a limit is no lock. A Redis that hangs is
-waited for once, and then not asked until it has answered.
+Images are counted over a minute, so a key may use a minute's worth at once. Several servers on one Redis count
+together. While Redis is away no request is refused: predictions outlive it. A Redis that hangs is waited for once, and
+then not used until it has answered.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .key import Key
 log = logging.getLogger(__name__)
 
 TIMEOUT_S: Final = 1.0
-PATIENCE_S: Final = 2.0  # TIMEOUT_S is for each step of the way, and not for looking the host's name up
+PATIENCE_S: Final = 2.0  # for a whole call; TIMEOUT_S is for each of its steps, without the look-up of the host name
 WINDOW_S: Final = 60
 
 
@@ -43,7 +43,9 @@ class Meter:
             return
         most = max(1, round(rate * WINDOW_S))
         if not await self._taken(RateLimitItemPerMinute(most), "images", key.id, count):
-            detail = f"this key may send {rate:g} images a second, {most} in a minute; {count} more are too many now"
+            detail = (
+                f"this key may send {rate:g} images a second, {most} in a minute; {count} more exceed the limit now"
+            )
             wait_s = await self._wait_s(RateLimitItemPerMinute(most), "images", key.id)
             raise QueueFull(detail, code="rate_limited", retry_after_s=wait_s)
 
@@ -54,7 +56,7 @@ class Meter:
             return
         if most == 0 or not await self._taken(RateLimitItemPerDay(most), "jobs", key.id, 1):
             wait_s = await self._wait_s(RateLimitItemPerDay(max(1, most)), "jobs", key.id)
-            detail = f"this key may start {most} jobs in 24 hours and has"
+            detail = f"this key may start {most} jobs in 24 hours, and has started them"
             raise QueueFull(detail, code="quota_exceeded", retry_after_s=wait_s)
 
     async def _taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
@@ -62,10 +64,10 @@ class Meter:
             return self._limiter.hit(item, what, key_id, cost=cost)
         if self._late is not None and not self._late.done():
             return True
-        asked = asyncio.create_task(self._shared_taken(item, what, key_id, cost))
-        if (await asyncio.wait([asked], timeout=PATIENCE_S))[0]:
-            return asked.result()
-        self._late = asked
+        call = asyncio.create_task(self._shared_taken(item, what, key_id, cost))
+        if (await asyncio.wait([call], timeout=PATIENCE_S))[0]:
+            return call.result()
+        self._late = call
         return True
 
     async def _shared_taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:

@@ -1,4 +1,4 @@
-"""The key store: what every backend promises. `tests/keys/test_key_store.py` holds each of them to it."""
+"""The key store's contract, which `tests/keys/test_key_store.py` holds every backend to."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ Keys = list[Key]  # inside the store `list` is a verb
 
 
 class KeyStore(Protocol):
-    """Safe for threads and processes; a change is whole and durable on return. Revoked keys stay: that there was one is
-    what keeps a server from being open again. Raises `Unavailable` store_unavailable or `DiskFull` when it fails."""
+    """Safe for threads and processes; a change is whole and durable on return. Revoked keys stay, so that a server that
+    had keys never becomes open again. Raises `Unavailable` (store_unavailable) or `DiskFull` when it fails."""
 
     def add(self, key: Key) -> None:
         """Raises `Conflict` key_exists."""
 
     def change(self, key_id: str, become: Callable[[Key], Key]) -> Key:
-        """What `become`, which may be called several times, makes of the key, atomically. `NotFound` key_not_found."""
+        """Replace the key by `become(key)` atomically and return it. `become` may be called several times. Raises
+        `NotFound` key_not_found."""
 
     def list(self) -> Keys:
-        """All of them, oldest first."""
+        """Return all keys, oldest first."""
 
     def close(self) -> None: ...
 

@@ -8,7 +8,7 @@ from .store import KeyStore
 
 
 def open_keys(url: str) -> KeyStore:
-    """`sqlite://FILE`, `redis://…` or `rediss://…`. Raises ValueError. Nothing is made or connected yet."""
+    """Return the store of `sqlite://FILE`, `redis://…` or `rediss://…`. Connects to nothing yet. Raises ValueError."""
     scheme, separator, rest = url.partition("://")
     if scheme == "sqlite" and rest:
         from .sqlite_store import SqliteKeyStore

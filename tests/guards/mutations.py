@@ -153,7 +153,7 @@ MUTATIONS = (
     Mutation(
         "A client that leaves while its picture is decoded keeps nothing",
         "server/api/routes/predict.py",
-        "            own.cancel()\n",
+        "            task.cancel()\n",
         "            pass\n",
         "tests/api/test_overload.py::test_who_leaves_takes_the_row_along",
     ),

@@ -1,9 +1,9 @@
-"""The body of an inference over HTTP: JSON, and behind it the bytes of tensors that are not in the JSON.
+"""The body of an inference over HTTP: JSON, then the bytes of tensors that are not in the JSON.
 
     {"inputs": [{"name", "shape", "datatype", "parameters": {"binary_data_size": 9}}], …} 0x01 0x02 …
     └───────────── Inference-Header-Content-Length ──────────────────────────────────────┘└── 9 ────
 
-The tensors' bytes lie in the order of the inputs. What is told of their sizes must be what is there, to the byte.
+The tensors' bytes are in the order of the inputs. Their declared sizes must match the body to the byte.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Parameters = dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | list[A
 
 
 class _Part(BaseModel):
-    """Members and parameters that we do not know are nobody's mistake: the protocol is extended by them."""
+    """Unknown members and parameters are ignored, as extensions of the protocol add them."""
 
     model_config = ConfigDict(extra="ignore")
 
     parameters: Parameters = {}
 
     def whole(self, name: str) -> int:
-        """A parameter that is a number, 0 where it is left out. Raises Unprocessable."""
+        """Return a parameter that is a whole number, 0 where it is left out. Raises Unprocessable."""
         value = self.parameters.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise Unprocessable(f"parameters.{name}: expected a whole number of 0 or more, got {str(value)[:40]}")
@@ -76,12 +76,12 @@ class _Request(_Part):
 class ParsedRequest:
     id: str
     images: list[Image]
-    wanted: list[OutputRequest]
+    outputs: list[OutputRequest]
     timeout_us: int
 
 
 def inflated(body: bytes, encoding: str, cap: int) -> bytes:
-    """A body as it was before it was compressed. Raises UnsupportedMedia, BadRequest, TooLarge."""
+    """Return a body decompressed. Raises UnsupportedMedia, BadRequest, TooLarge."""
     if encoding not in _INFLATED:
         raise UnsupportedMedia(f"Content-Encoding: expected gzip or deflate, got {encoding[:40]!r}")
     unpacking = zlib.decompressobj(_INFLATED[encoding])
@@ -97,62 +97,63 @@ def inflated(body: bytes, encoding: str, cap: int) -> bytes:
 
 
 def header_length(headers: Headers, body: bytes) -> int:
-    """How many bytes of the body are JSON. Raises BadRequest."""
-    told = headers.get(LENGTH)
-    if told is None:
+    """Return how many bytes of the body are JSON. Raises BadRequest."""
+    header = headers.get(LENGTH)
+    if header is None:
         return len(body)
-    if not (told.isascii() and told.isdecimal() and len(told) < 19) or int(told) > len(body):
-        raise BadRequest(f"{LENGTH}: expected a number up to the body's {len(body)} bytes, got {told[:40]!r}")
-    return int(told)
+    if not (header.isascii() and header.isdecimal() and len(header) < 19) or int(header) > len(body):
+        raise BadRequest(f"{LENGTH}: expected a number up to the body's {len(body)} bytes, got {header[:40]!r}")
+    return int(header)
 
 
 def parse(body: bytes, length: int, max_images: int) -> ParsedRequest:
     """`length`: of the JSON. Raises BadRequest, Unprocessable."""
-    asked = problems.parse_json(_Request, body[:length])
-    given = _given(asked.inputs, memoryview(body)[length:])
-    wanted = _wanted(asked)
-    check_outputs(wanted)
-    return ParsedRequest(asked.id, images(given, max_images), wanted, asked.whole("timeout"))
+    request = problems.parse_json(_Request, body[:length])
+    tensors = _input_tensors(request.inputs, memoryview(body)[length:])
+    outputs = _output_requests(request)
+    check_outputs(outputs)
+    return ParsedRequest(request.id, images(tensors, max_images), outputs, request.whole("timeout"))
 
 
-def _given(told: Sequence[_Input], raw: memoryview) -> list[InputTensor]:
-    found, at = [], 0
-    for one in told:
-        one.check_shared_memory()
-        mine = None
-        if "binary_data_size" in one.parameters:
-            size = one.whole("binary_data_size")
+def _input_tensors(inputs: Sequence[_Input], raw: memoryview) -> list[InputTensor]:
+    tensors, at = [], 0
+    for entry in inputs:
+        entry.check_shared_memory()
+        data = None
+        if "binary_data_size" in entry.parameters:
+            size = entry.whole("binary_data_size")
             if size > len(raw) - at:
                 detail = f"binary_data_size is {size}, {len(raw) - at} bytes are left of the body"
-                raise BadRequest(f"input {one.name[:100]!r}: {detail}")
-            mine, at = raw[at : at + size], at + size
-        found.append(InputTensor(one.name, one.datatype, tuple(one.shape), mine, one.data))
+                raise BadRequest(f"input {entry.name[:100]!r}: {detail}")
+            data, at = raw[at : at + size], at + size
+        tensors.append(InputTensor(entry.name, entry.datatype, tuple(entry.shape), data, entry.data))
     if at != len(raw):
-        raise BadRequest(f"expected {at} bytes behind the JSON, as the inputs say, got {len(raw)}")
-    return found
+        raise BadRequest(f"expected {at} bytes after the JSON, as the inputs say, got {len(raw)}")
+    return tensors
 
 
-def _wanted(asked: _Request) -> list[OutputRequest]:
-    binary = asked.flag("binary_data_output", False)
-    if not asked.outputs:
+def _output_requests(request: _Request) -> list[OutputRequest]:
+    binary = request.flag("binary_data_output", False)
+    if not request.outputs:
         return [OutputRequest(name, binary=binary) for name in OUTPUTS]
-    for one in asked.outputs:
-        one.check_shared_memory()
+    for output in request.outputs:
+        output.check_shared_memory()
     return [
-        OutputRequest(one.name, one.whole("classification"), one.flag("binary_data", binary)) for one in asked.outputs
+        OutputRequest(output.name, output.whole("classification"), output.flag("binary_data", binary))
+        for output in request.outputs
     ]
 
 
-def respond(about: dict[str, Any], told: Sequence[OutputTensor], headers: dict[str, str]) -> Response:
-    """`about`: the members of the answer beside its outputs."""
-    raw = [one.raw() if one.binary else b"" for one in told]
-    outputs = [_listed(one, len(bytes_)) for one, bytes_ in zip(told, raw, strict=True)]
-    head = json.dumps({**about, "outputs": outputs}, ensure_ascii=False).encode()
-    if not any(one.binary for one in told):
+def respond(members: dict[str, Any], tensors: Sequence[OutputTensor], headers: dict[str, str]) -> Response:
+    """Return the response. `members`: of its JSON, beside the outputs."""
+    raw = [tensor.raw() if tensor.binary else b"" for tensor in tensors]
+    outputs = [_output(tensor, len(bytes_)) for tensor, bytes_ in zip(tensors, raw, strict=True)]
+    head = json.dumps({**members, "outputs": outputs}, ensure_ascii=False).encode()
+    if not any(tensor.binary for tensor in tensors):
         return Response(head, 200, headers, "application/json")
     return Response(b"".join((head, *raw)), 200, {**headers, LENGTH: str(len(head))}, "application/octet-stream")
 
 
-def _listed(one: OutputTensor, size: int) -> dict[str, Any]:
-    told = {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
-    return {**told, "parameters": {"binary_data_size": size}} if one.binary else {**told, "data": one.data()}
+def _output(tensor: OutputTensor, size: int) -> dict[str, Any]:
+    output = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+    return {**output, "parameters": {"binary_data_size": size}} if tensor.binary else {**output, "data": tensor.data()}

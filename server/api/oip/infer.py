@@ -1,4 +1,4 @@
-"""One inference in the protocol's terms: model and version are a task and one of its versions, however they came."""
+"""One inference of the protocol, over HTTP or gRPC: model and version are a task and one of its versions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MICROSECONDS: Final = 1e6  # in a second: the unit of the parameter `timeout`
 
 @dataclass(frozen=True)
 class InferRequest:
-    """`wanted`: nothing means all outputs. `timeout_us`: the client's, 0 for none. `key` chooses a canary's side."""
+    """`outputs`: empty for all. `timeout_us`: the client's, 0 for none. `key` chooses a canary's side."""
 
     ref: Ref
     images: Sequence[Image]
-    wanted: Sequence[tensors.OutputRequest]
+    outputs: Sequence[tensors.OutputRequest]
     timeout_us: int
     key: str
 
@@ -35,18 +35,18 @@ def ref(model: str, version: str = "") -> Ref:
 
 
 def timeout_s(services: Services, timeout_us: int) -> float:
-    """A client cannot wait longer than the server lets any."""
+    """Return the client's timeout, at most the server's."""
     most = services.settings.request_timeout_s
     return min(most, timeout_us / MICROSECONDS) if timeout_us > 0 else most
 
 
-async def answer(services: Services, asked: InferRequest) -> Outputs:
+async def answer(services: Services, request: InferRequest) -> Outputs:
     """Raises ServiceError kinds and the store's errors, as `Predictor.predict`."""
-    await services.meter.images(services.key, len(asked.images))
+    await services.meter.images(services.key, len(request.images))
     return await services.predictor.outputs(
-        asked.ref,
-        asked.images,
-        key=asked.key,
+        request.ref,
+        request.images,
+        key=request.key,
         tenant=services.tenant,
-        timeout_s=timeout_s(services, asked.timeout_us),
+        timeout_s=timeout_s(services, request.timeout_us),
     )

@@ -1,8 +1,7 @@
-"""What the protocol asks of models: a task is a model, and every stored version of it can be asked.
+"""The protocol's models: a task is a model, and all its stored versions answer.
 
-Nothing has to be loaded before it answers: a version that is not on the device gets there when somebody asks. So a
-model is ready when it exists, `load` only spares its first request the wait, and `unload` frees memory without putting
-the model out of service.
+No version has to be loaded before it answers: the first request loads it. So a model is ready when it exists, `load`
+only spares its first request the wait, and `unload` frees memory without putting the model out of service.
 """
 
 from __future__ import annotations
@@ -45,18 +44,18 @@ async def metadata(services: Services, ref: Ref) -> dict[str, Any]:
         "name": ref.task,
         "versions": [info.version for info in versions],
         "platform": PLATFORM,
-        "inputs": _listed(tensors.inputs(manifest.preprocess.size)),
-        "outputs": _listed(tensors.outputs(len(manifest.labels))),
+        "inputs": _specs(tensors.inputs(manifest.preprocess.size)),
+        "outputs": _specs(tensors.outputs(len(manifest.labels))),
     }
 
 
 async def index(services: Services) -> list[dict[str, str]]:
-    """Every version of every task; the key's own."""
+    """Return every version of every task that the key covers."""
     return await asyncio.to_thread(_index, services.store)
 
 
 async def load(services: Services, ref: Ref, parameters: object) -> None:
-    """Make what is live resident before anybody asks for it. Raises Unprocessable for a configuration."""
+    """Load the live version ahead of its first request. Raises Unprocessable for parameters."""
     if parameters:
         raise Unprocessable("parameters: expected none, models come from the store with all that belongs to them")
     version = await residency.one_version(services, ref)
@@ -69,16 +68,16 @@ async def unload(services: Services, task: str) -> None:
         await services.residency.unload(task, info.version)
 
 
-def _listed(forms: dict[str, tensors.TensorSpec]) -> list[dict[str, Any]]:
+def _specs(forms: dict[str, tensors.TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": form.datatype, "shape": list(form.shape)} for name, form in forms.items()]
 
 
 def _index(store: stored.Store) -> list[dict[str, str]]:
-    found = []
+    versions_ = []
     for task in store.tasks():
         try:
             versions = store.versions(task)
         except stored.TaskNotFound:
             continue  # deleted since the list was read
-        found += [{"name": task, "version": info.version, "state": READY, "reason": ""} for info in versions]
-    return found
+        versions_ += [{"name": task, "version": info.version, "state": READY, "reason": ""} for info in versions]
+    return versions_

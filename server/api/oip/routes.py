@@ -1,7 +1,7 @@
 """The Open Inference Protocol over HTTP, at /v2: see https://github.com/kserve/open-inference-protocol.
 
-Triton's extensions for binary tensors, classification and the model repository are spoken as well. `docs/howto-oip.md`
-is the page for who asks, `server.api.oip.grpc` the same over gRPC.
+Triton's extensions for binary tensors, classification and the model repository are supported. `docs/howto-oip.md`
+is the page for clients, `server.api.oip.grpc` the same over gRPC.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.serving.resolver import Ref
 
 from . import body, infer, models, tensors
 
-INLINE_BYTES: Final = 64 * 1024  # a shorter JSON is read where it comes; a longer one in a thread
+INLINE_BYTES: Final = 64 * 1024  # a shorter JSON is parsed on the event loop, a longer one in a thread
 PARSING: Final = 2  # of the long ones at once: a list of numbers takes ten times the memory of its text
 
 _ERROR: Final[dict[int | str, dict[str, Any]]] = {
@@ -83,8 +83,8 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready", response_model=dict[str, bool])
 async def ready(services: ServicesOf) -> Response:
     """Predictions can be answered; otherwise 503."""
-    told = await asyncio.to_thread(services.ready)
-    return JSONResponse({"ready": told.ready}, 200 if told.ready else 503)
+    state = await asyncio.to_thread(services.ready)
+    return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -129,15 +129,15 @@ async def version_infer(request: Request, services: ServicesOf, ref: Version) ->
 
 
 async def _infer(request: Request, services: Services, ref: Ref) -> Response:
-    asked = await _read(request, services)
+    parsed = await _read(request, services)
     key = request.headers.get("Lensrack-Key") or request_id(request)
-    question = infer.InferRequest(ref, asked.images, asked.wanted, asked.timeout_us, key)
-    found = await predict.unless_gone(request, infer.answer(services, question))
-    about: dict[str, Any] = {"model_name": ref.task, "model_version": found.version}
-    if asked.id:
-        about["id"] = asked.id
-    headers = {**predict.server_timing(found.timings), "Lensrack-Version": found.version}
-    return body.respond(about, tensors.output_tensors(found, asked.wanted), headers)
+    inference = infer.InferRequest(ref, parsed.images, parsed.outputs, parsed.timeout_us, key)
+    outputs = await predict.unless_gone(request, infer.answer(services, inference))
+    members: dict[str, Any] = {"model_name": ref.task, "model_version": outputs.version}
+    if parsed.id:
+        members["id"] = parsed.id
+    headers = {**predict.server_timing(outputs.timings), "Lensrack-Version": outputs.version}
+    return body.respond(members, tensors.output_tensors(outputs, parsed.outputs), headers)
 
 
 async def _read(request: Request, services: Services) -> body.ParsedRequest:
@@ -178,9 +178,9 @@ async def unload(services: ServicesOf, task: params.TaskOf) -> Response:
 async def _parameters(request: Request) -> object:
     text = await request.body()
     try:
-        told = json.loads(text) if text else {}
+        members = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:
         raise BadRequest("expected a JSON body, got something else") from error
-    if not isinstance(told, dict):
-        raise BadRequest(f"expected a JSON object, got {type(told).__name__}")
-    return told.get("parameters")
+    if not isinstance(members, dict):
+        raise BadRequest(f"expected a JSON object, got {type(members).__name__}")
+    return members.get("parameters")

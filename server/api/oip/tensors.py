@@ -1,8 +1,8 @@
-"""Tensors in and out, whichever way they travel: as raw bytes (little-endian, row-major) or as lists of values.
+"""Tensors in and out, as raw bytes (little-endian, row-major) or as lists of values.
 
     image   BYTES [N]            encoded pictures: files in raw bytes, base64 text in JSON
     pixels  UINT8 [N, H, W, 3]   decoded pictures of any size, cut as encoded ones are
-    tensor  FP32  [N, 3, S, S]   what the network takes, normalised by whoever sends it
+    tensor  FP32  [N, 3, S, S]   what the network takes, normalised by the client
                                              one of these ─► images ─► predictor ─► outputs
     logits, probabilities  FP32 [N, C]       label  BYTES [N], the best of each picture
 
@@ -61,7 +61,7 @@ OUTPUTS: Final = tuple(outputs(-1))
 
 @dataclass(frozen=True)
 class InputTensor:
-    """An input as it came: `raw`, or `data`, flat or nested as the shape says."""
+    """An input of a request: `raw` bytes, or `data`, flat or nested as the shape says."""
 
     name: str
     datatype: str
@@ -70,55 +70,58 @@ class InputTensor:
     data: Sequence[Any] | None = None
 
 
-def images(given: Sequence[InputTensor], max_images: int) -> list[Image]:
-    """The pictures of a request. Raises BadRequest where bytes and shape disagree, Unprocessable for a wrong input."""
-    if len(given) != 1:
-        raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {len(given)} inputs")
-    [one] = given
-    _check(one, max_images)
-    if (one.raw is None) == (one.data is None):
-        how = "no data" if one.raw is None else "data twice, as values and as bytes"
-        raise BadRequest(f"input {one.name!r}: expected its data once, got {how}")
-    return _READERS[one.datatype](one)
+def images(tensors: Sequence[InputTensor], max_images: int) -> list[Image]:
+    """Return a request's images. Raises BadRequest where bytes and shape disagree, Unprocessable for a wrong input."""
+    if len(tensors) != 1:
+        raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {len(tensors)} inputs")
+    [tensor] = tensors
+    _check(tensor, max_images)
+    if (tensor.raw is None) == (tensor.data is None):
+        how = "no data" if tensor.raw is None else "data twice, as values and as bytes"
+        raise BadRequest(f"input {tensor.name!r}: expected its data once, got {how}")
+    return _READERS[tensor.datatype](tensor)
 
 
-def _check(one: InputTensor, max_images: int) -> None:
-    name = one.name[:100]
-    if one.name not in INPUTS:
+def _check(tensor: InputTensor, max_images: int) -> None:
+    name = tensor.name[:100]
+    if tensor.name not in INPUTS:
         raise Unprocessable(f"inputs: expected one of {', '.join(INPUTS)}, got {name!r}")
-    expected, form = INPUTS[one.name], inputs(-1)[one.name]
-    if one.datatype != expected:
-        raise Unprocessable(f"input {name!r}: expected datatype {expected}, got {one.datatype[:20]!r}")
-    shape = one.shape[:1] if one.datatype == "BYTES" and one.shape[1:] == (1,) else one.shape  # batches of one element
+    expected, form = INPUTS[tensor.name], inputs(-1)[tensor.name]
+    if tensor.datatype != expected:
+        raise Unprocessable(f"input {name!r}: expected datatype {expected}, got {tensor.datatype[:20]!r}")
+    single = tensor.datatype == "BYTES" and tensor.shape[1:] == (1,)  # a batch of one-element lists
+    shape = tensor.shape[:1] if single else tensor.shape
     if len(shape) != len(form.shape) or any(b not in (-1, a) for a, b in zip(shape, form.shape, strict=True)):
-        raise Unprocessable(f"input {name!r}: expected shape {list(form.shape)}, got {list(one.shape[:10])}")
+        raise Unprocessable(f"input {name!r}: expected shape {list(form.shape)}, got {list(tensor.shape[:10])}")
     if min(shape) < 1 or shape[0] > max_images:
         expects = f"sides of 1 or more, and the first, the number of images, up to {max_images}"
-        raise Unprocessable(f"input {name!r}: expected {expects}, got {list(one.shape)}")
+        raise Unprocessable(f"input {name!r}: expected {expects}, got {list(tensor.shape)}")
 
 
-def _files(one: InputTensor) -> list[Image]:
-    if one.raw is not None:
-        return [*_elements(one, one.raw)]
-    return [_encoded(element, at) for at, element in enumerate(_flat(one))]
+def _files(tensor: InputTensor) -> list[Image]:
+    if tensor.raw is not None:
+        return [*_elements(tensor, tensor.raw)]
+    return [_encoded(element, at) for at, element in enumerate(_flat(tensor))]
 
 
-def _elements(one: InputTensor, raw: memoryview) -> list[bytes]:
+def _elements(tensor: InputTensor, raw: memoryview) -> list[bytes]:
     """BYTES elements, each behind its length."""
-    found: list[bytes] = []
-    at, count = 0, math.prod(one.shape)
+    elements: list[bytes] = []
+    at, count = 0, math.prod(tensor.shape)
     for _ in range(count):
         if len(raw) - at < 4:
-            raise BadRequest(f"input {one.name!r}: expected {count} elements, its bytes end behind {len(found)}")
+            raise BadRequest(f"input {tensor.name!r}: expected {count} elements, its bytes end after {len(elements)}")
         (length,) = struct.unpack_from("<I", raw, at)
         at += 4
         if len(raw) - at < length:
-            raise BadRequest(f"input {one.name!r}: element {len(found)} has {length} bytes, {len(raw) - at} are there")
-        found.append(bytes(raw[at : at + length]))
+            raise BadRequest(
+                f"input {tensor.name!r}: element {len(elements)} has {length} bytes, {len(raw) - at} are there"
+            )
+        elements.append(bytes(raw[at : at + length]))
         at += length
     if at != len(raw):
-        raise BadRequest(f"input {one.name!r}: {len(raw) - at} bytes are left behind its {count} elements")
-    return found
+        raise BadRequest(f"input {tensor.name!r}: {len(raw) - at} bytes are left after its {count} elements")
+    return elements
 
 
 def _encoded(element: object, at: int) -> bytes:
@@ -133,51 +136,51 @@ def _encoded(element: object, at: int) -> bytes:
         raise Unprocessable(f"element {at}: expected base64 (RFC 4648, padded), got {element[:40]!r}") from error
 
 
-def _pixels(one: InputTensor) -> list[Image]:
-    if one.raw is not None:
-        return [DecodedImage(each) for each in _shaped(one, one.raw, np.dtype(np.uint8))]
-    numbers = _numbers(one)
+def _pixels(tensor: InputTensor) -> list[Image]:
+    if tensor.raw is not None:
+        return [DecodedImage(pixels) for pixels in _shaped(tensor, tensor.raw, np.dtype(np.uint8))]
+    numbers = _numbers(tensor)
     if not ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
-        raise Unprocessable(f"input {one.name!r}: expected whole numbers from 0 to 255, got others")
-    return [DecodedImage(each) for each in numbers.astype(np.uint8).reshape(one.shape)]
+        raise Unprocessable(f"input {tensor.name!r}: expected whole numbers from 0 to 255, got others")
+    return [DecodedImage(pixels) for pixels in numbers.astype(np.uint8).reshape(tensor.shape)]
 
 
-def _tensors(one: InputTensor) -> list[Image]:
-    if one.raw is not None:
+def _tensors(tensor: InputTensor) -> list[Image]:
+    if tensor.raw is not None:
         return [
-            NormalisedImage(each.astype(np.float32)) for each in _shaped(one, one.raw, np.dtype("<f4"))
+            NormalisedImage(each.astype(np.float32)) for each in _shaped(tensor, tensor.raw, np.dtype("<f4"))
         ]  # now aligned
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
-        return [NormalisedImage(each) for each in _numbers(one).astype(np.float32).reshape(one.shape)]
+        return [NormalisedImage(values) for values in _numbers(tensor).astype(np.float32).reshape(tensor.shape)]
 
 
-def _shaped(one: InputTensor, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    expected = math.prod(one.shape) * dtype.itemsize
+def _shaped(tensor: InputTensor, raw: memoryview, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    expected = math.prod(tensor.shape) * dtype.itemsize
     if len(raw) != expected:
-        detail = f"shape {list(one.shape)} of {one.datatype} takes {expected} bytes, got {len(raw)}"
-        raise BadRequest(f"input {one.name!r}: {detail}")
-    return np.frombuffer(raw, dtype).reshape(one.shape)
+        detail = f"shape {list(tensor.shape)} of {tensor.datatype} takes {expected} bytes, got {len(raw)}"
+        raise BadRequest(f"input {tensor.name!r}: {detail}")
+    return np.frombuffer(raw, dtype).reshape(tensor.shape)
 
 
-def _numbers(one: InputTensor) -> npt.NDArray[np.float64]:
+def _numbers(tensor: InputTensor) -> npt.NDArray[np.float64]:
     try:
-        return np.frombuffer(array("d", _flat(one)), np.float64)
+        return np.frombuffer(array("d", _flat(tensor)), np.float64)
     except (TypeError, OverflowError) as error:
-        raise Unprocessable(f"input {one.name!r}: expected numbers, got something else among them") from error
+        raise Unprocessable(f"input {tensor.name!r}: expected numbers, got something else among them") from error
 
 
-def _flat(one: InputTensor) -> Sequence[Any]:
+def _flat(tensor: InputTensor) -> Sequence[Any]:
     """The values in row-major order. Raises BadRequest where there are more or fewer than the shape says."""
-    data = one.data or ()
-    for side in one.shape[1:]:
+    data = tensor.data or ()
+    for side in tensor.shape[1:]:
         if not any(isinstance(part, list) for part in data):
             break
         if not all(isinstance(part, list) and len(part) == side for part in data):
-            raise BadRequest(f"input {one.name!r}: its data is not nested as its shape {list(one.shape)} says")
+            raise BadRequest(f"input {tensor.name!r}: its data is not nested as its shape {list(tensor.shape)} says")
         data = list(chain.from_iterable(data))
-    if len(data) != math.prod(one.shape):
-        detail = f"shape {list(one.shape)} has {math.prod(one.shape)} values, got {len(data)}"
-        raise BadRequest(f"input {one.name!r}: {detail}")
+    if len(data) != math.prod(tensor.shape):
+        detail = f"shape {list(tensor.shape)} has {math.prod(tensor.shape)} values, got {len(data)}"
+        raise BadRequest(f"input {tensor.name!r}: {detail}")
     return data
 
 
@@ -193,8 +196,8 @@ _READERS: Final[Mapping[str, Callable[[InputTensor], list[Image]]]] = {
 
 @dataclass(frozen=True)
 class OutputRequest:
-    """An output that is asked for; `classes` above 0 asks for so many `score:index:label` instead (classification
-    extension), best first."""
+    """A requested output; with `classes` above 0, so many `score:index:label` instead (classification extension), best
+    first."""
 
     name: str
     classes: int = 0
@@ -221,33 +224,33 @@ class OutputTensor:
         return list(self.values.ravel().tolist())
 
 
-def check_outputs(wanted: Sequence[OutputRequest]) -> None:
+def check_outputs(requested: Sequence[OutputRequest]) -> None:
     """Before anything is computed. Raises Unprocessable."""
-    for one in wanted:
-        if one.name not in OUTPUTS:
-            raise Unprocessable(f"outputs: expected some of {', '.join(OUTPUTS)}, got {one.name[:100]!r}")
-        if one.classes < 0 or (one.classes and one.name == "label"):
+    for output in requested:
+        if output.name not in OUTPUTS:
+            raise Unprocessable(f"outputs: expected some of {', '.join(OUTPUTS)}, got {output.name[:100]!r}")
+        if output.classes < 0 or (output.classes and output.name == "label"):
             expected = "classes of logits or probabilities, as a number of 0 or more"
-            raise Unprocessable(f"output {one.name!r}: expected {expected}, got {one.classes}")
-    if len({one.name for one in wanted}) < len(wanted):
+            raise Unprocessable(f"output {output.name!r}: expected {expected}, got {output.classes}")
+    if len({output.name for output in requested}) < len(requested):
         raise Unprocessable("outputs: expected each once")
 
 
-def output_tensors(found: Outputs, wanted: Sequence[OutputRequest]) -> list[OutputTensor]:
-    return [_output_tensor(found, one) for one in wanted]
+def output_tensors(outputs_: Outputs, requested: Sequence[OutputRequest]) -> list[OutputTensor]:
+    return [_output_tensor(outputs_, output) for output in requested]
 
 
-def _output_tensor(found: Outputs, one: OutputRequest) -> OutputTensor:
-    images = len(found.logits)
-    if one.name == "label":
-        best = [found.labels[index].encode() for index in found.probabilities.argmax(axis=1)]
-        return OutputTensor(one.name, "BYTES", (images,), best, one.binary)
-    numbers = found.logits if one.name == "logits" else found.probabilities
-    if one.classes:
-        count = min(one.classes, len(found.labels))
-        ranked = [text for row in numbers for text in _ranked(row, found.labels, count)]
-        return OutputTensor(one.name, "BYTES", (images, count), ranked, one.binary)
-    return OutputTensor(one.name, "FP32", numbers.shape, numbers.astype(np.float32), one.binary)
+def _output_tensor(outputs_: Outputs, output: OutputRequest) -> OutputTensor:
+    images = len(outputs_.logits)
+    if output.name == "label":
+        best = [outputs_.labels[index].encode() for index in outputs_.probabilities.argmax(axis=1)]
+        return OutputTensor(output.name, "BYTES", (images,), best, output.binary)
+    numbers = outputs_.logits if output.name == "logits" else outputs_.probabilities
+    if output.classes:
+        count = min(output.classes, len(outputs_.labels))
+        ranked = [text for row in numbers for text in _ranked(row, outputs_.labels, count)]
+        return OutputTensor(output.name, "BYTES", (images, count), ranked, output.binary)
+    return OutputTensor(output.name, "FP32", numbers.shape, numbers.astype(np.float32), output.binary)
 
 
 def _ranked(row: npt.NDArray[np.float64], labels: Sequence[str], count: int) -> list[bytes]:

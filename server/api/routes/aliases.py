@@ -111,13 +111,13 @@ async def _point(
     if weight < 1:
         current = await _current(services, task, alias)
         targets = _with_canary(current, version, weight)
-        # the blend is of what was read: whatever the client expects, it must still be there
+        # the new weights are computed from the revision that was read, so it must be the one that is replaced
         expect = current.revision if expect is ANY else expect
     return await asyncio.to_thread(services.store.set_alias, task, alias, targets, expect=expect)
 
 
 def _with_canary(current: stored.Alias, version: str, weight: float) -> dict[str, float]:
-    """`weight` of the requests to the version, the others as they were among themselves."""
+    """`weight` of the requests go to the version; the others share the rest in their previous proportion."""
     others = {target.version: target.weight for target in current.targets if target.version != version}
     if not others:
         raise Unprocessable(
@@ -132,15 +132,15 @@ def _with_canary(current: stored.Alias, version: str, weight: float) -> dict[str
 
 
 def _expectation(request: Request) -> stored.Expect:
-    """What If-Match and If-None-Match ask for."""
+    """The revision that If-Match or If-None-Match requires."""
     if request.headers.get("If-None-Match") == "*":
         return None
-    given = request.headers.get("If-Match")
-    if given is None:
+    header = request.headers.get("If-Match")
+    if header is None:
         return ANY
-    tag = given.strip().strip('"')
+    tag = header.strip().strip('"')
     if not (tag.isascii() and tag.isdecimal() and len(tag) < 19):
-        raise PreconditionFailed(f'If-Match: expected the alias\' ETag such as "3", got {given[:40]!r}')
+        raise PreconditionFailed(f'If-Match: expected the alias\' ETag such as "3", got {header[:40]!r}')
     return int(tag)
 
 

@@ -1,4 +1,4 @@
-"""What watches the server: is it alive, can it answer, how is it doing."""
+"""Liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def healthz() -> wire.Health:
 @router.get("/readyz", response_model=wire.Ready, responses={503: {"model": wire.Ready}})
 async def readyz(services: ServicesOf) -> Response:
     """Predictions can be answered; otherwise 503 with the same body, which says what is missing."""
-    ready = await asyncio.to_thread(services.ready)  # its checks may ask the store
+    ready = await asyncio.to_thread(services.ready)  # its checks may read the store
     return Response(ready.model_dump_json(), 200 if ready.ready else 503, media_type="application/json")
 
 

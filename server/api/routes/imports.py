@@ -1,4 +1,4 @@
-"""Other people's checkpoints in the body of an upload: one file as it is, or a form with several.
+"""Other tools' checkpoints in the body of an upload: one file as it is, or a form with several.
 
 file         a file of the checkpoint, repeatable: a head, or PEFT's configuration, may come by itself
 labels       JSON, the classes' names in their order
@@ -29,7 +29,7 @@ MAX_WORDS_BYTES: Final = 4 * 2**20  # ten thousand labels of 200 characters
 
 
 async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[list[File], ImportOptions]:
-    """The files and what is wanted of them. Raises BadRequest, Unprocessable."""
+    """Return the files and the options of an import. Raises BadRequest, Unprocessable."""
     body = await request.body()
     if params.media_type(request.headers) != FORM:
         return [("checkpoint", io.BytesIO(body))], ImportOptions(task, form)
@@ -52,7 +52,7 @@ async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[li
 
 
 def _json(name: str, text: str) -> Any:
-    """A list of texts as `labels`, an object as `preprocess`: what is in it, the manifest's own checks judge."""
+    """Return `labels` as a list, `preprocess` as an object; their contents are checked with the manifest."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

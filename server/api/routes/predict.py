@@ -1,4 +1,4 @@
-"""Predictions over HTTP: images in whatever envelope, labels out, and how long each step took."""
+"""Predictions over HTTP: images in any envelope in, labels and the duration of each step out."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ async def predict(request: Request, services: ServicesOf, refs: params.RefsOf, t
     body = wire.PredictResponse(
         task=answer.task,
         version=answer.version,
-        versions=_several(answer),
-        predictions=_listed(answer.predictions),
+        versions=_ensemble_versions(answer),
+        predictions=_predictions(answer.predictions),
     )
     return _response(body, answer.timings, {"Lensrack-Version": answer.version})
 
@@ -158,7 +158,7 @@ async def embed(request: Request, services: ServicesOf) -> Response:
 
 
 async def read_images(request: Request, services: Services, tasks: int = 1) -> list[bytes]:
-    """The images of a body, in order, still encoded, counted for the key as often as there are tasks to ask.
+    """Return the images of a body, in order, still encoded. The key is charged for each image and task.
 
     Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge, QueueFull rate_limited.
     """
@@ -169,7 +169,7 @@ async def read_images(request: Request, services: Services, tasks: int = 1) -> l
 
 
 async def read_pixels(request: Request, services: Services, tasks: int = 1) -> list[Image]:
-    """As `read_images`, and also images that are pixels already, as the body or as parts of a form."""
+    """Like `read_images`; also images that are pixels (NumPy), as the body or as parts of a form."""
     params.require_type(request.headers, (*_ENVELOPES, raw_pixels.NPY))
     images: list[Image] = []
     for data, kind in await _read(request, services):
@@ -180,7 +180,7 @@ async def read_pixels(request: Request, services: Services, tasks: int = 1) -> l
 
 
 async def _read(request: Request, services: Services) -> list[tuple[bytes, str]]:
-    """What a body holds, and of which type each says it is."""
+    """The files in a body, each with its declared media type."""
     kind = params.media_type(request.headers)
     if kind == "multipart/form-data":
         return await _from_form(request, services.settings.max_images)
@@ -196,19 +196,19 @@ async def _from_form(request: Request, most: int) -> list[tuple[bytes, str]]:
     require_whole(await request.body(), request.headers.get("content-type", ""))
     try:
         async with request.form(max_files=most, max_fields=most) as form:
-            given = form.multi_items()
-            strangers = [name for name, value in given if name != "images" or not isinstance(value, UploadFile)]
-            if strangers or not given:
-                got = f"{strangers[0][:100]!r}" if strangers else "none"
+            parts = form.multi_items()
+            unknown = [name for name, value in parts if name != "images" or not isinstance(value, UploadFile)]
+            if unknown or not parts:
+                got = f"{unknown[0][:100]!r}" if unknown else "none"
                 raise Unprocessable(f"multipart body: expected files in the field 'images', got {got}")
-            files = [value for _, value in given if isinstance(value, UploadFile)]
+            files = [value for _, value in parts if isinstance(value, UploadFile)]
             return [(await file.read(), params.media_type(file.headers)) for file in files]
     except HTTPException as error:
         raise BadRequest(f"multipart body: {error.detail}") from error
 
 
 def require_whole(body: bytes, content_type: str) -> None:
-    """Starlette's parser forgets to close the files of a body that breaks off, so such a body does not get that far."""
+    """Raises BadRequest for a body that breaks off: Starlette's parser would leave its files open."""
     _, options = parse_options_header(content_type)
     closing = b"--" + options.get(b"boundary", b"") + b"--"
     if closing not in body:
@@ -216,11 +216,11 @@ def require_whole(body: bytes, content_type: str) -> None:
 
 
 def _from_json(body: bytes) -> list[bytes]:
-    asked = problems.parse_json(wire.PredictRequest, body)
-    return [_decoded(image.b64, index) for index, image in enumerate(asked.images)]
+    images = problems.parse_json(wire.PredictRequest, body).images
+    return [_from_base64(image.b64, index) for index, image in enumerate(images)]
 
 
-def _decoded(text: str, index: int) -> bytes:
+def _from_base64(text: str, index: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -229,15 +229,15 @@ def _decoded(text: str, index: int) -> bytes:
 
 def _timeout_s(request: Request, services: Services) -> float:
     most = services.settings.request_timeout_s
-    given = request.headers.get("Lensrack-Timeout")
-    if given is None:
+    header = request.headers.get("Lensrack-Timeout")
+    if header is None:
         return most
     try:
-        timeout_s = float(given)
+        timeout_s = float(header)
     except ValueError:
         timeout_s = math.nan
     if not 0 < timeout_s <= most:
-        raise Unprocessable(f"Lensrack-Timeout: expected seconds above 0 and up to {most:g}, got {given[:40]!r}")
+        raise Unprocessable(f"Lensrack-Timeout: expected seconds above 0 and up to {most:g}, got {header[:40]!r}")
     return timeout_s
 
 
@@ -249,35 +249,35 @@ def _key(request: Request) -> str:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of the work, which is cancelled as soon as its client has left. Raises ClientDisconnect then.
+    """Return the result of `work`, which is cancelled when the client disconnects. Raises ClientDisconnect then.
 
-    The body must have been read: what the client says next can only be that it goes.
+    The body must have been read, so that the next message from the client can only be its disconnect.
     """
-    own, left = asyncio.current_task(), False
-    assert own is not None, "requests are answered in tasks"
-    before = own.cancelling()
+    task, disconnected = asyncio.current_task(), False
+    assert task is not None, "requests are answered in tasks"
+    cancellations = task.cancelling()
 
-    def leave(gone: asyncio.Task[None]) -> None:
-        nonlocal left
-        if not gone.cancelled():
-            left = True
-            own.cancel()
+    def cancel(watcher: asyncio.Task[None]) -> None:
+        nonlocal disconnected
+        if not watcher.cancelled():
+            disconnected = True
+            task.cancel()
 
-    gone = asyncio.ensure_future(_gone(request))
-    gone.add_done_callback(leave)
+    watcher = asyncio.ensure_future(_disconnect(request))
+    watcher.add_done_callback(cancel)
     try:
         return await work
     except asyncio.CancelledError:
-        if left and own.uncancel() <= before:  # nobody but the client has ended it
+        if disconnected and task.uncancel() <= cancellations:  # by the disconnect alone
             raise ClientDisconnect from None
         raise
     finally:
-        gone.remove_done_callback(leave)
-        gone.cancel()
+        watcher.remove_done_callback(cancel)
+        watcher.cancel()
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has left, or the connection fails."""
+async def _disconnect(request: Request) -> None:
+    """Return when the client has disconnected, or the connection fails."""
     with suppress(Exception):
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -289,18 +289,18 @@ async def _gone(request: Request) -> None:
 def _task_result(result: Answer | Exception, id_: str) -> wire.TaskResult:
     if isinstance(result, Answer):
         return wire.TaskResult(
-            version=result.version, versions=_several(result), predictions=_listed(result.predictions)
+            version=result.version, versions=_ensemble_versions(result), predictions=_predictions(result.predictions)
         )
     if not isinstance(result, ServiceError | StoreError):
         log.error("request %s: a task failed unexpectedly", id_, exc_info=result)
     return wire.TaskResult(error=problems.problem(problems.service_error(result), id_))
 
 
-def _several(answer: Answer) -> list[str] | None:
+def _ensemble_versions(answer: Answer) -> list[str] | None:
     return list(answer.versions) if len(answer.versions) > 1 else None
 
 
-def _listed(predictions: Sequence[Sequence[Scored]]) -> list[list[wire.Prediction]]:
+def _predictions(predictions: Sequence[Sequence[Scored]]) -> list[list[wire.Prediction]]:
     return [
         [wire.Prediction(label=best.label, index=best.index, score=best.score) for best in of_image]
         for of_image in predictions
@@ -308,11 +308,11 @@ def _listed(predictions: Sequence[Sequence[Scored]]) -> list[list[wire.Predictio
 
 
 def _longest(timings: Sequence[Timings]) -> Timings:
-    """Tasks wait side by side: the longest of each step is what the request waited."""
+    """The longest of each step, which is what the request waited: its tasks run side by side."""
     return Timings(
-        decode_s=max(each.decode_s for each in timings),
-        queue_s=max(each.queue_s for each in timings),
-        compute_s=max(each.compute_s for each in timings),
+        decode_s=max(task.decode_s for task in timings),
+        queue_s=max(task.queue_s for task in timings),
+        compute_s=max(task.compute_s for task in timings),
     )
 
 

@@ -1,4 +1,4 @@
-"""The device at this moment, and what can be done with it: for whoever looks at the server rather than asks it."""
+"""The state of the device, and the methods that it serves: for dashboards and operators."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ async def methods(services: ServicesOf) -> wire.MethodList:
 
 
 def counts(histogram: Histogram) -> dict[str, int]:
-    """A histogram's observations by bucket, named by its upper end; empty buckets are left out."""
-    found, below = {}, 0.0
+    """Return a histogram's observations by the upper end of their bucket; empty buckets are left out."""
+    observations, below = {}, 0.0
     for sample in metrics.samples(histogram):
         if sample.name.endswith("_bucket"):
             if sample.value > below:
-                found[sample.labels["le"].removesuffix(".0")] = int(sample.value - below)
+                observations[sample.labels["le"].removesuffix(".0")] = int(sample.value - below)
             below = sample.value
-    return found
+    return observations
 
 
 def outcomes(counter: Counter) -> dict[str, int]:
-    """A counter's values by its `outcome`."""
-    found = metrics.samples(counter)
-    return {sample.labels["outcome"]: int(sample.value) for sample in found if sample.name.endswith("_total")}
+    """Return a counter's values by their label `outcome`."""
+    totals = [sample for sample in metrics.samples(counter) if sample.name.endswith("_total")]
+    return {sample.labels["outcome"]: int(sample.value) for sample in totals}

@@ -1,4 +1,4 @@
-"""Which versions sit on the device: told truthfully, and moved by hand."""
+"""Which versions are on the device, and loading, unloading and pinning them by hand."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ async def pin(services: ServicesOf, ref: params.RefOf, body: wire.PinRequest | N
     """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
     version = await one_version(services, ref)
     if (body or wire.PinRequest()).pinned:
-        acquiring = services.residency.acquire(ref.task, version)
-        seat = await within_timeout(
-            services.settings.request_timeout_s, acquiring
-        )  # while it is held, nothing can evict it
+        acquire = services.residency.acquire(ref.task, version)
+        seat = await within_timeout(services.settings.request_timeout_s, acquire)  # until the release, no eviction
         await services.residency.pin(ref.task, version, True)
         services.residency.release(seat)
     else:
@@ -48,7 +46,7 @@ async def pin(services: ServicesOf, ref: params.RefOf, body: wire.PinRequest | N
 
 
 async def one_version(services: Services, ref: Ref) -> str:
-    """The version that a reference means; of a split alias the one with most of the requests."""
+    """Return the version that a reference means; of a split alias, the one with most of the requests."""
     aliases = await asyncio.to_thread(services.store.aliases, ref.task)
     if ref.name in aliases:
         return aliases[ref.name].heaviest

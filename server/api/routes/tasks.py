@@ -21,7 +21,6 @@ from . import imports
 router = APIRouter(tags=["tasks"])
 
 BUNDLE_TYPES: Final = ("application/octet-stream", "application/vnd.safetensors")
-CANARY_TRIES: Final = 5
 _BUNDLE: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -46,8 +45,8 @@ _BUNDLE: Final[dict[str, Any]] = {
 
 @router.get("/tasks")
 async def list_tasks(services: ServicesOf) -> wire.TaskList:
-    found = await asyncio.to_thread(_summaries, services.store)
-    return wire.TaskList(tasks=[views.with_residency(services, task) for task in found])
+    summaries = await asyncio.to_thread(_summaries, services.store)
+    return wire.TaskList(tasks=[views.with_residency(services, task) for task in summaries])
 
 
 @router.get("/tasks/{task}")
@@ -99,8 +98,8 @@ async def upload_version(
     if form is None and kind != imports.FORM:
         version = await asyncio.to_thread(_put, services, task, await request.body(), alias)
     else:
-        asked = await imports.read(request, task, form or "auto")
-        version = await asyncio.to_thread(_import, services, *asked, alias)
+        files, options = await imports.read(request, task, form or "auto")
+        version = await asyncio.to_thread(_import, services, files, options, alias)
     response.headers["Location"] = f"/tasks/{task}/versions/{version}"
     return await get_version(services, task, version)
 
@@ -124,8 +123,8 @@ async def download_bundle(services: ServicesOf, task: params.TaskOf, version: st
     """The bundle's file: safetensors, with the manifest in its metadata."""
     full = await services.predictor.version_like(task, version)
     bundle = await asyncio.to_thread(services.store.get, task, full)
-    named = f'attachment; filename="{task}-{full[:12]}.safetensors"'
-    headers = {"Content-Disposition": named, "ETag": f'"{full}"', "Lensrack-Version": full}
+    disposition = f'attachment; filename="{task}-{full[:12]}.safetensors"'
+    headers = {"Content-Disposition": disposition, "ETag": f'"{full}"', "Lensrack-Version": full}
     return Response(bundle.data, media_type="application/octet-stream", headers=headers)
 
 
@@ -141,13 +140,13 @@ async def delete_version(services: ServicesOf, task: params.TaskOf, version: str
 
 
 def _summaries(store: stored.Store) -> list[wire.Task]:
-    found = []
+    summaries = []
     for task in store.tasks():
         try:
-            found.append(_summary(store, task))
+            summaries.append(_summary(store, task))
         except stored.TaskNotFound:
             continue  # deleted since the list was read
-    return found
+    return summaries
 
 
 def _summary(store: stored.Store, task: str) -> wire.Task:
@@ -178,14 +177,14 @@ def _put(services: Services, task: str, data: bytes, alias: str | None) -> str:
     if bundle.manifest.task != task:
         raise BadRequest(f"expected a bundle of task {task!r}, got one of {bundle.manifest.task!r}", code="bad_bundle")
     services.check_bundle(bundle)
-    return _stored(services, bundle, alias)
+    return _store(services, bundle, alias)
 
 
-def _import(services: Services, files: list[File], wanted: ImportOptions, alias: str | None) -> str:
-    return _stored(services, services.importer.bundle(files, wanted, services.store), alias)
+def _import(services: Services, files: list[File], options: ImportOptions, alias: str | None) -> str:
+    return _store(services, services.importer.bundle(files, options, services.store), alias)
 
 
-def _stored(services: Services, bundle: Bundle, alias: str | None) -> str:
+def _store(services: Services, bundle: Bundle, alias: str | None) -> str:
     version = services.store.put(bundle)
     if alias is not None:
         services.store.set_alias(bundle.manifest.task, alias, version)

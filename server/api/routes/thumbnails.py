@@ -1,4 +1,4 @@
-"""Small pictures of a dataset to look at: decoded and encoded anew, so that no uploaded byte reaches a browser."""
+"""Thumbnails of a dataset's images: decoded and encoded anew, so that no uploaded byte reaches a browser."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ router = APIRouter(tags=["datasets"])
 
 MEDIA_TYPE: Final = "image/jpeg"
 QUALITY: Final = 82
-REMEMBERED: Final = 4  # datasets whose pictures' digests are kept: one page of thumbnails asks for one dataset only
+CACHED: Final = 4  # datasets whose images' digests are cached: a page of thumbnails is of one dataset
 MOST: Final = 200
-AT_ONCE: Final = 2  # pictures decoded: each may have as many pixels as any other, and a page asks for dozens
+AT_ONCE: Final = 2  # images decoded: a page requests dozens, and each may be of the largest size
 _DIGEST_BYTES: Final = 32
 _JPEG: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
@@ -47,8 +47,9 @@ async def list_thumbnails(
     """A few pictures of each label, in the labels' order; `number` names one."""
     dataset = await asyncio.to_thread(services.datasets.get, dataset_id)
     order = {name: place for place, name in enumerate(dataset.labels)}
-    found = sorted(_some(dataset.examples, label, per_label), key=lambda each: (order[each.label], each.number))
-    return wire.ThumbnailList(thumbnails=found[:limit])
+    chosen = _some(dataset.examples, label, per_label)
+    thumbnails = sorted(chosen, key=lambda thumbnail: (order[thumbnail.label], thumbnail.number))
+    return wire.ThumbnailList(thumbnails=thumbnails[:limit])
 
 
 @router.get("/datasets/{dataset_id}/thumbnails/{number}", response_class=Response, responses=_JPEG)
@@ -71,16 +72,21 @@ async def thumbnail(
 def _some(examples: Sequence[Example], label: str | None, per_label: int) -> Iterator[wire.Thumbnail]:
     """The first `per_label` of each label."""
     taken: Counter[str] = Counter()
-    for number, one in enumerate(examples):
-        if label in (None, one.label) and taken[one.label] < per_label:
-            taken[one.label] += 1
+    for number, example in enumerate(examples):
+        if label in (None, example.label) and taken[example.label] < per_label:
+            taken[example.label] += 1
             yield wire.Thumbnail(
-                number=number, split=one.split, label=one.label, name=one.name, width=one.width, height=one.height
+                number=number,
+                split=example.split,
+                label=example.label,
+                name=example.name,
+                width=example.width,
+                height=example.height,
             )
 
 
 def _sha256(datasets: DatasetStore, dataset_id: str, number: int) -> str:
-    digests = _digests(datasets, datasets.full_id(dataset_id))  # remembered or not, it must still be there
+    digests = _digests(datasets, datasets.full_id(dataset_id))  # cached or not, the dataset must still exist
     if number >= len(digests) // _DIGEST_BYTES:
         there = len(digests) // _DIGEST_BYTES
         detail = f"expected the number of a picture from 0 to {there - 1}, got {number}"
@@ -88,9 +94,9 @@ def _sha256(datasets: DatasetStore, dataset_id: str, number: int) -> str:
     return digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES].hex()
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHED)
 def _digests(datasets: DatasetStore, dataset_id: str) -> bytes:
-    """Every picture's digest in a row: reading a manifest of a million pictures for each would take seconds."""
+    """All images' digests, concatenated: reading a manifest of a million images for each would take seconds."""
     return b"".join(bytes.fromhex(example.sha256) for example in datasets.get(dataset_id).examples)
 
 

@@ -1,7 +1,7 @@
-"""The dashboard: static files that ask the same API as everybody else.
+"""The dashboard: static files over the same API that all clients use.
 
-They are read once, at the start, so that no request can name another file. Nothing comes from the network, nothing runs
-that is not a file of ours, and what users typed can never become markup: the content security policy sees to all three.
+They are read once, at the start, so that no request can name another file. The content security policy loads nothing
+from other servers, runs no script but these files, and keeps users' input from becoming markup.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEADERS: Final = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked for again by its ETag: an upgrade is seen at once
+    "Cache-Control": "no-cache",  # cached, and revalidated by ETag: an upgrade is seen at once
 }
 
 
@@ -61,7 +61,7 @@ class Page:
 
 
 def pages(folder: Path) -> Iterator[tuple[str, Page]]:
-    """Every file below `folder` by its path; those of other types are not served."""
+    """Yield every file below `folder` with its path; other types than TYPES are left out."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in TYPES:
             yield path.relative_to(folder).as_posix(), Page.read(path)

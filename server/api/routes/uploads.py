@@ -1,9 +1,9 @@
-"""Uploads that go on after their connection broke, in the published form of tus 1.0 (tus.io/protocols): creation,
-termination, expiration. A whole upload becomes a dataset by `POST /datasets?upload=ID`.
+"""Resumable uploads, by tus 1.0 (tus.io/protocols) with the extensions creation, termination and expiration. A whole
+upload becomes a dataset by `POST /datasets?upload=ID`.
 
     POST /uploads  Upload-Length ──► Location ──► PATCH  Upload-Offset, bytes ──► 204, Upload-Offset on the disk
-                                        ▲                     │ the connection breaks: what came is kept
-                                        └── HEAD: where is it? ◄┘
+                                        ▲                     │ the connection breaks: what arrived is kept
+                                        └── HEAD: the offset ◄┘
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _parameters(**meanings: str) -> dict[str, Any]:
 
 
 class _Tus(APIRoute):
-    """A route that speaks one version of tus and says so, whatever it answers."""
+    """A route that requires one version of tus and names it in every response."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -93,9 +93,9 @@ async def create(request: Request, services: ServicesOf) -> Response:
 async def where(services: ServicesOf, upload_id: str) -> Response:
     """How far an upload is, in `Upload-Offset`."""
     upload = await asyncio.to_thread(services.uploads.get, upload_id)
-    given = {"Upload-Metadata": upload.metadata} if upload.metadata else {}
-    told = {"Upload-Offset": str(upload.offset), "Upload-Length": str(upload.length), "Cache-Control": "no-store"}
-    return _answer(200, {**told, **_expiry(upload.expires_at), **given})
+    metadata = {"Upload-Metadata": upload.metadata} if upload.metadata else {}
+    progress = {"Upload-Offset": str(upload.offset), "Upload-Length": str(upload.length), "Cache-Control": "no-store"}
+    return _answer(200, {**progress, **_expiry(upload.expires_at), **metadata})
 
 
 @router.patch(
@@ -124,7 +124,7 @@ async def terminate(services: ServicesOf, upload_id: str) -> Response:
 
 
 def _require_version(request: Request) -> None:
-    """A client that says nothing, such as curl, is taken at this version."""
+    """A client that names no version, such as curl, is assumed to speak this one."""
     got = request.headers.get("Tus-Resumable", VERSION)
     if got != VERSION and request.method != "OPTIONS":
         raise PreconditionFailed(f"Tus-Resumable: expected {VERSION}, got {got[:40]!r}")
@@ -138,7 +138,7 @@ def _number(request: Request, header: str) -> int:
 
 
 def _content_length(request: Request) -> int:
-    """What the client announces; nothing for a chunked body, which is measured as it comes."""
+    """The length that the client declares; 0 for a chunked body, which is measured while it arrives."""
     return _number(request, "Content-Length") if "Content-Length" in request.headers else 0
 
 

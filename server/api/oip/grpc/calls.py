@@ -1,4 +1,4 @@
-"""The calls of the protocol: each takes the services of whoever calls, as a route over HTTP does."""
+"""The calls of the protocol: each gets the services of the caller's key, as an HTTP route does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .messages import message
 
 @dataclass(frozen=True)
 class Call:
-    """What is known beside the request. `left_s`: until the client's deadline; `key` chooses a canary's side."""
+    """A call's context. `left_s`: seconds to the client's deadline; `key` chooses a canary's side."""
 
     services: Services
     left_s: float | None
@@ -33,8 +33,8 @@ async def server_live(_: Any, __: Call) -> Any:
 
 
 async def server_ready(_: Any, call: Call) -> Any:
-    told = await asyncio.to_thread(call.services.ready)
-    return message("ServerReadyResponse")(ready=told.ready)
+    state = await asyncio.to_thread(call.services.ready)
+    return message("ServerReadyResponse")(ready=state.ready)
 
 
 async def server_metadata(_: Any, __: Call) -> Any:
@@ -53,12 +53,12 @@ async def model_metadata(request: Any, call: Call) -> Any:
 
 
 async def model_infer(request: Any, call: Call) -> Any:
-    ref, wanted = infer.ref(request.model_name, request.model_version), tensors.wanted(request)
-    oip.check_outputs(wanted)
-    images = oip.images(tensors.given(request), call.services.settings.max_images)
-    question = infer.InferRequest(ref, images, wanted, _timeout_us(request, call), call.key)
-    found = await infer.answer(call.services, question)
-    return tensors.response(request, found.version, oip.output_tensors(found, wanted))
+    ref, outputs = infer.ref(request.model_name, request.model_version), tensors.output_requests(request)
+    oip.check_outputs(outputs)
+    images = oip.images(tensors.input_tensors(request), call.services.settings.max_images)
+    inference = infer.InferRequest(ref, images, outputs, _timeout_us(request, call), call.key)
+    result = await infer.answer(call.services, inference)
+    return tensors.response(request, result.version, oip.output_tensors(result, outputs))
 
 
 async def repository_index(_: Any, call: Call) -> Any:
@@ -90,12 +90,12 @@ CALLS: Final[Mapping[str, tuple[Answer, str, str]]] = {
 
 
 def _model(request: Any) -> str:
-    """KServe's description has the model's name where Triton's has the repository's, which there is one of."""
+    """KServe's message has the model's name where Triton's has the repository's, of which there is one."""
     return str(request.model_name or request.repository_name)
 
 
 def _timeout_us(request: Any, call: Call) -> int:
     """The shorter of the client's deadline and its parameter `timeout`; 0 for neither."""
-    told = tensors.whole(request.parameters, "timeout")
+    timeout = tensors.whole(request.parameters, "timeout")
     left = max(1, int(call.left_s * infer.MICROSECONDS)) if call.left_s is not None else 0
-    return min(told or left, left or told)
+    return min(timeout or left, left or timeout)

@@ -1,8 +1,8 @@
-"""The protocol's messages, made of its compiled description.
+"""The protocol's messages, built from its compiled description.
 
 `open_inference.pb` is what protoc makes of `open_inference.proto`: a description, no code. Its classes live in a pool
-of their own, so that they get along with another copy of the protocol in the same process, such as Triton's client,
-and with any version of protobuf.
+of their own, so that another copy of the protocol in the process, such as Triton's client, does not collide with them,
+and any version of protobuf will do.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ def message(name: str) -> Any:
 
 
 def methods() -> dict[str, tuple[Any, Any]]:
-    """Every call of the service, with its request and its response."""
+    """Return every call of the service by name, with the classes of its request and its response."""
     service = _POOL.FindServiceByName(SERVICE)
-    return {one.name: (message(one.input_type.name), message(one.output_type.name)) for one in service.methods}
+    return {call.name: (message(call.input_type.name), message(call.output_type.name)) for call in service.methods}

@@ -1,6 +1,6 @@
-"""The gRPC server: who calls, what they may, what went wrong, how long it took.
+"""The gRPC server: authentication, calls, errors, the log.
 
-    metadata ─► whose key? ─► the scope of the call ─► message ─► services, narrowed to the key ─► call
+    metadata ─► a valid key? ─► with the call's scope? ─► message ─► services, scoped to the key ─► call
                     UNAUTHENTICATED, PERMISSION_DENIED: before the message is read
 
 It lives on the event loop of the HTTP server. Connections are not encrypted, as HTTP's are not: a proxy does that.
@@ -62,51 +62,51 @@ class _LoggedCall:
     route: str
     id: str
     key: str
-    began: float = field(default_factory=time.perf_counter)
-    status: int = 499  # nobody was there to be answered
+    started: float = field(default_factory=time.perf_counter)
+    status: int = 499  # the client left before the response
 
     @classmethod
     def of(cls, details: Any) -> _LoggedCall:
-        given = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
-        id_ = given.get("x-request-id", "")
+        metadata = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
+        id_ = metadata.get("x-request-id", "")
         id_ = id_ if request_log.SANE.fullmatch(id_) else uuid.uuid4().hex
-        return cls(details.method, id_, given.get("lensrack-key") or id_)
+        return cls(details.method, id_, metadata.get("lensrack-key") or id_)
 
     def record(self) -> None:
-        took_s = time.perf_counter() - self.began
+        took_s = time.perf_counter() - self.started
         metrics.REQUESTS.labels(self.route, METHOD, str(self.status)).inc()
         metrics.REQUEST_S.labels(self.route).observe(took_s)
-        facts = logs.fields(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
-        log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=facts)
+        fields = logs.fields(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
+        log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=fields)
 
 
 class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types
     """Finds each call's key before its message is read. Calls that are not in CALLS stay unimplemented."""
 
-    def __init__(self, narrowed: Callable[[Key | None], Services], authenticator: Authenticator) -> None:
-        self._narrowed, self._authenticator, self._messages = narrowed, authenticator, methods()
+    def __init__(self, services_by_key: Callable[[Key | None], Services], authenticator: Authenticator) -> None:
+        self._services_by_key, self._authenticator, self._messages = services_by_key, authenticator, methods()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         service, _, name = details.method.removeprefix("/").partition("/")
         if service != SERVICE or name not in CALLS:
             return await continuation(details)
-        told, (answer, method, route) = _LoggedCall.of(details), CALLS[name]
+        logged, (answer, method, route) = _LoggedCall.of(details), CALLS[name]
         try:
-            services = self._narrowed(await self._admitted(details, scopes.need_of(method, route)))
+            services = self._services_by_key(await self._authorized_key(details, scopes.need_of(method, route)))
         except Exception as error:
             failure = error
 
             async def refuse(_: Any, context: Any) -> None:
-                async with _answered(told, context):
+                async with _logged(logged, context):
                     raise failure
 
             return grpc.stream_unary_rpc_method_handler(refuse)  # which reads nothing of what is sent
 
         request, response = self._messages[name]
-        call = _call(answer, request, services, told)
+        call = _call(answer, request, services, logged)
         return grpc.unary_unary_rpc_method_handler(call, None, response.SerializeToString)
 
-    async def _admitted(self, details: Any, need: scopes.Need) -> Key | None:
+    async def _authorized_key(self, details: Any, need: scopes.Need) -> Key | None:
         """Raises Unauthenticated, Forbidden."""
         token = _bearer(details)
         await self._authenticator.refresh()
@@ -117,16 +117,16 @@ class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         return key
 
 
-def _call(answer: Answer, kind: Any, services: Services, told: _LoggedCall) -> Callable[[Any, Any], Any]:
+def _call(answer: Answer, kind: Any, services: Services, logged: _LoggedCall) -> Callable[[Any, Any], Any]:
     async def call(sent: bytes, context: Any) -> Any:
-        async with _answered(told, context):
-            return await answer(_read(kind, sent), Call(services, context.time_remaining(), told.key))
+        async with _logged(logged, context):
+            return await answer(_read(kind, sent), Call(services, context.time_remaining(), logged.key))
 
     return call
 
 
 def _read(kind: Any, sent: bytes) -> Any:
-    """Here rather than by grpc, which tells clients of an exception's class. Raises BadRequest."""
+    """Parsed here and not by grpc, which would send the exception's class to the client. Raises BadRequest."""
     try:
         return kind.FromString(sent)
     except DecodeError as error:
@@ -134,29 +134,29 @@ def _read(kind: Any, sent: bytes) -> Any:
 
 
 @asynccontextmanager
-async def _answered(told: _LoggedCall, context: Any) -> AsyncIterator[None]:
-    """The call's id on all that is said of it, and its failure as a status."""
+async def _logged(logged: _LoggedCall, context: Any) -> AsyncIterator[None]:
+    """Set the call's id on log lines and response, turn its failure into a status, and log it."""
     try:
-        with logs.context(logs.REQUEST_ID, told.id):
+        with logs.context(logs.REQUEST_ID, logged.id):
             try:
                 yield
-                told.status = 200
-                context.set_trailing_metadata((("x-request-id", told.id),))
+                logged.status = 200
+                context.set_trailing_metadata((("x-request-id", logged.id),))
             except Exception as error:
-                known = problems.service_error(error)
-                if known is not error and known.status == 500:
-                    logging.getLogger(__name__).exception("call %s failed", told.id)
-                told.status = known.status
-                await context.abort(status_of(known), known.detail, _trailing(known, told))
+                failure = problems.service_error(error)
+                if failure is not error and failure.status == 500:
+                    logging.getLogger(__name__).exception("call %s failed", logged.id)
+                logged.status = failure.status
+                await context.abort(status_of(failure), failure.detail, _trailing(failure, logged))
     finally:
-        told.record()
+        logged.record()
 
 
-def _trailing(error: ServiceError, told: _LoggedCall) -> tuple[tuple[str, str], ...]:
-    known = [("x-request-id", told.id), (problems.CODE.lower(), error.code)]
+def _trailing(error: ServiceError, logged: _LoggedCall) -> tuple[tuple[str, str], ...]:
+    metadata = [("x-request-id", logged.id), (problems.CODE.lower(), error.code)]
     if error.retry_after_s is not None:
-        known.append(("retry-after", str(math.ceil(error.retry_after_s))))
-    return tuple(known)
+        metadata.append(("retry-after", str(math.ceil(error.retry_after_s))))
+    return tuple(metadata)
 
 
 def _bearer(details: Any) -> str | None:
@@ -168,21 +168,30 @@ def _bearer(details: Any) -> str | None:
 
 
 class GrpcServer:
-    """Made and run on one event loop. `port` 0 takes a free one; `start` tells which."""
+    """Created and run on one event loop. `port` 0 takes a free one, which `start` returns."""
 
     def __init__(
-        self, narrowed: Callable[[Key | None], Services], authenticator: Authenticator, settings: Settings, port: int
+        self,
+        services_by_key: Callable[[Key | None], Services],
+        authenticator: Authenticator,
+        settings: Settings,
+        port: int,
     ) -> None:
-        self._narrowed, self._authenticator, self._settings, self._port = narrowed, authenticator, settings, port
+        self._services_by_key, self._authenticator, self._settings, self._port = (
+            services_by_key,
+            authenticator,
+            settings,
+            port,
+        )
         self._server: Any = None
 
     async def start(self) -> int:
-        """The port that it listens on. Raises OSError."""
+        """Return the port that the server listens on. Raises OSError."""
         self._server = grpc.aio.server(
-            interceptors=[_AuthInterceptor(self._narrowed, self._authenticator)],
+            interceptors=[_AuthInterceptor(self._services_by_key, self._authenticator)],
             maximum_concurrent_rpcs=self._settings.max_queue,
             options=[
-                ("grpc.so_reuseport", 0),  # a taken port is to be known, not shared
+                ("grpc.so_reuseport", 0),  # a port that is taken is an error, and not shared
                 ("grpc.max_receive_message_length", self._settings.max_body_bytes + OVERHEAD_BYTES),
             ],
         )
@@ -195,6 +204,6 @@ class GrpcServer:
         return int(port)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, and answer those that came for at most `grace_s`."""
+        """Accept no new calls, and answer those under way for at most `grace_s`."""
         if self._server is not None:
             await self._server.stop(grace_s)

@@ -123,7 +123,7 @@ NEEDS: Final[Mapping[tuple[str, str], Need]] = {
 
 _METHODS: Final = frozenset(method for method, _ in NEEDS)
 _TEMPLATES: Final = {
-    method: tuple((compile_path(route)[0], route) for known, route in NEEDS if known == method) for method in _METHODS
+    method: tuple((compile_path(route)[0], route) for listed, route in NEEDS if listed == method) for method in _METHODS
 }
 
 
@@ -142,8 +142,8 @@ def need_of(method: str, route: str) -> Need:
     return NEEDS.get((method, route), "admin")
 
 
-def check(scope: Scope, route: str | None, *, given: bool) -> None:
-    """Check that the request's key may use a route; `given`: a token was sent, valid or not.
+def check(scope: Scope, route: str | None, *, token_sent: bool) -> None:
+    """Check that the request's key may use a route. `token_sent`: it carried a token, valid or not.
 
     Without a route any key will do: either nothing is there, or `require` checks the route that FastAPI matches.
     Raises Unauthenticated, Forbidden.
@@ -152,15 +152,15 @@ def check(scope: Scope, route: str | None, *, given: bool) -> None:
     need = "any" if route is None else need_of(scope["method"], route)
     if need == "whole" and scope["state"]["open_metrics"]:
         return
-    require_need(key, need, f"{scope['method']} {scope['path'][:200]!r}", given=given)
+    require_need(key, need, f"{scope['method']} {scope['path'][:200]!r}", token_sent=token_sent)
 
 
-def require_need(key: Key | None, need: Need, what: str, *, given: bool) -> None:
+def require_need(key: Key | None, need: Need, what: str, *, token_sent: bool) -> None:
     """Check that a key may do `what`. Raises Unauthenticated, Forbidden."""
     if need == "open":
         return
     if key is None:
-        got = "one that is wrong, revoked or unknown" if given else "none"
+        got = "one that is wrong, revoked or unknown" if token_sent else "none"
         raise Unauthenticated(f"expected an API key (Authorization: Bearer …), got {got}")
     if need == "whole" and key.tasks:
         raise Forbidden("this describes all tasks: expected a key for all of them, got one for some")
@@ -170,7 +170,7 @@ def require_need(key: Key | None, need: Need, what: str, *, given: bool) -> None
 
 async def require(request: Request) -> None:
     """Check the route that FastAPI has matched: the first dependency of all routes."""
-    check(request.scope, request.scope["route"].path, given=False)
+    check(request.scope, request.scope["route"].path, token_sent=False)
 
 
 def _missing(key: Key, need: Need) -> str | None:

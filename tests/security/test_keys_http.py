@@ -80,6 +80,12 @@ def test_every_route_has_a_line_that_says_what_it_needs(api: Api) -> None:
     assert unseen == {"/", "/ui/{path:path}", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 
 
+def test_the_check_before_the_body_takes_each_route_for_itself(api: Api) -> None:
+    """It goes by the listed route that a path looks like; the check of the route that answers only confirms it."""
+    for method, template, path in operations(api):
+        assert scopes.template(method, path) == template
+
+
 def test_every_route_asks_for_a_key(api: Api) -> None:
     seen = 0
     for method, template, path in operations(api):

@@ -80,7 +80,7 @@ class AuthMiddleware:
         token = bearer or cookie
         scope["state"]["key"] = await self._key_of(token)
         scope["state"]["reauthorize"] = partial(self._reauthorize, token)  # without the scope: no cycle
-        scopes.check(scope, scope["state"][TEMPLATE], given=bool(token))
+        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(token))
         if connections.crowded(scope["state"], scope["state"][TEMPLATE]):
             raise Unavailable(
                 "too many connections are open", code="too_many_connections", retry_after_s=connections.RETRY_S
@@ -91,7 +91,7 @@ class AuthMiddleware:
         before, now = scope["state"]["key"], await self._key_of(token)
         same = before is not None and now is not None and before.tasks == now.tasks
         scope["state"]["key"] = now if same else None
-        scopes.check(scope, scope["state"][TEMPLATE], given=bool(token))
+        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(token))
 
     async def _key_of(self, token: str | None) -> Key | None:
         await self._authenticator.refresh()

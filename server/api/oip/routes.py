@@ -41,7 +41,7 @@ _INFER: Final[dict[str, Any]] = {
         {
             "name": body.LENGTH,
             "in": "header",
-            "description": "Bytes of the JSON, where tensors' own bytes come behind it.",
+            "description": "Bytes of the JSON, where tensors' bytes follow it.",
             "schema": {"type": "integer"},
         }
     ],
@@ -102,7 +102,7 @@ async def version_metadata(services: ServicesOf, ref: Version) -> dict[str, Any]
 
 @router.get("/models/{task}/ready")
 async def model_ready(services: ServicesOf, ref: Live) -> dict[str, Any]:
-    """It exists: what is not on the device gets there when somebody asks for it."""
+    """The model exists. A version that is not on the device is loaded by its first request."""
     await models.find(services, ref)
     return {"name": ref.task, "ready": True}
 
@@ -157,7 +157,7 @@ async def _read(request: Request, services: Services) -> body.ParsedRequest:
 
 @router.post("/repository/index")
 async def repository_index(services: ServicesOf) -> list[dict[str, str]]:
-    """All versions of all tasks. Each is READY, since each can be asked."""
+    """All versions of all tasks. Each is READY, since each answers requests."""
     return await models.index(services)
 
 

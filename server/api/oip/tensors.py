@@ -148,7 +148,7 @@ def _pixels(tensor: InputTensor) -> list[Image]:
 def _tensors(tensor: InputTensor) -> list[Image]:
     if tensor.raw is not None:
         return [
-            NormalisedImage(each.astype(np.float32)) for each in _shaped(tensor, tensor.raw, np.dtype("<f4"))
+            NormalisedImage(values.astype(np.float32)) for values in _shaped(tensor, tensor.raw, np.dtype("<f4"))
         ]  # now aligned
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
         return [NormalisedImage(values) for values in _numbers(tensor).astype(np.float32).reshape(tensor.shape)]

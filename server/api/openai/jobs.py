@@ -39,7 +39,7 @@ _EVENT: Final = re.compile(r"(job_[0-9a-z]+)-([0-9]{1,18})")
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["OpenAI"], responses=RESPONSES)
 
-After = Annotated[str | None, Query(description="The id of the last one seen.")]
+After = Annotated[str | None, Query(description="The id of the last item seen.")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -132,9 +132,9 @@ def _recipe(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         expected = "'auto', or the rate itself as lr: methods have no common rate that could be multiplied"
         detail = f"learning_rate_multiplier: expected {expected}, got {str(multiplier)[:40]}"
         raise Unprocessable(detail, param="hyperparameters.learning_rate_multiplier")
-    given = {name: value for name, value in hyperparameters.items() if name != "learning_rate_multiplier"}
-    kept = {name: value for name, value in given.items() if name == "search" or value not in (AUTO, None)}
-    return {_RECIPE.get(name, name): value for name, value in kept.items()}
+    fields = {name: value for name, value in hyperparameters.items() if name != "learning_rate_multiplier"}
+    chosen = {name: value for name, value in fields.items() if name == "search" or value not in (AUTO, None)}
+    return {_RECIPE.get(name, name): value for name, value in chosen.items()}
 
 
 def _renamed(location: tuple[str | int, ...]) -> tuple[str | int, ...]:

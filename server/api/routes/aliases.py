@@ -22,8 +22,8 @@ _CONDITIONS: Final[dict[str, Any]] = {
     "parameters": [
         {"name": name, "in": "header", "description": meaning, "schema": {"type": "string"}}
         for name, meaning in (
-            ("If-Match", "The alias' ETag: change it only if nobody else has; otherwise 412."),
-            ("If-None-Match", "`*`: make the alias only if there is none; otherwise 412."),
+            ("If-Match", "The alias' ETag: change it only if it has not changed since; otherwise 412."),
+            ("If-None-Match", "`*`: create the alias only if there is none; otherwise 412."),
         )
     ]
 }

@@ -68,15 +68,15 @@ def _dataset(request: wire.TrainRequest, bundle: Bundle) -> str:
 def _recipe(overrides: wire.Recipe, bundle: Bundle) -> wire.Recipe:
     """The version's recipe with the request's overrides. A manifest may come from outside: it is validated, too."""
     unused = {"search"} if overrides.search == "none" else None
-    given: dict[str, Any] = overrides.model_dump(exclude_none=True, exclude=unused)
-    if others := sorted(given.keys() & set(_FIT_ONLY)):
+    changes: dict[str, Any] = overrides.model_dump(exclude_none=True, exclude=unused)
+    if others := sorted(changes.keys() & set(_FIT_ONLY)):
         raise Unprocessable(f"recipe: a version is condensed with its own recipe: expected no {', '.join(others)}")
     known = wire.Recipe.model_fields.keys() - {*_FIT_ONLY, "condense"}
     inherited = {name: value for name, value in bundle.manifest.recipe.items() if name in known}
-    if "base_lr" in given:
+    if "base_lr" in changes:
         inherited.pop("lr", None)
     inherited["pool"] = bundle.manifest.pool
-    recipe = {**inherited, **given, "condense": {**given["condense"], "version": bundle.version}}
+    recipe = {**inherited, **changes, "condense": {**changes["condense"], "version": bundle.version}}
     try:
         return wire.Recipe.model_validate(recipe)
     except ValidationError as error:

@@ -40,7 +40,7 @@ async def give(
     label: Label,
     new_label: NewLabel = False,
 ) -> wire.Feedback:
-    """Say what pictures show. The last word about a picture counts; 200 where all had been said before."""
+    """Label pictures. The latest label of a picture counts; 200 where all had these labels already."""
     images = await predict.read_images(request, services)
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
@@ -74,7 +74,7 @@ async def read(
 
 @router.delete("/tasks/{task}/feedback/{sha256}", status_code=204)
 async def withdraw(services: ServicesOf, task: params.TaskOf, sha256: str) -> None:
-    """Forget a picture and what was said about it. Datasets that hold it keep it."""
+    """Forget a picture and its label. Datasets that hold the picture keep it."""
     await asyncio.to_thread(services.feedback.delete, task, sha256)
 
 
@@ -103,8 +103,8 @@ async def freeze(
 def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
     known, name = _live(services, task).labels, _printable(label)
     if name not in known and not new_label:
-        shown = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
-        detail = f"label: expected one of {shown}; or new_label=true, got {name!r}"
+        labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
+        detail = f"label: expected one of {labels}; or new_label=true, got {name!r}"
         raise Unprocessable(detail, code="unknown_label")
     return services.feedback.add(task, images, name)
 

@@ -65,7 +65,7 @@ _BODY: Final[dict[str, Any]] = {
         {
             "name": "Lensrack-Timeout",
             "in": "header",
-            "description": "Seconds after which the answer is worth nothing; at most the server's own limit.",
+            "description": "Seconds after which the answer is useless; at most the server's limit.",
             "schema": {"type": "number", "exclusiveMinimum": 0},
         },
         {

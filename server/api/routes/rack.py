@@ -14,8 +14,8 @@ router = APIRouter(tags=["rack"])
 
 @router.get("/rack")
 async def rack(services: ServicesOf) -> wire.Rack:
-    """Who sits on the device, what waits for it, and how full its forwards have been. A key for some tasks sees only
-    these, and nothing that is counted over all."""
+    """The versions on the device, the rows that wait for it, and the sizes of its batches. A key for some tasks sees
+    only these, and no counts over all tasks."""
     counts_of, now = services.predictor.request_counts, await services.rack()
     seats = [seat.model_copy(update={"requests": counts_of(seat.task)[seat.version]}) for seat in now.seats]
     if services.tenant:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["residency"])
 
 @router.post("/tasks/{task}/load")
 async def load(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
-    """Make a version (`task`, `task@alias` or `task@version`) resident before anybody asks for it."""
+    """Make a version (`task`, `task@alias` or `task@version`) resident ahead of its first request."""
     version = await one_version(services, ref)
     await within_timeout(services.settings.request_timeout_s, services.residency.load(ref.task, version))
     return views.residency(services, ref.task, version)

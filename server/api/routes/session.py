@@ -33,7 +33,7 @@ async def sign_in(request: Request, response: Response, credentials: wire.SignIn
         return _session(NOBODY, False)
     key = await authenticator.owner(credentials.key.strip())
     if key is None:
-        raise Unauthenticated("expected an API key, got one that is wrong, revoked or unknown")
+        raise Unauthenticated("expected an API key, got one that is wrong, revoked or unsession_key")
     _set(request, response, auth.encode_token(credentials.key.strip()), SESSION_S)
     return _session(key, True)
 
@@ -53,11 +53,11 @@ def _set(request: Request, response: Response, value: str, max_age_s: int) -> No
 
 
 def _session(key: Key | None, locked: bool) -> wire.Session:
-    known = key if locked else None
+    session_key = key if locked else None
     return wire.Session(
         keys=locked,
-        key=known.id if known else None,
-        name=known.name if known else "",
+        key=session_key.id if session_key else None,
+        name=session_key.name if session_key else "",
         scopes=[scope for scope in SCOPES if key is not None and key.may(scope)],
-        tasks=known.tasks if known else "",
+        tasks=session_key.tasks if session_key else "",
     )

@@ -30,7 +30,7 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
 }
 _STREAM: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}},
-    204: {"description": "Asked for a stream of a job that has ended and whose events have all been seen."},
+    204: {"description": "A stream was requested of a job that has ended, and all its events have been seen."},
 }
 
 
@@ -41,7 +41,7 @@ async def train(
     request: wire.TrainRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> wire.Job:
-    """Queue a training job. Asked again with the same Idempotency-Key it is the same job."""
+    """Queue a training job. The same Idempotency-Key again returns the same job."""
     job = await enqueue(services, request, idempotency_key)
     response.headers["Location"] = f"/train/{job.id}"
     return to_wire(job)

@@ -36,11 +36,11 @@ _BODY: Final[dict[str, Any]] = {
 
 
 def _parameters(**meanings: str) -> dict[str, Any]:
-    listed = [
+    parameters = [
         {"name": name.replace("_", "-"), "in": "header", "description": meaning, "schema": {"type": "string"}}
         for name, meaning in meanings.items()
     ]
-    return {"parameters": listed}
+    return {"parameters": parameters}
 
 
 class _Tus(APIRoute):

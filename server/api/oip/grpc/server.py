@@ -113,7 +113,7 @@ class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         key: Key | None = NOBODY
         if self._authenticator.locked:
             key = await self._authenticator.owner(token) if token else None
-        scopes.require_need(key, need, details.method, given=token is not None)
+        scopes.require_need(key, need, details.method, token_sent=token is not None)
         return key
 
 

@@ -1,4 +1,4 @@
-"""Who cannot be served is told so before anything is done for the request; and connections do not become ever more."""
+"""Requests beyond the queue are refused before anything is done for them; and the number of connections is bounded."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
             await decoded.wait()
             await Response(status_code=200)(scope, receive, send)
 
-        turnstile = AdmissionMiddleware(route, batcher)
-        slow = [asyncio.create_task(through(turnstile, whole=False)) for _ in range(9)]
-        fast = [asyncio.create_task(through(turnstile, whole=True)) for _ in range(6)]
+        admission = AdmissionMiddleware(route, batcher)
+        slow = [asyncio.create_task(through(admission, whole=False)) for _ in range(9)]
+        fast = [asyncio.create_task(through(admission, whole=True)) for _ in range(6)]
         done, _ = await asyncio.wait(fast, return_when=asyncio.FIRST_COMPLETED)
         assert [task.result() for task in done] == [429] * len(done)
         decoded.set()
@@ -151,14 +151,14 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)
-        assert turnstile.in_flight == 0
+        assert admission.in_flight == 0
         await batcher.drain(5)
         return told
 
     assert asyncio.run(answers()) == [200, 200, 200, 200, 429, 429]
 
 
-async def through(turnstile: AdmissionMiddleware, *, whole: bool) -> int:
+async def through(admission: AdmissionMiddleware, *, whole: bool) -> int:
     """The status of one request; `whole`: its body is there with its head."""
     statuses: list[int] = []
     state = {"template": "/predict/{task}", "request_id": "1"}
@@ -173,7 +173,7 @@ async def through(turnstile: AdmissionMiddleware, *, whole: bool) -> int:
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    await turnstile(scope, receive, send)
+    await admission(scope, receive, send)
     return statuses[0]
 
 

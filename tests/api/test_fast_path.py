@@ -1,4 +1,4 @@
-"""The shortcut answers as the router's way does: the same question, once plain and once with a query that only FastAPI
+"""The fast path answers as the router does: the same request, once plain and once with a query that only FastAPI
 reads, gives the same status, headers, body and count."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.api.api_server import Api, serving
 from tests.serving.floor import png, publish
 
 PNG = {"content-type": "image/png"}
-AGAINST = "?unknown=1"  # the router ignores it, the shortcut leaves it to the router
+AGAINST = "?unknown=1"  # the router ignores it, the fast path leaves it to the router
 MASKED = re.compile(r'"request_id":"[^"]*"')
 VARYING = {"x-request-id", "date", "server-timing"}
 
@@ -104,7 +104,7 @@ def test_what_is_not_plain_goes_to_the_router(change: dict[str, Any]) -> None:
 
 
 def test_what_is_plain_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the route asks for its scope here, too."""
+    """And the scope of its route is checked here, too."""
     asked: list[str] = []
 
     async def told(request: Any, services: Any, refs: Refs, top_k: int) -> predict.Response:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lensrack import wire
-from server.api.routes.datasets import told
+from server.api.routes.datasets import to_wire
 from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.formats.image_kind import kind
@@ -171,7 +171,7 @@ def test_an_ingested_dataset_is_reported(store: DatasetStore, tmp_path: Path) ->
 
 def test_the_wire_carries_the_report(store: DatasetStore) -> None:
     dataset = Dataset.of([*SOUND, example("dog", 3, "test")], [], name="pets", created_at=1.0)
-    message = told(dataset)
+    message = to_wire(dataset)
     assert wire.Dataset.model_validate_json(message.model_dump_json()) == message
     assert message.report is not None
     assert message.report.warnings[0].code == "leakage"

@@ -360,11 +360,11 @@ def test_sizes_that_lie(api: Api) -> None:
     one = tensor("image", "BYTES", [1], binary_data_size=len(raw))
     assert infer(api, [one], raw).is_success
     assert "bytes are left" in assert_refused(infer(api, [one], raw[:-1]), 400, "bad_request")["error"]
-    assert "behind the JSON" in assert_refused(infer(api, [one], raw + b"x"), 400, "bad_request")["error"]
+    assert "after the JSON" in assert_refused(infer(api, [one], raw + b"x"), 400, "bad_request")["error"]
     two = tensor("image", "BYTES", [2], binary_data_size=len(raw))
-    assert "its bytes end behind 1" in assert_refused(infer(api, [two], raw), 400, "bad_request")["error"]
+    assert "its bytes end after 1" in assert_refused(infer(api, [two], raw), 400, "bad_request")["error"]
     more = tensor("image", "BYTES", [1], binary_data_size=2 * len(raw))
-    assert "are left behind its 1" in assert_refused(infer(api, [more], 2 * raw), 400, "bad_request")["error"]
+    assert "are left after its 1" in assert_refused(infer(api, [more], 2 * raw), 400, "bad_request")["error"]
     longer = struct.pack("<I", 2**32 - 1) + raw[4:]
     assert "element 0 has 4294967295" in assert_refused(infer(api, [one], longer), 400, "bad_request")["error"]
     few = tensor("pixels", "UINT8", [1, 2, 2, 3], binary_data_size=11)

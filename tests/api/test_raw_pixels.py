@@ -180,4 +180,6 @@ def test_the_server_and_the_wire_fill_borders_alike(tmp_path: Path):
     for mean in RNG.uniform(0, 1, (50, 3)).tolist():
         preprocess = {"size": 8, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "border", "mean": mean}
         ours = Geometry.of(8, "bicubic", 0.9, "border", tuple(mean))
-        assert raw_pixels.claimed(Headers({wire.GEOMETRY_HEADER: wire.Geometry.of(preprocess).header})) == ours
+        assert (
+            raw_pixels.declared_geometry(Headers({wire.GEOMETRY_HEADER: wire.Geometry.of(preprocess).header})) == ours
+        )

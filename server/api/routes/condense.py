@@ -59,7 +59,7 @@ def _dataset(request: wire.TrainRequest, bundle: Bundle) -> str:
     dataset = request.dataset or bundle.manifest.dataset
     if dataset is None:
         raise Conflict(
-            f"version {bundle.version[:12]} does not record its dataset: expected one in the request, got none",
+            f"version {bundle.version[:12]} does not record its dataset: expected a dataset in the request, got none",
             code="no_parent_dataset",
         )
     return dataset

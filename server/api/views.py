@@ -12,11 +12,6 @@ from lensrack import wire
 from .services import Services
 
 
-def heaviest(state: stored.Alias) -> str:
-    """Return the version that gets most of an alias's requests."""
-    return max(state.targets, key=lambda target: target.weight).version
-
-
 def with_residency(services: Services, task: wire.Task) -> wire.Task:
     """Return a task as the store describes it, with what only this process knows: residency and requests."""
     resident = task.live is not None and services.residency.resident(task.task, task.live)

@@ -54,7 +54,7 @@ def elements(*parts: bytes) -> bytes:
 def infer(
     api: Api, inputs: list[dict[str, Any]], raw: bytes | None = None, *, at: str = "fish", **members: Any
 ) -> httpx.Response:
-    """`raw`: behind the JSON, whose length is told."""
+    """`raw`: bytes after the JSON, whose length the header declares."""
     head = json.dumps({"inputs": inputs, **members}).encode()
     headers = {} if raw is None else {LENGTH: str(len(head))}
     return api.http.post(f"/v2/models/{at}/infer", content=head + (raw or b""), headers=headers)

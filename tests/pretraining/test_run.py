@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -18,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from server.pretraining import photos
 from server.pretraining.distil import agreement, loss, scale, states
 from server.pretraining.run import Phase, Run, RunFolder, plan
+from tests.e2e.doomed_worker import forge
 
 PHASES = (Phase("blocks", 16, 4, 3), Phase("whole", 16, 4, 5), Phase("whole", 32, 4, 4))
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -85,7 +85,7 @@ def _doomed(place: Path, pictures: tuple[list[Image.Image], list[Image.Image]], 
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, calm: Path, pictures: tuple[list[Image.Image], list[Image.Image]], at: int
 ) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_doomed, args=(tmp_path, pictures, at))
+    process = forge().Process(target=_doomed, args=(tmp_path, pictures, at))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -209,5 +209,5 @@ OPENERS = {"sqlite": sqlite, "redis": redis}
 @pytest.mark.parametrize("backend", OPENERS)
 def test_random_histories(backend: str, request: pytest.FixtureRequest) -> None:
     machine = type("Histories", (History,), {"open_store": staticmethod(OPENERS[backend](request))})
-    few = settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    few = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=few)

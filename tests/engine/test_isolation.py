@@ -95,8 +95,8 @@ def test_rows_that_go_some_after_the_others_are_answered_literally(
     bench, parts = Bench(backbone), []
     forward_lanes = vit.forward_lanes
 
-    def counted(golden_backbone: Backbone, lanes: Sequence[vit.Lane]) -> list[torch.Tensor]:
-        features = forward_lanes(golden_backbone, lanes)
+    def counted(backbone: Backbone, lanes: Sequence[vit.Lane]) -> list[torch.Tensor]:
+        features = forward_lanes(backbone, lanes)
         parts.append(sum(map(len, features)))
         return features
 

@@ -45,8 +45,8 @@ def bundle(backbone: Backbone, name: str) -> Bundle:
     lengths = (lengths[0], max(0, lengths[1] - 1)) if lengths[1] else lengths  # ragged where there are any
     draw = np.random.default_rng(7)
     params = {
-        task_bundle: draw.normal(0, 0.3, shape).astype(np.float32)
-        for task_bundle, shape in method.shapes(backbone.spec, lengths, CLASSES).items()
+        parameter: draw.normal(0, 0.3, shape).astype(np.float32)
+        for parameter, shape in method.shapes(backbone.spec, lengths, CLASSES).items()
     }
     named = Named(backbone.spec.arch, backbone.spec.fingerprint)
     manifest = Manifest("bugs", name, named, LABELS, lengths, HOW, {}, {}, None, None, 1.0, "0.1.0")

@@ -34,7 +34,7 @@ def bundle(backbone: Backbone, drawn_as: str, registry: Registry | None = None, 
     manifest = Manifest(
         task="t",
         method=drawn_as,
-        golden_backbone=BundleBackbone(spec.arch, spec.fingerprint),
+        backbone=BundleBackbone(spec.arch, spec.fingerprint),
         labels=("a", "b", "c", "d"),
         prompt_lengths=lengths,
         preprocess=spec.preprocess,
@@ -124,8 +124,8 @@ class Constant:
     def init(self, spec: Spec, prompt_lengths: tuple[int, ...], classes: int, generator: torch.Generator) -> Params:
         return {**head_init(spec, classes, generator), "head.bias": torch.arange(float(classes))}
 
-    def lower(self, golden_backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
-        nothing = no_prefix(golden_backbone.spec.depth, params["head.weight"])
+    def lower(self, backbone: Backbone, params: Params, prompt_lengths: tuple[int, ...]) -> Lens:
+        nothing = no_prefix(backbone.spec.depth, params["head.weight"])
         return Lens(nothing, nothing, nothing[0], params["head.weight"] * 0, params["head.bias"])
 
 

@@ -90,6 +90,25 @@ print(json.dumps(there()))
     assert told(LEAN + served) == []
 
 
+def test_a_worker_loads_it_with_its_first_optimizer(told: Told, tmp_path: Path) -> None:
+    working = f"""
+import os
+home = {str(tmp_path)!r}
+os.environ |= {{"LENSRACK_HOME": home, "LENSRACK_BACKBONE": "untrained", "LENSRACK_DRAIN_TIMEOUT_S": "600"}}
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+from server.cli.work import work
+work(until_stdin_closes=True)
+idle = there()
+import torch
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([weight])
+weight.sum().backward()
+optimizer.step()
+print(json.dumps([idle, bool((weight < 1).all()), "torch._dynamo" in there()]))
+"""
+    assert told(LOADED + working) == [[], True, True]
+
+
 def test_who_wants_it_gets_the_real_one(told: Told) -> None:
     modules = """
 import torch, torchvision

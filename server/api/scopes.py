@@ -127,13 +127,16 @@ _TEMPLATES: Final = {
 }
 
 
-def template(method: str, path: str) -> str | None:
-    """Return the listed route that a path looks like; None for none."""
+def match(method: str, path: str) -> tuple[str | None, str]:
+    """Return the listed route that a path looks like, None for none, and the task that it names, "" for none.
+
+    The task comes without an alias or a version: who is admitted depends on it before the route parses the reference.
+    """
     for candidate in (method, "GET") if method == "HEAD" else (method,):
         for pattern, route in _TEMPLATES.get(candidate, ()):
-            if pattern.match(path):
-                return route
-    return None
+            if matched := pattern.match(path):
+                return route, matched.groupdict().get("task", "").partition("@")[0]
+    return None, ""
 
 
 def need_of(method: str, route: str) -> Need:

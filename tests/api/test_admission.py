@@ -161,7 +161,7 @@ def test_requests_on_their_way_count_from_the_end_of_their_body(tmp_path: Path) 
 async def through(admission: AdmissionMiddleware, *, whole: bool) -> int:
     """The status of one request; `whole`: its body is there with its head."""
     statuses: list[int] = []
-    state = {"template": "/predict/{task}", "request_id": "1"}
+    state = {"template": "/predict/{task}", "task": "fish", "request_id": "1"}
     scope = {"type": "http", "method": "POST", "path": "/predict/fish", "state": state}
 
     async def receive() -> Message:

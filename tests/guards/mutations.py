@@ -243,7 +243,7 @@ MUTATIONS = (
     Mutation(
         "One task's flood does not send its tenant's others away before their body comes",
         "server/api/middleware/admission.py",
-        'scope["path"].split("/")[at].partition("@")[0]',
+        'scope["state"][TASK]',
         '""',
         "tests/api/test_admission.py::test_another_tasks_flood_sends_no_quiet_task_away",
     ),

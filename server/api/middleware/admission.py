@@ -1,7 +1,7 @@
 """Admission before anything is done: predictions that a full queue could not hold get 429 before their body is read.
 
     the key is known (AuthMiddleware) ─► no room ─► 429 queue_full, before the body, the route and its dependencies
-                                          └ room ─► route ─► `Queue.reserve`, which refuses whoever finds no place left
+                                          └ room ─► route ─► `Queue.reserve`, which refuses where no place is left
 
 A refusal must cost far less than an answer: asked for three times what the engine can do, a server would spend its time
 on refusals. A request is in flight from the end of its body to its answer: a slow sender takes no place. A tenant or a
@@ -21,7 +21,7 @@ from server.batching.scheduler import FlowKey
 from server.errors import QueueFull
 from server.keys.key import Key
 
-from .auth import TEMPLATE, RefusedRoute
+from .auth import TASK, TEMPLATE, RefusedRoute
 
 ROWS_COME_BY: Final = frozenset(
     {
@@ -34,9 +34,6 @@ ROWS_COME_BY: Final = frozenset(
         "/v2/models/{task}/versions/{version}/infer",
     }
 )
-_TASK_AT: Final = {
-    template: template.split("/").index("{task}") for template in ROWS_COME_BY if "{task}" in template
-}  # in which part of the path
 
 
 class AdmissionMiddleware:
@@ -66,9 +63,7 @@ class AdmissionMiddleware:
 
 def _flow(scope: Scope) -> FlowKey:
     key: Key | None = scope["state"].get("key")
-    at = _TASK_AT.get(scope["state"][TEMPLATE])
-    task = "" if at is None else scope["path"].split("/")[at].partition("@")[0]
-    return "" if key is None else key.tasks, task
+    return "" if key is None else key.tasks, scope["state"][TASK]
 
 
 class _InFlight:

@@ -31,7 +31,8 @@ from . import connections
 
 COOKIE: Final = "lensrack_session"
 SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-TEMPLATE: Final = "template"  # in a request's state: the listed route that its path looks like, see `scopes.template`
+TEMPLATE: Final = "template"  # in a request's state: the listed route that its path looks like, see `scopes.match`
+TASK: Final = "task"  # and the task that the path names
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope["state"][TEMPLATE] = scopes.template(scope["method"], scope["path"])
+        scope["state"][TEMPLATE], scope["state"][TASK] = scopes.match(scope["method"], scope["path"])
         try:
             await self._authorize(scope)
         except ServiceError as error:

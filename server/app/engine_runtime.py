@@ -1,4 +1,4 @@
-"""The engine room: the backbone, the rack, the engine and the one queue before it, built and wired."""
+"""The engine runtime: backbone, rack, engine and the queue before it, built and wired."""
 
 from __future__ import annotations
 
@@ -24,36 +24,33 @@ from server.engine.recorder import CudaRecorder
 from server.engine.residency import Loaded, Residency
 from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
-from server.observability import metrics
 from server.serving.preloader import Preloader
 from server.settings import Settings
 
 from . import allocator, instrumentation, sample_tasks
 from .backbone import UNTRAINED_NOTE, BackboneInfo, load_backbone
-from .worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class EngineRuntime:
-    """Backbone, rack, engine and the one queue before it, with what watches them: all of a server but HTTP.
+    """An engine with its rack and its queue, and what watches them: all of a server but HTTP and training.
 
-    `warm_up`, `start`, whatever is asked of it, `drain`, `stop`.
+    Call `warm_up`, `start`, then any of its parts, `drain`, `stop`.
     """
 
     settings: Settings
-    facts: BackboneInfo
+    backbone: BackboneInfo
     registry: Registry
     bundles: Store
     store: CachedStore
     rack: Rack
     residency: Residency
-    succession: Preloader
+    preloader: Preloader
     engine: Engine
     batcher: Batcher
     watchdog: Watchdog
-    workers: WorkerPool
     loading: ThreadPoolExecutor
 
     @property
@@ -61,21 +58,19 @@ class EngineRuntime:
         return self.watchdog.lost
 
     async def warm_up(self) -> None:
-        """One forward before the first request pays for lazy set-up."""
+        """Run one forward, so that the first request does not pay for lazy set-up."""
         await asyncio.to_thread(run_blank_image, self.engine)
 
     def start(self) -> None:
-        self.workers.start()
         self.watchdog.start()
-        self.succession.start()
+        self.preloader.start()
 
     async def drain(self, timeout_s: float) -> None:
         await self.batcher.drain(timeout_s)
 
     async def stop(self) -> None:
         """After a drain. Its store stays open: whoever opened others closes all of them at once."""
-        await self.succession.stop()
-        await self.workers.stop()
+        await self.preloader.stop()
         await self.watchdog.stop()
         self.loading.shutdown(wait=False, cancel_futures=True)
 
@@ -105,11 +100,8 @@ class EngineRuntime:
         )
 
 
-def build_engine_runtime(
-    settings: Settings, ring: Authenticator, number: int = 0, *, workers: int = 0
-) -> EngineRuntime:
-    """Build the engine of a `number`, from 0, and a pool of so many `workers`. The first of several engines does what
-    a single one must do. Raises ValueError."""
+def build_engine_runtime(settings: Settings, authenticator: Authenticator, number: int = 0) -> EngineRuntime:
+    """Build the engine of a `number`, from 0. The first of several does what only one may do. Raises ValueError."""
     first = number == 0
     backbone = _load_for_device(settings, number)
     registry = Registry.installed()
@@ -131,22 +123,21 @@ def build_engine_runtime(
         engine,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
-        share=ring.weight,
+        share=authenticator.weight,
         target_s=settings.target_latency_s,
         wait_s=settings.max_wait_s,
     )
     watchdog = Watchdog(
         batcher, partial(run_blank_image, engine), timeout_s=settings.engine_timeout_s, grace_s=settings.drain_timeout_s
     )
-    pool = WorkerPool(settings, workers, on_restart=metrics.WORKER_RESTARTS.inc)
     instrumentation.process(settings, backbone)
-    instrumentation.engine_runtime(batcher, rack, pool)
-    facts = BackboneInfo.of(backbone)
+    instrumentation.engine_runtime(batcher, rack)
+    info = BackboneInfo.of(backbone)
     backbone.free_unpacked_weights()
     allocator.hand_back()
     return EngineRuntime(
         settings,
-        facts,
+        info,
         registry,
         bundles,
         store,
@@ -156,13 +147,12 @@ def build_engine_runtime(
         engine,
         batcher,
         watchdog,
-        pool,
         loading,
     )
 
 
 def _load_for_device(settings: Settings, number: int) -> Backbone:
-    """One core is left to the event loop."""
+    """The backbone of an engine's device. Its threads leave one core to the event loop."""
     devices = settings.engine_devices
     threads = settings.threads or max(1, ((os.cpu_count() or 1) - 1) // len(devices))
     backbone = load_backbone(settings, threads, devices[number])
@@ -173,7 +163,8 @@ def _load_for_device(settings: Settings, number: int) -> Backbone:
 
 
 def record_graphs(settings: Settings, backbone: Backbone, rack: Rack) -> Graphs | None:
-    """None where they are not asked for. What cannot be recorded is logged and counted, and goes the ordinary way."""
+    """CUDA graphs where the settings want them, else None. A bucket that cannot be recorded is logged, counted, and
+    served the ordinary way."""
     if not settings.cuda_graphs:
         return None
     graphs = record_buckets(backbone, rack, partial(CudaRecorder, backbone.device), buckets(settings.max_batch))
@@ -193,6 +184,6 @@ def build_residency(
 
 
 def run_blank_image(engine: Engine) -> None:
-    """A forward of one picture of zeros."""
+    """Run a forward of one picture of zeros."""
     size = engine.backbone.spec.image_size
     engine.embed([np.zeros((size, size, 3), np.uint8)])

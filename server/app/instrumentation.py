@@ -35,14 +35,18 @@ def process(settings: Settings, backbone: Backbone) -> None:
         metrics.bind_gpu_memory(partial(device_memory, backbone.device), str(backbone.device))
 
 
-def engine_runtime(batcher: Batcher, rack: Rack, workers: WorkerPool) -> None:
-    """Gauges of the engine: queue, rack, workers. A process has one engine at most."""
+def engine_runtime(batcher: Batcher, rack: Rack) -> None:
+    """Gauges of the engine: queue and rack. A process has one engine at most."""
     metrics.bind_gauge(metrics.QUEUE_PLACES, lambda: batcher.places)
     metrics.bind_gauge(metrics.QUEUE_OLDEST_S, batcher.oldest_s)
     metrics.RACK_SLOTS.set(rack.slots)
     metrics.RACK_BYTES.labels("total").set(rack.capacity * rack.vector_bytes)
     metrics.bind_gauge(metrics.RACK_BYTES.labels("used"), lambda: rack.used_vectors * rack.vector_bytes)
     metrics.bind_gauge(metrics.RACK_LENSES, lambda: rack.used_slots)
+
+
+def worker_pool(workers: WorkerPool) -> None:
+    """Gauges of the workers of a server in one process; with front ends the process manager has them."""
     metrics.WORKERS.labels("wanted").set(workers.count)
     metrics.bind_gauge(metrics.WORKERS.labels("running"), lambda: len(workers.pids))
 

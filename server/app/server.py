@@ -26,12 +26,15 @@ from server.engine.attention_maps import look
 from server.jobs.store import JobStore
 from server.keys.authenticator import Authenticator
 from server.methods.registry import Registry
+from server.observability import metrics
 from server.settings import Settings
 
+from . import instrumentation
 from .engine_runtime import EngineRuntime, build_engine_runtime
 from .services import EngineBindings, build_grpc, build_services, readiness
 from .store_probe import StoreProbe
 from .stores import close_all, open_authenticator, open_jobs
+from .worker_pool import WorkerPool
 
 if TYPE_CHECKING:  # its packages are an extra's
     from server.api.oip.grpc.server import GrpcServer
@@ -63,52 +66,56 @@ class Server(Generic[AnyEngine]):
     """All parts of a process that serves HTTP. `running` starts and stops them."""
 
     settings: Settings
-    room: AnyEngine
+    engine: AnyEngine
     app: FastAPI
     store: Store
     jobs: JobStore
-    ring: Authenticator
-    watch: StoreProbe | None
+    authenticator: Authenticator
+    probe: StoreProbe | None
     grpc: GrpcServer | None
     decoding: ThreadPoolExecutor
+    workers: WorkerPool | None = None  # where no process manager starts them
     _drain: asyncio.Future[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Warm up and start the engine; afterwards drain the queue, stop the engine, close the stores."""
-        await self.room.warm_up()
+        await self.engine.warm_up()
         if self.grpc is not None:
             log.info("gRPC on port %d", await self.grpc.start())
-        self.room.start()
-        if self.watch is not None:
-            self.watch.start()
+        self.engine.start()
+        for part in (self.workers, self.probe):
+            if part is not None:
+                part.start()
         try:
             yield
         finally:
             if self.grpc is not None:
                 await self.grpc.stop(self._grace_s())
-            await self.room.drain(self._grace_s())
-            await self.room.stop()
-            if self.watch is not None:
-                await self.watch.stop()
+            await self.engine.drain(self._grace_s())
+            if self.workers is not None:
+                await self.workers.stop()
+            await self.engine.stop()
+            if self.probe is not None:
+                await self.probe.stop()
             self.decoding.shutdown(wait=False, cancel_futures=True)
-            await close_all(self.store, self.jobs, self.ring)
+            await close_all(self.store, self.jobs, self.authenticator)
 
     def leave(self) -> None:
         """The process was asked to end: accept nothing new, and answer or refuse what waits."""
         self.app.state.leaving = True
-        self._drain = asyncio.ensure_future(self.room.drain(self.settings.drain_timeout_s))
+        self._drain = asyncio.ensure_future(self.engine.drain(self.settings.drain_timeout_s))
 
     def _grace_s(self) -> float:
-        return 0.0 if self.room.lost else self.settings.drain_timeout_s
+        return 0.0 if self.engine.lost else self.settings.drain_timeout_s
 
 
 def build_server_over(
-    room: AnyEngine,
-    side: EngineBindings,
+    engine: AnyEngine,
+    bindings: EngineBindings,
     settings: Settings,
     *,
-    ring: Authenticator,
+    authenticator: Authenticator,
     registry: Registry,
     bundles: Store,
     store: Store,
@@ -117,27 +124,38 @@ def build_server_over(
     """A server over an engine. `store` is a cache over `bundles`. `first`: of several front ends, the one that does
     what only one may do (gRPC's port, probing the stores)."""
     jobs = open_jobs(settings)
-    services, decoding = build_services(settings, side, registry=registry, store=store, jobs=jobs)
-    app, watch = create_app(services, ring), StoreProbe(bundles, jobs, settings.watch_s) if first else None
-    grpc = build_grpc(services, ring) if first else None
-    return Server(settings, room, app, store, jobs, ring, watch, grpc, decoding)
+    services, decoding = build_services(settings, bindings, registry=registry, store=store, jobs=jobs)
+    app = create_app(services, authenticator)
+    probe = StoreProbe(bundles, jobs, settings.watch_s) if first else None
+    grpc = build_grpc(services, authenticator) if first else None
+    return Server(settings, engine, app, store, jobs, authenticator, probe, grpc, decoding)
 
 
 def build_server(settings: Settings) -> Server[EngineRuntime]:
     """A whole server in this process. Raises UnsafeBind before anything that takes time."""
     if len(settings.engine_devices) > 1:
         raise ValueError("LENSRACK_DEVICES: several devices need LENSRACK_FRONTS of 1 or more, got 0")
-    ring = open_authenticator(settings)
-    require_safe_bind(settings, locked=ring.locked)
-    room = build_engine_runtime(settings, ring, workers=settings.workers)
-    side = EngineBindings(
-        room.facts,
-        room.residency,
-        room.batcher,
-        look=partial(look, room.engine),
-        rack=room.occupied,
-        ready=lambda: readiness(room.facts, settings, room.watchdog.trouble, len(room.workers.pids)),
+    authenticator = open_authenticator(settings)
+    require_safe_bind(settings, locked=authenticator.locked)
+    runtime = build_engine_runtime(settings, authenticator)
+    workers = WorkerPool(settings, settings.workers, on_restart=metrics.WORKER_RESTARTS.inc)
+    instrumentation.worker_pool(workers)
+    bindings = EngineBindings(
+        runtime.backbone,
+        runtime.residency,
+        runtime.batcher,
+        look=partial(look, runtime.engine),
+        rack=runtime.occupied,
+        ready=lambda: readiness(runtime.backbone, settings, runtime.watchdog.trouble, len(workers.pids)),
     )
-    return build_server_over(
-        room, side, settings, ring=ring, registry=room.registry, bundles=room.bundles, store=room.store
+    server = build_server_over(
+        runtime,
+        bindings,
+        settings,
+        authenticator=authenticator,
+        registry=runtime.registry,
+        bundles=runtime.bundles,
+        store=runtime.store,
     )
+    server.workers = workers
+    return server

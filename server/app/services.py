@@ -38,7 +38,7 @@ class EngineBindings:
     `look`: the exclusive work of attention maps · `rack`: what `GET /rack` shows · `ready`: what `GET /readyz` answers.
     """
 
-    facts: BackboneInfo
+    backbone: BackboneInfo
     residency: Residency
     batcher: Queue
     look: api.Look
@@ -47,15 +47,15 @@ class EngineBindings:
 
 
 def build_services(
-    settings: Settings, side: EngineBindings, *, registry: Registry, store: Store, jobs: JobStore
+    settings: Settings, bindings: EngineBindings, *, registry: Registry, store: Store, jobs: JobStore
 ) -> tuple[Services, ThreadPoolExecutor]:
     """The services that routes call, and the thread pool that decodes."""
-    facts = side.facts
+    backbone = bindings.backbone
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     predictor = Predictor(
         store,
-        side.residency,
-        side.batcher,
+        bindings.residency,
+        bindings.batcher,
         decoding,
         limits=Limits(
             settings.max_images,
@@ -63,39 +63,39 @@ def build_services(
             settings.max_tasks_per_request,
             settings.scaled_decode or math.inf,
         ),
-        geometry=facts.spec.geometry,
-        fingerprint=facts.spec.fingerprint,
+        geometry=backbone.spec.geometry,
+        fingerprint=backbone.spec.fingerprint,
     )
     instrumentation.front(predictor.quarantine)
     services = Services(
         settings=settings,
         predictor=predictor,
-        batcher=side.batcher,
-        residency=side.residency,
+        batcher=bindings.batcher,
+        residency=bindings.residency,
         store=store,
         jobs=jobs,
         datasets=open_datasets(settings),
         uploads=open_uploads(settings),
         feedback=open_feedback(settings),
-        ready=side.ready,
-        rack=side.rack,
-        look=side.look,
+        ready=bindings.ready,
+        rack=bindings.rack,
+        look=bindings.look,
         methods=registry.meanings,
         baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
-        check_bundle=lambda bundle: registry.check(bundle, facts.spec),
-        importer=importer_for(facts, registry),
+        check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
+        importer=importer_for(backbone, registry),
         meter=open_meter(settings),
     )
     return services, decoding
 
 
 def readiness(
-    facts: BackboneInfo, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()
+    backbone: BackboneInfo, settings: Settings, trouble: str, workers: int, away: Sequence[str] = ()
 ) -> wire.Ready:
     """What `/readyz` answers: the backbone, and whether engine and workers run. `trouble`: what is wrong with the
     engine.
     `away`: what is wrong with some of several engines, while others answer."""
-    spec = facts.spec
+    spec = backbone.spec
     notes = [note for note in (trouble, *away, "" if spec.trained else UNTRAINED_NOTE) if note]
     if settings.scaled_decode:
         notes.append(f"JPEGs larger than {settings.scaled_decode:g} times the needed size are decoded at reduced size")
@@ -107,8 +107,8 @@ def readiness(
             arch=spec.arch,
             fingerprint=spec.fingerprint,
             trained=spec.trained,
-            device=facts.device,
-            dtype=facts.dtype,
+            device=backbone.device,
+            dtype=backbone.dtype,
             image_size=spec.image_size,
             depth=spec.depth,
             dim=spec.dim,
@@ -118,7 +118,7 @@ def readiness(
     )
 
 
-def build_grpc(services: Services, ring: Authenticator) -> GrpcServer | None:
+def build_grpc(services: Services, authenticator: Authenticator) -> GrpcServer | None:
     """The gRPC server; None where no port is set. Raises NotInstalled."""
     settings = services.settings
     if not settings.grpc_port:
@@ -127,4 +127,4 @@ def build_grpc(services: Services, ring: Authenticator) -> GrpcServer | None:
         from server.api.oip.grpc.server import GrpcServer
     except ImportError as error:
         raise NotInstalled(f"LENSRACK_GRPC_PORT needs the extra `grpc`, which brings {error.name}") from error
-    return GrpcServer(services_by_key(services), ring, settings, settings.grpc_port)
+    return GrpcServer(services_by_key(services), authenticator, settings, settings.grpc_port)

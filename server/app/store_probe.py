@@ -30,7 +30,7 @@ class StoreProbe:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="watch")
+        self._task = asyncio.create_task(self._run(), name="store-probe")
 
     async def stop(self) -> None:
         if self._task is not None:

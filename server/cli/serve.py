@@ -62,7 +62,7 @@ async def _serve(settings: Settings) -> int:
 
     def ready(http: http_server.HttpServer) -> None:
         log.info("serving on http://%s:%d", *listener.getsockname()[:2])
-        server.room.watchdog.on_lost = lambda: setattr(http, "should_exit", True)
+        server.engine.watchdog.on_lost = lambda: setattr(http, "should_exit", True)
 
     await http_server.serve_http(server, listener, ready)
-    return EXIT_CODE if server.room.lost else 0
+    return EXIT_CODE if server.engine.lost else 0

@@ -46,7 +46,7 @@ class EngineProcess:
         await self._server.start()
         runtime.start()
         tasks = [asyncio.create_task(work) for work in (self._metrics.write_periodically(), self._keep_weights())]
-        send_ready(runtime.facts.as_json())
+        send_ready(runtime.backbone.as_json())
         await self._stop.wait()
         await self._end(tasks)
         return EXIT_CODE if runtime.lost else 0
@@ -84,7 +84,7 @@ def _backend(runtime: EngineRuntime, process_metrics: ProcessMetrics) -> EngineB
     return EngineBackend(
         batcher=runtime.batcher,
         residency=runtime.residency,
-        size=runtime.facts.spec.image_size,
+        size=runtime.backbone.spec.image_size,
         exclusive_works={LOOK: partial(_attention_maps, runtime)},
         facts=facts,
         residents=residents,

@@ -90,27 +90,27 @@ class RemoteEngines:
 
 
 def build_front(
-    settings: Settings, facts: BackboneInfo, folder: Path, process_metrics: ProcessMetrics, *, first: bool
+    settings: Settings, backbone: BackboneInfo, folder: Path, process_metrics: ProcessMetrics, *, first: bool
 ) -> Server[RemoteEngines]:
     """Build a server over the engines whose sockets are in `folder`. `first`: see `build_server_over`."""
     torch.set_num_threads(1)
     authenticator, bundles = open_authenticator(settings), open_store(settings.store_url)
-    engines = _engine_pool(settings, facts, folder)
+    engines = _engine_pool(settings, backbone, folder)
     residency, batcher = _residency_and_batcher(engines)
     metrics.scrape_registry, metrics.refresh = merged_registry(process_metrics), partial(_refresh_counts, engines)
     metrics.bind_gauge(metrics.ENGINE_UP, lambda: not engines.troubles)
     return build_server_over(
         RemoteEngines(engines, batcher, process_metrics),
         EngineBindings(
-            facts,
+            backbone,
             residency,
             batcher,
             look=RemoteCall(LOOK, _attention_maps),
             rack=engines.rack,
-            ready=partial(_ready, engines, facts, settings, process_metrics),
+            ready=partial(_ready, engines, backbone, settings, process_metrics),
         ),
         settings,
-        ring=authenticator,
+        authenticator=authenticator,
         registry=Registry.installed(),
         bundles=bundles,
         store=CachedStore(bundles, max_bytes=settings.cache_bytes),
@@ -118,9 +118,11 @@ def build_front(
     )
 
 
-def _ready(engines: EnginePool, facts: BackboneInfo, settings: Settings, process_metrics: ProcessMetrics) -> wire.Ready:
+def _ready(
+    engines: EnginePool, backbone: BackboneInfo, settings: Settings, process_metrics: ProcessMetrics
+) -> wire.Ready:
     away = [] if len(engines.all) == 1 else engines.troubles
-    return readiness(facts, settings, engines.trouble, running_workers(process_metrics), away)
+    return readiness(backbone, settings, engines.trouble, running_workers(process_metrics), away)
 
 
 async def _refresh_counts(engines: EnginePool) -> None:
@@ -130,9 +132,9 @@ async def _refresh_counts(engines: EnginePool) -> None:
             await engines.each(lambda engine: engine.connection.call("view", name=COUNTS))
 
 
-def _engine_pool(settings: Settings, facts: BackboneInfo, folder: Path) -> EnginePool:
+def _engine_pool(settings: Settings, backbone: BackboneInfo, folder: Path) -> EnginePool:
     def connect(number: int, device: str) -> RemoteEngine:
-        slots = PixelWriter(with_reserve(settings.max_queue) + 4 * settings.max_batch, facts.spec.image_size)
+        slots = PixelWriter(with_reserve(settings.max_queue) + 4 * settings.max_batch, backbone.spec.image_size)
         connection = EngineConnection(socket_path(folder, number), slots, silence_s=settings.engine_timeout_s)
         batcher = RemoteBatcher(connection, slots, max_batch=settings.max_batch, max_queue=settings.max_queue)
         return RemoteEngine(number, device, connection, RemoteResidency(connection, number), batcher)

@@ -75,7 +75,7 @@ class Site:
                     self.truth[bundle.version, place] = self._literal(bundle, params, data, backbone)
 
     def _bundle(self, task: str, method: str, seed: int, registry: Registry) -> Bundle:
-        backbone = self.server.room.engine.backbone
+        backbone = self.server.engine.engine.backbone
         spec, lengths, classes = backbone.spec, METHODS[method], 3 + seed % 4
         generator = torch.Generator().manual_seed(seed)
         params = registry.get(method).init(spec, lengths, classes, generator)
@@ -105,7 +105,7 @@ class Site:
     # --- who does something -------------------------------------------------------------------------------------------
 
     def nothing_is_loading(self) -> bool:
-        residency = self.server.room.residency
+        residency = self.server.engine.residency
         known = sum(len(residency.resident_versions(task)) for task in self.bundles)  # those under way among them
         return known == len(residency.occupants())
 
@@ -172,7 +172,7 @@ class Site:
 
     @property
     def left(self) -> dict[str, int]:
-        batcher, residency = self.server.room.batcher, self.server.room.residency
+        batcher, residency = self.server.engine.batcher, self.server.engine.residency
         return {
             "rows": len(batcher), "promises": len(batcher._reservations), "inside": len(batcher._inside),
             "loads": sum(not entry.ready.done() for entry in residency._entries.values()),
@@ -212,15 +212,15 @@ async def test_everything_at_once(tmp_path: Path) -> None:
         print(dict(place.told))
         answered = place.told[200, ""]
         assert answered > CLIENTS * QUESTIONS // 3, "hardly anything was asked of what is there"
-        assert place.server.room.residency.counts.evictions > 0, "the rack was never full"
-        await place.server.room.succession.stop()
+        assert place.server.engine.residency.counts.evictions > 0, "the rack was never full"
+        await place.server.engine.preloader.stop()
         await until(lambda: not any(place.left.values()), f"something is left: {place.left}")
         await until(place.nothing_is_loading, "a load ahead goes on when its succession has been stopped")
-        place.server.room.residency.check_integrity()
-        place.server.room.batcher.check_integrity()
-        for occupant in place.server.room.residency.occupants():
-            await place.server.room.residency.unload(occupant.seat.task, occupant.seat.version)
-        rack = place.server.room.engine.rack
+        place.server.engine.residency.check_integrity()
+        place.server.engine.batcher.check_integrity()
+        for occupant in place.server.engine.residency.occupants():
+            await place.server.engine.residency.unload(occupant.seat.task, occupant.seat.version)
+        rack = place.server.engine.engine.rack
         assert (rack.used_slots, rack.used_vectors) == (0, 0)
         rack.check_integrity()
 
@@ -232,9 +232,9 @@ async def test_the_next_version_is_on_the_rack_before_anybody_asks_for_it(tmp_pa
         await place.ask_about("task-0", 0)
         await place.publish("task-0", 1)
         old, new = (bundle.version for bundle in place.bundles["task-0"])
-        await until(lambda: place.server.room.residency.resident("task-0", new), "it was not loaded ahead")
+        await until(lambda: place.server.engine.residency.resident("task-0", new), "it was not loaded ahead")
         assert await place.ask_about("task-0", 0) == new
-        assert place.server.room.residency.resident("task-0", old)
+        assert place.server.engine.residency.resident("task-0", old)
 
 
 async def test_a_damaged_version_leaves_the_old_one_serving_and_is_told_aloud(tmp_path: Path) -> None:

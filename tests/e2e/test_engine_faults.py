@@ -91,7 +91,7 @@ def test_an_engine_that_hangs_is_left_and_its_clients_are_answered(tmp_path: Pat
         refused = ask(server, "black")
         assert (refused.status_code, refused.json()["code"]) == (503, "engine_unavailable")
         assert server.process.wait(LONG_S) == 70
-        assert "the server ends itself (70)" in server.log
+        assert "this process ends itself (70)" in server.log
         assert "in doomed" in server.log, "the log shows where the engine was"
 
 

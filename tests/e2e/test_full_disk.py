@@ -154,7 +154,7 @@ def test_checkpoints_caches_and_the_store_of_a_worker(
     with site(tmp_path / "home", archive, context) as place:
         fill(small_disk / "filler")
         with place.working() as worker:
-            until(lambda: "its version is held meanwhile" in place.log, place)
+            until(lambda: "storing its version is tried again" in place.log, place)
             assert place.store.tasks() == []
             assert place.jobs.get(place.job.id).state == "running"
             assert "a checkpoint could not be written: No space left on device" in place.log

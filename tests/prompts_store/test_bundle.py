@@ -247,7 +247,7 @@ def test_manifest_needs_every_field(name: str) -> None:
         ("[]", r"expected an object, got \[\]"),
         ('{"task":"a","task":"b"}', "'task' more than once"),
         ('{"metrics":NaN}', "NaN, which is not a JSON number"),
-        ('{"metrics":-Infinity}', "no JSON number"),
+        ('{"metrics":-Infinity}', "not a JSON number"),
         ('{"metrics":1e999}', "finite"),
         ('{"metrics":' + "9" * 5000 + "}", "expected JSON"),
         ("[" * 100_000, "nesting"),

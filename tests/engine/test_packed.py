@@ -346,8 +346,7 @@ def photographs(files: Sequence[Path]) -> Tensor:
 COUNT = """
 import os, torch, timm
 torch.set_num_threads(1)
-from server.engine import backbone as backbones
-    from server.engine import vit
+from server.engine import backbone as backbones, vit
 from server.engine.lens import Plain
 def threads(): return len(os.listdir("/proc/self/task"))
 before = threads()

@@ -26,8 +26,8 @@ def backbone() -> Backbone:
     return golden_backbone("vit_nano", 101, torch.float32)
 
 
-def bundle(backbone: Backbone, drawn_as: str, registry: Registry | None = None, **changes: object) -> Bundle:
-    spec = backbone.spec
+def bundle(served_by: Backbone, drawn_as: str, registry: Registry | None = None, **changes: object) -> Bundle:
+    spec = served_by.spec
     chosen = (registry or Registry()).get(drawn_as)
     lengths = chosen.prompt_lengths(spec, 3)
     params = chosen.init(spec, lengths, 4, torch.Generator().manual_seed(0))

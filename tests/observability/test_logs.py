@@ -237,7 +237,7 @@ def test_an_attempt_whose_lease_ran_out_is_seen_by_its_successor_and_by_itself(t
     house.worked(job)
     after = [value("job_leases_lost_total", seen_by=who) for who in ("successor", "holder")]
     assert after[0] - before[0] == 1
-    co_batching.run(house.trainer._backbone, [house.trainer._worked(stale)])  # it wakes up late
+    co_batching.run(house.trainer._resources.backbone, [house.trainer._attempt(stale)])  # it wakes up late
     assert value("job_leases_lost_total", seen_by="holder") - before[1] == 1
     assert value("job_attempts_total", outcome="superseded") >= 1
 

@@ -239,7 +239,7 @@ def test_an_export_that_broke_off_goes_on_and_is_no_archive_before(source: Store
 
     with pytest.raises(ConnectionError):
         export_store(Once(), tmp_path / "half")  # type: ignore[arg-type]
-    with pytest.raises(BadArchive, match="not finished"):
+    with pytest.raises(BadArchive, match="did not finish"):
         import_store(MemoryStore(), tmp_path / "half")
     for version in [source.put(bundle(seed)) for seed in (10, 11, 12)]:
         source.set_alias("fish", "live", version)

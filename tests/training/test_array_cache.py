@@ -187,7 +187,7 @@ PRELUDE = """
 import os, random, signal, sys
 from pathlib import Path
 import numpy as np
-from server.training import array_cache
+from server.training.caches import array_cache
 from server.training.caches.array_cache import ArrayCache
 from tests.training.kept_arrays import KEYS, files, held, made, noted
 """

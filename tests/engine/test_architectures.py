@@ -117,7 +117,7 @@ def test_the_table_counts_what_it_is_given() -> None:
 def test_the_page_says_what_the_command_prints() -> None:
     """The command looks at all of timm's architectures anew."""
     page = DOC.read_text()
-    written = re.search(r"timm (\d[\w.]*)", page)
+    written = re.search(r"timm (\d+(?:\.\w+)*)", page)
     assert written is not None
     if written[1] != timm.__version__:
         pytest.skip(f"docs/backbones.md was written with timm {written[1]}, this is {timm.__version__}")

@@ -176,7 +176,7 @@ class Site:
         return {
             "rows": len(batcher), "promises": len(batcher._reservations), "inside": len(batcher._inside),
             "loads": sum(not entry.ready.done() for entry in residency._entries.values()),
-            "seats in use": sum(entry.pins for entry in residency._sitting.values()),
+            "seats in use": sum(entry.pins for entry in residency._occupied.values()),
         }  # fmt: skip
 
 

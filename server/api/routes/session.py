@@ -33,7 +33,7 @@ async def sign_in(request: Request, response: Response, credentials: wire.SignIn
         return _session(NOBODY, False)
     key = await authenticator.owner(credentials.key.strip())
     if key is None:
-        raise Unauthenticated("expected an API key, got one that is wrong, revoked or unsession_key")
+        raise Unauthenticated("expected an API key, got one that is wrong, revoked or unknown")
     _set(request, response, auth.encode_token(credentials.key.strip()), SESSION_S)
     return _session(key, True)
 

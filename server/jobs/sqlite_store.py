@@ -142,13 +142,10 @@ class SqliteJobStore(StepwiseJobStore):
         return old
 
     def close(self) -> None:
-        """Close the connections of all threads. No other thread may be inside a call."""
+        """Refuse further calls, and close the connections of all threads: that of a thread inside a call at its end."""
         with self._lock:
             self._closed = True
-            connections = [*self._connections.values()]
-            self._connections.clear()
-        for connection in connections:
-            connection.close()
+            self._connections.clear()  # unreferenced, it closes; closed under a running statement, SQLite crashes
 
     # --- connections --------------------------------------------------------------------------------------------------
 

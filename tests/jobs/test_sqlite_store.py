@@ -181,3 +181,24 @@ def test_ids_sort_by_time() -> None:
     assert all(map(is_id, ids))
     assert new_id(0.0, after=ids[3]) > ids[3]
     assert not any(map(is_id, ("", "job_", ids[0] + "0", ids[0].upper(), "job_" + "u" * 26, "job_8" + "0" * 25)))
+
+
+def test_a_store_that_is_closed_under_a_call_lets_it_end(path: Path) -> None:
+    """As at a shutdown, while a probe still counts: to close the connection of a running statement is a crash."""
+    store, inside, closed = SqliteJobStore(path), threading.Event(), threading.Event()
+
+    def change() -> int:
+        with store._transaction() as db:
+            inside.set()
+            assert closed.wait(20)
+            return int(db.execute("SELECT COUNT(*) FROM jobs").fetchone()[0])
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(change)
+        assert inside.wait(20)
+        store.close()
+        closed.set()
+        assert call.result(20) == 0
+    with pytest.raises(Unavailable):
+        store.counts()
+    assert not path.with_name("jobs.sqlite-wal").exists(), "the last connection is closed, too"

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -44,18 +44,26 @@ _EVENT: Final = (
 )
 
 
+@dataclass(frozen=True)
+class _Connection:
+    """`used` is held during a call, by the thread whose connection it is."""
+
+    db: sqlite3.Connection
+    used: threading.RLock = field(default_factory=threading.RLock)  # type: ignore[valid-type]  # a function, by its type
+
+
 class SqliteJobStore(StepwiseJobStore):
     """The job store in the file `path`, created with its folder if absent. `now` returns seconds since the epoch."""
 
     def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path, self._now = path, now
-        self._connections: dict[threading.Thread, sqlite3.Connection] = {}
+        self._connections: dict[threading.Thread, _Connection] = {}
         self._lock = threading.Lock()
         self._closed = False
         with _answering():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(path.parent):
-                migrate(self._connection())
+            with exclusive(path.parent), self._connected() as db:
+                migrate(db)
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -69,8 +77,8 @@ class SqliteJobStore(StepwiseJobStore):
             return _save(db, lifecycle.submitted(job), now)
 
     def get(self, job_id: str) -> Job:
-        with _answering():
-            return _load(self._connection(), job_id)
+        with self._connected() as db:
+            return _load(db, job_id)
 
     def list(
         self,
@@ -88,17 +96,15 @@ class SqliteJobStore(StepwiseJobStore):
             conditions |= {"task >=": task_prefix, "task <": f"{task_prefix}\x7f"}  # after every letter of a name
         conditions = {condition: value for condition, value in conditions.items() if value is not None}
         where = " AND ".join(f"{condition} ?" for condition in conditions) or "TRUE"
-        with _answering():
-            rows = self._connection().execute(
-                f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*conditions.values(), limit + 1)
-            )
+        with self._connected() as db:
+            rows = db.execute(f"{_SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", (*conditions.values(), limit + 1))
             jobs = [_job(row) for row in rows]
         page = jobs[:limit]
         return page, page[-1].id if page and len(jobs) > limit else None
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Events:
-        with _answering():
-            rows = self._connection().execute(
+        with self._connected() as db:
+            rows = db.execute(
                 "SELECT seq, type, at, data FROM events WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (job_id, after, limit),
             )
@@ -108,15 +114,15 @@ class SqliteJobStore(StepwiseJobStore):
         return events
 
     def counts(self) -> dict[State, int]:
-        with _answering():
-            counts = dict(self._connection().execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
+        with self._connected() as db:
+            counts = dict(db.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
         return {state: counts.get(state, 0) for state in STATES}
 
     # --- working ------------------------------------------------------------------------------------------------------
 
     def claim(self, worker: str, lease_s: float) -> Job | None:
-        with _answering():  # a read, so that the many polls of idle workers do not block writers
-            if self._connection().execute(_WAITING, (self._now(),)).fetchone() is None:
+        with self._connected() as db:  # a read, so that the many polls of idle workers do not block writers
+            if db.execute(_WAITING, (self._now(),)).fetchone() is None:
                 return None
         with self._transaction() as db:
             now = self._now()
@@ -145,7 +151,12 @@ class SqliteJobStore(StepwiseJobStore):
         """Refuse further calls, and close the connections of all threads: that of a thread inside a call at its end."""
         with self._lock:
             self._closed = True
-            self._connections.clear()  # unreferenced, it closes; closed under a running statement, SQLite crashes
+            connections = [*self._connections.values()]
+            self._connections.clear()
+        for connection in connections:
+            if connection.used.acquire(blocking=False):  # closed under a running statement, SQLite crashes
+                connection.db.close()
+                connection.used.release()
 
     # --- connections --------------------------------------------------------------------------------------------------
 
@@ -156,24 +167,32 @@ class SqliteJobStore(StepwiseJobStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with _answering():
-            db = self._connection()
-            with transaction(db):
-                yield db
+        with self._connected() as db, transaction(db):
+            yield db
 
-    def _connection(self) -> sqlite3.Connection:
-        """The connection of this thread. Closes those of threads that have ended."""
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection."""
+        with _answering():
+            connection = self._connection()
+            with connection.used:
+                try:
+                    yield connection.db
+                finally:
+                    if self._closed:
+                        connection.db.close()
+
+    def _connection(self) -> _Connection:
+        """Closes the connections of threads that have ended."""
         me = threading.current_thread()
-        connection = self._connections.get(me)
-        if connection is not None:
-            return connection
         with self._lock:
             if self._closed:
                 raise Unavailable("the job store is closed", code="store_unavailable")
-            for thread in [thread for thread in self._connections if not thread.is_alive()]:
-                self._connections.pop(thread).close()
-            connection = self._connections[me] = connect(self._path)
-        return connection
+            if me not in self._connections:
+                for thread in [thread for thread in self._connections if not thread.is_alive()]:
+                    self._connections.pop(thread).db.close()
+                self._connections[me] = _Connection(connect(self._path))
+            return self._connections[me]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

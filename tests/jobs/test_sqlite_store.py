@@ -79,7 +79,7 @@ def test_a_file_that_is_no_database_is_refused_without_its_path(path: Path) -> N
 
 def test_a_full_disk_refuses_the_job_and_loses_none(path: Path) -> None:
     store = SqliteJobStore(path)
-    store._connection().execute("PRAGMA max_page_count = 40")  # SQLite's own word for a disk of 160 kB
+    store._connection().db.execute("PRAGMA max_page_count = 40")  # SQLite's own word for a disk of 160 kB
     jobs: list[Job] = []
 
     def fill() -> None:

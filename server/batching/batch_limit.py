@@ -64,4 +64,4 @@ class BatchLimit:
         if not whole:
             return 1
         rate = LEAST_SHARE * self._most / whole
-        return math.ceil(rate * start / (1 - rate * each))
+        return math.ceil(rate * start / (1 - rate * each) - 1e-9)  # a rounding error is no row

@@ -10,11 +10,14 @@ import typer
 from .root import load_settings, start_logging
 
 
-def sample(folder: Annotated[Path, typer.Argument(help="Where to write FOLDER/fruit and FOLDER/weather.")]) -> None:
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Where to write FOLDER/fruit and FOLDER/weather.")],
+    per_class: Annotated[int, typer.Option(min=2, help="Training pictures of each class.")] = 24,
+) -> None:
     """Draw two small labelled picture sets to try lensrack with."""
     from server.cli.sample_pictures import draw
 
-    draw(folder)
+    draw(folder, per_class=per_class)
     typer.echo(f"drew {folder}/fruit and {folder}/weather: class folders under train/ and test/")
 
 

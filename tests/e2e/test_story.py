@@ -29,7 +29,7 @@ from server.training.fit import fit
 from server.training.recipe import resolve
 from tests.e2e.server_process import ServerProcess, environment, serving
 
-pytestmark = [pytest.mark.shared, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.shared, pytest.mark.long, pytest.mark.timeout(1200)]
 
 PER_CLASS, EPOCHS, BATCH = 24, 5, 16
 TRASH_CHANCE, SIGN_CHANCE = 1 / 6, 1 / 10

@@ -225,9 +225,10 @@ def _split(table: Table, row: LabelRow, path: MemberPath) -> Split:
             where = f"{table.name}, line {row.line}"
             raise _bad(f"{where}: expected a split like {', '.join(ALIASES)}, got {printable(row.split, 40)!r}")
         return split
-    folder_split = split_of(table.folder[-1]) if table.folder else None
-    picture_splits = [split for part in path[len(table.folder) : -1] if (split := split_of(part)) is not None]
-    return folder_split or next(iter(picture_splits), "train")
+    for folder in (*table.folder[-1:], *path[len(table.folder) : -1]):
+        if (folder_split := split_of(folder)) is not None:
+            return folder_split
+    return "train"
 
 
 def _bad(detail: str) -> BadRequest:

@@ -28,7 +28,9 @@ Source: TypeAlias = str | os.PathLike[str] | IO[bytes]
 
 CHUNK_BYTES = 256 * 1024
 _HEAD_BYTES = 512  # one tar header
-_SUFFIXES = (".gz", ".zst", ".tgz", ".tzst", ".tar", ".zip", ".npz", ".parquet")
+_SUFFIXES = (
+    ".gz", ".zst", ".bz2", ".xz", ".tgz", ".tzst", ".tbz2", ".tbz", ".txz", ".tar", ".zip", ".npz", ".parquet"
+)  # fmt: skip
 
 
 class FileBody(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -108,7 +110,7 @@ class Archive:
 
 
 def open_archive(source: Source) -> Archive:
-    """Open a folder of class folders, a file (zip, tar, tar.gz, tar.zst, parquet, npz) or a binary file object.
+    """Open a folder of class folders, a file (zip, tar, tar.gz, …, parquet, npz) or a binary file object.
 
     Raises InvalidInput.
     """
@@ -186,10 +188,13 @@ def _content_type(head: bytes, name: str) -> str:
         return "application/zstd"
     if head.startswith(b"PAR1"):
         return "application/vnd.apache.parquet"
+    if head.startswith((b"BZh", b"\xfd7zXZ\0")):
+        return "application/octet-stream"  # bzip2 and xz have no registered type; the server looks at the content
     if head[257:262] == b"ustar" or name.endswith(".tar"):
         return "application/x-tar"
     raise InvalidInput(
-        f"{name or 'the source'} is not an archive: expected a folder, zip, tar, tar.gz, tar.zst, parquet or npz"
+        f"{name or 'the source'} is not an archive: expected a folder, zip, tar, tar.gz, tar.zst, tar.bz2, tar.xz, "
+        "parquet or npz"
     )
 
 
@@ -223,6 +228,8 @@ def _entries(folder: str | Path, prefix: str) -> Iterator[tuple[os.DirEntry[str]
 
 
 def _add(archive: zipfile.ZipFile, path: str, name: str) -> None:
+    if "\\" in name:  # readers of zips take it for a folder, and a class would lose a part of its name
+        raise InvalidInput(f"the file name {name!r} contains a backslash; rename the file or its folder")
     try:
         member = zipfile.ZipInfo(name)  # dated 1980, the format's first day
         member.file_size = os.path.getsize(path)  # tells the writer whether it needs zip64

@@ -270,16 +270,17 @@ def freeze_feedback(task: str, *, name: str | None, parent: str | None) -> Call[
 
 
 def upload_dataset(
-    archive: Archive, *, name: str | None, parent: str | None, progress: Progress | None
+    archive: Archive, *, name: str | None, parent: str | None, label_column: str | None, progress: Progress | None
 ) -> Call[wire.Dataset]:
     """A dataset's id is its content digest, so a retry stores it once; a pipe cannot be sent twice."""
     headers = {"Content-Type": archive.content_type}
     headers |= {"Transfer-Encoding": "chunked"} if archive.size is None else {"Content-Length": str(archive.size)}
+    query = {"name": name, "parent": parent, "label_column": label_column}
     return Call(
         "POST",
         "/datasets",
         lambda reply: archive.complete(read_as(wire.Dataset)(reply)),
-        [(key, value) for key, value in (("name", name), ("parent", parent)) if value is not None],
+        [(key, value) for key, value in query.items() if value is not None],
         headers,
         {"stream": archive.body(progress)},
         max_retries=0 if archive.size is None else None,

@@ -53,8 +53,10 @@ _NEXT = {
 
 
 def plain(text: object) -> str:
-    """Return a text with replacement characters for unprintable ones."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+    """Return a text with replacement characters for unprintable ones; joiners are parts of words and emoji."""
+    return "".join(
+        char if char.isprintable() or char in "\u200c\u200d" else "\N{REPLACEMENT CHARACTER}" for char in str(text)
+    )
 
 
 def console(stderr: bool = False) -> Console:

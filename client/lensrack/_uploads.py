@@ -41,6 +41,7 @@ class DatasetUpload:
         *,
         name: str | None,
         parent: str | None = None,
+        label_column: str | None = None,
         progress: Progress | None = None,
         resume: str | None = None,
         on_upload: OnUpload | None = None,
@@ -48,7 +49,7 @@ class DatasetUpload:
     ) -> None:
         if resume is not None and archive.size is None:
             raise InvalidInput("resume: expected a file or a folder, because a pipe cannot start in its middle")
-        self._archive, self._parent = archive, parent
+        self._archive, self._parent, self._label_column = archive, parent, label_column
         self._name = archive.name if name is None and parent is None else name
         self._progress, self._on_upload, self._clock = progress, on_upload, clock
         self._in_pieces = resume is not None or (archive.size or 0) > PIECE_BYTES
@@ -59,15 +60,16 @@ class DatasetUpload:
 
     def call(self) -> Call[Any]:
         """Return the next request."""
+        chosen = {"name": self._name, "parent": self._parent, "label_column": self._label_column}
         if not self._in_pieces:
-            return upload_dataset(self._archive, name=self._name, parent=self._parent, progress=self._progress)
+            return upload_dataset(self._archive, **chosen, progress=self._progress)
         if self._id is None:
             return begin(self._size, self._archive.fingerprint)
         if self._offset is None:
             return ask_offset(self._id)
         if self._offset < self._size:
             return piece(self._id, self._offset, *self._body(self._offset))
-        return store(self._id, self._archive, name=self._name, parent=self._parent)
+        return store(self._id, self._archive, **chosen)
 
     def take(self, result: wire.Dataset | wire.Upload | Reply | int) -> None:
         """Process the last request's result. Raises InvalidInput if `resume` is the upload of another file."""
@@ -156,8 +158,10 @@ def piece(upload: str, offset: int, body: FileBody, count: int) -> Call[int]:
     return Call("PATCH", path, _offset_of, (), headers, payload, repeatable=False, max_retries=0, transfer=True)
 
 
-def store(upload: str, archive: Archive, *, name: str | None, parent: str | None) -> Call[wire.Dataset]:
-    query = {"upload": upload, "name": name, "parent": parent}
+def store(
+    upload: str, archive: Archive, *, name: str | None, parent: str | None, label_column: str | None
+) -> Call[wire.Dataset]:
+    query = {"upload": upload, "name": name, "parent": parent, "label_column": label_column}
     params = [(key, value) for key, value in query.items() if value is not None]
 
     def read(reply: Reply) -> wire.Dataset:

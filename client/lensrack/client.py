@@ -458,12 +458,14 @@ class Datasets:
         source: Source,
         *,
         name: str | None = None,
+        label_column: str | None = None,
         progress: Progress | None = None,
         resume: str | None = None,
         on_upload: OnUpload | None = None,
     ) -> wire.Dataset:
-        """Store a folder of class folders, or a zip, tar, tar.gz or tar.zst of one; a parquet file; an npz.
+        """Store a folder of class folders, or a zip or tar (plain, gz, zst, bz2 or xz) of one; a parquet file; an npz.
 
+        `label_column` is the labels' column of a parquet file or a table, where it has not a customary name.
         `progress(bytes_sent, bytes_total)` is called as bytes are sent. `skipped` of the result names the pictures
         that could not be read, and the links, which are not followed.
 
@@ -471,7 +473,16 @@ class Datasets:
         `on_upload(id)` is called when such an upload has begun; a later call continues it with `resume=id`.
         """
         with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
-            return self._store(DatasetUpload(archive, name=name, progress=progress, resume=resume, on_upload=on_upload))
+            return self._store(
+                DatasetUpload(
+                    archive,
+                    name=name,
+                    label_column=label_column,
+                    progress=progress,
+                    resume=resume,
+                    on_upload=on_upload,
+                )
+            )
 
     def add(
         self,
@@ -479,6 +490,7 @@ class Datasets:
         parent: str,
         *,
         name: str | None = None,
+        label_column: str | None = None,
         progress: Progress | None = None,
         resume: str | None = None,
         on_upload: OnUpload | None = None,
@@ -489,7 +501,15 @@ class Datasets:
         """
         with closing(_sync_runtime.run(partial(open_archive, source))) as archive:
             return self._store(
-                DatasetUpload(archive, name=name, parent=parent, progress=progress, resume=resume, on_upload=on_upload)
+                DatasetUpload(
+                    archive,
+                    name=name,
+                    parent=parent,
+                    label_column=label_column,
+                    progress=progress,
+                    resume=resume,
+                    on_upload=on_upload,
+                )
             )
 
     def _store(self, upload: DatasetUpload) -> wire.Dataset:

@@ -376,7 +376,7 @@ class Duplicates(Message):
 
 class DatasetWarning(Message):
     """`code` is stable: leakage, contradictory_labels, duplicates, imbalance, few_images, absent_classes,
-    small_images or many_skipped. `text` is a sentence."""
+    similar_labels, nested_folders, small_images or many_skipped. `text` is a sentence."""
 
     code: str
     text: str

@@ -47,7 +47,7 @@ def import_(
     from server.errors import ServiceError
     from server.importing.importer import ImportOptions
 
-    class_names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    class_names = labels.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if labels else None
     options = ImportOptions(task, form, class_names, _json_object("--preprocess", preprocess))
     try:
         with _backbone_and_store(store) as (backbone, opened), ExitStack() as stack:

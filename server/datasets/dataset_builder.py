@@ -24,10 +24,12 @@ from .formats import layout, manifest
 from .formats.archive import Member, looks_like_archive
 from .formats.image_kind import Kind, kind
 from .formats.member_names import printable
-from .formats.metering import bad_archive
 from .lineage import merge_examples
 
 MAX_SKIPPED: Final = 1000  # skipped files listed by name; the others are only counted
+OTHER_TABLE: Final = (
+    "not read: a table of labels is called labels.csv, metadata.csv or manifest.csv (or .jsonl, .parquet)"
+)
 MAX_TABLES: Final = 8  # files read as manifests: one for each split and its aliases
 
 Decode = Callable[..., Image.Image]  # (data, *, max_pixels); raises ServiceError
@@ -50,8 +52,17 @@ class _Picture:
 class DatasetBuilder:
     """Collects the members of one upload in a staging folder; `build` makes the dataset of them."""
 
-    def __init__(self, staging: Path, decode: Decode, max_pixels: int, max_file_bytes: int, max_images: int) -> None:
-        self._staging, self._decode, self._max_pixels = staging, decode, max_pixels
+    def __init__(
+        self,
+        staging: Path,
+        decode: Decode,
+        max_pixels: int,
+        max_file_bytes: int,
+        max_images: int,
+        *,
+        label_column: str | None = None,
+    ) -> None:
+        self._staging, self._decode, self._max_pixels, self._label_column = staging, decode, max_pixels, label_column
         self._max_file_bytes, self._max_images = max_file_bytes, max_images
         self._pictures: list[_Picture] = []
         self._tables: dict[tuple[str, ...], bytes] = {}
@@ -73,15 +84,16 @@ class DatasetBuilder:
 
     def _add_picture(self, member: Member, data: bytes) -> None:
         if looks_like_archive(member.name, data):
-            name = printable(member.name)
-            raise bad_archive(f"the archive's member {name!r} is an archive itself; expected pictures")
+            self._skip_unreadable(member, "an archive itself, which is not opened; expected pictures")
+            return
         if len(data) > self._max_file_bytes:
             self._skip_unreadable(member, f"larger than {self._max_file_bytes:,} bytes")
             return
         try:
             size = self._decode(data, max_pixels=self._max_pixels).size
         except ServiceError as error:
-            self._skip_unreadable(member, error.detail)
+            is_other_table = member.name.lower().endswith((".csv", ".tsv", ".jsonl"))
+            self._skip_unreadable(member, OTHER_TABLE if is_other_table else error.detail)
             return
         if len(self._pictures) == self._max_images:
             raise bad_dataset(f"the archive has more than the {self._max_images:,} pictures allowed")
@@ -115,6 +127,9 @@ class DatasetBuilder:
         used = manifest.labelling_tables(self._tables, paths) if paths else []
         for path in self._tables.keys() - set(used):
             self._skip("/".join(path), "a table of labels that is not beside the pictures")
+        if not used and self._label_column is not None and len(paths) == len(self._pictures):
+            column = printable(self._label_column, 60)
+            raise bad_dataset(f"expected a table or a parquet file with the column {column!r}, found neither")
         if not used:
             return layout.places(paths)
         tables = [self._table(path) for path in used]
@@ -127,7 +142,7 @@ class DatasetBuilder:
         data = self._tables[path]
         if len(data) > self._max_file_bytes:
             raise bad_dataset(f"{printable('/'.join(path))} is larger than {self._max_file_bytes:,} bytes")
-        return manifest.read(path, data, max_rows=2 * self._max_images)
+        return manifest.read(path, data, max_rows=2 * self._max_images, label_column=self._label_column)
 
     # --- staging and skipping -----------------------------------------------------------------------------------------
 

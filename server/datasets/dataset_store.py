@@ -90,17 +90,25 @@ class DatasetStore:
         return view
 
     def ingest(
-        self, archive_path: Path, *, name: str = "", parent: str | None = None, progress: Progress | None = None
+        self,
+        archive_path: Path,
+        *,
+        name: str = "",
+        parent: str | None = None,
+        label_column: str | None = None,
+        progress: Progress | None = None,
     ) -> Dataset:
-        """Store an uploaded archive as a dataset; with `parent`, together with that dataset's pictures.
+        """Store an uploaded archive as a dataset; with `parent`, together with that dataset's pictures. `label_column`
+        chooses the labels' column of a parquet file or a table.
 
         Where the same content is stored already, that dataset is returned. Raises `BadRequest` bad_archive or
         bad_dataset, `NotFound` for the parent, `DiskFull`, `QueueFull` quota_exceeded; then nothing is kept.
         """
         base = None if parent is None else self.get(parent)
         with disk_errors(), self._staged() as staging, open(archive_path, "rb") as archive:
-            builder = DatasetBuilder(staging, self._decode, self._max_pixels, self._max_file_bytes, self._max_images)
-            for number, member in enumerate(contents(archive, self._limits, staging), start=1):
+            limits = self._max_pixels, self._max_file_bytes, self._max_images
+            builder = DatasetBuilder(staging, self._decode, *limits, label_column=label_column)
+            for number, member in enumerate(contents(archive, self._limits, staging, label_column), start=1):
                 builder.add(member)
                 if progress is not None:
                     progress(number, builder.bytes_read)

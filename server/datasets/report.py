@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import Any, Final, Self
 
 from .example import SPLITS, Example, natural
+from .label import similar_labels
 
 MAX_LISTED: Final = 50  # repeated pictures that are listed by name
 MAX_NAMES: Final = 10  # names listed for one picture
@@ -155,6 +156,12 @@ def _warnings(examples: Sequence[Example], duplicates: Duplicates, skipped: int)
         yield WarningText("duplicates", f"{_pictures(count)} the exact copy of another in the same split")
     yield from _imbalance(Counter(e.label for e in examples if e.split == "train"))
     yield from _absent(examples)
+    if alike := similar_labels(sorted({e.label for e in examples}, key=natural)):
+        names = "; ".join(" and ".join(map(ascii, group)) for group in alike[:5]) + ("; …" if len(alike) > 5 else "")
+        yield WarningText("similar_labels", f"labels that look alike are different classes: {names}")
+    if nested := _nested(examples):
+        text = "no picture directly in their folder but several folders, whose names are not used"
+        yield WarningText("nested_folders", f"{_classes(nested)} {text}")
     if small := sum(min(e.width, e.height) < SMALL_SIDE for e in examples):
         why = "enlarged for the backbone, they are blurred"
         yield WarningText("small_images", f"{_pictures(small)} smaller than {SMALL_SIDE} pixels a side: {why}")
@@ -189,6 +196,16 @@ def _absent(examples: Sequence[Example]) -> Iterator[WarningText]:
             yield WarningText(
                 "absent_classes", f"{_classes(sorted(labels - there, key=natural))} no picture in {split}"
             )
+
+
+def _nested(examples: Sequence[Example]) -> list[str]:
+    """The classes whose pictures all lie in folders, at least two, below the folder of the class's name."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for e in examples:
+        folders = e.name.split("/")[:-1]
+        below = folders[folders.index(e.label) + 1 :] if e.label in folders else []
+        inside[e.label].add(below[0] if below else "")
+    return sorted((label for label, names in inside.items() if len(names) > 1 and "" not in names), key=natural)
 
 
 def _pictures(count: int) -> str:

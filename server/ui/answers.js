@@ -100,13 +100,16 @@ async function correctionForm(button, name, scores, blob, below) {
   if (!version) return;
   const list = newId('labels');
   const input = h('input', { list, required: true, autocomplete: 'off', placeholder: 'Class name' });
-  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), version.labels, blob, below); } },
+  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, written(input.value, version.labels), version.labels, blob, below); } },
     field('Correct class', input, 'One of the classes of the task, or a new one.'),
     h('datalist', { id: list }, version.labels.filter(label => label !== scores[0].label).map(label => h('option', { value: label }))),
     h('button', { class: 'primary' }, 'Save correction'));
   fill(below, form);
   input.focus();
 }
+
+// A class as the task writes it, whose name may have blanks at its ends.
+const written = (value, labels) => labels.find(label => label === value) ?? labels.find(label => label.trim() === value.trim()) ?? value.trim();
 
 async function liveVersion(name) {
   const task = await get(`/tasks/${part(name)}`);

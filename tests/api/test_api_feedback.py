@@ -97,6 +97,22 @@ def test_refusals(api: Api) -> None:
     assert listed(api).images == 0
 
 
+LABELS = ("می\u200cخواهم", "red  car", "red car", "c ", "Ka\u0308fer", "so\u00adft")
+
+
+def test_the_very_label_that_was_predicted_is_taken(api: Api) -> None:
+    publish(api.floor.store, "pets", labels=LABELS)
+    [scored] = api.http.post(f"/predict/pets?top_k={len(LABELS)}", content=png(9), headers=PNG).json()["predictions"]
+    assert {one["label"] for one in scored} == {*LABELS}
+    for number, one in enumerate(scored):
+        told = say(api, png(number), one["label"])
+        assert (told.status_code, told.json()["items"][0]["label"]) == (201, one["label"])
+    for written, meant in {"K\u00e4fer": "Ka\u0308fer", "c": "c ", "soft": "so\u00adft"}.items():
+        assert say(api, png(50), written).json()["items"][0]["label"] == meant
+        assert say(api, png(51), written, new_label="true").json()["items"][0]["label"] == written
+    assert_problem(say(api, png(52), "red   car"), 422, "unknown_label")
+
+
 def test_frozen_it_corrects_and_extends_what_the_live_version_was_fitted_on(api: Api, dataset: str) -> None:
     say(api, FILES["train/cat/0.png"], "dog")
     say(api, png(200), "cat")

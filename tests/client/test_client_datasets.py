@@ -53,6 +53,20 @@ class TestDatasets:
         assert rack.asked[0].body == rack.asked[1].body
         assert rack.asked[1].params == {"name": "second"}
 
+    def test_names_are_packed_as_they_are(self, make: Make, rack: Rack, tmp_path: Path) -> None:
+        names = ["Ka\u0308fer", "K\u00e4fer", "me\u200cn", "a  b "]
+        for name in names:
+            (tmp_path / "set" / name).mkdir(parents=True)
+            (tmp_path / "set" / name / "1.jpg").write_bytes(PIXELS)
+        make().datasets.upload(tmp_path / "set", label_column="kind")
+        with zipfile.ZipFile(io.BytesIO(rack.asked[-1].body)) as archive:
+            assert {*archive.namelist()} == {f"{name}/1.jpg" for name in names}
+        assert rack.asked[-1].params == {"name": "set", "label_column": "kind"}
+        (tmp_path / "set" / "a\\b").mkdir()
+        (tmp_path / "set" / "a\\b" / "1.jpg").write_bytes(PIXELS)
+        with pytest.raises(lensrack.InvalidInput, match="contains a backslash; rename"):
+            make().datasets.upload(tmp_path / "set")
+
     def test_archives_travel_as_they_are(self, make: Make, rack: Rack, tmp_path: Path) -> None:
         client = make()
         archives = {
@@ -61,6 +75,8 @@ class TestDatasets:
             "a.parquet": (b"PAR1 and more", "application/vnd.apache.parquet"),
             "a.npz": (b"PK\x03\x04 and more", "application/zip"),
             "a.tar.zst": (b"\x28\xb5\x2f\xfd and more", "application/zstd"),
+            "a.tar.bz2": (b"BZh91AY&SY and more", "application/octet-stream"),
+            "a.tar.xz": (b"\xfd7zXZ\0 and more", "application/octet-stream"),
             "a.tar": (bytes(257) + b"ustar" + bytes(250), "application/x-tar"),
         }
         for name, (data, kind) in archives.items():

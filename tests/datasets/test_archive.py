@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import random
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +64,11 @@ MAKERS: dict[str, Make] = {
     "gnu tar": lambda files: as_tar(files, tarfile.GNU_FORMAT),
     "tar.gz": as_tar_gz,
     "tar.gz in two pieces": lambda files: gzip.compress(as_tar(files)[:700]) + gzip.compress(as_tar(files)[700:]),
+    "tar.bz2": lambda files: bz2.compress(as_tar(files)),
+    "tar.xz": lambda files: lzma.compress(as_tar(files)),
+    "tar.xz in two streams": lambda files: (
+        lzma.compress(as_tar(files)[:700]) + bytes(8) + lzma.compress(as_tar(files)[700:])
+    ),
     "tar.zst": as_tar_zst,
     "tar.zst in three frames": lambda files: (
         SKIPPABLE + zstd.compress(as_tar(files)[:700]) + zstd.compress(as_tar(files)[700:])
@@ -90,6 +99,8 @@ def test_kinds_are_told_by_content() -> None:
     assert sniff(as_tar(FILES)[:512]) == "tar"
     assert sniff(as_tar_gz(FILES)[:512]) == "tar.gz"
     assert sniff(as_tar_zst(FILES)[:512]) == sniff(SKIPPABLE) == "tar.zst"
+    assert sniff(bz2.compress(b"")) == sniff(bz2.compress(b"x")) == "tar.bz2"
+    assert sniff(lzma.compress(b"")) == "tar.xz"
     old = bytearray(as_tar({"a": b"b"}, tarfile.USTAR_FORMAT)[:512])
     old[257:265] = bytes(8)  # an old v7 archive has no magic
     old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:512]))
@@ -101,7 +112,7 @@ def test_kinds_are_told_by_content() -> None:
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\xff\xd8\xff\xe0 a picture", bytes(10_240)])
 def test_other_files_are_refused_with_what_was_expected_and_what_came(data: bytes) -> None:
     detail = refusal(data)
-    assert "expected a zip, tar, tar.gz or tar.zst" in detail
+    assert "expected a zip, tar, tar.gz, tar.zst, tar.bz2 or tar.xz archive" in detail
     assert (data[:4].hex(" ") or "nothing") in detail
 
 
@@ -130,8 +141,57 @@ def test_explicit_folders_and_dots_are_passed_over() -> None:
     assert read(as_zip({"cat/": b"", "cat/1.jpg": b"x"})) == {"cat/1.jpg": b"x"}
 
 
-def test_names_are_brought_to_one_unicode_form() -> None:
-    assert [*read(as_zip({"Ka\u0308fer/1.jpg": b""}))] == ["K\u00e4fer/1.jpg"]
+# --- names ------------------------------------------------------------------------------------------------------------
+
+KEPT = ["Ka\u0308fer/1.jpg", "K\u00e4fer/1.jpg", "me\u200cn/1.jpg", "a  b /1.jpg", "A/1.JPG", "A/1.jpg", "a/1.jpg"]
+
+
+@each_kind
+def test_names_stay_as_they_are_and_twins_are_two(make: Make) -> None:
+    assert [*read(make(dict.fromkeys(KEPT, b"")))] == KEPT
+
+
+def unflagged_zip(name: bytes, *, extra: bytes = b"") -> bytes:
+    """A zip whose name has these bytes and no bit 11."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        info = zipfile.ZipInfo("x" * len(name))
+        info.extra = extra
+        archive.writestr(info, b"")
+    return out.getvalue().replace(b"x" * len(name), name)
+
+
+def unicode_path(name: str, replaced: bytes) -> bytes:
+    data = struct.pack("<BI", 1, zlib.crc32(replaced)) + name.encode()
+    return b"\xff\xff\0\0" + struct.pack("<HH", 0x7075, len(data)) + data  # after another field
+
+
+def tar_named(name: bytes, format_: int = tarfile.GNU_FORMAT) -> bytes:
+    return as_tar({name.decode("utf-8", "surrogateescape"): b""}, format_)
+
+
+def test_names_without_bit_11_are_utf_8_or_what_the_unicode_path_says() -> None:
+    cyrillic, cp866 = "кошки/1.jpg", "кошки/1.jpg".encode("cp866")
+    assert [*read(unflagged_zip(cyrillic.encode()))] == [cyrillic]
+    assert [*read(unflagged_zip(cp866, extra=unicode_path(cyrillic, cp866)))] == [cyrillic]
+    assert "code page" in refusal(unflagged_zip(cp866, extra=unicode_path(cyrillic, b"other")))
+    assert [*read(tar_named(cyrillic.encode()))] == [cyrillic]
+
+
+@pytest.mark.parametrize("make", [unflagged_zip, tar_named, lambda name: tar_named(name, tarfile.PAX_FORMAT)])
+def test_a_folder_in_a_code_page_is_refused_and_a_file_is_escaped(make: Callable[[bytes], bytes]) -> None:
+    detail = refusal(make("кошки/1.jpg".encode("cp866")))
+    assert "is not UTF-8" in detail
+    assert "cp866 reads 'кошки'" in detail
+    assert "cp437 reads '¬«Φ¬¿'" in detail
+    assert [*read(make(b"cat/caf\xe9.jpg"))] == ["cat/caf\\xe9.jpg"]
+
+
+def test_backslashes_of_windows_are_folders() -> None:
+    assert read(as_zip({"pets\\cat\\": b"", "pets\\cat\\1.jpg": b"x"})) == {"pets/cat/1.jpg": b"x"}
+
+
+# --- parts and damage -------------------------------------------------------------------------------------------------
 
 
 @each_kind
@@ -151,6 +211,8 @@ def test_an_archive_cut_anywhere_is_refused(make: Make) -> None:
         b"PK",
         b"\x1f\x8b",
         b"\x28\xb5",
+        b"BZ",
+        b"\xfd7",
         SKIPPABLE[:2],
     ):  # tar ends in zeros, and any two blocks of them are an end
         ends = {end for end in ends if end < len(data.rstrip(b"\0"))}

@@ -185,9 +185,91 @@ def test_a_row_that_comes_twice_and_says_the_same_is_one(ingest: Ingest) -> None
     assert ingest({**PICTURES, "labels.csv": (TABLE + ROWS).encode()}).images == 6
 
 
+def test_a_row_without_a_label(ingest: Ingest) -> None:
+    none = ["", "NaN", "nan", "<NA>", "NULL", " "]
+    files = {f"images/{number}.png": picture(number) for number in range(6 + len(none))}
+    more = "".join(f"images/{number}.png,{label}\n" for number, label in enumerate(none, start=6))
+    dataset = ingest({**files, "labels.csv": (TABLE + more).encode()})
+    assert (dataset.images, {one.reason for one in dataset.skipped}) == (6, {"labels.csv has no label for it"})
+    lines = rows("file", "label") + '\n{"file": "images/6.png", "label": NaN}'
+    assert ingest({**PICTURES, "images/6.png": picture(6), "labels.jsonl": lines.encode()}).images == 6
+
+
+def test_labels_in_a_table_stay_as_they_are(ingest: Ingest) -> None:
+    for table in (TABLE.replace("cat", "red  cat "), rows("file", "label").replace('"cat"', '"red  cat "')):
+        name = "labels.csv" if table.startswith("file") else "labels.jsonl"
+        assert ingest({**PICTURES, name: table.encode()}).labels == ("dog", "red  cat ")
+
+
+WRITTEN = {  # of the picture images/0.PNG, images/1.PNG, …
+    "as it is": "images/{n}.PNG",
+    "another case": "Images/{n}.png",
+    "no extension": "{n}",
+    "a folder and no extension": "images/{n}",
+    "a path of Linux": "/home/me/pets/images/{n}.PNG",
+    "a path of Windows": r"C:\Users\me\{n}.png",
+    "a path to an upper folder": "../input/pets/images/{n}.PNG",
+    "a longer path": "pets/images/{n}.PNG",
+    "a URL": "gs://bucket/{n}.PNG",
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("wrapper", ["", "a/b/"])
+def test_names_as_people_and_tools_write_them(ingest: Ingest, written: str, wrapper: str) -> None:
+    pictures = {f"{wrapper}images/{n}.PNG": picture(n) for n in range(6)}
+    table = "file,label\n" + "".join(f"{written.format(n=n)},{label}\n" for n, label in enumerate(LABELS))
+    dataset = ingest({**pictures, f"{wrapper}labels.csv": table.encode()})
+    assert (dataset.splits, dataset.skipped) == ({"train": {"cat": 3, "dog": 3}}, ())
+
+
+def test_a_name_that_fits_several_pictures_or_another_folder_fits_none(ingest: Ingest) -> None:
+    twins = {"images/a.jpg": picture(50), "images/A.jpg": picture(51), "images/a.png": picture(52)}
+    more = "images/A.JPG,cat\nimages/a,cat\nother/5.png,dog\n"
+    dataset = ingest({**PICTURES, **twins, "labels.csv": (TABLE + more).encode()})
+    assert dataset.images == 6
+    assert {one.name for one in dataset.skipped} == {*twins, "images/A.JPG", "images/a", "other/5.png"}
+
+
+COLUMNS = {
+    "breeds as at Kaggle": "id,breed",
+    "an image and its category": "image_id,category",
+    "two columns, one known": "Image Name,what",
+    "two columns, the label known": "photo_of,target",
+    "a column of row numbers": ",image,kind",
+    "pandas' row numbers": "Unnamed: 0,img_path,label",
+    "Excel's separator": "sep=;\r\nfile;label",
+    "bars": "file|label",
+    "blanks behind commas": "file, label",
+}
+
+
+@pytest.mark.parametrize("heading", COLUMNS.values(), ids=COLUMNS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_columns_separators_and_encodings(ingest: Ingest, heading: str, encoding: str) -> None:
+    names = heading.rpartition("\n")[2]
+    between = next(mark for mark in (", ", ";", "|", ",") if mark in names)
+    number = [""] if names.count(between) > 1 else []
+    lines = [between.join([*number, f"images/{n}.png", label]) for n, label in enumerate(["Käfer", "dog"] * 3)]
+    table = "\n".join([heading, *lines])
+    assert ingest({**PICTURES, "labels.csv": table.encode(encoding)}).labels == ("Käfer", "dog")
+
+
+def test_a_column_chosen_by_name(store: DatasetStore, root: Path, tmp_path: Path) -> None:
+    lines = [f"images/{n}.png,{label},{'odd' if n % 2 else 'even'}" for n, label in enumerate(LABELS)]
+    table = "\n".join(["file,label,parity", *lines]).encode()
+    archive = write_zip(tmp_path / "a.zip", {**PICTURES, "labels.csv": table})
+    with pytest.raises(BadRequest, match="called kind, found: 'file', 'label', 'parity'"):
+        store.ingest(archive, label_column="kind")
+    with pytest.raises(BadRequest, match="column 'kind', found neither"):
+        store.ingest(write_zip(tmp_path / "b.zip", FOLDERS), label_column="kind")
+    assert tree(root) == EMPTY
+    assert store.ingest(archive, label_column="parity").labels == ("even", "odd")
+
+
 BAD_TABLES = {
-    "no file column": ("labels.csv", "id,label\n1,cat\n", "file_name or filename or path or image, found: 'id'"),
-    "no label column": ("metadata.csv", "file_name,text\na,b\n", "called label or class, found: 'file_name', 'text'"),
+    "no file column": ("labels.csv", "age,sex,label\n1,f,cat\n", "path or image, found: 'age', 'sex', 'label'"),
+    "no label column": ("metadata.csv", "file_name,text,x\na,b,\n", "label or class, found: 'file_name', 'text', 'x'"),
     "two file columns": ("labels.csv", "file,path,label\na,b,c\n", "found: 'file', 'path'"),
     "two label columns": ("labels.csv", "file,label,Label\na,b,c\n", "found: 'label', 'Label'"),
     "two splits": ("labels.csv", "file,label,split,Split\na,b,c,d\n", "at most one column called split, found 2"),
@@ -204,7 +286,8 @@ BAD_TABLES = {
     "deep JSON": ("labels.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
     "several labels": ("labels.jsonl", '{"file": "images/0.png", "label": ["a", "b"]}', "got [\"a\", \"b\"]"),
     "a fraction": ("labels.jsonl", '{"file": "images/0.png", "label": 0.5}', "an integer as 'label', got 0.5"),
-    "no label key": ("labels.jsonl", '{"file": "images/0.png", "objects": 1}', "found: 'file', 'objects'"),
+    "no label key": ("labels.jsonl", '{"file": "images/0.png", "a": 1, "b": 1}', "found: 'file', 'a', 'b'"),
+    "UTF-16 without a mark": ("labels.csv", TABLE.encode("utf-16-le").decode("utf-8"), "mark, got zero bytes"),
 }  # fmt: skip
 
 
@@ -219,7 +302,8 @@ def test_bad_tables_are_refused_with_what_was_found(
 
 def test_other_bytes_than_utf_8_are_refused(store: DatasetStore, root: Path, tmp_path: Path) -> None:
     detail = refusal(store, root, tmp_path, {**PICTURES, "labels.csv": TABLE.replace("cat", "Käfer").encode("cp1252")})
-    assert "labels.csv: expected UTF-8, got something else at byte" in detail
+    assert "labels.csv: expected UTF-8, or UTF-16 with a byte order mark, got something else at byte" in detail
+    assert "as Windows-1252 its line reads 'images/0.png,Käfer'" in detail
 
 
 @pytest.mark.parametrize("others", [["manifest.csv"], ["labels.jsonl"], ["train/metadata.csv"]])

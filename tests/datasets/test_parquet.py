@@ -16,7 +16,7 @@ from server.datasets.dataset_store import DatasetStore
 from server.datasets.formats.parquet_members import split_of_file
 from server.errors import BadRequest
 from tests.datasets.test_dataset_store import EMPTY, LIMITS, picture, tree, write_zip
-from tests.datasets.test_manifest import FOLDERS, LABELS, WRITERS
+from tests.datasets.test_manifest import FOLDERS, LABELS, PICTURES, WRITERS
 
 DATA = [picture(number) for number in range(6)]
 NUMBERS = [0, 1] * 3
@@ -197,6 +197,34 @@ def test_many_rows_in_many_batches(store: DatasetStore, tmp_path: Path) -> None:
         assert by_name[f"rows/{number}"].label == str(number % 7)
 
 
+def test_a_label_column_chosen_by_name(store: DatasetStore, root: Path, tmp_path: Path) -> None:
+    columns = {"image": images(), "label": NUMBERS[::-1], "fine": NUMBERS, "score": [0.5] * 6}
+    names = {"_type": "ClassLabel", "names": ["cat", "dog"]}
+    (tmp_path / "a").write_bytes(parquet(hugging_face(columns, {**FEATURES, "fine": names})))
+    for column in ("score", "kind"):
+        with pytest.raises(BadRequest, match=rf"\(integers or text called {column}\), found image"):
+            store.ingest(tmp_path / "a", label_column=column)
+    assert tree(root) == EMPTY
+    dataset = store.ingest(tmp_path / "a", label_column="fine")
+    assert dataset.id == store.ingest(write_zip(tmp_path / "b.zip", FOLDERS)).id
+    write_zip(tmp_path / "c.zip", {"train.parquet": (tmp_path / "a").read_bytes()})
+    assert store.ingest(tmp_path / "c.zip", label_column="fine").id == dataset.id
+
+
+TABLES: dict[str, pa.Table] = {
+    "text": pa.table({"file_name": list(PICTURES), "label": LABELS, "note": [0.5] * 6}),
+    "numbers with names": hugging_face({"file_name": list(PICTURES), "label": NUMBERS}, {"label": FEATURES["label"]}),
+    "a split": pa.table({"id": [str(number) for number in range(6)], "breed": LABELS, "split": ["train"] * 6}),
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_a_table_of_labels_beside_pictures(store: DatasetStore, tmp_path: Path, table: pa.Table) -> None:
+    files = {**PICTURES, "metadata.parquet": parquet(table)}
+    dataset = store.ingest(write_zip(tmp_path / "a.zip", files))
+    assert (dataset.splits, dataset.skipped) == ({"train": {"cat": 3, "dog": 3}}, ())
+
+
 REFUSED: dict[str, tuple[pa.Table, str]] = {
     "no image": (
         pa.table({"pixels": [[1, 2]] * 6, "label": LABELS}),
@@ -238,8 +266,3 @@ def test_a_parquet_file_cut_anywhere_is_refused(root: Path, tmp_path: Path) -> N
     whole = parquet(TABLE)
     for end in (4, 11, 12, 300, len(whole) // 2, len(whole) - 9, len(whole) - 1):
         assert "damaged or truncated" in refusal(root, tmp_path, whole[:end], "bad_archive")
-
-
-def test_what_only_says_that_it_is_parquet_is_refused(root: Path, tmp_path: Path) -> None:
-    archive = write_zip(tmp_path / "b", {**FOLDERS, "train.parquet": b"PAR2" * 9}).read_bytes()
-    assert "'train.parquet' is no parquet file" in refusal(root, tmp_path, archive, "bad_archive")

@@ -85,6 +85,19 @@ def test_one_picture_under_two_labels() -> None:
     assert [each.code for each in report.warnings] == ["contradictory_labels", "duplicates"]
 
 
+def test_labels_that_look_alike() -> None:
+    twins = many("c\u200bat", 12, 400) + many("Dog ", 12, 500)
+    assert codes([*SOUND, *twins]) == ["absent_classes", "similar_labels"]
+    assert "different classes: 'Dog ' and 'dog'; 'cat' and 'c\\u200bat'" in texts([*SOUND, *twins])
+
+
+def test_classes_that_hold_folders_only() -> None:
+    deep = [example("boat", 600 + n, name=f"a/boat/{'left' if n % 2 else 'right'}/{n}.jpg") for n in range(12)]
+    one = [example("car", 700 + n, name=f"car/images/{n}.jpg") for n in range(12)]
+    assert codes([*SOUND, *deep, *one]) == ["absent_classes", "nested_folders"]
+    assert "class 'boat' has no picture directly in their folder" in texts([*SOUND, *deep, *one])
+
+
 def test_lists_are_bounded_and_counts_are_not() -> None:
     report = Report.of([*many("cat", 200, 0), *many("cat", 200, 0, "test"), *[example("dog", 1)] * 300], 0)
     assert report.duplicates.leaked == 200

@@ -21,7 +21,7 @@ from server.engine.batch import normalise
 from tests.e2e.forked_server import forked
 from tests.e2e.server_process import ROOT, ServerProcess, environment
 
-LABELS = ("auk", "bunting", "coot")
+LABELS = ("auk", "corn  bunting ", "co\u200cot")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN_CUT = {"crop_pct": 1.0, "crop_mode": "squash"}
 
@@ -96,7 +96,7 @@ def assert_served(server: ServerProcess, task: str, backbone: Backbone, params: 
 @pytest.mark.slow
 def test_in_by_every_way_and_out_as_onnx(server: ServerProcess, backbone: Backbone, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
-    labels.write_text("\n".join(LABELS))
+    labels.write_text("\n".join(LABELS), encoding="utf-8-sig")  # as Windows writes it
     cut = json.dumps(PLAIN_CUT)
 
     files, params = checkpoint(tmp_path, backbone, 1)

@@ -3,8 +3,10 @@ good inputs to begin from. Hypothesis tries them with the tests, atheris for as 
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from prompts_store.alias import AliasBook
 from prompts_store.errors import CorruptAliases
 from server.api import raw_pixels
 from server.datasets.dataset_store import DatasetStore
+from server.datasets.formats import manifest
 from server.engine.images.decode import Geometry, pixels
 from server.errors import BadRequest, ServiceError, TooLarge, Unprocessable, UnsupportedMedia
 from server.importing.checkpoint import Checkpoint
@@ -84,6 +87,13 @@ def read_archive(data: bytes) -> None:
         store.delete(found.id)
 
 
+def read_table(data: bytes) -> None:
+    """As lines of JSON where it begins so, else as CSV."""
+    table = manifest.read(("labels.jsonl" if data[:1] == b"{" else "labels.csv",), data, max_rows=1000)
+    pictures = [("pets", "1.PNG"), ("2.png",)]
+    assert len(manifest.places([table], pictures, [])[0]) == len(pictures)
+
+
 def read_reference(data: bytes) -> None:
     for ref in Ref.parse_all(data.decode("utf-8", "replace")):
         assert "/" not in ref.task
@@ -110,7 +120,8 @@ def checkpoints() -> list[bytes]:
 
 def packed() -> list[bytes]:
     tar = archives.tar_of()
-    return [archives.zip_of(), tar, gzip.compress(tar, mtime=0), zstd.compress(tar)]
+    compressed = [gzip.compress(tar, mtime=0), zstd.compress(tar), bz2.compress(tar), lzma.compress(tar)]
+    return [archives.named_zip("b\\9.png"), archives.unicode_path_zip("b/9.png"), tar, *compressed]
 
 
 def npy(shape: tuple[int, ...]) -> bytes:
@@ -119,12 +130,15 @@ def npy(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+CSV = "sep=;\r\nid;breed\r\n/home/me/pets/1.png;Käfer\r\n2;NaN\r\n"
+JSON_LINES = b'{"file_name": "1", "label": "cat"}\n{"file_name": "2.png", "label": NaN}\n'
 ALIASES = b'{"live": {"revision": 1, "history": [{"name": "live", "targets": [{"version": "v", "weight": 1.0}], "revision": 1, "changed_at": 1.0}]}}'  # noqa: E501
 READERS: dict[str, Reader] = {
     "bundle": Reader(read_bundle, (BundleError,), lambda: [bundles.GOOD.data]),
     "checkpoint": Reader(read_checkpoint, (Unprocessable,), checkpoints),
     "image": Reader(read_image, (BadRequest, TooLarge, UnsupportedMedia), lambda: list(images.FILES.values())),
     "archive": Reader(read_archive, (ServiceError,), packed),
+    "table": Reader(read_table, (BadRequest,), lambda: [CSV.encode(), CSV.encode("utf-16"), JSON_LINES]),
     "reference": Reader(read_reference, (BadRequest,), lambda: [b"cats@live+canary", b"a.b-c@" + b"0" * 64]),
     "npy": Reader(read_npy, (BadRequest, Unprocessable), lambda: [npy((2, 4, 4, 3)), npy((4, 4, 3))]),
     "aliases": Reader(read_aliases, (CorruptAliases,), lambda: [ALIASES]),

@@ -74,7 +74,7 @@ def import_checkpoint(
     Official VPT (prompt_ep*.pth and a file with its head), SPT and CVPT, a timm classifier, a LoRA adapter of PEFT
     (adapter_config.json and adapter_model.safetensors). It must have been fitted on the server's backbone.
     """
-    names = labels.read_text(encoding="utf-8").splitlines() if labels else None
+    names = labels.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n") if labels else None
     stored = client_of(context).tasks.import_checkpoint(
         task,
         *files,

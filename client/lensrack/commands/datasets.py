@@ -28,6 +28,10 @@ from .session import (
     wants_json,
 )
 
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", help="The labels' column of a parquet file or a table.")
+]
+
 commands = typer.Typer()
 datasets = typer.Typer(help="Labelled images to train on.")
 
@@ -41,18 +45,21 @@ def datasets_or_list(context: Context, as_json: Json = False) -> None:
 @datasets.command("upload")
 def upload_dataset(
     context: Context,
+    *,
     path: SourcePath,
     name: DatasetName = None,
+    label_column: LabelColumn = None,
     resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Store a folder of class folders; prints its id.
 
-    Also a zip, tar, tar.gz or tar.zst of one, or of pictures and a labels.csv or metadata.jsonl; a parquet file with
-    images and labels; an npz like MedMNIST's. Links are not followed, hidden files are left out. Large sources are sent
-    in pieces, and continue by themselves when the connection breaks.
+    Also a zip or tar (plain, gz, zst, bz2 or xz) of one, or of pictures and a labels.csv or metadata.jsonl; a parquet
+    file with images and labels; an npz like MedMNIST's. Links are not followed, hidden files are left out. Large
+    sources are sent in pieces, and continue by themselves when the connection breaks.
     """
-    stored = _upload(path, resume, partial(client_of(context).datasets.upload, name=name))
+    send = partial(client_of(context).datasets.upload, name=name, label_column=label_column)
+    stored = _upload(path, resume, send)
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)
 
 
@@ -63,11 +70,13 @@ def add_to_dataset(
     path: SourcePath,
     parent: Annotated[str, typer.Option(metavar="DATASET", help="The dataset to add to.")],
     name: DatasetName = None,
+    label_column: LabelColumn = None,
     resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Store a dataset's images and those of a folder or archive as a new dataset; prints its id."""
-    stored = _upload(path, resume, partial(client_of(context).datasets.add, parent=parent, name=name))
+    send = partial(client_of(context).datasets.add, parent=parent, name=name, label_column=label_column)
+    stored = _upload(path, resume, send)
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)
 
 

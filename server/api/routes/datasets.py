@@ -45,16 +45,26 @@ async def upload(
     services: ServicesOf,
     name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
     parent: Annotated[str | None, Query(description="A dataset: the new one holds its pictures as well.")] = None,
+    label_column: Annotated[
+        str | None,
+        Query(
+            min_length=1,
+            max_length=200,
+            pattern=r"^[^\x00]*$",
+            description="The labels' column of a parquet file or a table.",
+        ),
+    ] = None,
     upload_id: Annotated[
         str | None, Query(alias="upload", description="A whole upload (see /uploads), in place of a body.")
     ] = None,
 ) -> wire.Dataset:
-    """Store a zip, tar, tar.gz or tar.zst of class folders, optionally under train/, val/ and test/, or of pictures and
-    a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; a MedMNIST npz.
+    """Store a zip or tar (plain, gz, zst, bz2 or xz) of class folders, optionally under train/, val/ and test/, or of
+    pictures and a table of their labels (labels.csv, metadata.jsonl, …); a parquet file of images and labels; a
+    MedMNIST npz.
 
     The report in the answer counts what there is and warns of what misleads.
     """
-    ingest = partial(services.datasets.ingest, name=name, parent=parent)
+    ingest = partial(services.datasets.ingest, name=name, parent=parent, label_column=label_column)
     if parent is not None:
         await asyncio.to_thread(services.datasets.get, parent)  # an unknown one fails before 10 GB are read
     if upload_id is not None:

@@ -16,7 +16,7 @@ from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
 from server.datasets.feedback_store import Added
 from server.datasets.formats.feedback_log import FeedbackEntry
-from server.datasets.formats.layout import label_of
+from server.datasets.label import known_label, label_of
 from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 from . import datasets, predict
@@ -101,10 +101,13 @@ async def freeze(
 
 
 def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
-    known, name = _live(services, task).labels, _printable(label)
-    if name not in known and not new_label:
+    known = _live(services, task).labels
+    name = label if label in known or new_label else known_label(label, known)
+    if name is None or name not in known:
+        _check_label(label)
+    if name is None:
         labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
-        detail = f"label: expected one of {labels}; or new_label=true, got {name!r}"
+        detail = f"label: expected one of {labels}; or new_label=true, got {label!r}"
         raise Unprocessable(detail, code="unknown_label")
     return services.feedback.add(task, images, name)
 
@@ -138,9 +141,9 @@ def _live(services: Services, task: str) -> stored.Manifest:
     raise stored.VersionNotFound(task, version)
 
 
-def _printable(label: str) -> str:
+def _check_label(label: str) -> None:
     try:
-        return label_of(label)
+        label_of(label)
     except BadRequest as error:
         raise Unprocessable(f"label: expected 1 to 200 printable characters, got {label[:40]!r}") from error
 

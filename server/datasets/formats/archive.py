@@ -1,4 +1,4 @@
-"""Reads zip, tar, tar.gz and tar.zst as hostile input: an iterator of members; no file is ever written under its name.
+"""Reads zip and tar as hostile input: an iterator of members; no file is ever written under its name.
 
 The kind is sniffed from the content. What an archive claims about itself is checked before it is used, and what it
 really unpacks to is counted while it is read. Every refusal is a `BadRequest` bad_archive that says what is wrong.
@@ -6,6 +6,7 @@ really unpacks to is counted while it is read. Every refusal is a `BadRequest` b
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Final, Literal
@@ -17,10 +18,16 @@ from .zip_members import zip_members
 
 __all__ = ["BLOCK", "Kind", "Limits", "Member", "looks_like_archive", "members", "sniff"]
 
-Kind = Literal["zip", "tar", "tar.gz", "tar.zst"]
+Kind = Literal["zip", "tar", "tar.gz", "tar.zst", "tar.bz2", "tar.xz"]
 
-_SKIPPABLE_FRAMES: Final = tuple(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))  # RFC 8878, 3.1.2
-_OTHER_ARCHIVES: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0")
+_MAGIC: Final[dict[Kind, re.Pattern[bytes]]] = {
+    "zip": re.compile(rb"PK(\x03\x04|\x05\x06)"),
+    "tar.gz": re.compile(rb"\x1f\x8b"),
+    "tar.zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # or a skippable frame: RFC 8878, 3.1.2
+    "tar.bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),  # with the magic of a first block, or of none
+    "tar.xz": re.compile(rb"\xfd7zXZ\0"),
+}
+_OTHER_ARCHIVES: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
 _DOCUMENTS: Final = (".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".epub")  # zips too, but not archives of files
 
 
@@ -34,7 +41,7 @@ def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
     file.seek(0)
     if kind is None:
         start = file.read(4).hex(" ") or "nothing"
-        expected = "a zip, tar, tar.gz or tar.zst archive, a parquet file or an npz"
+        expected = "a zip, tar, tar.gz, tar.zst, tar.bz2 or tar.xz archive, a parquet file or an npz"
         raise bad_archive(f"expected {expected}, got a file that begins with {start}")
     names = Names(limits.max_members)
     if kind == "zip":
@@ -45,12 +52,9 @@ def members(file: BinaryIO, limits: Limits) -> Iterator[Member]:
 
 def sniff(head: bytes) -> Kind | None:
     """The kind of archive that begins with these 512 bytes; None for anything else."""
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return "zip"
-    if head.startswith(b"\x1f\x8b"):
-        return "tar.gz"
-    if head.startswith((b"\x28\xb5\x2f\xfd", *_SKIPPABLE_FRAMES)):
-        return "tar.zst"
+    for kind, magic in _MAGIC.items():
+        if magic.match(head):
+            return kind
     try:
         tarfile.TarInfo.frombuf(head[:BLOCK], "utf-8", "replace")
     except (tarfile.HeaderError, ValueError):

@@ -1,33 +1,39 @@
-"""A table of labels inside an archive: CSV with a heading, or one JSON object a line.
+"""A table of labels inside an archive: CSV with a heading, or one JSON object a line; parquet arrives as the latter.
 
     labels.csv       file,label,split        a.jpg,cat,train
     metadata.jsonl   {"file_name": "a.jpg", "label": "cat"}
 
 Names are relative to the table's folder: the archive's root, its one top folder, or a split folder (the layout of
-Hugging Face's imagefolder). Names are only compared with those of the archive's pictures; no file is ever opened.
+Hugging Face's imagefolder). See `picture_index` for names that are written otherwise; no file is ever opened.
 Raises `BadRequest` bad_dataset that says what was expected and what was found.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
-from collections import defaultdict
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Final
 
 from server.datasets.example import Place, Skipped, Split
+from server.datasets.label import label_of
 from server.errors import BadRequest
 
-from .layout import ALIASES, MemberPath, label_of, split_of
-from .member_names import parts_of, printable
+from .layout import MemberPath
+from .member_names import printable
+from .picture_index import PictureIndex
+from .split_names import ALIASES, split_of
+from .table_columns import columns_of_table
 
-NAMES: Final = frozenset(f"{stem}.{kind}" for stem in ("manifest", "labels", "metadata") for kind in ("csv", "jsonl"))
-FILE_COLUMNS: Final = ("file", "file_name", "filename", "path", "image")
-LABEL_COLUMNS: Final = ("label", "class")
-MAX_DEPTH: Final = 3  # parts of a table's path: top folder, split folder, file
+STEMS: Final = ("manifest", "labels", "metadata")
+NAMES: Final = frozenset(f"{stem}.{kind}" for stem in STEMS for kind in ("csv", "jsonl", "parquet"))
+NO_LABEL: Final = frozenset({"", "NaN", "nan", "<NA>", "NULL", "null"})  # "NA" and "None" may be classes
+MAX_DEPTH: Final = 4  # parts of a table's path: two wrappers, split folder, file
 MAX_SHOWN: Final = 20  # columns in a message
 
 
@@ -62,13 +68,14 @@ def is_table(path: MemberPath) -> bool:
 
 
 def labelling_tables(tables: Collection[MemberPath], pictures: Collection[MemberPath]) -> list[MemberPath]:
-    """The tables in the root, in the pictures' common top folder, or in a split folder of one of these.
+    """The tables in the root, in a folder around all pictures, or in a split folder of one of these.
 
     Raises `BadRequest` bad_dataset where two tables apply to the same pictures.
     """
-    tops = {path[0] if len(path) > 1 else "" for path in pictures}
-    base: MemberPath = tuple(tops) if len(tops) == 1 and "" not in tops else ()
-    chosen = [path for path in tables if path[:-1] in ((), base) or _in_split_folder(path, base)]
+    levels = zip(*(path[:-1] for path in pictures), strict=False)
+    common = tuple(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels))
+    bases = {common[:depth] for depth in range(len(common) + 1)}
+    chosen = [path for path in tables if path[:-1] in bases or _in_split_folder(path, bases)]
     folders = [path[:-1] for path in chosen]
     nested = [(a, b) for a in folders for b in folders if a != b and b[: len(a)] == a]
     if len(set(folders)) < len(folders) or nested:
@@ -76,9 +83,9 @@ def labelling_tables(tables: Collection[MemberPath], pictures: Collection[Member
     return chosen
 
 
-def _in_split_folder(path: MemberPath, base: MemberPath) -> bool:
+def _in_split_folder(path: MemberPath, bases: Collection[MemberPath]) -> bool:
     folder = path[:-1]
-    return bool(folder) and split_of(folder[-1]) is not None and folder[:-1] in ((), base)
+    return bool(folder) and split_of(folder[-1]) is not None and folder[:-1] in bases
 
 
 def _names(paths: Collection[MemberPath]) -> str:
@@ -88,14 +95,12 @@ def _names(paths: Collection[MemberPath]) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: MemberPath, data: bytes, max_rows: int) -> Table:
+def read(path: MemberPath, data: bytes, max_rows: int, label_column: str | None = None) -> Table:
+    """The table; its labels are in `label_column`, else in a column with a customary name."""
     name = printable("/".join(path))
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _bad(f"{name}: expected UTF-8, got something else at byte {error.start:,}") from error
+    text = _text_of(name, data)
     rows: list[LabelRow] = []
-    for row in (_json_rows if path[-1].casefold().endswith(".jsonl") else _csv_rows)(name, text):
+    for row in (_csv_rows if path[-1].casefold().endswith(".csv") else _json_rows)(name, text, label_column):
         if len(rows) == max_rows:
             raise _bad(f"{name} has more than the {max_rows:,} rows allowed")
         rows.append(row)
@@ -104,33 +109,57 @@ def read(path: MemberPath, data: bytes, max_rows: int) -> Table:
     return Table(path, tuple(rows))
 
 
-def _csv_rows(name: str, text: str) -> Iterator[LabelRow]:
-    heading = text.partition("\n")[0]
-    delimiter = max(",;\t", key=heading.count)
-    cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _text_of(name: str, data: bytes) -> str:
+    """The text by its byte order mark, else as UTF-8; a guessed encoding would silently change labels."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[data.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0]
+        latin = printable(line.decode("cp1252", "replace").strip(), 60)
+        reading = "" if utf16 else f" (as Windows-1252 its line reads {latin!r})"
+        got = f"got something else at byte {error.start:,}{reading}"
+        raise _bad(f"{name}: expected UTF-8, or UTF-16 with a byte order mark, {got}; save it as UTF-8") from error
+    if "\0" in text:
+        raise _bad(f"{name}: expected UTF-8, or UTF-16 with a byte order mark, got zero bytes; save it as UTF-8")
+    return text
+
+
+def _csv_rows(name: str, text: str, label_column: str | None) -> Iterator[LabelRow]:
+    first, _, rest = text.partition("\n")
+    declared = re.fullmatch(r"sep=([^\w\s\"]|\t)\r?", first, re.IGNORECASE)  # as Excel writes it
+    heading = rest.partition("\n")[0] if declared else first
+    delimiter = declared[1] if declared else max(",;\t|", key=heading.count)
+    spaced = f"{delimiter} " in heading  # else a blank belongs to a label
+    try:
+        cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True)
+        if declared:
+            next(cells)
         columns = [column.strip() for column in next(cells, [])]
-        file, label, split = (None if c is None else columns.index(c) for c in _columns(name, columns))
+        file, label, split = (
+            None if c is None else columns.index(c) for c in columns_of_table(name, columns, label_column)
+        )
         for row in cells:
             if any(row):
-                yield LabelRow(cells.line_num, _cell(row, file), _cell(row, label), _cell(row, split))
+                yield LabelRow(cells.line_num, _cell(row, file).strip(), _cell(row, label), _cell(row, split).strip())
     except csv.Error as error:
         raise _bad(f"{name}, line {cells.line_num}: no valid CSV ({error})") from error
 
 
 def _cell(row: Sequence[str], column: int | None) -> str:
-    return row[column].strip() if column is not None and column < len(row) else ""
+    return row[column] if column is not None and column < len(row) else ""
 
 
-def _json_rows(name: str, text: str) -> Iterator[LabelRow]:
+def _json_rows(name: str, text: str, label_column: str | None) -> Iterator[LabelRow]:
     columns: tuple[str, str, str | None] | None = None
     for number, line in enumerate(io.StringIO(text), start=1):
         if not line.strip():
             continue
         where = f"{name}, line {number}"
         row = _json_object(where, line)
-        columns = columns or _columns(name, list(row))
-        yield LabelRow(number, *(_text(where, row, column) for column in columns))
+        columns = columns or columns_of_table(name, list(row), label_column)
+        file, label, split = (_text(where, row, column) for column in columns)
+        yield LabelRow(number, file.strip(), label, split.strip())
 
 
 def _json_object(where: str, line: str) -> Mapping[str, Any]:
@@ -145,29 +174,11 @@ def _json_object(where: str, line: str) -> Mapping[str, Any]:
 
 def _text(where: str, row: Mapping[str, Any], column: str | None) -> str:
     value = None if column is None else row.get(column)
-    if value is None:
+    if value is None or value != value:  # noqa: PLR0124  # NaN, which Python's json writes and reads
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _bad(f"{where}: expected a string or an integer as {column!r}, got {printable(json.dumps(value), 60)}")
-    return str(value).strip()
-
-
-def _columns(name: str, header: Sequence[str]) -> tuple[str, str, str | None]:
-    """The names of the columns of file, label and, if there is one, split."""
-    file = _single_column(name, FILE_COLUMNS, header)
-    label = _single_column(name, LABEL_COLUMNS, header)
-    split = [column for column in header if column.casefold() == "split"]
-    if len(split) > 1:
-        raise _bad(f"{name}: expected at most one column called split, found {len(split)}")
-    return file, label, split[0] if split else None
-
-
-def _single_column(name: str, expected: Sequence[str], header: Sequence[str]) -> str:
-    matching = [column for column in header if column.casefold() in expected]
-    if len(matching) == 1:
-        return matching[0]
-    names = ", ".join(repr(printable(column, 40)) for column in (matching or header)[:MAX_SHOWN]) or "none"
-    raise _bad(f"{name}: expected exactly one column called {' or '.join(expected)}, found: {names}")
+    return str(value)
 
 
 # --- placing ----------------------------------------------------------------------------------------------------------
@@ -177,16 +188,17 @@ def places(
     tables: Sequence[Table], pictures: Sequence[MemberPath], unreadable: Collection[MemberPath]
 ) -> tuple[list[Place], list[Skipped]]:
     """The place of each picture, and the rows that match none. `unreadable` files have been reported already."""
-    index = _Index(pictures)
     placed: dict[MemberPath, tuple[str, LabelRow, Place]] = {}
     unmatched: list[Skipped] = []
+    index = PictureIndex([*pictures, *unreadable])
     for table in tables:
+        inside = index.within(table.folder)
         for row in table.rows:
-            path = index.find(table.folder, row.file)
-            if path is not None:
-                _note(placed, path, table, row)
-            elif not any(candidate in unreadable for candidate in _candidates(table.folder, row.file)):
+            path = inside.find(row.file)
+            if path is None:
                 unmatched.append(Skipped(row.file, f"{table.name} lists it, but the archive has no such picture"))
+            elif path not in unreadable:
+                _note(placed, path, table, row)
     names = " or ".join(table.name for table in tables[:3])
     return [placed[path][2] if path in placed else f"not listed in {names}" for path in pictures], unmatched
 
@@ -200,7 +212,7 @@ def _note(placed: dict[MemberPath, tuple[str, LabelRow, Place]], path: MemberPat
 
 
 def _place(table: Table, row: LabelRow, path: MemberPath) -> Place:
-    if not row.label:
+    if row.label.strip() in NO_LABEL:
         return f"{table.name} has no label for it"
     return _split(table, row, path), label_of(row.label)
 
@@ -213,37 +225,10 @@ def _split(table: Table, row: LabelRow, path: MemberPath) -> Split:
             where = f"{table.name}, line {row.line}"
             raise _bad(f"{where}: expected a split like {', '.join(ALIASES)}, got {printable(row.split, 40)!r}")
         return split
-    folder_split = split_of(table.folder[-1]) if table.folder else None
-    inner = path[len(table.folder) :]
-    picture_split = split_of(inner[0]) if len(inner) > 1 else None
-    return folder_split or picture_split or "train"
-
-
-class _Index:
-    """The pictures by path, and by file name where that is unique."""
-
-    def __init__(self, pictures: Sequence[MemberPath]) -> None:
-        self._paths = set(pictures)
-        self._last: dict[str, list[MemberPath]] = defaultdict(list)
-        for path in pictures:
-            self._last[path[-1]].append(path)
-
-    def find(self, folder: MemberPath, file: str) -> MemberPath | None:
-        candidates = _candidates(folder, file)
-        exact = next((path for path in candidates if path in self._paths), None)
-        if exact or not candidates or len(candidates[-1]) > 1:
-            return exact
-        matches = [path for path in self._last[candidates[-1][0]] if path[: len(folder)] == folder]
-        return matches[0] if len(matches) == 1 else None
-
-
-def _candidates(folder: MemberPath, file: str) -> tuple[MemberPath, ...]:
-    """The paths that a row may mean: below its table's folder, or from the root. Never outside the archive."""
-    try:
-        parts = parts_of(file.replace("\\", "/"))
-    except BadRequest:
-        return ()
-    return ((*folder, *parts), parts) if parts else ()
+    for folder in (*table.folder[-1:], *path[len(table.folder) : -1]):
+        if (folder_split := split_of(folder)) is not None:
+            return folder_split
+    return "train"
 
 
 def _bad(detail: str) -> BadRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import gzip
+import lzma
 import struct
 import tarfile
 import zipfile
@@ -25,6 +25,7 @@ DAMAGE: Final = (
     tarfile.TarError,
     zlib.error,
     zstd.ZstdError,
+    lzma.LZMAError,
     struct.error,
     EOFError,
     ValueError,  # UnicodeDecodeError among them
@@ -130,6 +131,6 @@ def refuse_damage() -> Iterator[None]:
     except DAMAGE as error:
         raise bad_archive(f"the archive is damaged or truncated ({type(error).__name__})") from error
     except OSError as error:
-        if not isinstance(error, gzip.BadGzipFile) and error.errno != errno.EINVAL:  # a seek to before the start
+        if error.errno not in (None, errno.EINVAL):  # None: gzip, bz2; EINVAL: a seek to before the start
             raise
         raise bad_archive(f"the archive is damaged or truncated ({type(error).__name__})") from error

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import io
 import math
+import tempfile
 import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -22,11 +24,12 @@ import numpy.typing as npt
 
 from server.datasets.dataset import bad_dataset
 from server.datasets.example import SPLITS, Skipped, Split
+from server.datasets.label import label_of
 
-from .layout import label_of, split_of
 from .member_names import Names, printable
-from .metering import Limits, Member, bad_archive, refuse_damage
+from .metering import MAX_READ_BYTES, Limits, Member, bad_archive, refuse_damage
 from .png import png
+from .split_names import split_of
 from .zip_members import zip_members
 
 MAX_HEADER_BYTES: Final = 10_000  # of an array's header; NumPy's own limit
@@ -73,8 +76,9 @@ def _is_array(path: tuple[str, ...]) -> bool:
     return len(path) == 1 and path[0].endswith(".npy")
 
 
-def npz_members(file: BinaryIO, limits: Limits) -> Iterator[Member | Skipped]:
+def npz_members(file: BinaryIO, limits: Limits, scratch: Path) -> Iterator[Member | Skipped]:
     """The pictures with their places; other arrays are skipped. Labels are read first, whatever their order in the zip.
+    `scratch` is a folder for arrays in Fortran order, whose pictures are not in one piece.
 
     Raises `BadRequest` bad_archive or bad_dataset.
     """
@@ -85,7 +89,7 @@ def npz_members(file: BinaryIO, limits: Limits) -> Iterator[Member | Skipped]:
     for member in zip_members(file, limits, Names(limits.max_members)):
         name = member.path[0].removesuffix(".npy")
         if name in pairs:
-            yield from _pictures(member, pairs[name], names)
+            yield from _pictures(member, pairs[name], names, scratch)
         elif name not in used:
             yield Skipped(member.name, "an array that is neither images nor labels")
 
@@ -96,15 +100,13 @@ def npz_members(file: BinaryIO, limits: Limits) -> Iterator[Member | Skipped]:
 def _read(member: Member, limits: Limits) -> _Array:
     """An array's header, with its content if it holds labels or class names."""
     name = member.path[0].removesuffix(".npy")
-    (shape, fortran, dtype), start = _header(member)
+    (shape, _, dtype), start = _header(member)
     if dtype.hasobject:
         raise bad_archive(f"array {printable(name, 60)!r} holds Python objects (pickle), which are never read")
     array = _Array(name, shape, dtype)
     size = math.prod(shape) * dtype.itemsize
     if start + size != member.size:
         raise bad_archive(f"array {array} takes {size:,} bytes, but its member has {member.size - start:,}")
-    if fortran and min(shape, default=0) > 1 and len(shape) > 1:
-        raise bad_dataset(f"array {array} is in Fortran order; expected C order")
     small = MAX_NAMES_BYTES if name in NAME_ARRAYS else 8 * limits.max_members
     if not name.endswith("_labels") and name not in NAME_ARRAYS:
         return array
@@ -198,21 +200,35 @@ def _class_names(arrays: Mapping[str, _Array]) -> list[str]:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures(member: Member, labelled: _Labelled, names: list[str]) -> Iterator[Member]:
-    _header(member)
-    height, width, *channels = labelled.images.shape[1:]
-    shape = (height, width, channels[0] if channels else 1)
-    for number, label in enumerate(labelled.labels):
-        data = png(_pixels(member, shape))
+def _pictures(member: Member, labelled: _Labelled, names: list[str], scratch: Path) -> Iterator[Member]:
+    (shape, fortran, _), _ = _header(member)
+    height, width, *channels = shape[1:]
+    arrays = _fortran_arrays(member, shape, scratch) if fortran else _c_arrays(member, shape)
+    for number, (pixels, label) in enumerate(zip(arrays, labelled.labels, strict=True)):
+        data = png(pixels.reshape(height, width, channels[0] if channels else 1))
         place = labelled.split, _class_name(label, names)
         yield Member((labelled.images.name, f"{number}.png"), len(data), io.BytesIO(data), place)
 
 
-def _pixels(member: Member, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    data = member.take(math.prod(shape))
-    if len(data) < math.prod(shape):
+def _c_arrays(member: Member, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.uint8]]:
+    for _ in range(shape[0]):
+        yield np.frombuffer(_taken(member, math.prod(shape[1:])), np.uint8)
+
+
+def _fortran_arrays(member: Member, shape: tuple[int, ...], scratch: Path) -> Iterator[npt.NDArray[np.uint8]]:
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        left = math.prod(shape)
+        while left:
+            left -= file.write(_taken(member, min(left, MAX_READ_BYTES)))
+        file.flush()
+        yield from np.memmap(file, np.uint8, "r", shape=shape, order="F") if shape[0] else ()
+
+
+def _taken(member: Member, size: int) -> bytes:
+    data = member.take(size)
+    if len(data) < size:
         raise bad_archive("the archive is damaged or truncated: an array ends too early")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    return data
 
 
 def _class_name(label: int, names: list[str]) -> str:

@@ -39,19 +39,44 @@ class Columns:
         return (f"{self.image}.bytes" if self.nested else self.image), self.label
 
 
-def columns_of(file: str, schema: pa.Schema) -> Columns:
-    """The columns of pictures and labels. Raises `BadRequest` bad_dataset that says what the file has instead."""
+def columns_of(file: str, schema: pa.Schema, label_column: str | None = None) -> Columns:
+    """The columns of pictures and labels; `label_column` is the latter's if given.
+
+    Raises `BadRequest` bad_dataset that says what the file has instead, with `no_pictures` where it has no pictures.
+    """
     features = _features(schema.metadata or {})
     images = [field.name for field in schema if _is_image(field.type)]
     labels = [field.name for field in schema if _is_label(field.type)]
     image = _choose([name for name in images if _kind(features, name) == "Image"] or images, IMAGE_NAMES)
     classes = [name for name in labels if _kind(features, name) == "ClassLabel"]
-    label = _choose(classes, LABEL_NAMES) if classes else _by_name(labels, LABEL_NAMES)
-    if image is None or label is None:
-        raise _no_column(file, schema, "image" if image is None else "label")
+    if label_column is not None:
+        label = _by_name(labels, [label_column])
+    else:
+        label = _choose(classes, LABEL_NAMES) if classes else _by_name(labels, LABEL_NAMES)
+    if image is None:
+        raise _no_column(file, schema, "one column of images (struct of bytes and path, or binary)", not images)
+    if label is None:
+        named = f"called {printable(label_column or 'label', 40)}"
+        kind = "integers or text" if label_column else "integers or text, a ClassLabel or"
+        raise _no_column(file, schema, f"one column of labels ({kind} {named})")
     nested = pa.types.is_struct(schema.field(image).type)
-    names = _class_names(file, features[label]) if label in classes else ()
-    return Columns(image, nested, label, names if pa.types.is_integer(schema.field(label).type) else ())
+    return Columns(image, nested, label, class_names(file, schema, label))
+
+
+def class_names(file: str, schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """The names of a ClassLabel's numbers; empty for any other column. Raises `BadRequest` bad_dataset."""
+    features = _features(schema.metadata or {})
+    if _kind(features, label) != "ClassLabel" or not pa.types.is_integer(schema.field(label).type):
+        return ()
+    names = features[label].get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise bad_dataset(f"{file}: expected a ClassLabel with a list of names, got {printable(json.dumps(names), 60)}")
+    return tuple(names)
+
+
+def plain_columns(schema: pa.Schema) -> list[str]:
+    """The columns of integers or text, of which a table of labels consists."""
+    return [field.name for field in schema if _is_label(field.type)]
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -85,13 +110,10 @@ def _by_name(candidates: Collection[str], names: Collection[str]) -> str | None:
     return next((name for name in names if list(candidates).count(name) == 1), None)
 
 
-def _no_column(file: str, schema: pa.Schema, missing: str) -> BadRequest:
-    expected = {
-        "image": "one column of images (struct of bytes and path, or binary)",
-        "label": "one column of labels (integers or text, a ClassLabel or called label)",
-    }
+def _no_column(file: str, schema: pa.Schema, expected: str, no_pictures: bool = False) -> BadRequest:
     columns = [f"{printable(field.name, 40)}: {printable(str(field.type), 60)}" for field in list(schema)[:MAX_SHOWN]]
-    return bad_dataset(f"{file}: expected {expected[missing]}, found {', '.join(columns) or 'no columns'}")
+    detail = f"{file}: expected {expected}, found {', '.join(columns) or 'no columns'}"
+    return BadRequest(detail, code="bad_dataset", no_pictures=no_pictures)
 
 
 # --- Hugging Face's features ------------------------------------------------------------------------------------------
@@ -109,11 +131,3 @@ def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
 def _kind(features: Mapping[str, Any], name: str) -> object:
     feature = features.get(name)
     return feature.get("_type") if isinstance(feature, dict) else None
-
-
-def _class_names(file: str, feature: Mapping[str, Any]) -> tuple[str, ...]:
-    names = feature.get("names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        got = printable(json.dumps(names), 60)
-        raise bad_dataset(f"{file}: expected a ClassLabel with a list of names, got {got}")
-    return tuple(names)

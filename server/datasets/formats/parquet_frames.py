@@ -1,7 +1,7 @@
 """The wire format between the parquet reader and the server: kind, JSON message, picture.
 
-Kinds: `p` a picture and its label, or the reason why it has none; `n` a row without a picture; `e` the end, with the
-error if there is one. A reader that ends without `e` was broken by the file.
+Kinds: `p` a picture and its label, or the reason why it has none; `n` a row without a picture; `t` a row of a table of
+labels; `e` the end, with the error if there is one. A reader that ends without `e` was broken by the file.
 """
 
 from __future__ import annotations

@@ -13,22 +13,23 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from server.datasets.dataset import bad_dataset
+from server.datasets.label import label_of
 from server.errors import BadRequest
 
-from .layout import label_of
 from .member_names import printable
 from .metering import MIB, Limits, bad_archive
-from .parquet_columns import Columns, columns_of
+from .parquet_columns import Columns, class_names, columns_of, plain_columns
 from .parquet_frames import write_frame
 from .parquet_pages import MAGIC, Chunk, largest_page
+from .table_columns import columns_of_table
 
 MAX_FOOTER_BYTES: Final = 16 * MIB
 BATCH_BYTES: Final = 64 * MIB  # unpacked, of a batch of more than one row
@@ -40,19 +41,19 @@ BYTES_PER_CPU_S: Final = 4 * MIB
 _TAIL_BYTES: Final = 8  # the footer's length and the magic
 _UNKNOWN: Final = -1  # Hugging Face's number for a missing label
 
-Record = tuple[Any, Any]  # picture, label
+Row = tuple[bytes, bytes | None, dict[str, str]]  # kind of frame, picture, message
 
 
-def main(name: str, max_members: int, max_ratio: float, ratio_free_bytes: int) -> None:
+def main(name: str, label_column: str, may_be_table: bool, limits: Limits) -> None:
+    """`label_column`: empty where no column was chosen. `may_be_table`: a file without pictures may label others."""
     file, out = os.fdopen(0, "rb"), sys.stdout.buffer
     _limit(os.fstat(0).st_size)
-    limits = Limits(max_members, max_ratio=max_ratio, ratio_free_bytes=ratio_free_bytes)
     try:
-        for data, message in rows(file, name, limits):
-            write_frame(out, b"n" if data is None else b"p", message, data or b"")
+        for kind, data, message in rows(file, name, limits, label_column or None, may_be_table):
+            write_frame(out, kind, message, data or b"")
         write_frame(out, b"e", {})
     except BadRequest as error:
-        write_frame(out, b"e", {"code": error.code, "detail": error.detail})
+        write_frame(out, b"e", {"code": error.code, "detail": error.detail, **error.extra})
     except OSError as error:
         write_frame(out, b"e", {"errno": error.errno})
     out.flush()
@@ -65,8 +66,13 @@ def _limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def rows(file: BinaryIO, name: str, limits: Limits) -> Iterator[tuple[bytes | None, dict[str, str]]]:
-    """Each row: the picture, and {"label": …} or {"reason": …}. Raises `BadRequest` bad_archive or bad_dataset."""
+def rows(
+    file: BinaryIO, name: str, limits: Limits, label_column: str | None = None, may_be_table: bool = False
+) -> Iterator[Row]:
+    """Each row: the picture, and {"label": …} or {"reason": …}; of a table {"file": …, "label": …, "split": …}.
+
+    Raises `BadRequest` bad_archive or bad_dataset.
+    """
     _check_footer(file, name)
     with _refuse_damage(name):
         parquet = pq.ParquetFile(
@@ -75,9 +81,31 @@ def rows(file: BinaryIO, name: str, limits: Limits) -> Iterator[tuple[bytes | No
         schema = parquet.schema_arrow
     if parquet.metadata.num_rows > limits.max_members:
         raise bad_archive(f"{name} has {parquet.metadata.num_rows:,} rows; at most {limits.max_members:,} are allowed")
-    columns = columns_of(name, schema)
-    for data, label in _rows(file, parquet, columns, name, limits):
-        yield data, _message(name, label, columns)
+    try:
+        columns = columns_of(name, schema, label_column)
+    except BadRequest as error:
+        if not (may_be_table and error.extra.get("no_pictures")):
+            raise
+        yield from _table_rows(file, parquet, name, limits, label_column)
+        return
+    for batch in _batches(file, parquet, columns.leaves, name, limits):
+        for data, label in zip(_pictures(batch, columns), batch.column(columns.label).to_pylist(), strict=True):
+            yield b"n" if data is None else b"p", data, _message(name, label, columns)
+
+
+def _table_rows(
+    file: BinaryIO, parquet: pq.ParquetFile, name: str, limits: Limits, label_column: str | None
+) -> Iterator[Row]:
+    schema = parquet.schema_arrow
+    picture, label, split = columns_of_table(name, plain_columns(schema), label_column)
+    leaves = (picture, label, split) if split else (picture, label)
+    names = class_names(name, schema, label)
+    for batch in _batches(file, parquet, leaves, name, limits):
+        for row in zip(*(batch.column(leaf).to_pylist() for leaf in leaves), strict=True):
+            named = dict(zip(("file", "label", "split"), row, strict=False))
+            if names and named["label"] is not None:
+                named["label"] = _message(name, named["label"], Columns("", False, label, names)).get("label")
+            yield b"t", None, {key: str(value) for key, value in named.items() if value is not None}
 
 
 def _message(name: str, label: int | str | None, columns: Columns) -> dict[str, str]:
@@ -107,7 +135,9 @@ def _check_footer(file: BinaryIO, name: str) -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(file: BinaryIO, parquet: pq.ParquetFile, columns: Columns, name: str, limits: Limits) -> Iterator[Record]:
+def _batches(
+    file: BinaryIO, parquet: pq.ParquetFile, columns: Sequence[str], name: str, limits: Limits
+) -> Iterator[pa.RecordBatch]:
     leaves = _leaves(parquet, columns, name)
     for group in range(parquet.metadata.num_row_groups):
         if not parquet.metadata.row_group(group).num_rows:
@@ -116,9 +146,9 @@ def _rows(file: BinaryIO, parquet: pq.ParquetFile, columns: Columns, name: str, 
             chunks = [_chunk(parquet, group, leaf, name) for leaf in leaves]
         size = sum(largest_page(file, chunk, limits) for chunk in chunks)
         rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(1, size)))  # no value is larger than its page
-        batches = parquet.iter_batches(rows, row_groups=[group], columns=list(columns.leaves), use_threads=False)
+        batches = parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
         while (batch := _next(batches, name)) is not None:
-            yield from zip(_pictures(batch, columns), batch.column(columns.label).to_pylist(), strict=True)
+            yield batch
 
 
 def _next(batches: Iterator[pa.RecordBatch], name: str) -> pa.RecordBatch | None:
@@ -136,17 +166,17 @@ def _pictures(batch: pa.RecordBatch, columns: Columns) -> list[bytes | None]:
     return [None if row is None else row["bytes"] for row in image.to_pylist()]
 
 
-def _leaves(parquet: pq.ParquetFile, columns: Columns, name: str) -> list[int]:
+def _leaves(parquet: pq.ParquetFile, columns: Sequence[str], name: str) -> list[int]:
     """The numbers of the columns to read. Raises unless each path occurs once and has one value a row."""
     schema = parquet.schema
     leaf_columns = [schema.column(number) for number in range(len(schema))]
-    for leaf in columns.leaves:
+    for leaf in columns:
         matching = [column for column in leaf_columns if column.path == leaf or column.path.startswith(f"{leaf}.")]
         if len(matching) != 1 or matching[0].max_repetition_level:
             expected = f"one column {printable(leaf, 60)!r} of one value a row"
             raise bad_dataset(f"{name}: expected {expected}, found {len(matching)}")
     paths = [column.path for column in leaf_columns]
-    return [paths.index(leaf) for leaf in columns.leaves]
+    return [paths.index(leaf) for leaf in columns]
 
 
 def _chunk(parquet: pq.ParquetFile, group: int, leaf: int, name: str) -> Chunk:
@@ -173,4 +203,6 @@ def _refuse_damage(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    _name, _label_column, _may_be_table, _members, _ratio, _free_bytes = sys.argv[1:]
+    _limits = Limits(int(_members), max_ratio=float(_ratio), ratio_free_bytes=int(_free_bytes))
+    main(_name, _label_column, _may_be_table == "table", _limits)

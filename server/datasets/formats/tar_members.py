@@ -1,8 +1,10 @@
-"""The members of a tar archive, plain or compressed by gzip or Zstandard, in one pass forward."""
+"""The members of a tar archive, plain or compressed, in one pass forward."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 import tarfile
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from .metering import (
 
 BLOCK: Final = 512
 MAX_HEADER_BYTES: Final = 64 * 1024  # of one extended header; tarfile reads all of it into memory
+MAX_XZ_MEMORY: Final = 160 * 2**20  # `xz -9` needs 65 MiB; a dictionary as large as a zstd window fits
 MAX_WINDOW_LOG: Final = 27  # 128 MiB, the zstd tool's default; a frame may demand 2 GiB
 PLAIN: Final = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
 EXTENDED: Final = (
@@ -72,7 +75,7 @@ def tar_members(file: BinaryIO, limits: Limits, names: Names, kind: str) -> Iter
     stream = MeteredReader(_unpacked(file, kind), Meter("the archive", packed_bytes, limits))
     with refuse_damage():
         archive = tarfile.open(  # noqa: SIM115  # closed by the `with` outside of `refuse_damage`
-            fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_TarHeader, encoding="utf-8", errors="replace"
+            fileobj=cast(IO[bytes], stream), mode="r|", tarinfo=_TarHeader, encoding="utf-8", errors="surrogateescape"
         )
     with archive:
         for info in _tar_headers(archive):
@@ -96,7 +99,44 @@ def _unpacked(file: BinaryIO, kind: str) -> Readable:
         return gzip.GzipFile(fileobj=file, mode="rb")
     if kind == "tar.zst":
         return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: MAX_WINDOW_LOG})
+    if kind == "tar.bz2":
+        return bz2.BZ2File(file)
+    if kind == "tar.xz":
+        return _XzReader(file)
     return file
+
+
+class _XzReader:
+    """Reads the streams of an xz file with bounded memory, which `lzma.LZMAFile` cannot: a header may demand 4 GiB."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._packed = file, b""
+        self._stream = self._new_stream()
+
+    def read(self, size: int, /) -> bytes:
+        while True:
+            if self._stream.eof and not self._next_stream():
+                return b""
+            if self._stream.needs_input and not self._packed:
+                self._packed = self._file.read(MAX_READ_BYTES)
+                if not self._packed:
+                    raise EOFError("an xz stream without its end")
+            data = self._stream.decompress(self._packed, size)
+            self._packed = b""
+            if data:
+                return data
+
+    def _next_stream(self) -> bool:
+        """Whether another stream follows, after zeros of padding (xz file format 1.2.1, 2.2)."""
+        self._packed = self._stream.unused_data.lstrip(b"\0")
+        while not self._packed and (more := self._file.read(MAX_READ_BYTES)):
+            self._packed = more.lstrip(b"\0")
+        self._stream = self._new_stream() if self._packed else self._stream
+        return bool(self._packed)
+
+    @staticmethod
+    def _new_stream() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY)
 
 
 def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -111,7 +151,7 @@ def _tar_headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _drain(stream: MeteredReader) -> None:
-    """Read to the end, so that gzip and Zstandard verify their checksums."""
+    """Read to the end, so that the compressions verify their checksums."""
     with refuse_damage():
         while stream.read(MAX_READ_BYTES):
             pass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, BinaryIO, Final, cast
@@ -25,6 +27,11 @@ from .metering import (
 DIRECTORY_BYTES: Final = 512  # of the directory for each member: an entry is 46 bytes and a name
 CENTRAL_ENTRY: Final = b"PK\x01\x02"  # begins every entry of the directory
 LOCAL_HEADER_BYTES: Final = 30
+UTF8_FLAG: Final = 0x800  # general purpose bit 11
+UNICODE_PATH: Final = 0x7075
+
+_FIELD: Final = struct.Struct("<HH")  # of the extra field: kind, bytes
+_UNICODE_PATH: Final = struct.Struct("<BI")  # version, CRC-32 of the name that it replaces
 
 
 class _Directory:
@@ -57,11 +64,12 @@ def zip_members(file: BinaryIO, limits: Limits, names: Names) -> Iterator[Member
         total = Meter("the archive", packed_bytes, limits)
         for info in archive.infolist():
             names.count()
-            path = _zip_path(info)
-            if info.is_dir() or is_litter(path):
+            name = member_name(info)
+            path = _zip_path(info, name)
+            if name.endswith("/") or is_litter(path):
                 continue
             names.add(path)
-            meter = Meter(f"the archive's member {printable(info.filename)!r}", info.compress_size, limits)
+            meter = Meter(f"the archive's member {printable(name)!r}", info.compress_size, limits)
             with _opened(archive, info) as content:
                 yield Member(path, info.file_size, MeteredReader(content, meter, total))
 
@@ -74,9 +82,35 @@ def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[byte
         yield content
 
 
-def _zip_path(info: zipfile.ZipInfo) -> tuple[str, ...]:
-    path = parts_of(info.orig_filename)  # zipfile cuts `filename` at a NUL
-    name = printable(info.filename)
+def member_name(info: zipfile.ZipInfo) -> str:
+    """The name that the writer meant, with `/` between folders; bytes that are not UTF-8 become surrogates.
+
+    A name is UTF-8 where bit 11 says so or the Unicode path field is there (APPNOTE.TXT 4.6.9), else cp437. But
+    Info-ZIP and macOS write UTF-8 without either, and Windows tools write backslashes.
+    """
+    name = info.orig_filename  # zipfile cuts `filename` at a NUL
+    if not info.flag_bits & UTF8_FLAG:
+        raw = name.encode("cp437")  # the bytes as they are: zipfile has decoded them by this code page
+        name = (_unicode_path(info.extra, raw) or raw).decode("utf-8", "surrogateescape")
+    return name.replace("\\", "/")
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes:
+    """The name in the Unicode path field; empty where there is none, or where it belongs to another name than `raw`."""
+    at = 0
+    while at + _FIELD.size <= len(extra):
+        kind, size = _FIELD.unpack_from(extra, at)
+        at += _FIELD.size
+        content = extra[at : at + size]
+        if kind == UNICODE_PATH and size > _UNICODE_PATH.size <= len(content):
+            version, crc = _UNICODE_PATH.unpack_from(content)
+            return content[_UNICODE_PATH.size :] if version == 1 and crc == zlib.crc32(raw) else b""
+        at += size
+    return b""
+
+
+def _zip_path(info: zipfile.ZipInfo, full_name: str) -> tuple[str, ...]:
+    path, name = parts_of(full_name), printable(full_name)
     if info.flag_bits & 0x41:
         raise bad_archive(f"the archive's member {name!r} is encrypted")
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -92,7 +126,7 @@ def _check_directory(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Li
     for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
         if info.header_offset + LOCAL_HEADER_BYTES + info.compress_size > end:
             raise bad_archive(
-                f"the archive's member {printable(info.filename)!r} overlaps another, or the archive is truncated"
+                f"the archive's member {printable(member_name(info))!r} overlaps another, or the archive is truncated"
             )
         end = info.header_offset
     if sum(info.file_size for info in infos) > limits.max_unpacked_bytes:

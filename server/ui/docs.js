@@ -4,7 +4,7 @@ globalThis.trustedTypes?.createPolicy('default', { createHTML: markup => markup 
 
 SwaggerUIBundle({
   url: new URL('../openapi.json', import.meta.url).href,
-  dom_id: '#docs',
+  dom_id: '#swagger-ui',
   deepLinking: true,
   validatorUrl: null, // no other server is asked
 });

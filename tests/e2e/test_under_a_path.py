@@ -22,7 +22,9 @@ def address(request: pytest.FixtureRequest, chrome: Browser, tmp_path_factory: p
     """Of the server's front page, without the last slash. After the browser: without one, no server is started."""
     with serving(tmp_path_factory.mktemp("home"), root_path=request.param) as api:
         publish(api.floor.store)
+        chrome.complaints()
         yield f"{api.url}{request.param}"
+        chrome.go("about:blank")  # or it would go on asking a server that has ended
 
 
 def fetched(page: Browser) -> set[str]:

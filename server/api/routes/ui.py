@@ -96,7 +96,11 @@ async def file(request: Request, path: str) -> Response:
 @lru_cache
 def _linked(path: str, root: str) -> Page:
     """A page whose relative links are absolute: a proxy may serve it under an address without the last slash."""
-    body = _PAGES[path].body.replace(b'="ui/', f'="{root}/ui/'.encode()).replace(b'="docs"', f'="{root}/docs"'.encode())
+    body = (
+        _PAGES[path]
+        .body.replace(b'="ui/', f'="{root}/ui/'.encode())
+        .replace(b'href="docs"', f'href="{root}/docs"'.encode())
+    )
     return Page.of(body, _PAGES[path].media_type)
 
 

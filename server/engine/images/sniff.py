@@ -231,7 +231,7 @@ _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 def _strip_png(data: bytes, max_pixels: int) -> Stripped:
     kept: list[bytes] = [_PNG]
-    exif, texts, pixels = b"", {}, False
+    exif, texts, pixels = b"", dict[bytes, bytes](), False
     for kind, chunk in _png_chunks(data):
         if kind == b"IHDR":
             _check_header(chunk, max_pixels)
@@ -338,7 +338,7 @@ def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
 
 def _webp_metadata(data: bytes) -> dict[bytes, bytes]:
     """The first chunk of EXIF and of XMP."""
-    at, found = 12, {}
+    at, found = 12, dict[bytes, bytes]()
     for _ in range(MAX_SEGMENTS):
         if at + 8 > len(data):
             break

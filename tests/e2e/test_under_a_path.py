@@ -10,6 +10,8 @@ from tests.api.api_server import serving
 from tests.e2e.browser import Browser, browser
 from tests.serving.floor import publish
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chrome() -> Iterator[Browser]:

@@ -77,6 +77,14 @@ class Settings(BaseSettings):
     # --- HTTP -------------------------------------------------------------------------------------------------------
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")] = 8000
+    root_path: Annotated[
+        str,
+        Field(
+            pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+            description="Path under which a proxy serves this server, such as `/lensrack`, whether or not the proxy "
+            "takes it off. Empty: none.",
+        ),
+    ] = ""
     fronts: Annotated[
         int,
         Field(
@@ -107,7 +115,7 @@ class Settings(BaseSettings):
     max_connections: Annotated[
         int, Field(gt=0, description="Most open connections; beyond it requests other than probes get 503.")
     ] = 2000
-    max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 32 * MIB
+    max_body_bytes: Annotated[int, Field(gt=0, description="Largest body of a predict request.")] = 64 * MIB
     max_bundle_bytes: Annotated[int, Field(gt=0, description="Largest bundle that can be uploaded.")] = 64 * MIB
     max_dataset_bytes: Annotated[int, Field(gt=0, description="Largest dataset that can be uploaded.")] = (
         10 * 1024 * MIB
@@ -132,7 +140,14 @@ class Settings(BaseSettings):
 
     # --- images -----------------------------------------------------------------------------------------------------
     max_images: Annotated[int, Field(gt=0, description="Most images in one predict request.")] = 64
-    max_image_pixels: Annotated[int, Field(gt=0, description="Most pixels in one image.")] = 50_000_000
+    max_image_pixels: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="Most pixels in one image. Decoding takes 4 bytes for each, up to 10 if it is transparent, in "
+            "each of LENSRACK_DECODE_THREADS. The default is enough for a phone's 108 megapixels.",
+        ),
+    ] = 120_000_000
     max_tasks_per_request: Annotated[int, Field(gt=0, description="Most tasks in one predict request.")] = 64
     scaled_decode: Annotated[
         float,

@@ -51,42 +51,16 @@ def _from_memory(image: Any) -> Any:
 
 def _from_file(data: bytes) -> Any:
     """Return the picture of a file, upright; None if it cannot be read, or not unambiguously."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             opened.load()
             if opened.format in ("PNG", "WEBP") and getattr(opened, "is_animated", False):
                 return None
-            turn = _turns().get(_orientation(opened.info.get("exif", b"")))
-            return opened.copy() if turn is None else opened.transpose(turn)
+            return ImageOps.exif_transpose(opened)
     except Exception:  # the server reports what is wrong with the file
         return None
-
-
-def _turns() -> dict[int, Any]:
-    from PIL.Image import Transpose
-
-    flips = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
-    return {**flips, 5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
-
-
-def _orientation(exif: bytes) -> int:
-    """Return EXIF's orientation (tag 0x0112), or 1: as the server reads it, not as Pillow guesses it."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
-            if tag == 0x0112:
-                return int(value) if kind == 3 else 1
-    except struct.error:
-        return 1
-    return 1
 
 
 def _resize(image: Any, geometry: Geometry) -> bytes | None:

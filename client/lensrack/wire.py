@@ -568,7 +568,8 @@ class TrainRequest(Request):
     task: TaskName
     dataset: str | None = None
     method: str = "auto"
-    recipe: RecipeOrWord = Recipe(search="auto")
+    # a factory, so that the schema states no default of another type than its enum: generators refuse such a field
+    recipe: RecipeOrWord = Field(default_factory=lambda: Recipe(search="auto"))
     publish: PublishPolicy = "always"
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
 

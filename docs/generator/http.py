@@ -20,7 +20,15 @@ HEAD = """# HTTP
 A running server has the same documentation at `/docs` and the schema at `/openapi.json`.
 [This version's schema](openapi.json).
 On a server with keys every request needs `Authorization: Bearer lr_…`, and the key needs the scope named here.
-`HEAD` is supported wherever `GET` is.
+`HEAD` is supported wherever `GET` is, with the same status and headers.
+
+- Pictures and archives are recognised by their content. A body without a content type, as `application/octet-stream`,
+  under any `image/…` or as curl's own default is looked into; JSON, NumPy and forms are what they declare.
+- A form's pictures are in the field `images`, or all in one other field; parts need no filename.
+- Bodies may be packed: `Content-Encoding: gzip` or `deflate`. Limits count what they unpack to.
+- A query parameter that a route does not know is a 422 that names the nearest one. `/v1`, `/v2` and probes ignore it.
+- Clients can be generated from the schema. Every operation has a readable id, and every picture or archive can be sent
+  as `application/octet-stream`.
 """
 
 

@@ -139,6 +139,8 @@ def _http(request: Request, error: Exception) -> Response:
     problem_error.status, problem_error.code = failure.status_code, _CODES.get(failure.status_code, "http_error")
     response = answer(problem_error, request.scope)
     response.headers.update(failure.headers or {})
+    if response.headers.get("Allow") == "GET":
+        response.headers["Allow"] = "GET, HEAD"  # see `middleware.head`
     return response
 
 

@@ -28,6 +28,11 @@ _FIELD: Final = re.compile(
 )
 
 
+def is_array(body: bytes) -> bool:
+    """Whether a body without a declared type is a NumPy file."""
+    return body.startswith(_MAGIC)
+
+
 def read(body: bytes, headers: Headers, *, most: int) -> list[PrecutImage]:
     """Return the images of an array, at most `most`. Raises BadRequest (bad_image), Unprocessable (bad_pixels)."""
     geometry = declared_geometry(headers)

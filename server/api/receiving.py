@@ -24,17 +24,6 @@ WRITE_BYTES: Final = 2**20  # collected before a thread writes them: a hand-over
 
 
 @asynccontextmanager
-async def received(request: Request, root: Path, *, silence_s: float) -> AsyncIterator[Path]:
-    """Spool the request's body to a file below `root`, which is deleted at the end.
-
-    Raises ClientDisconnect, TooLarge, DiskFull, and Silent when nothing arrives for `silence_s`.
-    """
-    async with spooled(root) as (path, append):
-        await fill(request, append, silence_s=silence_s)
-        yield path
-
-
-@asynccontextmanager
 async def spooled(root: Path) -> AsyncIterator[tuple[Path, Callable[[bytes], None]]]:
     """Open an empty file below `root`, deleted at the end; yield its path and a function that appends to it.
 

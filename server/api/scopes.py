@@ -40,8 +40,6 @@ _LISTED: Final[Mapping[Need, str]] = {
     "any": """
         GET /openapi.json
         GET /docs
-        GET /docs/oauth2-redirect
-        GET /redoc
         GET /methods
         GET /rack
         GET /tasks

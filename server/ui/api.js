@@ -1,5 +1,9 @@
 // Calls to the server's public HTTP API.
 
+// Where the server is: '' or, behind a proxy, the path that the proxy puts it under.
+const ROOT = new URL('..', import.meta.url).pathname.replace(/\/$/, '');
+export const at = path => ROOT + path;
+
 export class Problem extends Error {
   constructor(status, body) {
     super(body.detail || body.title || `the server answered ${status}`);
@@ -18,7 +22,7 @@ export async function call(method, path, { json, body, headers = {}, signal } = 
 
 async function send(path, options) {
   try {
-    return await fetch(path, options);
+    return await fetch(at(path), options);
   } catch (error) {
     if (error.name === 'AbortError') throw error;
     throw new Problem(0, { detail: 'The server cannot be reached. Is it running?', code: 'unreachable' });

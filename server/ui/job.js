@@ -1,5 +1,5 @@
 // One training job: its progress, its result, and predictions with the new version.
-import { call, get, part } from './api.js';
+import { at, call, get, part } from './api.js';
 import { predictionPanel } from './answers.js';
 import { lines } from './charts.js';
 import { notify, run } from './dialogs.js';
@@ -40,7 +40,7 @@ export async function show(page, id, signal) {
 // Calls `on[type]` for each event of the job. EventSource reconnects by itself and resumes after the last event.
 function listen(id, on, refresh, signal) {
   return new Promise(resolve => {
-    const source = new EventSource(`/train/${part(id)}/events`);
+    const source = new EventSource(at(`/train/${part(id)}/events`));
     const stop = () => { source.close(); resolve(); };
     signal.addEventListener('abort', stop);
     for (const type of TYPES) {

@@ -1,9 +1,9 @@
 // Thumbnails of a dataset, fetched when they scroll into view.
-import { get, part } from './api.js';
+import { at, get, part } from './api.js';
 import { fill, h } from './dom.js';
 
 export const picture = (dataset, thumbnail, side = 96) => h('img', {
-  src: `/datasets/${part(dataset)}/thumbnails/${thumbnail.number}?side=${2 * side}`, alt: thumbnail.label, title: thumbnail.label,
+  src: at(`/datasets/${part(dataset)}/thumbnails/${thumbnail.number}?side=${2 * side}`), alt: thumbnail.label, title: thumbnail.label,
   width: side, height: side, loading: 'lazy', class: 'thumb',
 });
 

@@ -1,6 +1,6 @@
 // Uploads an archive. A large one is sent in pieces (tus 1.0, /uploads), so that a broken connection loses one piece and
 // not the whole upload.
-import { Problem, call, part } from './api.js';
+import { Problem, at, call, part } from './api.js';
 
 const RESUMABLE_FROM = 256 * 1024;
 const PIECE = 8 * 2 ** 20;
@@ -49,7 +49,7 @@ async function receivedBytes(id, previous, signal) {
 function send(method, path, body, headers, progress, signal) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
-    request.open(method, path);
+    request.open(method, at(path));
     for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
     request.upload.onprogress = event => progress(event.loaded);
     request.onload = () => request.status < 300 ? resolve(request.responseText) : reject(new Problem(request.status, parse(request.responseText)));

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from lensrack import wire
-from server.api import params, receiving
+from server.api import forms, params, raw_pixels, receiving
 from server.api.binding import UnsafeBind, is_loopback, require_safe_bind
 from server.settings import Settings
 from tests.api.api_server import Api, assert_problem, read_response, serving
@@ -70,7 +70,7 @@ def test_routing_errors_are_problems(api: Api):
     assert_problem(api.http.get("/nowhere"), 404, "not_found")
     refused = api.http.delete("/healthz")
     assert_problem(refused, 405, "method_not_allowed")
-    assert refused.headers["allow"] == "GET"
+    assert refused.headers["allow"] == "GET, HEAD"
     assert_problem(api.http.get("/tasks/"), 404, "not_found")
 
 
@@ -198,8 +198,8 @@ def test_the_schema_documents_bodies_and_problems(api: Api):
     assert schema["openapi"].startswith("3.")
     paths = schema["paths"]
     bodies = paths["/predict/{task}"]["post"]["requestBody"]["content"]
-    assert {*params.IMAGE_TYPES, "application/x-npy", "multipart/form-data", "application/json"} == set(bodies)
-    assert set(params.ARCHIVE_TYPES) == set(paths["/datasets"]["post"]["requestBody"]["content"])
+    assert {*params.IMAGE_TYPES, params.OCTETS, raw_pixels.NPY, forms.FORM, "application/json"} == set(bodies)
+    assert {*params.ARCHIVE_TYPES, forms.FORM} == set(paths["/datasets"]["post"]["requestBody"]["content"])
     for path, operations in paths.items():
         for method, operation in operations.items():
             problem = operation["responses"]["default"]["content"]

@@ -15,7 +15,9 @@ from timm.data import create_transform
 
 from server.engine.images import decode as decoder
 from server.engine.images.decode import Geometry, decode, fit, pixels
+from server.engine.images.sniff import check_size
 from server.errors import ServiceError
+from server.settings import Settings
 
 MAX = 4_000_000
 
@@ -164,6 +166,16 @@ def test_bombs_are_refused_before_a_pixel_is_decoded(width: int, height: int) ->
     error = refused(png(width, height, zlib.compress(bytes(10_000_000))))
     assert (error.status, error.code) == (413, "image_too_large")
     assert f"{width}×{height}" in error.detail
+
+
+def test_a_phones_photograph_is_small_enough_by_default_and_the_setting_is_named() -> None:
+    """12, 48, 50, 64 and 108 megapixels, the largest in the bytes that it takes at a high quality; 200 are refused."""
+    limits = Settings()
+    for width, height in ((4032, 3024), (8064, 6048), (8160, 6144), (9248, 6936), (12_000, 9000), (16_382, 3628)):
+        check_size(width, height, limits.max_image_pixels)
+    assert limits.max_body_bytes > 12_000 * 9000 * 0.4
+    with pytest.raises(ServiceError, match=r"at most 120000000 are accepted \(LENSRACK_MAX_IMAGE_PIXELS\)"):
+        check_size(16_320, 12_240, limits.max_image_pixels)
 
 
 def test_a_strip_too_long_to_resize_whole_is_fitted_by_its_middle() -> None:

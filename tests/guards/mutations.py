@@ -132,8 +132,8 @@ MUTATIONS = (
     Mutation(
         "A body is cut off at its cap while it is read",
         "server/api/middleware/body_limit.py",
-        "            if self._got > self._cap:\n",
-        "            if False:\n",
+        "        if self._got > self._cap:\n",
+        "        if False:\n",
         "tests/api/test_api_http.py::test_each_route_has_its_cap",
     ),
     Mutation(

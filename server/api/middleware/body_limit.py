@@ -1,9 +1,10 @@
-"""Middleware that bounds a request body's size and duration."""
+"""Middleware that unpacks a request's body, and bounds its size and duration."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import zlib
 from collections.abc import Callable
 from typing import Final
 
@@ -11,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import problems
-from server.errors import Silent, TooLarge
+from server.errors import BadRequest, ServiceError, Silent, TooLarge, UnsupportedMedia
 from server.settings import Settings
 
 _IMAGE_PATHS: Final = re.compile(
@@ -21,22 +22,26 @@ _UPLOAD_PATHS: Final = re.compile(r"/uploads/[^/]+")
 _ARCHIVE_PATHS: Final = ("/datasets", "/v1/files")
 _BUNDLE_PATHS: Final = re.compile(r"/tasks/[^/]+/versions")
 
-Cap = Callable[[str, str], int]
+# content codings by the header that zlib expects of them
+ENCODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_OF_PACKED: Final = frozenset({b"content-encoding", b"content-length"})
+
+Cap = Callable[[str, str], tuple[int, str]]
 Patience = Callable[[str, str], float | None]
 
 
 def caps(settings: Settings) -> Cap:
-    """Return the most bytes that a body may have, by method and path."""
+    """Return the most bytes that a body may have, and the setting that says so, by method and path."""
 
-    def cap(method: str, path: str) -> int:
+    def cap(method: str, path: str) -> tuple[int, str]:
+        name = "max_json_bytes"
         if _IMAGE_PATHS.fullmatch(path):
-            return settings.max_body_bytes
-        whole = method == "POST" and path in _ARCHIVE_PATHS
-        if whole or (method == "PATCH" and _UPLOAD_PATHS.fullmatch(path)):
-            return settings.max_dataset_bytes
-        if method == "PUT" and _BUNDLE_PATHS.fullmatch(path):
-            return settings.max_bundle_bytes
-        return settings.max_json_bytes
+            name = "max_body_bytes"
+        elif (method == "POST" and path in _ARCHIVE_PATHS) or (method == "PATCH" and _UPLOAD_PATHS.fullmatch(path)):
+            name = "max_dataset_bytes"
+        elif method == "PUT" and _BUNDLE_PATHS.fullmatch(path):
+            name = "max_bundle_bytes"
+        return getattr(settings, name), f"LENSRACK_{name.upper()}"
 
     return cap
 
@@ -52,8 +57,8 @@ def patience(settings: Settings) -> Patience:
 
 
 class BodyLimit:
-    """Refuses a body above its cap: at once where Content-Length says so, otherwise (chunked) while it is read; and a
-    body that takes too long."""
+    """Unpacks a body with a Content-Encoding, and refuses one above its cap, packed or unpacked: at once where
+    Content-Length says so, otherwise while it is read; and a body that takes too long."""
 
     def __init__(self, app: ASGIApp, cap: Cap, patience: Patience) -> None:
         self.app, self.cap, self.patience = app, cap, patience
@@ -62,12 +67,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        method, path = scope["method"], scope["path"]
-        reading = _BoundedBody(self.cap(method, path), self.patience(method, path), Headers(scope=scope), receive, send)
+        asked = scope["method"], scope["path"]
+        reading = _BoundedBody(self.cap(*asked), self.patience(*asked), Headers(scope=scope), receive, send)
+        if reading.packed:  # what follows sees the body as if it had been sent unpacked
+            scope["headers"] = [header for header in scope["headers"] if header[0] not in _OF_PACKED]
         try:
             if not reading.cut:
                 await self.app(scope, reading.receive, reading.send)
-        except (TooLarge, Silent):
+        except (TooLarge, Silent, BadRequest):
             if not reading.cut:
                 raise
         if reading.cut and reading.error is not None:
@@ -75,15 +82,25 @@ class BodyLimit:
 
 
 class _BoundedBody:
-    """A request's body while it is read. `cut`: it was too large or too slow, and no response has begun."""
+    """A request's body while it is read. `cut`: it was refused, and no response has begun."""
 
-    def __init__(self, cap: int, most_s: float | None, headers: Headers, receive: Receive, send: Send) -> None:
-        self._cap, self._most_s, self._receive, self._send = cap, most_s, receive, send
+    def __init__(
+        self, cap: tuple[int, str], most_s: float | None, headers: Headers, receive: Receive, send: Send
+    ) -> None:
+        (self._cap, self._setting), self._most_s, self._receive, self._send = cap, most_s, receive, send
         self._got, self._answered, self._whole = 0, False, False
         self._until = None if most_s is None else asyncio.get_running_loop().time() + most_s
+        self.error: ServiceError | None = None
+        encoding = headers.get("content-encoding", "").strip().lower()
+        self.packed = encoding not in ("", "identity")
+        self._unpacked = Unpacker(encoding) if encoding in ENCODINGS else None
         length = headers.get("content-length", "")
-        self.cut = length.isascii() and length.isdecimal() and (len(length) > 18 or int(length) > cap)
-        self.error: TooLarge | Silent | None = self._too_large(length[:30]) if self.cut else None
+        if length.isascii() and length.isdecimal() and (len(length) > 18 or int(length) > self._cap):
+            self.error = self._too_large(length[:30])
+        elif self.packed and self._unpacked is None:
+            detail = f"Content-Encoding: expected {' or '.join(ENCODINGS)}, got {encoding[:40]!r}"
+            self.error = UnsupportedMedia(detail, accepted=list(ENCODINGS))
+        self.cut = self.error is not None
 
     async def receive(self) -> Message:
         if self._whole:
@@ -92,24 +109,65 @@ class _BoundedBody:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            self.cut = not self._answered
             detail = f"expected the whole body within {self._most_s:g} s, got {self._got} bytes of it"
-            self.error = Silent(detail, code="body_timeout")
-            raise self.error from None
-        if message["type"] == "http.request":
-            self._got += len(message.get("body", b""))
-            self._whole = not message.get("more_body", False)
-            if self._got > self._cap:
-                self.cut = not self._answered
-                self.error = self._too_large("more")
-                raise self.error
+            raise self._refused(Silent(detail, code="body_timeout")) from None
+        if message["type"] != "http.request":
+            return message
+        self._whole = not message.get("more_body", False)
+        if self._unpacked is not None:
+            message = await self._unpack(message, self._unpacked)
+        self._got += len(message.get("body", b""))
+        if self._got > self._cap:
+            raise self._refused(self._too_large("more"))
         return message
 
+    async def _unpack(self, message: Message, unpacked: Unpacker) -> Message:
+        try:
+            most = self._cap - self._got + 1
+            body = await asyncio.to_thread(unpacked.feed, message.get("body", b""), most)
+            if self._whole and len(body) < most:
+                unpacked.finish()
+        except BadRequest as error:
+            raise self._refused(error) from error
+        return {**message, "body": body}
+
+    def _refused(self, error: ServiceError) -> ServiceError:
+        self.cut, self.error = not self._answered, error
+        return error
+
     def _too_large(self, got: str) -> TooLarge:
-        return TooLarge(f"expected a body of at most {self._cap} bytes, got {got}")
+        unpacked = " once it is unpacked" if self.packed else ""
+        return TooLarge(f"expected a body of at most {self._cap} bytes{unpacked} ({self._setting}), got {got}")
 
     async def send(self, message: Message) -> None:
         """Send, unless the body was cut off: then the application's response is dropped for the error's."""
         if not self.cut:
             self._answered = True
             await self._send(message)
+
+
+class Unpacker:
+    """A body of one content coding, unpacked as it arrives; no more of it than is asked for, so that a few bytes
+    cannot fill the memory."""
+
+    def __init__(self, encoding: str) -> None:
+        self._encoding, self._stream = encoding, zlib.decompressobj(ENCODINGS[encoding])
+        self._begun = False
+
+    def feed(self, data: bytes, most: int) -> bytes:
+        """Return at most `most` bytes more; so many mean that there may be still more. Raises BadRequest."""
+        if data and self._stream.eof:
+            raise self._error("one body, got more behind it")
+        self._begun = self._begun or bool(data)
+        try:
+            return self._stream.decompress(data, most)
+        except zlib.error as error:
+            raise self._error("a body of that encoding, got something else") from error
+
+    def finish(self) -> None:
+        """Raises BadRequest for a body that ended too early, or late. An empty body is one of any encoding."""
+        if self._begun and (not self._stream.eof or self._stream.unused_data):
+            raise self._error("one whole body, got a part or more")
+
+    def _error(self, expected: str) -> BadRequest:
+        return BadRequest(f"Content-Encoding: {self._encoding}: expected {expected}")

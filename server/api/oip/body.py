@@ -9,7 +9,6 @@ The tensors' bytes are in the order of the inputs. Their declared sizes must mat
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -19,13 +18,12 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from server.api import problems
-from server.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
+from server.errors import BadRequest, Unprocessable
 from server.serving.decoding import Image
 
 from .tensors import OUTPUTS, InputTensor, OutputRequest, OutputTensor, check_outputs, images
 
 LENGTH: Final = "Inference-Header-Content-Length"
-_INFLATED: Final = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 Parameters = dict[str, StrictBool | StrictInt | StrictFloat | StrictStr | list[Any] | dict[str, Any] | None]
 
@@ -78,22 +76,6 @@ class ParsedRequest:
     images: list[Image]
     outputs: list[OutputRequest]
     timeout_us: int
-
-
-def inflated(body: bytes, encoding: str, cap: int) -> bytes:
-    """Return a body decompressed. Raises UnsupportedMedia, BadRequest, TooLarge."""
-    if encoding not in _INFLATED:
-        raise UnsupportedMedia(f"Content-Encoding: expected gzip or deflate, got {encoding[:40]!r}")
-    unpacking = zlib.decompressobj(_INFLATED[encoding])
-    try:
-        whole = unpacking.decompress(body, cap + 1)
-    except zlib.error as error:
-        raise BadRequest(f"Content-Encoding: expected a body of {encoding}, got something else") from error
-    if len(whole) > cap:
-        raise TooLarge(f"expected a body of at most {cap} bytes once it is unpacked, got more")
-    if not unpacking.eof or unpacking.unused_data:
-        raise BadRequest(f"Content-Encoding: expected one whole body of {encoding}, got a part or more")
-    return whole
 
 
 def header_length(headers: Headers, body: bytes) -> int:

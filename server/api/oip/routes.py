@@ -142,9 +142,6 @@ async def _infer(request: Request, services: Services, ref: Ref) -> Response:
 
 async def _read(request: Request, services: Services) -> body.ParsedRequest:
     whole, settings = await request.body(), services.settings
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding != "identity":
-        whole = await asyncio.to_thread(body.inflated, whole, encoding, settings.max_body_bytes)
     length = body.header_length(request.headers, whole)
     parse = partial(body.parse, whole, length, settings.max_images)
     if length <= INLINE_BYTES:

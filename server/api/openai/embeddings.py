@@ -18,13 +18,17 @@ from server.api.services import ServicesOf
 from server.errors import Unprocessable
 from server.serving.answers import Features
 
+from . import bodies
 from .faults import RESPONSES
 from .models import require_backbone
 
 _DATA_URI: Final = re.compile(r"data:[a-z0-9.+/;=-]{0,100};base64,", re.IGNORECASE)  # RFC 2397
 _ADDRESS: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BODY: Final[dict[str, Any]] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/EmbeddingsRequest"}}},
+    }
 }
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
@@ -42,8 +46,9 @@ class EmbeddingsRequest(BaseModel):
     user: str | None = None
 
 
-@router.post("/embeddings", openapi_extra=_BODY, response_model=dict[str, Any])
-async def embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
+# documented, not checked: checking thousands of numbers would cost more than sending them
+@router.post("/embeddings", openapi_extra=_BODY, response_model=None, responses={200: {"model": bodies.EmbeddingList}})
+async def create_embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
     """`input`: a picture or several, as base64 or as data URIs."""
     body = await request.body()
     embedding, images = await anyio.to_thread.run_sync(_read, body, limiter=request.app.state.parsing)

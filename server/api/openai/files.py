@@ -10,13 +10,13 @@ import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
 from server.api import receiving
+from server.api.forms import FileForm
 from server.api.services import ServicesOf
 from server.datasets.dataset import Dataset
 from server.errors import BadRequest, Unprocessable
 
-from . import paging
+from . import bodies, paging
 from .faults import RESPONSES
-from .form import FileForm
 
 PURPOSE: Final = "fine-tune"
 _FORM: Final[dict[str, Any]] = {
@@ -40,8 +40,8 @@ _FORM: Final[dict[str, Any]] = {
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=RESPONSES)
 
 
-@router.post("/files", openapi_extra=_FORM)
-async def upload(request: Request, services: ServicesOf) -> dict[str, Any]:
+@router.post("/files", openapi_extra=_FORM, response_model=bodies.FileObject)
+async def upload_file(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Store an archive in any form that /datasets takes."""
     settings = services.settings
     await asyncio.to_thread(services.datasets.require_room, 0)
@@ -56,7 +56,7 @@ async def upload(request: Request, services: ServicesOf) -> dict[str, Any]:
         return to_wire(await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests))
 
 
-@router.get("/files")
+@router.get("/files", response_model=bodies.FileList)
 async def list_files(
     services: ServicesOf,
     *,
@@ -70,12 +70,12 @@ async def list_files(
     return paging.cut([to_wire(dataset) for dataset in ordered], after, limit)
 
 
-@router.get("/files/{dataset_id}")
+@router.get("/files/{dataset_id}", response_model=bodies.FileObject)
 async def get_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
     return to_wire(await asyncio.to_thread(services.datasets.get, dataset_id))
 
 
-@router.delete("/files/{dataset_id}")
+@router.delete("/files/{dataset_id}", response_model=bodies.DeletedFile)
 async def delete_file(services: ServicesOf, dataset_id: str) -> dict[str, Any]:
     full = await asyncio.to_thread(services.datasets.full_id, dataset_id)
     await asyncio.to_thread(services.datasets.delete, full)

@@ -26,7 +26,7 @@ from server.api.services import Services, ServicesOf
 from server.errors import NotFound, Unprocessable
 from server.jobs.job import Event, Job
 
-from . import paging
+from . import bodies, paging
 from .faults import RESPONSES
 from .models import require_backbone
 
@@ -59,8 +59,8 @@ class FineTuningRequest(BaseModel):
     metadata: None = None
 
 
-@router.post("")
-async def create(
+@router.post("", response_model=bodies.FineTuningJob)
+async def create_job(
     services: ServicesOf,
     request: FineTuningRequest,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -69,26 +69,26 @@ async def create(
     return to_wire(services, await train.enqueue(services, request_of(request), idempotency_key))
 
 
-@router.get("")
+@router.get("", response_model=bodies.FineTuningJobList)
 async def list_jobs(services: ServicesOf, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     jobs, following = await asyncio.to_thread(lambda: services.jobs.list(cursor=after, limit=limit))
     return paging.page([to_wire(services, job) for job in jobs], following is not None)
 
 
-@router.get("/{job_id}")
-async def get(services: ServicesOf, job_id: str) -> dict[str, Any]:
+@router.get("/{job_id}", response_model=bodies.FineTuningJob)
+async def get_job(services: ServicesOf, job_id: str) -> dict[str, Any]:
     return to_wire(services, await train.current(services, job_id))
 
 
-@router.post("/{job_id}/cancel")
-async def cancel(services: ServicesOf, job_id: str) -> dict[str, Any]:
+@router.post("/{job_id}/cancel", response_model=bodies.FineTuningJob)
+async def cancel_job(services: ServicesOf, job_id: str) -> dict[str, Any]:
     """A waiting job ends at once, a running one within a step: until then its status is `running`."""
     return to_wire(services, await asyncio.to_thread(services.jobs.cancel, job_id))
 
 
-@router.get("/{job_id}/events")
-async def events(services: ServicesOf, job_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
+@router.get("/{job_id}/events", response_model=bodies.FineTuningEventList)
+async def list_job_events(services: ServicesOf, job_id: str, after: After = None, limit: Limit = 20) -> dict[str, Any]:
     """Newest first."""
     before = None if after is None else _seq(job_id, after)
     all_events = await asyncio.to_thread(_events, services, job_id)

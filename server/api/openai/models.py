@@ -13,6 +13,7 @@ from server.api.services import Services, ServicesOf
 from server.errors import NotFound
 from server.serving.resolver import Ref
 
+from . import bodies
 from .faults import RESPONSES
 
 OWNER: Final = "lensrack"
@@ -20,13 +21,13 @@ OWNER: Final = "lensrack"
 router = APIRouter(prefix="/v1/models", tags=["OpenAI"], responses=RESPONSES)
 
 
-@router.get("")
+@router.get("", response_model=bodies.ModelList)
 async def list_models(services: ServicesOf) -> dict[str, Any]:
     tasks = await asyncio.to_thread(_tasks, services.store)
     return {"object": "list", "data": [_model(services.settings.backbone, 0), *tasks]}
 
 
-@router.get("/{task}")
+@router.get("/{task}", response_model=bodies.Model)
 async def get_model(services: ServicesOf, task: str) -> dict[str, Any]:
     """The backbone, or `task`, `task@alias` or `task@version`."""
     if task in await names(services):

@@ -22,7 +22,10 @@ _CONDITIONS: Final[dict[str, Any]] = {
     "parameters": [
         {"name": name, "in": "header", "description": meaning, "schema": {"type": "string"}}
         for name, meaning in (
-            ("If-Match", "The alias' ETag: change it only if it has not changed since; otherwise 412."),
+            (
+                "If-Match",
+                "The alias' ETag: change it only if it is still so; `*`: only if there is one; otherwise 412.",
+            ),
             ("If-None-Match", "`*`: create the alias only if there is none; otherwise 412."),
         )
     ]
@@ -50,7 +53,7 @@ async def set_alias(
     """Point an alias at a version; with a weight below 1 the rest of the requests stay where they are (canary)."""
     _require_alias_name(alias)
     version = await services.predictor.version_like(task, update.version)
-    expect = _expectation(request)
+    expect = await _expectation(request, services, task, alias)
     tries = 1 if expect is not ANY else CANARY_TRIES
     for left in reversed(range(tries)):
         try:
@@ -67,7 +70,7 @@ async def set_alias(
 
 @router.delete("/tasks/{task}/aliases/{alias}", status_code=204, openapi_extra=_CONDITIONS)
 async def delete_alias(request: Request, services: ServicesOf, task: params.TaskOf, alias: str) -> None:
-    expect = _expectation(request)
+    expect = await _expectation(request, services, task, alias)
     try:
         await asyncio.to_thread(services.store.delete_alias, task, alias, expect=expect)
     except stored.AliasConflict as error:
@@ -90,8 +93,9 @@ async def rollback(
 ) -> wire.Alias:
     """Point an alias (`live` unless another is named) where it pointed before; a second rollback undoes the first."""
     alias = (body or wire.RollbackRequest()).alias
+    expect = await _expectation(request, services, task, alias)
     try:
-        state = await asyncio.to_thread(services.store.rollback, task, alias, expect=_expectation(request))
+        state = await asyncio.to_thread(services.store.rollback, task, alias, expect=expect)
     except stored.AliasConflict as error:
         raise await _precondition_failed(services, task, alias, error) from error
     return views.alias_with_etag(response, state)
@@ -131,12 +135,16 @@ def _with_canary(current: stored.Alias, version: str, weight: float) -> dict[str
 # --- conditions -------------------------------------------------------------------------------------------------------
 
 
-def _expectation(request: Request) -> stored.Expect:
-    """The revision that If-Match or If-None-Match requires."""
+async def _expectation(request: Request, services: Services, task: str, alias: str) -> stored.Expect:
+    """The revision that If-Match or If-None-Match requires. Raises PreconditionFailed."""
     if request.headers.get("If-None-Match") == "*":
         return None
     header = request.headers.get("If-Match")
     if header is None:
+        return ANY
+    if header.strip() == "*":  # any revision, but one (RFC 9110, section 13.1.1)
+        if alias not in await asyncio.to_thread(services.store.aliases, task):
+            raise PreconditionFailed(f"If-Match: *: expected an alias {alias!r} of {task!r}, got none", current=None)
         return ANY
     tag = header.strip().strip('"')
     if not (tag.isascii() and tag.isdecimal() and len(tag) < 19):

@@ -16,9 +16,10 @@ from . import predict
 router = APIRouter(tags=["predictions"])
 
 DIGITS: Final = 6
+_BODY: Final[dict[str, Any]] = {"parameters": [predict.KEY_HEADER], "requestBody": predict.IMAGES}
 
 
-@router.post("/tasks/{task}/attention", openapi_extra={"requestBody": predict.IMAGES})
+@router.post("/tasks/{task}/attention", openapi_extra=_BODY)
 async def attention(request: Request, services: ServicesOf, ref: params.RefOf) -> wire.Attention:
     """The attention of `task`, `task@alias` or `task@version` over one image: of the class token in the last block, and
     rolled out through all blocks. Slower than a prediction, and one at a time."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
 from lensrack import wire
+from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
 from server.errors import NotFound
 from server.jobs.job import Job
@@ -25,6 +26,8 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.post("/compare", status_code=202, responses=_ACCEPTED)
 async def compare(
+    *,
+    request: Request,
     response: Response,
     services: ServicesOf,
     comparison: wire.CompareRequest,
@@ -36,7 +39,7 @@ async def compare(
         train.require_method(name, known)
     await services.meter.job(services.key)
     job = await asyncio.to_thread(_submit, services, comparison, idempotency_key)
-    response.headers["Location"] = f"/train/{job.id}"
+    response.headers["Location"] = located(request, f"/train/{job.id}")
     return train.to_wire(job)
 
 

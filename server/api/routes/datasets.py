@@ -13,7 +13,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from lensrack import wire
-from server.api import params, receiving
+from server.api import forms, params, receiving
+from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
 from server.datasets.upload_store import UploadBusy
@@ -27,7 +28,16 @@ POLL_S: Final = 0.25
 INGESTS: Final = 2  # at once: each decodes every picture, and predictions need the cores and the threads as well
 _ARCHIVE: Final[dict[str, Any]] = {
     "requestBody": {
-        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in params.ARCHIVE_TYPES},
+        "content": {
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in params.ARCHIVE_TYPES},
+            forms.FORM: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
     }
 }
 
@@ -38,7 +48,7 @@ _ARCHIVE: Final[dict[str, Any]] = {
     openapi_extra=_ARCHIVE,
     responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
 )
-async def upload(
+async def upload_dataset(
     *,
     request: Request,
     response: Response,
@@ -64,25 +74,38 @@ async def upload(
 
     The report in the answer counts what there is and warns of what misleads.
     """
-    ingest = partial(services.datasets.ingest, name=name, parent=parent, label_column=label_column)
+    ingest: Ingest = partial(services.datasets.ingest, name=name, parent=parent, label_column=label_column)
     if parent is not None:
         await asyncio.to_thread(services.datasets.get, parent)  # an unknown one fails before 10 GB are read
     if upload_id is not None:
         dataset = await _from_upload(request, services, upload_id, ingest)
     else:
         dataset = await _from_body(request, services, ingest)
-    response.headers["Location"] = f"/datasets/{dataset.id}"
+    response.headers["Location"] = located(request, f"/datasets/{dataset.id}")
     return to_wire(dataset)
 
 
 async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
-    params.require_type(request.headers, params.ARCHIVE_TYPES)
+    kind = params.require_type(request.headers, (*params.ARCHIVE_TYPES, forms.FORM), params.may_be_archive)
     await asyncio.to_thread(services.datasets.require_room, 0)
     settings = services.settings
-    async with receiving.received(request, settings.datasets_dir, silence_s=settings.upload_silence_s) as archive:
+    async with receiving.spooled(settings.datasets_dir) as (archive, append):
+        if kind == forms.FORM:
+            form = forms.FileForm(request.headers["content-type"], append)
+            await receiving.fill(request, form.feed, silence_s=settings.upload_silence_s)
+            form.finish()
+            _require_no_fields(form)
+        else:
+            await receiving.fill(request, append, silence_s=settings.upload_silence_s)
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive")
         return await anyio.to_thread.run_sync(ingest, archive, limiter=request.app.state.ingests)
+
+
+def _require_no_fields(form: forms.FileForm) -> None:
+    for name in form.fields:
+        detail = f"expected a file alone, got the field {name[:100]!r}; name and parent belong to the query"
+        raise Unprocessable(f"multipart body: {detail}")
 
 
 async def _from_upload(request: Request, services: Services, upload_id: str, ingest: Ingest) -> Dataset:

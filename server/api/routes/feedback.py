@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Final
 
+import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 import prompts_store as stored
 from lensrack import wire
 from server.api import params
+from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
 from server.datasets.dataset import Dataset
 from server.datasets.feedback_store import Added
@@ -31,7 +34,7 @@ Cursor = Annotated[str | None, Query(pattern="^[0-9]{1,18}$")]
 
 
 @router.post("/tasks/{task}/feedback", status_code=201, openapi_extra={"requestBody": predict.IMAGES})
-async def give(
+async def give_feedback(
     *,
     request: Request,
     response: Response,
@@ -44,14 +47,15 @@ async def give(
     images = await predict.read_images(request, services)
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
-    added = await asyncio.to_thread(_give, services, task, images, label, new_label)
+    give = partial(_give, services, task, images, label, new_label)
+    added = await anyio.to_thread.run_sync(give, limiter=request.app.state.thumbnails)  # it decodes pictures as well
     if all(item.previous == item.entry.label for item in added):
         response.status_code = 200
     return wire.Feedback(task=task, items=[_item(item.entry, item.previous) for item in added])
 
 
 @router.get("/tasks/{task}/feedback")
-async def read(
+async def list_feedback(
     *,
     services: ServicesOf,
     task: params.TaskOf,
@@ -73,7 +77,7 @@ async def read(
 
 
 @router.delete("/tasks/{task}/feedback/{sha256}", status_code=204)
-async def withdraw(services: ServicesOf, task: params.TaskOf, sha256: str) -> None:
+async def withdraw_feedback(services: ServicesOf, task: params.TaskOf, sha256: str) -> None:
     """Forget a picture and its label. Datasets that hold the picture keep it."""
     await asyncio.to_thread(services.feedback.delete, task, sha256)
 
@@ -83,8 +87,9 @@ async def withdraw(services: ServicesOf, task: params.TaskOf, sha256: str) -> No
     status_code=201,
     responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
 )
-async def freeze(
+async def freeze_feedback(
     *,
+    request: Request,
     response: Response,
     services: ServicesOf,
     task: params.TaskOf,
@@ -93,7 +98,7 @@ async def freeze(
 ) -> wire.Dataset:
     """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next."""
     dataset = await asyncio.to_thread(_freeze, services, task, name, parent)
-    response.headers["Location"] = f"/datasets/{dataset.id}"
+    response.headers["Location"] = located(request, f"/datasets/{dataset.id}")
     return datasets.to_wire(dataset)
 
 

@@ -30,7 +30,7 @@ async def readyz(services: ServicesOf) -> Response:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def prometheus() -> Response:
+async def get_metrics() -> Response:
     """Prometheus text format."""
     await metrics.refresh()
     return Response(generate_latest(metrics.scrape_registry), media_type=CONTENT_TYPE_LATEST)

@@ -12,42 +12,34 @@ import json
 from typing import Any, Final
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from lensrack import wire
-from server.api import params
+from server.api import forms, params
 from server.errors import BadRequest, Unprocessable
 from server.importing.checkpoint import MAX_FILES
 from server.importing.importer import File, ImportOptions
 
-from .predict import require_whole
-
-FORM: Final = "multipart/form-data"
 WORDS: Final = ("labels", "preprocess")
-MAX_WORDS_BYTES: Final = 4 * 2**20  # ten thousand labels of 200 characters
 
 
 async def read(request: Request, task: str, form: wire.ImportFormat) -> tuple[list[File], ImportOptions]:
     """Return the files and the options of an import. Raises BadRequest, Unprocessable."""
     body = await request.body()
-    if params.media_type(request.headers) != FORM:
+    if params.media_type(request.headers) != forms.FORM:
         return [("checkpoint", io.BytesIO(body))], ImportOptions(task, form)
-    require_whole(body, request.headers.get("content-type", ""))
+    parts = forms.read(body, request.headers["content-type"], most=MAX_FILES + len(WORDS))
     files: list[File] = []
     words: dict[str, Any] = {}
-    try:
-        async with request.form(max_files=MAX_FILES, max_fields=len(WORDS), max_part_size=MAX_WORDS_BYTES) as parts:
-            for name, value in parts.multi_items():
-                if name == "file" and isinstance(value, UploadFile):
-                    files.append((value.filename or "", io.BytesIO(await value.read())))
-                elif name in WORDS and isinstance(value, str) and name not in words:
-                    words[name] = _json(name, value)
-                else:
-                    expected = "files in the field 'file', and 'labels' and 'preprocess' once as text"
-                    raise Unprocessable(f"multipart body: expected {expected}, got {name[:100]!r}")
-    except HTTPException as error:
-        raise BadRequest(f"multipart body: {error.detail}") from error
+    for part in parts:
+        if part.name in WORDS and part.name not in words and part.text is not None:
+            words[part.name] = _json(part.name, part.text)
+        elif part.is_file and part.name not in WORDS:
+            files.append((part.filename or "", io.BytesIO(part.data)))
+        else:
+            expected = "files in the field 'file', and 'labels' and 'preprocess' once as text"
+            raise Unprocessable(f"multipart body: expected {expected}, got {part.name[:100]!r}")
+    if len(files) > MAX_FILES:
+        raise BadRequest(f"multipart body: expected at most {MAX_FILES} files, got {len(files)}")
     return files, ImportOptions(task, form, words.get("labels"), words.get("preprocess", {}))
 
 

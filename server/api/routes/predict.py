@@ -12,15 +12,12 @@ from contextlib import suppress
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import APIRouter, Query, Request
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from lensrack import wire
 from prompts_store import StoreError
-from server.api import params, problems, raw_pixels
+from server.api import forms, params, problems, raw_pixels
 from server.api.services import Services, ServicesOf, request_id
 from server.errors import BadRequest, ServiceError, Unprocessable
 from server.serving.answers import Answer, Scored, Timings
@@ -41,24 +38,31 @@ Tasks = Annotated[
     ),
 ]
 
-_ENVELOPES: Final = (*params.IMAGE_TYPES, "multipart/form-data", "application/json")
+JSON: Final = "application/json"
+_ENVELOPES: Final = (*params.IMAGE_TYPES, forms.FORM, JSON)
 IMAGES: Final[dict[str, Any]] = {
     "required": True,
     "content": {
-        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in params.IMAGE_TYPES},
-        "multipart/form-data": {
+        **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in (*params.IMAGE_TYPES, params.OCTETS)},
+        forms.FORM: {
             "schema": {
                 "type": "object",
                 "required": ["images"],
                 "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
             }
         },
-        "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+        JSON: {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
     },
 }
 _PIXELS: Final[dict[str, Any]] = {
     **IMAGES,
     "content": {**IMAGES["content"], raw_pixels.NPY: {"schema": {"type": "string", "format": "binary"}}},
+}
+KEY_HEADER: Final[dict[str, Any]] = {
+    "name": "Lensrack-Key",
+    "in": "header",
+    "description": "Requests with the same key see the same side of a canary.",
+    "schema": {"type": "string"},
 }
 _BODY: Final[dict[str, Any]] = {
     "parameters": [
@@ -68,12 +72,7 @@ _BODY: Final[dict[str, Any]] = {
             "description": "Seconds after which the answer is useless; at most the server's limit.",
             "schema": {"type": "number", "exclusiveMinimum": 0},
         },
-        {
-            "name": "Lensrack-Key",
-            "in": "header",
-            "description": "Requests with the same key see the same side of a canary.",
-            "schema": {"type": "string"},
-        },
+        KEY_HEADER,
         {
             "name": wire.GEOMETRY_HEADER,
             "in": "header",
@@ -162,57 +161,36 @@ async def read_images(request: Request, services: Services, tasks: int = 1) -> l
 
     Raises UnsupportedMedia, BadRequest, Unprocessable, TooLarge, QueueFull rate_limited.
     """
-    params.require_type(request.headers, _ENVELOPES)
-    images = [data for data, _ in await _read(request, services)]
+    kind = params.require_type(request.headers, _ENVELOPES, params.may_be_image)
+    images = [data for data, _ in await _read(request, services, kind)]
     await services.meter.images(services.key, len(images) * tasks)
     return images
 
 
 async def read_pixels(request: Request, services: Services, tasks: int = 1) -> list[Image]:
     """Like `read_images`; also images that are pixels (NumPy), as the body or as parts of a form."""
-    params.require_type(request.headers, (*_ENVELOPES, raw_pixels.NPY))
+    kind = params.require_type(request.headers, (*_ENVELOPES, raw_pixels.NPY), params.may_be_image)
     images: list[Image] = []
-    for data, kind in await _read(request, services):
+    for data, kind_of_part in await _read(request, services, kind):
         left = services.settings.max_images - len(images)
-        images += raw_pixels.read(data, request.headers, most=left) if kind == raw_pixels.NPY else [data]
+        pixels = kind_of_part == raw_pixels.NPY or (kind_of_part in params.UNDECLARED and raw_pixels.is_array(data))
+        images += raw_pixels.read(data, request.headers, most=left) if pixels else [data]
     await services.meter.images(services.key, len(images) * tasks)
     return images
 
 
-async def _read(request: Request, services: Services) -> list[tuple[bytes, str]]:
-    """The files in a body, each with its declared media type."""
-    kind = params.media_type(request.headers)
-    if kind == "multipart/form-data":
-        return await _from_form(request, services.settings.max_images)
+async def _read(request: Request, services: Services, kind: str) -> list[tuple[bytes, str]]:
+    """The files in a body of a media type, each with its own."""
     body = await request.body()
-    if kind == "application/json":
-        return [(data, "") for data in await asyncio.to_thread(_from_json, body)]
+    if kind == forms.FORM:
+        declared = request.headers["content-type"]
+        parts = await asyncio.to_thread(forms.read, body, declared, most=services.settings.max_images)
+        return [(bytes(part.data), part.media_type) for part in forms.files(parts, "images")]
+    if kind == JSON:
+        return [(data, JSON) for data in await asyncio.to_thread(_from_json, body)]
     if not body:
         raise BadRequest("expected an image, got 0 bytes", code="bad_image")
     return [(body, kind)]
-
-
-async def _from_form(request: Request, most: int) -> list[tuple[bytes, str]]:
-    require_whole(await request.body(), request.headers.get("content-type", ""))
-    try:
-        async with request.form(max_files=most, max_fields=most) as form:
-            parts = form.multi_items()
-            unknown = [name for name, value in parts if name != "images" or not isinstance(value, UploadFile)]
-            if unknown or not parts:
-                got = f"{unknown[0][:100]!r}" if unknown else "none"
-                raise Unprocessable(f"multipart body: expected files in the field 'images', got {got}")
-            files = [value for _, value in parts if isinstance(value, UploadFile)]
-            return [(await file.read(), params.media_type(file.headers)) for file in files]
-    except HTTPException as error:
-        raise BadRequest(f"multipart body: {error.detail}") from error
-
-
-def require_whole(body: bytes, content_type: str) -> None:
-    """Raises BadRequest for a body that breaks off: Starlette's parser would leave its files open."""
-    _, options = parse_options_header(content_type)
-    closing = b"--" + options.get(b"boundary", b"") + b"--"
-    if closing not in body:
-        raise BadRequest(f"multipart body: expected it to end with its closing boundary, got {len(body)} bytes without")
 
 
 def _from_json(body: bytes) -> list[bytes]:

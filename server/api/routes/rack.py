@@ -13,7 +13,7 @@ router = APIRouter(tags=["rack"])
 
 
 @router.get("/rack")
-async def rack(services: ServicesOf) -> wire.Rack:
+async def get_rack(services: ServicesOf) -> wire.Rack:
     """The versions on the device, the rows that wait for it, and the sizes of its batches. A key for some tasks sees
     only these, and no counts over all tasks."""
     counts_of, now = services.predictor.request_counts, await services.rack()
@@ -39,7 +39,7 @@ async def rack(services: ServicesOf) -> wire.Rack:
 
 
 @router.get("/methods")
-async def methods(services: ServicesOf) -> wire.MethodList:
+async def list_methods(services: ServicesOf) -> wire.MethodList:
     """How a task can be fitted."""
     known = sorted(services.methods.items())
     return wire.MethodList(

@@ -16,7 +16,7 @@ router = APIRouter(tags=["residency"])
 
 
 @router.post("/tasks/{task}/load")
-async def load(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
+async def load_version(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
     """Make a version (`task`, `task@alias` or `task@version`) resident ahead of its first request."""
     version = await one_version(services, ref)
     await within_timeout(services.settings.request_timeout_s, services.residency.load(ref.task, version))
@@ -24,7 +24,7 @@ async def load(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
 
 
 @router.post("/tasks/{task}/unload")
-async def unload(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
+async def unload_version(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
     """Free the version's memory on the device; answers when the last request that needs it has been served."""
     version = await one_version(services, ref)
     await services.residency.unload(ref.task, version)
@@ -32,7 +32,7 @@ async def unload(services: ServicesOf, ref: params.RefOf) -> wire.Residency:
 
 
 @router.post("/tasks/{task}/pin")
-async def pin(services: ServicesOf, ref: params.RefOf, body: wire.PinRequest | None = None) -> wire.Residency:
+async def pin_version(services: ServicesOf, ref: params.RefOf, body: wire.PinRequest | None = None) -> wire.Residency:
     """Make a version resident and keep it from being evicted, or with `pinned: false` no longer keep it."""
     version = await one_version(services, ref)
     if (body or wire.PinRequest()).pinned:

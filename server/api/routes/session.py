@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from lensrack import wire
 from server.api.middleware import auth
+from server.api.middleware.root_path import located
 from server.errors import Unauthenticated
 from server.keys.authenticator import Authenticator
 from server.keys.key import NOBODY, SCOPES, Key
@@ -19,7 +20,7 @@ SESSION_S: Final = 12 * 3600
 
 
 @router.get("/session")
-async def who(request: Request) -> wire.Session:
+async def get_session(request: Request) -> wire.Session:
     """Whether this server needs a key, and what the key of this request may do."""
     authenticator: Authenticator = request.app.state.authenticator
     return _session(request.state.key, authenticator.locked)
@@ -48,7 +49,8 @@ async def sign_out(request: Request) -> Response:
 
 def _set(request: Request, response: Response, value: str, max_age_s: int) -> None:
     encrypted = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto", ""))
-    response.set_cookie(auth.COOKIE, value, max_age=max_age_s, secure=encrypted, httponly=True, samesite="strict")
+    options: dict[str, Any] = {"secure": encrypted, "httponly": True, "samesite": "strict"}
+    response.set_cookie(auth.COOKIE, value, max_age=max_age_s, path=located(request, "") or "/", **options)
     response.headers["Cache-Control"] = "no-store"
 
 

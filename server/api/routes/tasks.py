@@ -11,7 +11,8 @@ from starlette.responses import Response
 import prompts_store as stored
 from lensrack import wire
 from prompts_store import Bundle
-from server.api import params, views
+from server.api import forms, params, views
+from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
 from server.errors import BadRequest
 from server.importing.importer import File, ImportOptions
@@ -26,7 +27,7 @@ _BUNDLE: Final[dict[str, Any]] = {
         "required": True,
         "content": {
             **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in BUNDLE_TYPES},
-            imports.FORM: {
+            forms.FORM: {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
@@ -94,13 +95,13 @@ async def upload_version(
 ) -> wire.VersionInfo:
     """Store a bundle, or import a checkpoint of another tool, which a form always is. Aliases stay where they are
     unless one is given."""
-    kind = params.require_type(request.headers, (*BUNDLE_TYPES, imports.FORM))
-    if form is None and kind != imports.FORM:
+    kind = params.require_type(request.headers, (*BUNDLE_TYPES, forms.FORM))
+    if form is None and kind != forms.FORM:
         version = await asyncio.to_thread(_put, services, task, await request.body(), alias)
     else:
         files, options = await imports.read(request, task, form or "auto")
         version = await asyncio.to_thread(_import, services, files, options, alias)
-    response.headers["Location"] = f"/tasks/{task}/versions/{version}"
+    response.headers["Location"] = located(request, f"/tasks/{task}/versions/{version}")
     return await get_version(services, task, version)
 
 

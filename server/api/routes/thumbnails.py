@@ -53,7 +53,7 @@ async def list_thumbnails(
 
 
 @router.get("/datasets/{dataset_id}/thumbnails/{number}", response_class=Response, responses=_JPEG)
-async def thumbnail(
+async def get_thumbnail(
     request: Request, services: ServicesOf, dataset_id: str, number: Annotated[int, Path(ge=0)], side: Side = 128
 ) -> Response:
     """One picture of a dataset as a small JPEG, upright and without metadata."""

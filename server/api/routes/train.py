@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from lensrack import wire
 from server.api import sse
+from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
 from server.errors import Unprocessable
 from server.jobs.job import Event, Job
@@ -36,6 +37,8 @@ _STREAM: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.post("/train", status_code=202, responses=_ACCEPTED)
 async def train(
+    *,
+    http: Request,
     response: Response,
     services: ServicesOf,
     request: wire.TrainRequest,
@@ -43,7 +46,7 @@ async def train(
 ) -> wire.Job:
     """Queue a training job. The same Idempotency-Key again returns the same job."""
     job = await enqueue(services, request, idempotency_key)
-    response.headers["Location"] = f"/train/{job.id}"
+    response.headers["Location"] = located(http, f"/train/{job.id}")
     return to_wire(job)
 
 
@@ -80,13 +83,13 @@ async def get_job(services: ServicesOf, job_id: str) -> wire.Job:
 
 
 @router.post("/train/{job_id}/cancel")
-async def cancel(services: ServicesOf, job_id: str) -> wire.Job:
+async def cancel_job(services: ServicesOf, job_id: str) -> wire.Job:
     """A waiting job ends at once, a running one within a step."""
     return to_wire(await asyncio.to_thread(services.jobs.cancel, job_id))
 
 
 @router.get("/train/{job_id}/events", response_model=wire.JobEvents, responses=_STREAM)
-async def events(
+async def list_job_events(
     request: Request,
     services: ServicesOf,
     job_id: str,

@@ -1,4 +1,4 @@
-"""The dashboard: static files over the same API that all clients use.
+"""The dashboard and the API's documentation: static files over the same API that all clients use.
 
 They are read once, at the start, so that no request can name another file. The content security policy loads nothing
 from other servers, runs no script but these files, and keeps users' input from becoming markup.
@@ -7,8 +7,9 @@ from other servers, runs no script but these files, and keeps users' input from 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ router = APIRouter(include_in_schema=False)
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "ui"
 INDEX: Final = "index.html"
+DOCS: Final = "docs.html"
 TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -48,6 +50,10 @@ HEADERS: Final = {
 }
 
 
+# Swagger UI draws its icons from `data:` URLs
+DOCS_HEADERS: Final = {**HEADERS, "Content-Security-Policy": POLICY.replace("blob:", "data:")}
+
+
 @dataclass(frozen=True)
 class Page:
     body: bytes
@@ -55,36 +61,51 @@ class Page:
     etag: str
 
     @classmethod
-    def read(cls, path: Path) -> Page:
-        body = path.read_bytes()
-        return cls(body, TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    def of(cls, body: bytes, media_type: str) -> Page:
+        return cls(body, media_type, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
 
 
 def pages(folder: Path) -> Iterator[tuple[str, Page]]:
     """Yield every file below `folder` with its path; other types than TYPES are left out."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix in TYPES:
-            yield path.relative_to(folder).as_posix(), Page.read(path)
+            yield path.relative_to(folder).as_posix(), Page.of(path.read_bytes(), TYPES[path.suffix])
 
 
 _PAGES: Final = dict(pages(FOLDER))
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def index(request: Request) -> Response:
-    return _answer(request, INDEX)
+    return _answer(request, _linked(INDEX, request.app.state.root_path))
 
 
-@router.api_route("/ui/{path:path}", methods=["GET", "HEAD"])
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """Swagger UI over this server's own /openapi.json."""
+    return _answer(request, _linked(DOCS, request.app.state.root_path), DOCS_HEADERS)
+
+
+@router.get("/ui/{path:path}")
 async def file(request: Request, path: str) -> Response:
-    return _answer(request, path)
-
-
-def _answer(request: Request, path: str) -> Response:
     if path not in _PAGES:
         raise NotFound(f"nothing is served at {request.url.path[:200]!r}")
-    page = _PAGES[path]
-    headers = {**HEADERS, "ETag": page.etag}
+    return _answer(request, _PAGES[path])
+
+
+@lru_cache
+def _linked(path: str, root: str) -> Page:
+    """A page whose relative links are absolute: a proxy may serve it under an address without the last slash."""
+    body = (
+        _PAGES[path]
+        .body.replace(b'="ui/', f'="{root}/ui/'.encode())
+        .replace(b'href="docs"', f'href="{root}/docs"'.encode())
+    )
+    return Page.of(body, _PAGES[path].media_type)
+
+
+def _answer(request: Request, page: Page, headers: Mapping[str, str] = HEADERS) -> Response:
+    headers = {**headers, "ETag": page.etag}
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")}
     if page.etag in known:
         return Response(status_code=304, headers=headers)

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from lensrack import wire
 from server.api import params, problems, receiving
+from server.api.middleware.root_path import located
 from server.api.services import ServicesOf
 from server.errors import PreconditionFailed, ServiceError, Unprocessable
 
@@ -30,8 +31,12 @@ MEDIA_TYPE: Final = "application/offset+octet-stream"
 
 _NUMBER: Final = re.compile("[0-9]{1,18}")
 _METADATA: Final = re.compile(r"[!-~][ -~]{0,4095}")
+_PIECES: Final = (MEDIA_TYPE, params.OCTETS)  # the second for generated clients, which know no type of tus
 _BODY: Final[dict[str, Any]] = {
-    "requestBody": {"required": True, "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+    "requestBody": {
+        "required": True,
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in _PIECES},
+    }
 }
 
 
@@ -65,7 +70,7 @@ router = APIRouter(tags=["uploads"], route_class=_Tus)
 
 
 @router.options("/uploads", status_code=204)
-async def capabilities(services: ServicesOf) -> Response:
+async def get_upload_capabilities(services: ServicesOf) -> Response:
     """Which tus this is."""
     most = str(services.settings.max_dataset_bytes)
     return _answer(204, {"Tus-Extension": EXTENSIONS, "Tus-Max-Size": most})
@@ -78,19 +83,19 @@ async def capabilities(services: ServicesOf) -> Response:
     openapi_extra=_parameters(Upload_Length="Bytes in all.", Upload_Metadata="Anything; HEAD gives it back."),
     responses={201: {"headers": {"Location": {"schema": {"type": "string"}}}}},
 )
-async def create(request: Request, services: ServicesOf) -> Response:
+async def create_upload(request: Request, services: ServicesOf) -> Response:
     """Begin an upload; nothing of it is sent yet."""
     length, metadata = _number(request, "Upload-Length"), request.headers.get("Upload-Metadata", "")
     if metadata and not _METADATA.fullmatch(metadata):
         raise Unprocessable(f"Upload-Metadata: expected up to 4096 ASCII characters, got {metadata[:40]!r}")
     await asyncio.to_thread(services.datasets.require_room, length)
     upload = await asyncio.to_thread(services.uploads.create, length, metadata)
-    headers = {"Location": f"/uploads/{upload.id}", **_expiry(upload.expires_at)}
+    headers = {"Location": located(request, f"/uploads/{upload.id}"), **_expiry(upload.expires_at)}
     return _answer(201, headers, wire.Upload.model_validate(upload, from_attributes=True))
 
 
 @router.head("/uploads/{upload_id}", status_code=200)
-async def where(services: ServicesOf, upload_id: str) -> Response:
+async def get_upload_offset(services: ServicesOf, upload_id: str) -> Response:
     """How far an upload is, in `Upload-Offset`."""
     upload = await asyncio.to_thread(services.uploads.get, upload_id)
     metadata = {"Upload-Metadata": upload.metadata} if upload.metadata else {}
@@ -103,9 +108,9 @@ async def where(services: ServicesOf, upload_id: str) -> Response:
     status_code=204,
     openapi_extra={**_BODY, **_parameters(Upload_Offset="Where these bytes belong: where the upload stands.")},
 )
-async def append(request: Request, services: ServicesOf, upload_id: str) -> Response:
+async def append_to_upload(request: Request, services: ServicesOf, upload_id: str) -> Response:
     """Go on with an upload. What has come when the connection breaks is kept."""
-    params.require_type(request.headers, (MEDIA_TYPE,))
+    params.require_type(request.headers, _PIECES, also=lambda kind: False)
     offset = _number(request, "Upload-Offset")
     part = await asyncio.to_thread(services.uploads.open, upload_id)
     try:
@@ -117,7 +122,7 @@ async def append(request: Request, services: ServicesOf, upload_id: str) -> Resp
 
 
 @router.delete("/uploads/{upload_id}", status_code=204)
-async def terminate(services: ServicesOf, upload_id: str) -> Response:
+async def delete_upload(services: ServicesOf, upload_id: str) -> Response:
     """Forget an upload and what has come of it."""
     await asyncio.to_thread(services.uploads.delete, upload_id)
     return _answer(204, {})

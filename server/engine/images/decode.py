@@ -9,7 +9,8 @@ in this order, all before a pixel is decoded:
     too many pixels, too long a side        TooLarge 413          image_too_large
     truncated or damaged                    BadRequest 400        bad_image
 Rules of decoding:
-- EXIF orientation is applied; broken EXIF is ignored. ICC profiles are ignored, as they are in pretraining.
+- The orientation of EXIF, else of XMP, is applied (see `orientation`); what is broken of them is ignored. ICC profiles
+  are ignored, as they are in pretraining.
 - Transparency is laid on white. A BMP whose alpha is 0 everywhere is opaque: its writer left those bytes unused.
 - Of an animated WebP the first frame counts, of an animated PNG the default image.
 - 16-bit samples keep their high byte. CMYK and YCCK become RGB without a profile, inverted as Adobe writes them.
@@ -215,7 +216,7 @@ def _flatten(image: Image.Image, image_format: str) -> Image.Image:
         return _flatten_16_bit(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # `convert` would copy it
     alpha = rgba.getchannel("A")
     low, high = alpha.getextrema()
     if low == 255 or (image_format == "BMP" and high == 0):

@@ -3,11 +3,11 @@
     bytes ── sniff ──> its format            UnsupportedMedia unsupported_image: not one of FORMATS
           ── strip ──> its pixels' segments  BadRequest bad_image: truncated or damaged, TooLarge image_too_large
 
-`strip` drops everything that does not affect pixels: EXIF (after reading the orientation from it), ICC profiles, text,
-thumbnails, animation, appended data. So hostile metadata never reaches a decoder, which also keeps Pillow from issuing
-warnings about it: warnings cannot be silenced for one thread alone.
+`strip` drops everything that does not affect pixels: EXIF and XMP (after reading the orientation from them), ICC
+profiles, text, thumbnails, animation, appended data. So hostile metadata never reaches a decoder, which also keeps
+Pillow from issuing warnings about it: warnings cannot be silenced for one thread alone.
 
-Sources: ITU-T T.81 annex B (JPEG), W3C PNG third edition, RFC 9649 (WebP), Exif 2.32 section 4.6 (orientation).
+Sources: ITU-T T.81 annex B (JPEG), W3C PNG third edition, RFC 9649 (WebP).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from server.errors import BadRequest, TooLarge, UnsupportedMedia
+
+from . import orientation
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 32_768
@@ -123,7 +125,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     if width > MAX_SIDE or height > MAX_SIDE:
         limit = f"at most {MAX_SIDE} a side are accepted"
     elif width * height > max_pixels:
-        limit = f"{width * height} in all, at most {max_pixels} are accepted"
+        limit = f"{width * height} in all, at most {max_pixels} are accepted (LENSRACK_MAX_IMAGE_PIXELS)"
     else:
         return
     raise TooLarge(
@@ -154,6 +156,7 @@ def strip(data: bytes, image_format: str, *, max_pixels: int) -> Stripped:
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOFn, without DHT, JPG and DAC
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _DROPPED = (frozenset(range(0xE0, 0xF0)) - {0xE0, 0xEE}) | {
     0xFE
 }  # APPn and comments, except JFIF and Adobe, which define colours
@@ -162,21 +165,23 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # not a stuffed zer
 
 def _strip_jpeg(data: bytes, max_pixels: int) -> Stripped:
     kept: list[bytes] = [b"\xff\xd8"]
-    exif, frames, scans = b"", 0, 0
+    exif, xmp, frames, scans = b"", b"", 0, 0
     for marker, payload, segment in _jpeg_segments(data):
         if marker in _FRAMES:
             frames += 1
             _check_frame(payload, frames, max_pixels)
         scans += marker == _SOS
-        if marker == _APP1 and payload.startswith(b"Exif\0\0"):
-            exif = exif or payload
+        if marker == _APP1 and payload.startswith(_EXIF):
+            exif += payload[len(_EXIF) :]  # a block above 64 KiB goes on in the next segment
+        elif marker == _APP1 and payload.startswith(_XMP):
+            xmp = payload
         if marker not in _DROPPED:
             kept.append(segment)
     if not frames or not scans:
         raise damaged("JPEG", "it holds no picture")
     if scans > MAX_SCANS:
         raise damaged("JPEG", f"it has {scans} scans, at most {MAX_SCANS} are accepted")
-    return Stripped(b"".join([*kept, b"\xff\xd9"]), orientation(exif))
+    return Stripped(b"".join([*kept, b"\xff\xd9"]), orientation.read(exif, xmp))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
@@ -226,7 +231,7 @@ _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 def _strip_png(data: bytes, max_pixels: int) -> Stripped:
     kept: list[bytes] = [_PNG]
-    exif, pixels = b"", False
+    exif, texts, pixels = b"", dict[bytes, bytes](), False
     for kind, chunk in _png_chunks(data):
         if kind == b"IHDR":
             _check_header(chunk, max_pixels)
@@ -236,11 +241,41 @@ def _strip_png(data: bytes, max_pixels: int) -> Stripped:
         elif kind[:1].isupper():
             raise damaged("PNG", "it has a critical chunk of an unknown kind")
         elif kind == b"eXIf":
-            exif = exif or chunk[8:-4]
+            exif = chunk[8:-4]
+        elif kind in _PNG_TEXTS:
+            texts.update(_png_text(kind, chunk[8:-4]))
         pixels |= kind == b"IDAT"
     if not pixels:
         raise damaged("PNG", "it holds no picture")
-    return Stripped(b"".join(kept), orientation(exif))
+    return Stripped(b"".join(kept), orientation.read(exif or _raw_profile(texts), texts.get(b"XML:com.adobe.xmp", b"")))
+
+
+_PNG_TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_PNG_PROFILE = b"Raw profile type exif"  # ImageMagick's, from before PNG had a chunk for EXIF
+_LONGEST_TEXT = 2**20  # bytes, unpacked
+
+
+def _png_text(kind: bytes, chunk: bytes) -> dict[bytes, bytes]:
+    """The text of a chunk by its keyword, if it may say how the picture is turned and can be read."""
+    keyword, _, text = chunk.partition(b"\0")
+    if keyword not in (_PNG_PROFILE, b"XML:com.adobe.xmp"):
+        return {}
+    packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
+    text = text[1:] if kind == b"zTXt" else text[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else text
+    if packed:
+        try:
+            text = zlib.decompressobj().decompress(text, _LONGEST_TEXT)
+        except zlib.error:
+            return {}
+    return {keyword: text}
+
+
+def _raw_profile(texts: Mapping[bytes, bytes]) -> bytes:
+    """EXIF in hexadecimal, behind three lines: nothing, the kind, the length."""
+    try:
+        return bytes.fromhex(b"".join(texts.get(_PNG_PROFILE, b"").split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        return b""
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -297,39 +332,18 @@ def _strip_webp(data: bytes, max_pixels: int) -> Stripped:
     else:
         raise damaged("WEBP", "its first chunk is not a picture")
     check_size(width, height, max_pixels)
-    return Stripped(data[:end], orientation(_webp_exif(data[:end])))
+    chunks = _webp_metadata(data[:end])
+    return Stripped(data[:end], orientation.read(chunks.get(b"EXIF", b""), chunks.get(b"XMP ", b"")))
 
 
-def _webp_exif(data: bytes) -> bytes:
-    at = 12
+def _webp_metadata(data: bytes) -> dict[bytes, bytes]:
+    """The first chunk of EXIF and of XMP."""
+    at, found = 12, dict[bytes, bytes]()
     for _ in range(MAX_SEGMENTS):
         if at + 8 > len(data):
             break
-        length = int.from_bytes(data[at + 4 : at + 8], "little")
-        if data[at : at + 4] == b"EXIF":
-            return data[at + 8 : at + 8 + length]
+        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind in (b"EXIF", b"XMP "):
+            found.setdefault(kind, data[at + 8 : at + 8 + length])
         at += 8 + length + (length & 1)
-    return b""
-
-
-# --- EXIF -------------------------------------------------------------------------------------------------------------
-
-_ORIENTATION, _SHORT = 0x0112, 3
-
-
-def orientation(exif: bytes) -> int:
-    """EXIF's orientation, 1 to 8; 1 (upright) if there is none or the block cannot be read."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
-            if tag == _ORIENTATION:
-                return value if kind == _SHORT and 1 <= value <= 8 else 1
-    except struct.error:  # the block is shorter than it declares: broken EXIF is ignored
-        return 1
-    return 1
+    return found

@@ -5,7 +5,10 @@ Each is set as `LENSRACK_<NAME>`. Sizes end in `_bytes`, times in `_s`; counts h
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
@@ -14,10 +17,12 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
+PREFIX = "LENSRACK_"
+_CLIENT = frozenset({"URL", "API_KEY", "TIMEOUT", "RETRIES"})  # read by the SDK
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="LENSRACK_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True)
 
     # --- storage ----------------------------------------------------------------------------------------------------
     home: Annotated[Path, Field(description="Folder for everything that the server writes to disk.")] = Path("data")
@@ -326,3 +331,15 @@ class Settings(BaseSettings):
     @property
     def feature_cache_dir(self) -> Path:
         return self.home.resolve() / "cache" / "features"
+
+
+def unknown_variables() -> Iterator[str]:
+    """Yield a sentence for each variable of the environment that looks like a setting and is none."""
+    known = {name.upper() for name in Settings.model_fields} | _CLIENT
+    for name in sorted(os.environ):
+        word = name.upper().removeprefix(PREFIX)
+        if word == name.upper() or word in known:
+            continue
+        near = get_close_matches(word, known, 1)
+        hint = f": did you mean {PREFIX}{near[0]}?" if near else ""
+        yield f"{name} is no setting and has no effect{hint}"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._archive import Progress
     from ._core import Reply, __version__
+    from ._evaluation import Evaluation
     from ._images import ImageInput
     from .answers import Answer, ManyAnswers, RawResponse
     from .async_client import AsyncClient, AsyncJobHandle
@@ -54,6 +55,7 @@ __all__ = [
     "ConflictError",
     "ConnectError",
     "DeadlineError",
+    "Evaluation",
     "ImageInput",
     "InvalidInput",
     "JobFailed",
@@ -80,6 +82,7 @@ _MODULE_OF = {  # all other names are in `errors`
     "AsyncClient": "async_client",
     "AsyncJobHandle": "async_client",
     "Client": "client",
+    "Evaluation": "_evaluation",
     "ImageInput": "_images",
     "JobHandle": "client",
     "ManyAnswers": "answers",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -18,26 +17,6 @@ from .answers import Answer
 from .errors import ApiError, InvalidInput, LensrackError
 
 _ERRORS = "surrogateescape"  # a file name need not be valid text
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-
-
-def images_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield named files, and a folder's pictures at any depth, sorted by name, without hidden files and links."""
-    for path in paths:
-        if path.is_dir():
-            yield from _pictures(path)
-        else:
-            yield path
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.is_symlink():
-            continue
-        if entry.is_dir():
-            yield from _pictures(entry)
-        elif entry.suffix.lower() in SUFFIXES:
-            yield entry
 
 
 def columns(top_k: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+import httpx
 
 from .errors import InvalidInput
 
@@ -16,6 +17,38 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 sleep = anyio.sleep
+
+
+class Connections:
+    """An httpx client's connections, which work in one event loop only. `pooled`: they are its own, not a transport's.
+
+    Other calls in another loop would wait or fail inside the pool, depending on which connections are idle.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, *, pooled: bool) -> None:
+        self._http, self._pooled = http, pooled
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    def check(self) -> None:
+        """Raise InvalidInput if the client is closed, or was used in another event loop before."""
+        if self._closed:
+            raise InvalidInput("this AsyncClient is closed: make a new one")
+        if self._elsewhere():
+            raise InvalidInput("this AsyncClient was used in another event loop: make one in each asyncio.run")
+
+    async def close(self) -> None:
+        self._closed = True
+        if not self._elsewhere():
+            await self._http.aclose()
+
+    def _elsewhere(self) -> bool:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return False  # trio, which says so itself
+        self._loop = self._loop or loop
+        return self._pooled and self._loop is not loop
 
 
 async def run(work: Callable[[], T]) -> T:

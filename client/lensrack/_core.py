@@ -24,6 +24,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from ._network import proxy_variable
 from ._retry import RETRIED_STATUSES, Attempts, parse_retry_after
 from .errors import ApiError, ConnectError, InvalidInput, LensrackError, ProtocolError, RequestTimeout
 from .wire import Problem
@@ -38,8 +39,6 @@ DEFAULT_RETRIES = 2
 CONNECT_TIMEOUT_S = 5.0
 QUOTA_EXCEEDED = "quota_exceeded"  # the day's jobs, or a full store: waiting between attempts does not help
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-# Proxies from the environment are for the network; servers on this machine are reached directly.
-DIRECT: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 
 try:
     __version__ = version("lensrack")
@@ -235,7 +234,9 @@ class Exchange(Generic[T]):
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return self._timed_out()
         failure = "no connection to" if isinstance(error, NEVER_SENT) else "the connection broke to"
-        return ConnectError(f"{self._call}: {failure} {self._config.base_url}: {_reason(error)}")
+        proxy = proxy_variable(self._config.base_url)
+        through = f" through the proxy of {proxy}" if proxy else ""
+        return ConnectError(f"{self._call}: {failure} {self._config.base_url}{through}: {_reason(error)}")
 
     def _timed_out(self) -> RequestTimeout:
         return RequestTimeout(f"{self._call}: no complete answer within {self._timeout_s:g} s")

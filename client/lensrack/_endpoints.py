@@ -24,7 +24,9 @@ from .errors import ApiError, InvalidInput, ProtocolError
 R = TypeVar("R", bound=wire.Request)
 
 Images = list[Any] | tuple[Any, ...]
+MAX_IMAGES = 64  # of one request, as the server has it by default
 LONGEST_WAIT_S = 30.0  # the longest that the server holds a request for events
+EXPORT_WAIT_S = 600.0  # before the first byte the server loads the backbone and traces the model
 UPLOAD_WAIT_S = 600.0  # after the last byte the server still unpacks and decodes every image
 _DIGEST = re.compile(wire.VERSION_PATTERN)
 
@@ -58,6 +60,11 @@ def predict_many(
         raise InvalidInput(f"tasks: expected a list of task names, got {tasks!r}")
     params = [*(("task", task) for task in tasks), ("top_k", str(top_k))]
     return Call("POST", "/predict", _read_many, params, **_image_request([image], key, geometry))
+
+
+def parts(images: Images) -> list[Images]:
+    """Return images as they are sent, at most MAX_IMAGES in each request."""
+    return [images[start : start + MAX_IMAGES] for start in range(0, len(images), MAX_IMAGES)] or [images]
 
 
 def check_map(images: object, in_flight: int, errors: str) -> None:
@@ -183,6 +190,18 @@ def download_bundle(task: str, version: str) -> Call[bytes]:
         return reply.content
 
     return Call("GET", f"{_version(task, version)}/bundle", read, transfer=True)
+
+
+def live_version(task: wire.Task) -> str:
+    """Return a task's live version. Raises InvalidInput if it has none."""
+    if task.live is None:
+        raise InvalidInput(f"task {task.task} has no live version: name one of its versions")
+    return task.live
+
+
+def export_version(task: str, version: str, *, form: wire.ExportFormat, takes: wire.ExportInput) -> Call[bytes]:
+    params, path = [("format", form), ("input", takes)], f"{_version(task, version)}/export"
+    return Call("GET", path, lambda reply: reply.content, params, wait_s=EXPORT_WAIT_S, transfer=True)
 
 
 def bundle_bytes(source: str | Path | bytes | IO[bytes]) -> bytes:

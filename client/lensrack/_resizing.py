@@ -25,7 +25,8 @@ _MAX_WHOLE = 2**24  # pixels of a resized picture; the server handles larger one
 def encode(image: ImageInput, geometry: Geometry) -> tuple[bytes, str]:
     """Return the body for an image and its content type: resized pixels as .npy, or the image itself."""
     if not _is_file(image):
-        pixels = _resize(_from_memory(image), geometry)
+        with _images.refused():
+            pixels = _resize(_from_memory(image), geometry)
         return _images.encode(image) if pixels is None else (pixels, NPY)
     data, kind = _images.encode(image)
     pixels = _resize(_from_file(data), geometry)

@@ -8,10 +8,29 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import httpx
+
+from .errors import InvalidInput
+
 T = TypeVar("T")
 S = TypeVar("S")
 
 sleep = time.sleep
+
+
+class Connections:
+    """An httpx client's connections."""
+
+    def __init__(self, http: httpx.Client, *, pooled: bool) -> None:
+        self._http = http
+
+    def check(self) -> None:
+        """Raise InvalidInput if the client is closed."""
+        if self._http.is_closed:
+            raise InvalidInput("this Client is closed: make a new one")
+
+    def close(self) -> None:
+        self._http.close()
 
 
 def run(work: Callable[[], T]) -> T:

@@ -116,7 +116,7 @@ def exit_code(error: LensrackError | OSError) -> int:
 
 def print_error(error: LensrackError | OSError, about: str = "") -> None:
     """Print one line: what failed, for what, and what to do next."""
-    advice = _advice(error)
+    advice = "; ".join(filter(None, [*getattr(error, "__notes__", ()), _advice(error)]))
     text = _described(error) if isinstance(error, ApiError) else str(error)
     say(f"error: {f'{about}: ' if about else ''}{text}{f' - {advice}' if advice else ''}")
 
@@ -178,12 +178,39 @@ def show_task(task: wire.Task) -> None:
     print_fields({"task": task.task, "versions": task.versions, "resident": task.resident, **aliases})
 
 
-def show_versions(versions: Sequence[wire.VersionInfo]) -> None:
+def show_versions(versions: Sequence[wire.VersionInfo], aliases: Sequence[wire.Alias]) -> None:
+    """Print the versions, newest first, with the aliases that point at each."""
     rows = [
-        (v.version[:12], v.method, len(v.labels), size(v.bytes), when(v.created_at), _metrics(v.metrics))
-        for v in versions
+        (
+            version.version[:12],
+            _aliases_of(version, aliases),
+            when(version.created_at),
+            version.method,
+            _accuracy(version.metrics),
+            len(version.labels),
+            version.dataset and version.dataset[:12],
+            size(version.bytes),
+        )
+        for version in sorted(versions, key=lambda version: version.created_at, reverse=True)
     ]
-    print_table(("version", "method", "labels", "size", "made", "metrics"), rows, "no versions")
+    columns = ("version", "alias", "made", "method", "validation accuracy", "labels", "dataset", "size")
+    print_table(columns, rows, "no versions")
+
+
+def _aliases_of(version: wire.VersionInfo, aliases: Sequence[wire.Alias]) -> str | None:
+    """Return the aliases of a version, with its share where one splits its requests."""
+    shares = [
+        alias.name + (f" {target.weight:.0%}" if len(alias.targets) > 1 else "")
+        for alias in aliases
+        for target in alias.targets
+        if target.version == version.version
+    ]
+    return ", ".join(shares) or None
+
+
+def _accuracy(metrics: dict[str, Any]) -> str | None:
+    accuracy = metrics.get("val_accuracy")
+    return f"{accuracy:.1%}" if isinstance(accuracy, int | float) else None
 
 
 def show_alias(task: str, alias: wire.Alias) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ._core import Reply
 from .errors import ApiError
@@ -41,6 +41,11 @@ class Answer:
 
     def __iter__(self) -> Iterator[Prediction]:
         return iter(self.predictions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as plain values for JSON: task, version, versions, and predictions with label and score."""
+        labels = [prediction.model_dump() for prediction in self.predictions]
+        return {"task": self.task, "version": self.version, "versions": list(self.versions), "predictions": labels}
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,32 @@ Exit codes:
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from . import Client, LensrackError, __version__
+from . import Client, LensrackError, __version__, _hints
 from . import _terminal as term
 from .commands import bundles, datasets, predicting, tasks, training
 from .commands.session import Context, Json, Session, client_of, wants_json
 
-app = typer.Typer(name="lensrack", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class Commands(TyperGroup):
+    """The commands; an error about a task that does not exist gets the name of the nearest."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except LensrackError as error:
+            if context.obj is not None:
+                _hints.note_nearest_task(error, context.obj.client)
+            raise
+
+
+app = typer.Typer(
+    name="lensrack", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 def main() -> None:
@@ -54,6 +70,8 @@ def session(
     Exit codes: 0 success; 1 failure; 2 the command is invalid, nothing was sent; 3 the server is unreachable, busy or
     too slow, try again later; 130 interrupted.
     """
+    for warning in _hints.misspelt_variables():
+        term.say(f"warning: {warning}")
     client = Client(url, api_key)
     context.call_on_close(client.close)
     context.obj = Session(client, as_json)

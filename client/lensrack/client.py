@@ -15,11 +15,14 @@ import httpx
 
 from . import _client_resize, _endpoints, _sync_runtime, wire
 from ._archive import Progress, Source, open_archive
+from ._client_base import ClientBase
 from ._client_resize import Geometries, Steps
-from ._core import DIRECT, Call, Config, Exchange, Reply
+from ._core import Call, Config, Exchange, Reply
 from ._endpoints import Images
+from ._evaluation import Evaluation, Scoring
 from ._events import LOST, EventCursor
 from ._images import ImageInput
+from ._network import open_http
 from ._uploads import DatasetUpload, OnUpload
 from .answers import Answer, ManyAnswers, RawResponse
 from .errors import InvalidInput, JobFailed, LensrackError
@@ -27,14 +30,23 @@ from .errors import InvalidInput, JobFailed, LensrackError
 T = TypeVar("T")
 
 
-class Client:
+class Client(ClientBase):
     """A connection to a lensrack server; safe to share between threads.
+
+    `client.tasks` has the calls for tasks, their versions, aliases and feedback; `client.datasets` those for datasets;
+    `client.jobs` those for training jobs. `help(client.tasks)` lists them.
 
     `base_url` and `api_key` default to LENSRACK_URL (else http://127.0.0.1:8000) and LENSRACK_API_KEY. `timeout` is
     in seconds and covers a call with all its retries; for file transfers it only limits the time without a byte.
     It defaults to LENSRACK_TIMEOUT, else 60, `max_retries` to LENSRACK_RETRIES, else 2. With `client_resize`, pictures
     are resized and cropped for the task's model before they are sent: the same pixels, with less to send and to decode.
+    A server on this machine is reached directly, others as HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE
+    and SSL_CERT_DIR say. Raises InvalidInput for values that cannot be used.
     """
+
+    tasks: Tasks
+    datasets: Datasets
+    jobs: Jobs
 
     def __init__(
         self,
@@ -48,7 +60,8 @@ class Client:
     ) -> None:
         config = Config.of(base_url, api_key, timeout, max_retries)
         self._config = config.changed(client_resize=client_resize)
-        self._http = httpx.Client(transport=transport, mounts=None if transport else DIRECT)
+        self._http = open_http(httpx.Client, config.base_url, transport)
+        self._connections = _sync_runtime.Connections(self._http, pooled=transport is None)
         self._geometries = Geometries()
         self._recorder: list[Reply] | None = None
         self._make_groups()
@@ -58,7 +71,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections, also those of clients made by `with_options`."""
-        self._http.close()
+        self._connections.close()
 
     def __enter__(self) -> Client:
         return self
@@ -98,7 +111,7 @@ class Client:
     def predict(
         self, task: str, images: ImageInput | Images, *, top_k: int = 5, key: str | None = None
     ) -> Answer | list[Answer]:
-        """Classify an image, or a list of images in one request, by `task`, `task@alias` or `task@version`.
+        """Classify an image, or a list of images, by `task`, `task@alias` or `task@version`; 64 images in each request.
 
         Each Answer has the `top_k` best labels. `task@live+candidate` runs several versions in one batch and averages
         their probabilities. Requests with the same `key` get the same version of a canary. Raises ApiError and the
@@ -110,6 +123,12 @@ class Client:
         return answer
 
     def _predict(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
+        answers: list[Answer] = []
+        for part in _endpoints.parts(images):
+            answers += self._predict_part(task, part, top_k=top_k, key=key)
+        return answers
+
+    def _predict_part(self, task: str, images: Images, *, top_k: int, key: str | None) -> list[Answer]:
         if not self._config.client_resize:
             return self._send(_endpoints.predict(task, images, top_k=top_k, key=key))
         return self._run_steps(_client_resize.predict(self._geometries, task, images, top_k=top_k, key=key))
@@ -149,7 +168,7 @@ class Client:
         """Classify any number of images, which are taken from `images` as needed; yields the answers in the same order.
 
         `in_flight` requests are open at any time, so that the server can batch them. With `errors="return"` an image
-        that fails yields its LensrackError, and the others go on.
+        that fails yields its LensrackError, InvalidInput where it cannot be read, and the others go on.
         """
         _endpoints.check_map(images, in_flight, errors)
         ask = partial(self._answer_or_error, task, top_k=top_k, key=key, errors=errors)
@@ -167,6 +186,27 @@ class Client:
             return error
         return answer
 
+    def evaluate(
+        self, task: str, folder: str | Path, *, in_flight: int = 8, progress: Progress | None = None
+    ) -> Evaluation:
+        """Answer all pictures of a folder of class folders, and compare the answers with the folders' names.
+
+        The names are the labels, compared exactly. Pictures that cannot be read are listed, and count in no figure.
+        `progress(answered, total)` is called after each picture. Raises InvalidInput for a folder without labelled
+        pictures, or where no folder is named after a class of the task; and the other LensrackErrors.
+        """
+        scoring = _sync_runtime.run(partial(Scoring, task, folder))
+        paths = scoring.paths
+        _endpoints.check_map(paths, in_flight, "return")
+        ask = partial(self._answer_or_error, task, top_k=1, key=None, errors="return")
+        with closing(_sync_runtime.map_in_order(ask, paths, in_flight)) as answers:
+            for answer in answers:
+                if (first := scoring.take(answer)) is not None:
+                    scoring.check_labels((self.tasks.version(first.task, first.versions[0])).labels)
+                if progress is not None:
+                    progress(scoring.taken, len(paths))
+        return scoring.result()
+
     def predict_many(
         self, tasks: Sequence[str], image: ImageInput, *, top_k: int = 5, key: str | None = None
     ) -> ManyAnswers:
@@ -182,7 +222,8 @@ class Client:
     def embed(self, images: ImageInput | Images) -> list[float] | list[list[float]]:
         """Return the frozen backbone's features of an image, [D], or of a list of n images, [n, D]."""
         if isinstance(images, list | tuple):
-            return self._send(_endpoints.embed(images))
+            parts = [self._send(_endpoints.embed(part)) for part in _endpoints.parts(images)]
+            return [embedding for part in parts for embedding in part]
         [embedding] = self._send(_endpoints.embed([images]))
         return embedding
 
@@ -192,7 +233,10 @@ class Client:
         The latest label of an image counts. A label that the live version does not have needs `new_label`.
         """
         batch = images if isinstance(images, list | tuple) else [images]
-        return self._send(_endpoints.feedback(task, batch, label, new_label=new_label))
+        stored = [
+            self._send(_endpoints.feedback(task, part, label, new_label=new_label)) for part in _endpoints.parts(batch)
+        ]
+        return stored[0].model_copy(update={"items": [item for part in stored for item in part.items]})
 
     def train(
         self,
@@ -319,6 +363,7 @@ class Client:
             _sync_runtime.sleep(pause_s)
 
     def _attempt(self, exchange: Exchange[T]) -> Reply:
+        self._connections.check()
         content = bytearray()
         with closing(self._http.send(exchange.request(), stream=True)) as response:
             for chunk in response.iter_bytes():
@@ -384,6 +429,25 @@ class Tasks:
     def download(self, task: str, version: str) -> bytes:
         """Return a bundle's file, checked against its version, which is its digest."""
         return self._send(_endpoints.download_bundle(task, version))
+
+    def export(
+        self,
+        task: str,
+        version: str | None = None,
+        *,
+        format: wire.ExportFormat = "onnx",  # noqa: A002
+        input: wire.ExportInput = "uint8",  # noqa: A002
+    ) -> bytes:
+        """Return a version, by default the live one, as a file for other tools. It takes the server some seconds.
+
+        `onnx` is the whole model with the task's labels and preprocessing in its metadata; its `input` is pictures,
+        uint8 [B, S, S, 3], or normalised `float`, [B, 3, S, S]. `timm` is a state dict as safetensors, of the methods
+        that fit into a timm model; `bundle` the stored bundle. Raises ApiError: not_installed where the server lacks
+        the packages, not_exportable.
+        """
+        if version is None:
+            version = _endpoints.live_version(self.get(task))
+        return self._send(_endpoints.export_version(task, version, form=format, takes=input))
 
     def alias(self, task: str, alias: str = "live") -> wire.Alias:
         """Return an alias with its targets and its `etag`."""
@@ -583,6 +647,9 @@ class JobHandle:
     def __init__(self, client: Client, job: wire.Job) -> None:
         self._client = client
         self.job = job
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} of task {self.job.task}: {self.state}>"
 
     @property
     def id(self) -> str:

@@ -119,6 +119,12 @@ class DeadlineError(ServerError):
     """504: the server could not answer within its own deadline."""
 
 
+def concerns_image(error: LensrackError) -> bool:
+    """Whether an error is about one image, so that others may still be answered."""
+    return isinstance(error, InvalidInput) or (isinstance(error, ApiError) and error.status in _IMAGE_STATUSES)
+
+
+_IMAGE_STATUSES = frozenset({400, 413, 415, 422})
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequestError,
     401: AuthenticationError,

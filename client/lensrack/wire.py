@@ -226,6 +226,8 @@ class RollbackRequest(Request):
 
 
 ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm"]
+ExportFormat = Literal["onnx", "timm", "bundle"]
+ExportInput = Literal["uint8", "float"]
 """Kinds of checkpoints of other tools; `auto` recognises them by the names of the arrays."""
 
 

@@ -22,6 +22,7 @@ GROUPS = (
     ("client.jobs", client.Jobs),
     ("JobHandle", lensrack.JobHandle),
     ("Answer", lensrack.Answer),
+    ("Evaluation", lensrack.Evaluation),
     ("ManyAnswers", lensrack.ManyAnswers),
     ("RawResponse", lensrack.RawResponse),
 )

@@ -35,6 +35,7 @@ from .routes import (
     attention,
     compare,
     datasets,
+    exports,
     feedback,
     health,
     predict,
@@ -59,7 +60,7 @@ _PROBLEM: Final[dict[str, Any]] = {
 
 
 _ROUTE_MODULES: Final = (
-    *(predict, attention, tasks, aliases, residency, rack),
+    *(predict, attention, tasks, exports, aliases, residency, rack),
     *(datasets, thumbnails, uploads, feedback, train, compare, health, session, ui),
     *(oip, files, jobs, models, embeddings),
 )
@@ -98,6 +99,7 @@ def create_app(services: Services, authenticator: Authenticator) -> FastAPI:
     app.state.leaving = False  # set when the process begins to shut down
     app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
     app.state.parsing = anyio.CapacityLimiter(oip.PARSING)
+    app.state.exports = anyio.CapacityLimiter(exports.AT_ONCE)
     app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
     problems.install(app)
     for module in _ROUTE_MODULES:

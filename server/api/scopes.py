@@ -69,6 +69,7 @@ _LISTED: Final[Mapping[Need, str]] = {
     """,
     "train": """
         GET /tasks/{task}/versions/{version}/bundle
+        GET /tasks/{task}/versions/{version}/export
         GET /tasks/{task}/feedback
         DELETE /tasks/{task}/feedback/{sha256}
         POST /tasks/{task}/feedback/dataset

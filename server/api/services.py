@@ -81,6 +81,7 @@ class Services:
     importer      makes bundles of other tools' checkpoints; slow, call in a thread
     rack          describes the device
     look          computes attention maps, in the engine's thread
+    export        writes a version as a file for other tools: bundle, format, input, path; slow, call in a thread
     """
 
     settings: Settings
@@ -99,6 +100,7 @@ class Services:
     baselines: Mapping[str, tuple[str, str]]
     check_bundle: Callable[[Bundle], None]
     importer: Importer
+    export: Callable[[Bundle, str, str, Path], None]
     tenant: str = ""
     key: Key = NOBODY
     meter: Meter = field(default_factory=Meter)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lensrack import wire
@@ -23,7 +24,7 @@ from server.serving.predictor import Predictor
 from server.serving.residency import Residency
 from server.settings import Settings
 
-from . import instrumentation
+from . import exporter, instrumentation
 from .backbone import UNTRAINED_NOTE, BackboneInfo, importer_for
 from .stores import open_datasets, open_feedback, open_meter, open_uploads
 
@@ -84,6 +85,7 @@ def build_services(
         baselines={name: (one.meaning, one.why) for name, one in registry.baselines.items()},
         check_bundle=lambda bundle: registry.check(bundle, backbone.spec),
         importer=importer_for(backbone, registry),
+        export=partial(exporter.export, settings),
         meter=open_meter(settings),
     )
     return services, decoding

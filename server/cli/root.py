@@ -10,11 +10,14 @@ from pydantic import ValidationError
 
 from server import __version__
 from server.observability import logs, tracing
-from server.settings import Settings
+from server.settings import Settings, unknown_variables
 
 
-def load_settings(**overrides: Any) -> Settings:
-    """The environment's settings, overridden by the command line's. Prints an invalid one and exits with 2."""
+def load_settings(*, warn: bool = True, **overrides: Any) -> Settings:
+    """The environment's settings, overridden by the command line's. Prints an invalid one and exits with 2; warns of
+    variables that are no settings, with `warn`."""
+    for warning in unknown_variables() if warn else ():
+        typer.echo(f"warning: {warning}", err=True)
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})
     except ValidationError as error:

@@ -29,7 +29,7 @@ def work(
 ) -> None:
     """Fit queued training jobs, until it is stopped."""
     allocator.keep_one_heap()
-    settings = load_settings()
+    settings = load_settings(warn=not until_stdin_closes)  # else the server has warned already
     start_observability(settings, "lensrack-worker")
     import_timm(hub=settings.downloads_weights)
     from server.app.worker import build_worker

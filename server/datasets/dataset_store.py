@@ -133,7 +133,7 @@ class DatasetStore:
             return self._keep(dataset, staging)
 
     def get(self, dataset_id: str) -> Dataset:
-        """By its id, or by a unique prefix of it of eight digits or more. Raises `NotFound`, `Unavailable`."""
+        """By its id, or by a unique prefix of it of four digits or more. Raises `NotFound`, `Unavailable`."""
         with disk_errors():
             dataset = manifests.read(self._manifests.find(dataset_id)[0])
         if dataset is None:

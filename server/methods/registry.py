@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Final
 
@@ -110,8 +111,10 @@ class Registry:
         if name in self._baselines:
             raise not_servable(name, self._baselines[name].why)
         if name not in self._methods:
+            near = get_close_matches(name, self._methods, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise Unprocessable(
-                f"unknown method {name!r}: expected one of {sorted(self._methods)}", code="unknown_method"
+                f"unknown method {name!r}: expected one of {sorted(self._methods)}{hint}", code="unknown_method"
             )
         return self._methods[name]
 

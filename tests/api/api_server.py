@@ -23,7 +23,7 @@ from server.api.tenancy import services_by_key
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
-from server.errors import Conflict
+from server.errors import Conflict, Unprocessable
 from server.importing.format import Width
 from server.importing.importer import Importer, RunningBackbone
 from server.jobs.sqlite_store import SqliteJobStore
@@ -43,6 +43,12 @@ def check_bundle(bundle: Bundle) -> None:
     if bundle.manifest.backbone.fingerprint != FINGERPRINT:
         theirs = bundle.manifest.backbone.fingerprint
         raise Conflict(f"the bundle is for backbone {theirs}, this server runs {FINGERPRINT}", code="wrong_backbone")
+
+
+def export(bundle: Bundle, form: str, takes: str, path: Path) -> None:
+    if takes == "float" and form == "timm":
+        raise Unprocessable("the stand-in does not write this", code="not_exportable")
+    path.write_text(f"{bundle.version} {form} {takes}")
 
 
 async def occupied(floor: Floor) -> wire.Rack:
@@ -127,6 +133,7 @@ def serving(
         baselines={"full": ("every weight", "changes every weight of the backbone")},
         check_bundle=check_bundle,
         importer=Importer(BACKBONE, check_bundle),
+        export=export,
     )
     authenticator = Authenticator(
         open_keys(options.keys_url), KeysFile(options.keys_file) if options.keys_file else None

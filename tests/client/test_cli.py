@@ -38,13 +38,43 @@ class TestReading:
         ("arguments", "expected"),
         [
             (("tasks", "show", "trash"), "alias live"),
-            (("versions", "trash"), "val_accuracy 0.9"),
             (("datasets",), "d1"),
             (("datasets", "show", "d1"), "train/glass"),
         ],
     )
     def test_views(self, run: Run, arguments: tuple[str, ...], expected: str) -> None:
         assert expected in run(*arguments).stdout
+
+    def test_versions_in_words(self, run: Run, rack: Rack) -> None:
+        """The newest first, by when they were made, whatever the server's order; and which of them answer."""
+        plain = rack._version()
+        older = {
+            **plain,
+            "version": "b" * 64,
+            "method": "linear",
+            "created_at": 0.5,
+            "metrics": {},
+            "dataset": "d" * 64,
+        }
+        newer = {**plain, "version": "c" * 64, "created_at": 2.0, "metrics": {"val_accuracy": 0.875, "epochs": 3}}
+        aliases = [
+            {"name": name, "targets": [{"version": version, "weight": weight} for version, weight in targets],
+             "revision": 1, "changed_at": 1.0}
+            for name, targets in (("live", [(VERSION, 0.9), ("c" * 64, 0.1)]), ("best", [(VERSION, 1.0)]))
+        ]  # fmt: skip
+        rack.misbehave("/tasks/trash/versions", told({"versions": [older, newer, plain]}))
+        rack.misbehave("/tasks/trash", told({**rack._task("trash"), "aliases": aliases}))
+        heading, *rows = run("versions", "trash").stdout.splitlines()
+        assert re.split(" {2,}", heading) == [
+            *("version", "alias", "made", "method"),
+            *("validation accuracy", "labels", "dataset", "size"),
+        ]
+        told_rows = [[cell for at, cell in enumerate(re.split(" {2,}", row)) if at != 2] for row in rows]
+        assert told_rows == [
+            ["c" * 12, "live 10%", "vpt_deep", "87.5%", "3", "-", "8 B"],
+            [VERSION[:12], "live 90%, best", "vpt_deep", "90.0%", "3", "-", "8 B"],
+            ["b" * 12, "-", "linear", "-", "3", "d" * 12, "8 B"],
+        ]
 
     @pytest.mark.parametrize("arguments", [("--json", "tasks"), ("tasks", "--json"), ("tasks", "list", "--json")])
     def test_json_anywhere(self, run: Run, arguments: tuple[str, ...]) -> None:
@@ -65,10 +95,18 @@ class TestChanging:
         assert VERSION[:12] in run("alias", "trash", "live", VERSION, "--weight", "0.1").stdout
         assert rack.asked[-1].json() == {"version": VERSION, "weight": 0.1}
         assert json.loads(run("rollback", "trash", "--json").stdout)["revision"] == 3
+        rack.misbehave("/tasks/trash/aliases/live", told({**rack._alias("live"), "targets": [{"version": "b" * 64}]}))
+        moved = f"live of trash: from {'b' * 12} back to {VERSION[:12]}"
+        assert run("rollback", "trash").stderr == f"{moved}\n"
         assert "precondition_failed" in run("alias", "trash", "live", VERSION, "--if-match", '"1"', code=1).stderr
 
     def test_deleting(self, run: Run, rack: Rack) -> None:
-        run("tasks", "delete", "signs")
+        refused = run("tasks", "delete", "signs", code=2).stderr
+        assert "delete task signs with its 1 versions, aliases and feedback? " in refused
+        assert "--yes does it without asking" in refused
+        assert rack.tasks == {"trash", "signs"}
+        assert "task_not_found" in run("tasks", "delete", "other", code=1).stderr
+        run("tasks", "delete", "signs", "--yes")
         assert rack.tasks == {"trash"}
         assert "deleted" in run("datasets", "delete", "d1").stderr
 
@@ -79,6 +117,22 @@ class TestChanging:
         assert run("bundle", "upload", "trash", name, "--alias", "live").stdout.strip() == VERSION
         assert "File exists" in run("bundle", "download", "trash", code=1).stderr
         run("bundle", "download", "trash", VERSION, "--force")
+
+    def test_exports(self, run: Run, rack: Rack, tmp_path: Path) -> None:
+        for ref, form, name in (
+            ("trash", "onnx", f"trash-{VERSION[:12]}.onnx"),
+            ("trash@live", "timm", f"trash-{VERSION[:12]}-timm.safetensors"),
+            (f"trash@{VERSION[:8]}", "bundle", f"trash-{VERSION[:8]}.safetensors"),
+        ):
+            assert run("export", ref, "--format", form, "--input", "float").stdout == f"{name}\n"
+            assert (tmp_path / name).read_bytes() == b"a bundle"
+            assert rack.asked[-1].path.endswith("/export")
+            assert rack.asked[-1].params == {"format": form, "input": "float"}
+        assert "--force replaces it" in run("export", "trash", code=2).stderr
+        assert json.loads(run("export", "trash", "--force", "--json").stdout)["version"] == VERSION
+        assert "expected --format onnx, timm, bundle" in run("export", "trash", "--format", "tflite", code=2).stderr
+        rack.misbehave("/tasks/trash", told({**rack._task("trash"), "live": None}))
+        assert "has no live version" in run("export", "trash", code=2).stderr
 
 
 class TestFeedback:
@@ -92,6 +146,23 @@ class TestFeedback:
         assert json.loads(run("feedback", "trash", "--json").stdout)["images"] == 1
         assert "withdrawn" in run("feedback", "trash", "--withdraw", "ab" * 32).stderr
         assert rack.asked[-1].method == "DELETE"
+
+    def test_a_folder(self, run: Run, rack: Rack, folder: Path) -> None:
+        for name in ("1.jfif", ".hidden.jpg", "notes.txt"):
+            (folder / "glass" / name).write_bytes(b"text" if name == "notes.txt" else b"\xff\xd8\xff")
+        (folder / "glass" / "2.jpg").touch()
+        rack.misbehave("/tasks/trash/feedback", problem(400, "bad_image", "truncated"))
+        said = run("feedback", "trash", folder, "--label", "glass", code=1).stderr.splitlines()
+        assert [line.partition("glass/")[2] for line in said[:-1]] == [
+            "0.jpg: bad_image: truncated - check that the file opens in an image viewer",
+            "1.jfif: glass, before metal",
+            f"2.jpg: the image {folder / 'glass' / '2.jpg'} is empty (0 bytes)",
+        ]
+        assert said[-1] == "left out: 1 not pictures (notes.txt), 1 hidden (.hidden.jpg)"
+        rack.misbehave("/tasks/trash/feedback", problem(422, "unknown_label", "no label 'tin'"))
+        before = len(rack.asked)
+        assert "add --new-label" in run("feedback", "trash", folder, "--label", "tin", code=1).stderr
+        assert len(rack.asked) == before + 1, "what is wrong with the label is told once"
 
     def test_half_a_word_is_not_sent(self, run: Run, rack: Rack, image: Path) -> None:
         for arguments in ((image,), ("--label", "glass")):
@@ -184,7 +255,7 @@ class TestEverywhere:
         def told(*arguments: object) -> Any:
             return json.loads(run("--json", *arguments).stdout)
 
-        assert told("tasks", "delete", "signs") == {"deleted": "signs"}
+        assert told("tasks", "delete", "signs", "--yes") == {"deleted": "signs"}
         assert told("datasets", "delete", "d1") == {"deleted": "d1"}
         saved = told("bundle", "download", "trash")
         assert told("bundle", "upload", "trash", saved["path"])["version"] == VERSION
@@ -242,6 +313,15 @@ class TestFailures:
     def test_an_error_is_one_line_with_the_next_step(self, run: Run, image: Path) -> None:
         done = run("predict", "nothing", image, code=1)
         assert done.stderr == ("error: task_not_found: no task 'nothing' - `lensrack tasks list` shows all tasks\n")
+
+    def test_nearest_names(self, run: Run, rack: Rack, image: Path) -> None:
+        said = run("predict", "trahs@live", image, code=1).stderr
+        assert (
+            said
+            == "error: task_not_found: no task 'trahs' - did you mean trash?; `lensrack tasks list` shows all tasks\n"
+        )
+        said = run("tasks", LENSRACK_APIKEY="k", LENSRACK_BACKBONE="mine", LENSRACK_KEYS="a").stderr
+        assert said == "warning: LENSRACK_APIKEY has no effect: did you mean LENSRACK_API_KEY?\n"
 
     def test_nobody_there(self, run: Run) -> None:
         done = run("--url", "http://127.0.0.1:1", "tasks", code=3)

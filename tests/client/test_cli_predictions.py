@@ -35,6 +35,19 @@ class TestPredictions:
         assert "error: " in done.stderr
         assert "bad_image: truncated - check that the file opens" in done.stderr
 
+    def test_standard_input(self, environment: dict[str, str], rack: Rack) -> None:
+        for command in (["predict", "trash", "-", "--json"], ["feedback", "trash", "-", "--label", "glass"]):
+            done = subprocess.run(
+                [SCRIPT, *command], input=PIXELS, capture_output=True, env=environment, check=True, timeout=60
+            )
+            assert rack.asked[-1].body == PIXELS
+            assert b'"image": "-"' in done.stdout or done.stderr == b"-: glass, before metal\n"
+        done = subprocess.run(
+            [SCRIPT, "predict", "trash", "-"], stdin=subprocess.DEVNULL, capture_output=True, env=environment,
+            check=False, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, b"empty (0 bytes)" in done.stderr) == (2, True)
+
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
@@ -52,12 +65,36 @@ class TestFolders:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(PIXELS)
         (tmp_path / "pictures" / "notes.txt").write_text("none")
+        (tmp_path / "pictures" / "BMW.txt").write_text("BM, as some texts and all BMP files begin")
         (tmp_path / "pictures" / ".hidden.jpg").write_bytes(PIXELS)
-        (tmp_path / "pictures" / "link.jpg").symlink_to(tmp_path / "pictures" / "a.jpg")
+        (tmp_path / "pictures" / "loop").symlink_to(tmp_path / "pictures")
         return tmp_path / "pictures"
 
     def names(self, pictures: Path) -> list[str]:
         return [str(pictures / name) for name in ("a.jpg", "b/1.PNG", "b/2.webp", "c/last.jpeg", 'c/odd, "name".bmp')]
+
+    LEFT_OUT = "left out: 2 not pictures (BMW.txt, notes.txt), 1 hidden (.hidden.jpg), 1 in a loop of links (loop)"
+
+    def test_nothing_is_left_out_silently(self, run: Run, rack: Rack, pictures: Path, tmp_path: Path) -> None:
+        """Other endings, no ending, links, and formats that no server reads: each has its row."""
+        other = pictures / "d"
+        other.mkdir()
+        for name in ("edge.jfif", "old.jpe", "camera", "scan.TIF"):
+            (other / name).write_bytes(PIXELS)
+        (other / "phone").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+        (other / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+        (other / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(40))
+        (other / "link.jpg").symlink_to(pictures / "a.jpg")
+        (other / "gone").symlink_to(tmp_path / "nowhere")
+        (other / "linked").symlink_to(pictures / "b")
+        done = run("predict", "trash", pictures, "--csv", "out.csv", code=1)
+        sent = "IMG_1.HEIC camera edge.jfif gone link.jpg linked/1.PNG linked/2.webp old.jpe phone scan.TIF"
+        rows = rows_of(tmp_path / "out.csv")
+        assert [row["image"] for row in rows] == [*self.names(pictures), *(str(other / name) for name in sent.split())]
+        assert [Path(row["image"]).name for row in rows if row["error"]] == ["gone"]
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("out.csv: 14 of 15 images answered, 15 sent in this run; left out: 3 not pictures (")
+        assert last.endswith("(BMW.txt, film.mp4, notes.txt), 1 hidden (.hidden.jpg), 1 in a loop of links (loop)")
 
     def test_every_picture_has_its_row(self, run: Run, pictures: Path, tmp_path: Path) -> None:
         run("predict", "trash", pictures, "--csv", "out.csv", "--top-k", 2)
@@ -67,21 +104,25 @@ class TestFolders:
         assert all(row.items() >= {**first, "label_2": "metal", "score_2": "0.35"}.items() for row in rows)
 
     def test_a_folder_to_the_terminal(self, run: Run, pictures: Path, tmp_path: Path) -> None:
-        told = json.loads(run("predict", "trash", pictures, "--json").stdout)
-        assert [one["image"] for one in told] == self.names(pictures)
+        done = run("predict", "trash", pictures, "--json")
+        assert [one["image"] for one in json.loads(done.stdout)] == self.names(pictures)
+        assert done.stderr == f"{self.LEFT_OUT}\n"
         (tmp_path / "empty").mkdir()
-        assert "got none" in run("predict", "trash", tmp_path / "empty", code=2).stderr
+        (tmp_path / "empty" / "notes.txt").touch()
+        assert "got none; left out: 1 not pictures" in run("predict", "trash", tmp_path / "empty", code=2).stderr
 
     def test_an_image_without_an_answer_is_asked_again(
         self, run: Run, rack: Rack, pictures: Path, tmp_path: Path
     ) -> None:
         rack.misbehave("/predict/trash", problem(400, "bad_image", "truncated"))
         done = run("--json", "predict", "trash", pictures, "--csv", "out.csv", "--in-flight", 1, code=1)
-        assert json.loads(done.stdout) == {"csv": "out.csv", "images": 5, "asked": 5, "failed": 1}
+        left_out = {"not_pictures": 2, "hidden": 1, "loops": 1}
+        summary = {"csv": "out.csv", "images": 5, "left_out": left_out}
+        assert json.loads(done.stdout) == {**summary, "asked": 5, "failed": 1}
         assert rows_of(tmp_path / "out.csv")[0]["error"] == "bad_image: truncated (bad_image, HTTP 400)"
         before = len(rack.asked)
         done = run("--json", "predict", "trash", pictures, "--csv", "out.csv", "--resume")
-        assert json.loads(done.stdout) == {"csv": "out.csv", "images": 5, "asked": 1, "failed": 0}
+        assert json.loads(done.stdout) == {**summary, "asked": 1, "failed": 0}
         assert len(rack.asked) == before + 1
         assert sorted(row["image"] for row in rows_of(tmp_path / "out.csv")) == sorted(self.names(pictures))
 

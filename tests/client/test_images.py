@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lensrack import InvalidInput
+from lensrack import InvalidInput, wire
 from lensrack._images import encode, sniff
+from lensrack._resizing import encode as resized
+from server.engine.images.decode import decode
 
 RNG = np.random.default_rng(7)
+GEOMETRY = wire.Geometry(size=32, interpolation="bicubic", crop_pct=1, crop_mode="center")
 
 
 def pixels(*shape: int) -> np.ndarray:
@@ -43,21 +46,121 @@ def test_a_view_travels_as_it_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "array",
-    [np.zeros((4, 4, 3), np.float32), pixels(3, 4, 4, 4), pixels(4), pixels(4, 4, 2), pixels(0, 4, 3)],
-    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+    ("array", "how"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]: .* \(array \* 255\).round\(\)"),
+        (np.zeros((4, 4, 3), np.int64), "scale it to 0..255, then array.astype"),
+        (np.zeros((4, 4, 3), ">u2"), r"\(array >> 8\).astype\('uint8'\)"),
+        (np.zeros((4, 4), np.bool_), r"array.astype\('uint8'\) \* 255"),
+        (pixels(3, 8, 9), r"array.transpose\(1, 2, 0\)"),
+        (pixels(5, 4, 4, 3), "a list of arrays"),
+        (pixels(4), r"uint8 \[4\]$"),
+        (pixels(4, 4, 2), r"uint8 \[4, 4, 2\]$"),
+        (pixels(0, 4, 3), r"uint8 \[0, 4, 3\]$"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else f"{value.dtype}{list(value.shape)}",
 )
-def test_other_arrays_are_refused(array: np.ndarray) -> None:
-    with pytest.raises(InvalidInput, match=r"expected|must be uint8 \[H, W, 3\], not (uint8|float32) \["):
+def test_other_arrays_are_refused_with_what_to_do(array: np.ndarray, how: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"must be uint8 \[H, W, 3\], not .*{how}"):
         encode(array)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1", "I;16"])
-def test_pillow_images_travel(mode: str) -> None:
-    image = Image.fromarray(pixels(6, 4, 3)).convert("L" if mode == "I;16" else "RGB").convert(mode)
-    data, kind = encode(image)
-    assert kind == "image/png"
-    assert Image.open(io.BytesIO(data)).size == (4, 6)
+def seen(image: Any) -> np.ndarray:
+    """The pixels that the server makes of what is sent for an image."""
+    return np.asarray(decode(encode(image)[0], max_pixels=10**6))
+
+
+EIGHT_BITS = ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
+
+
+@pytest.mark.parametrize("mode", EIGHT_BITS)
+def test_a_pillow_image_of_eight_bits_is_what_pillow_shows(mode: str) -> None:
+    image = Image.fromarray(pixels(6, 4, 3)).convert(mode)
+    assert np.array_equal(seen(image), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(("mode", "plain"), [("PA", "RGBA"), ("RGBa", "RGBA"), ("La", "LA")])
+def test_transparency_is_laid_on_white_by_the_server(mode: str, plain: str) -> None:
+    image = Image.fromarray(pixels(6, 4, 4)).convert("LA" if mode in ("PA", "La") else "RGBA").convert(mode)
+    assert np.array_equal(seen(image), seen(image.convert(plain)))
+    assert (seen(Image.new(plain, (2, 2)).convert(mode)) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N", "I"])
+def test_sixteen_bits_keep_their_high_byte(mode: str) -> None:
+    """As in a 16-bit file; Pillow's own conversion to 8 bits makes them white."""
+    samples = RNG.integers(0, 65536, (6, 4), dtype=np.uint16)
+    order = {"I;16B": ">u2", "I": "=i4", "I;16N": "=u2"}.get(mode, "<u2")
+    image = Image.frombytes(mode, (4, 6), samples.astype(order).tobytes())
+    assert np.array_equal(seen(image)[:, :, 0], samples >> 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "how"),
+    [
+        (Image.new("F", (4, 4), 0.5), r"mode F has no defined range: .*convert\('L'\)"),
+        (Image.new("I", (4, 4), 70000), r"the values of this one are 70000 to 70000: .*convert\('I;16'\)"),
+        (Image.new("I", (4, 4), -1), "are -1 to -1"),
+        (Image.new("I", (4, 4), 255), r"values up to 255 by image.convert\('L'\)"),
+    ],
+    ids=["F", "32 bits", "signed", "8 or 16 bits"],
+)
+def test_pillow_images_without_a_range_are_refused(image: Any, how: str) -> None:
+    for geometry in (None, GEOMETRY):
+        with pytest.raises(InvalidInput, match=how):
+            encode(image) if geometry is None else resized(image, geometry)
+
+
+class Rotten:
+    """A picture that raises whatever it is told to."""
+
+    mode = "RGB"
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def getexif(self) -> Any:
+        raise self.error
+
+    load = save = convert = getexif
+
+
+def truncated() -> Any:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(40, 40, 3)).save(buffer, "JPEG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:-300]))  # Pillow reads its pixels later
+
+
+def closed() -> Any:
+    file = io.BytesIO(b"picture")
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (truncated(), "truncated"),
+        (closed(), "closed file"),
+        (Rotten(Image.DecompressionBombError("a bomb")), "a bomb"),
+        (Rotten(MemoryError()), "MemoryError"),
+        ("nul\0.png", "null byte"),
+    ],
+)
+def test_whatever_a_picture_raises_is_about_the_picture(image: Any, why: str) -> None:
+    for geometry in (None, GEOMETRY):
+        with pytest.raises(InvalidInput, match=why):
+            encode(image) if geometry is None else resized(image, geometry)
+
+
+def test_nothing_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    read = io.BytesIO(b"\xff\xd8\xff")
+    read.read()
+    for source, what in ((tmp_path / "empty.jpg", r"empty\.jpg is"), (b"", "image is"), (read, r".*seek\(0\)")):
+        with pytest.raises(InvalidInput, match=what) as caught:
+            encode(source)
+        assert "empty (0 bytes)" in str(caught.value)
 
 
 def test_a_pillow_image_travels_upright() -> None:

@@ -99,7 +99,6 @@ def test_what_is_cut_is_cut_alike_whatever_the_file(mode: str, kind: str, turn: 
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
         b"GIF89a",
         b"\xff\xd8\xff but no JPEG",
         file(noise(30, 30), "JPEG")[:-200],

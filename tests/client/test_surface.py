@@ -23,6 +23,7 @@ SURFACE = [
     "ConflictError",
     "ConnectError",
     "DeadlineError",
+    "Evaluation",
     "ImageInput",
     "InvalidInput",
     "JobFailed",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from server.engine import reference
 from server.engine.backbone import UNTRAINED, Backbone, load
@@ -117,8 +118,10 @@ def test_in_by_every_way_and_out_as_onnx(server: ServerProcess, backbone: Backbo
     assert_served(server, "waders", backbone, params)
 
     onnxruntime = pytest.importorskip("onnxruntime")
-    file = tmp_path / "waders.onnx"
-    run(server, "server", "export", f"waders@{put.json()['version'][:10]}", "--format", "onnx", "-o", str(file))
+    file, ref = tmp_path / "waders.onnx", f"waders@{put.json()['version'][:10]}"
+    run(server, "server", "export", ref, "--format", "timm", "-o", str(tmp_path / "waders.safetensors"))
+    assert "prompts.0" in load_file(tmp_path / "waders.safetensors")
+    run(server, program, "export", ref, "--format", "onnx", "-o", str(file))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     [logits] = session.run(None, {"pixels": picture(backbone, 9)[None]})
     np.testing.assert_allclose(logits[0], literal(backbone, picture(backbone, 9), params), atol=1e-4)

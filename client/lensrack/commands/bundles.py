@@ -8,13 +8,15 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from lensrack import _completion, wire
 from lensrack import _terminal as term
-from lensrack import wire
+from lensrack._endpoints import live_version
 from lensrack.errors import InvalidInput
 
 from .session import Context, Json, TaskName, client_of, wants_json
 
 commands = typer.Typer()
+ENDINGS = {"onnx": ".onnx", "timm": "-timm.safetensors", "bundle": ".safetensors"}
 bundles = typer.Typer(help="Bundles as files.", no_args_is_help=True)
 
 
@@ -29,15 +31,56 @@ def download(
     as_json: Json = False,
 ) -> None:
     """Save a bundle to a file; prints the file's name."""
-    version = version or client_of(context).tasks.get(task).live
-    if version is None:
-        raise InvalidInput(f"task {task} has no live version: choose one of `lensrack versions {task}`")
+    version = version or live_version(client_of(context).tasks.get(task))
     data = client_of(context).tasks.download(task, version)
     path = output or Path(f"{task}-{version[:12]}.safetensors")
     with path.open("wb" if force else "xb") as file:
         file.write(data)
     if wants_json(context, as_json):
         term.print_json({"task": task, "version": version, "path": str(path), "bytes": len(data)})
+    else:
+        print(path)
+
+
+@commands.command("export")
+def export(
+    context: Context,
+    *,
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK[@ALIAS|@VERSION]",
+            help="The task, by default its live version.",
+            autocompletion=_completion.tasks,
+        ),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="onnx: the whole model. timm: a state dict. bundle: as it is stored.")
+    ] = "onnx",
+    takes: Annotated[
+        str, typer.Option("--input", help="Input of the ONNX model: uint8 pictures, or normalised float.")
+    ] = "uint8",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Save a version for other tools: an ONNX model, or a timm state dict; prints the file's name.
+
+    The server needs some seconds for it.
+    """
+    if form not in ENDINGS or takes not in ("uint8", "float"):
+        raise InvalidInput(f"expected --format {', '.join(ENDINGS)} and --input uint8 or float, got {form} and {takes}")
+    tasks, (name, _, ref) = client_of(context).tasks, task.partition("@")
+    stored = tasks.get(name)
+    aliases = {alias.name: max(alias.targets, key=lambda target: target.weight).version for alias in stored.aliases}
+    version = aliases.get(ref, ref) if ref else live_version(stored)
+    path = output or Path(f"{name}-{version[:12]}{ENDINGS[form]}")
+    if path.exists() and not force:
+        raise InvalidInput(f"{path} exists: --force replaces it")
+    data = tasks.export(name, version, format=cast(wire.ExportFormat, form), input=cast(wire.ExportInput, takes))
+    path.write_bytes(data)
+    if wants_json(context, as_json):
+        term.print_json({"task": name, "version": version, "format": form, "path": str(path), "bytes": len(data)})
     else:
         print(path)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, BinaryIO, cast
 
 import typer
 
+from lensrack import _feedback_command, wire
 from lensrack import _terminal as term
-from lensrack import wire
 from lensrack._progress import upload_bar
 from lensrack.errors import ConnectError, InvalidInput, RequestTimeout, ServerError
 
@@ -135,32 +135,29 @@ def feedback(
     context: Context,
     *,
     task: TaskName,
-    images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", exists=True, dir_okay=False, show_default=False)
-    ] = None,
+    images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", show_default=False)] = None,
     label: Annotated[str | None, typer.Option(help="The images' correct label.")] = None,
     new_label: Annotated[bool, typer.Option("--new-label", help="Accept a label that the task does not have.")] = False,
     withdraw: Annotated[str | None, typer.Option(metavar="SHA256", help="Delete this image's feedback.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Store the correct label of images, or show a task's feedback.
+    """Store the correct label of images or of all images in folders, or show a task's feedback.
 
+    Exit code 1 if an image was refused; the others are stored. - is an image from standard input.
     `lensrack datasets from-feedback TASK` makes a dataset of it.
     """
     if bool(images) != (label is not None):
         raise InvalidInput("give images and their --label, or neither to see the task's feedback")
-    items: list[dict[str, Any]] = []
+    client, json = client_of(context), wants_json(context, as_json)
     if withdraw is not None:
-        client_of(context).tasks.delete_feedback(task, withdraw)
+        client.tasks.delete_feedback(task, withdraw)
         term.say(f"feedback {withdraw} withdrawn")
-        items.append({"withdrawn": withdraw})
-    for image in images or ():
-        [item] = client_of(context).feedback(task, image, cast(str, label), new_label=new_label).items
-        before = f", before {item.previous}" if item.previous not in (None, item.label) else ""
-        term.say(f"{image}: {item.label}{before}")
-        items.append({"image": str(image), **item.model_dump()})
-    if not images and withdraw is None:
-        page = client_of(context).tasks.feedback(task)
-        term.print_json(page) if wants_json(context, as_json) else term.show_feedback(page)
-    elif wants_json(context, as_json):
-        term.print_json(items)
+    withdrawn: list[dict[str, Any]] = [{"withdrawn": withdraw}] if withdraw is not None else []
+    if images:
+        send = partial(client.feedback, task, label=cast(str, label), new_label=new_label)
+        _feedback_command.send(send, images, withdrawn, as_json=json)
+    elif withdraw is None:
+        page = client.tasks.feedback(task)
+        term.print_json(page) if json else term.show_feedback(page)
+    elif json:
+        term.print_json(withdrawn)

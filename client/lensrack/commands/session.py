@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
@@ -10,12 +11,17 @@ import typer
 
 from lensrack import Client, _completion
 from lensrack import _terminal as term
+from lensrack.errors import InvalidInput
 
 Context = typer.Context
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=_completion.tasks)]
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="A version, or a unique prefix of one.")]
 SourcePath = Annotated[Path, typer.Argument(metavar="PATH", help="A folder, an archive, or - for stdin.")]
+Images = Annotated[
+    list[Path],
+    typer.Argument(metavar="IMAGE...", help="Images, folders of them, or - for standard input."),
+]
 DatasetName = Annotated[str | None, typer.Option("--name", help="A name for people; the id stays the same.")]
 Resume = Annotated[str | None, typer.Option("--resume", metavar="UPLOAD", help="Continue an interrupted upload.")]
 DatasetId = Annotated[
@@ -47,3 +53,10 @@ def show_deleted(context: Context, what: str, name: str, *, as_json: bool) -> No
         term.print_json({"deleted": name})
     else:
         term.say(f"{what} {name} deleted")
+
+
+def require_consent(question: str) -> None:
+    """Ask at the terminal, and exit with 1 after anything but yes. Raises InvalidInput where nobody can answer."""
+    if not sys.stdin.isatty():
+        raise InvalidInput(f"{question} Standard input is no terminal that could answer: --yes does it without asking")
+    typer.confirm(question, abort=True, err=True)

@@ -8,7 +8,7 @@ import typer
 
 from lensrack import _terminal as term
 
-from .session import Context, Json, TaskName, VersionName, client_of, show_deleted, wants_json
+from .session import Context, Json, TaskName, VersionName, client_of, require_consent, show_deleted, wants_json
 
 commands = typer.Typer()
 tasks = typer.Typer(help="Tasks on the server.")
@@ -35,17 +35,28 @@ def show_task(context: Context, task: TaskName, as_json: Json = False) -> None:
 
 
 @tasks.command("delete")
-def delete_task(context: Context, task: TaskName, as_json: Json = False) -> None:
-    """Delete a task with all its versions."""
+def delete_task(
+    context: Context,
+    task: TaskName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a task with all its versions, aliases and feedback, after asking."""
+    if not yes:
+        stored = client_of(context).tasks.get(task)
+        require_consent(f"delete task {task} with its {stored.versions} versions, aliases and feedback?")
     client_of(context).tasks.delete(task)
     show_deleted(context, "task", task, as_json=as_json)
 
 
 @commands.command()
 def versions(context: Context, task: TaskName, as_json: Json = False) -> None:
-    """List a task's versions, newest first."""
+    """List a task's versions, newest first, and which of them the aliases point at."""
     stored = client_of(context).tasks.versions(task)
-    term.print_json(stored) if wants_json(context, as_json) else term.show_versions(stored)
+    if wants_json(context, as_json):
+        term.print_json(stored)
+    else:
+        term.show_versions(stored, client_of(context).tasks.get(task).aliases)
 
 
 @commands.command()
@@ -71,6 +82,11 @@ def rollback(
     name: Annotated[str, typer.Option("--alias", help="The alias.")] = "live",
     as_json: Json = False,
 ) -> None:
-    """Restore an alias' previous version."""
+    """Restore an alias' previous version; prints both."""
+    before = client_of(context).tasks.alias(task, name)
     moved = client_of(context).tasks.rollback(task, name)
-    term.print_json(moved) if wants_json(context, as_json) else term.show_alias(task, moved)
+    if wants_json(context, as_json):
+        term.print_json(moved)
+    else:
+        term.say(f"{name} of {task}: from {term.targets(before)} back to {term.targets(moved)}")
+        term.show_alias(task, moved)

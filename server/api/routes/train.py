@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -128,8 +129,9 @@ async def _events(request: Request, services: Services, job_id: str, after: int,
 def require_method(name: str, known: Collection[str]) -> None:
     """Raises Unprocessable (unknown_method)."""
     if name not in known:
-        names = ", ".join(sorted(known))
-        raise Unprocessable(f"method: expected one of {names}, got {name[:100]!r}", code="unknown_method")
+        names, near = ", ".join(sorted(known)), get_close_matches(name[:100], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise Unprocessable(f"method: expected one of {names}, got {name[:100]!r}{hint}", code="unknown_method")
 
 
 def _check_baseline(services: Services, request: wire.TrainRequest) -> None:

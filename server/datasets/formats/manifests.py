@@ -19,7 +19,7 @@ from .member_names import printable
 
 QUOTA_S: Final = 3600.0  # Retry-After: datasets have to be deleted first
 
-_ID: Final = re.compile("[0-9a-f]{8,64}")
+_ID: Final = re.compile("[0-9a-f]{4,64}")
 
 Paths = list[Path]
 
@@ -39,7 +39,7 @@ class Manifests:
         return self.folder / (f"{dataset_id}@{self._owner}.json" if self._owner else f"{dataset_id}.json")
 
     def find(self, dataset_id: str) -> Paths:
-        """The manifests of one dataset, the owner's first, by its id or by a unique prefix of it of eight digits or
+        """The manifests of one dataset, the owner's first, by its id or by a unique prefix of it of four digits or
         more. Raises `NotFound`."""
         paths = self._visible(f"{dataset_id}*") if _ID.fullmatch(dataset_id) else []
         ids = {id_of(path) for path in paths}

@@ -1,6 +1,6 @@
 // Predictions of several tasks for one picture, side by side, with attention maps and a form for corrections.
 import { call, get, part, post } from './api.js';
-import { notify, run } from './dialogs.js';
+import { confirmDialog, notify, run } from './dialogs.js';
 import { field, fill, h, newId } from './dom.js';
 import { heatmap } from './heatmap.js';
 import { pictureFrame, pictureInput } from './pictures.js';
@@ -100,7 +100,7 @@ async function correctionForm(button, name, scores, blob, below) {
   if (!version) return;
   const list = newId('labels');
   const input = h('input', { list, required: true, autocomplete: 'off', placeholder: 'Class name' });
-  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), version.labels, blob, below); } },
+  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), blob, below); } },
     field('Correct class', input, 'One of the classes of the task, or a new one.'),
     h('datalist', { id: list }, version.labels.filter(label => label !== scores[0].label).map(label => h('option', { value: label }))),
     h('button', { class: 'primary' }, 'Save correction'));
@@ -113,21 +113,37 @@ async function liveVersion(name) {
   return get(`/tasks/${part(name)}/versions/${part(task.live)}`);
 }
 
-async function saveCorrection(button, name, label, labels, blob, below) {
+async function saveCorrection(button, name, label, blob, below) {
   await run(button, async () => {
-    const query = `label=${part(label)}${labels.includes(label) ? '' : '&new_label=true'}`;
-    await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type } });
+    const saved = await sendCorrection(name, label, blob);
+    if (!saved) return;
     const { images } = await get(`/tasks/${part(name)}/feedback?limit=1`);
-    notify(`Correction saved: ${label}.`);
+    notify(`Correction saved: ${saved.items[0].label}.`);
     const retrainButton = h('button', { type: 'button', class: 'primary', onclick: event => retrain(event.currentTarget, name) }, 'Retrain with corrections');
-    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} for its next version.`), retrainButton);
+    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} for its next version.`), saved.warnings.map(warning => h('p', { class: 'small problem' }, warning.text)), retrainButton);
     retrainButton.focus();
   });
+}
+
+// A label that the task does not know may be a typing error: the user decides. Null where the user cancels.
+async function sendCorrection(name, label, blob, isNew = false) {
+  const query = `label=${part(label)}${isNew ? '&new_label=true' : ''}`;
+  try {
+    return (await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data;
+  } catch (error) {
+    if (error.code !== 'unknown_label') throw error;
+    const { nearest } = error.body;
+    const choices = { ...(nearest && { nearest: `I meant “${nearest}”` }), new: `Add the new class “${label}”` };
+    const chosen = await confirmDialog(`${name} has no class “${label}”`, { action: 'Save correction', body: Object.entries(choices)
+      .map(([value, text], index) => h('p', {}, h('label', {}, h('input', { type: 'radio', name: 'choice', value, checked: index === 0 }), ' ', text))) });
+    return chosen && sendCorrection(name, chosen.choice === 'nearest' ? nearest : label, blob, chosen.choice === 'new');
+  }
 }
 
 async function retrain(button, name) {
   await run(button, async () => {
     const dataset = await post(`/tasks/${part(name)}/feedback/dataset?name=${part(`${name}, corrected`)}`);
+    if (dataset.skipped.length) notify(`Left out: ${count(dataset.skipped.length, 'correction')}. ${dataset.skipped[0].reason}.`, 'bad');
     const version = await liveVersion(name);
     const job = await post('/train', { task: name, dataset: dataset.id, method: version.method, recipe: reusable(version.recipe) });
     location.hash = `#/jobs/${job.id}`;

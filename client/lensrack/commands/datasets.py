@@ -68,6 +68,8 @@ def add_to_dataset(
 ) -> None:
     """Store a dataset's images and those of a folder or archive as a new dataset; prints its id."""
     stored = _upload(path, resume, partial(client_of(context).datasets.add, parent=parent, name=name))
+    if stored.id.startswith(parent):
+        term.say("nothing is new: the dataset has all of these images under these labels")
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)
 
 
@@ -94,7 +96,10 @@ def freeze_feedback(
     parent: Annotated[str | None, typer.Option(metavar="DATASET", help="Default: the live version's dataset.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Store a task's dataset, corrected and extended by its feedback, as a new one; prints its id."""
+    """Store a task's dataset, corrected and extended by its feedback, as a new one; prints its id.
+
+    Lists the feedback that was left out, with the reason; exit code 1 if nothing is new.
+    """
     stored = client_of(context).tasks.freeze_feedback(task, name=name, parent=parent)
     term.say_uploaded(stored)
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)
@@ -145,11 +150,15 @@ def feedback(
         client_of(context).tasks.delete_feedback(task, withdraw)
         term.say(f"feedback {withdraw} withdrawn")
         items.append({"withdrawn": withdraw})
+    warnings: list[wire.DatasetWarning] = []
     for image in images or ():
-        [item] = client_of(context).feedback(task, image, cast(str, label), new_label=new_label).items
+        stored = client_of(context).feedback(task, image, cast(str, label), new_label=new_label)
+        [item], warnings = stored.items, stored.warnings
         before = f", before {item.previous}" if item.previous not in (None, item.label) else ""
         term.say(f"{image}: {item.label}{before}")
         items.append({"image": str(image), **item.model_dump()})
+    for warning in warnings:  # of the last image: those before it may not be true any more
+        term.say(f"warning: {warning.text}")
     if not images and withdraw is None:
         page = client_of(context).tasks.feedback(task)
         term.print_json(page) if wants_json(context, as_json) else term.show_feedback(page)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
@@ -13,10 +15,11 @@ import prompts_store as stored
 from lensrack import wire
 from server.api import params
 from server.api.services import Services, ServicesOf
-from server.datasets.dataset import Dataset
+from server.datasets.dataset import MIN_TRAIN, Dataset
 from server.datasets.feedback_store import Added
 from server.datasets.formats.feedback_log import FeedbackEntry
 from server.datasets.formats.layout import label_of
+from server.datasets.lineage import pictures
 from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 from . import datasets, predict
@@ -44,10 +47,11 @@ async def give(
     images = await predict.read_images(request, services)
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
-    added = await asyncio.to_thread(_give, services, task, images, label, new_label)
+    added, warnings = await asyncio.to_thread(_give, services, task, images, label, new_label)
     if all(item.previous == item.entry.label for item in added):
         response.status_code = 200
-    return wire.Feedback(task=task, items=[_item(item.entry, item.previous) for item in added])
+    items = [_item(item.entry, item.previous) for item in added]
+    return wire.Feedback(task=task, items=items, warnings=warnings)
 
 
 @router.get("/tasks/{task}/feedback")
@@ -69,6 +73,7 @@ async def read(
         labels=dict(page.counts),
         items=[_item(entry) for entry in page.entries],
         next=None if page.next is None else str(page.next),
+        warnings=await asyncio.to_thread(_rare_labels, services, task, page.counts),
     )
 
 
@@ -91,7 +96,11 @@ async def freeze(
     name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
     parent: Annotated[str | None, Query(description="A dataset; without it, the live version's.")] = None,
 ) -> wire.Dataset:
-    """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next."""
+    """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next.
+
+    `skipped` lists feedback that was left out: that of a new class with a single picture. 409 nothing_new where the
+    feedback changes nothing, with the same list.
+    """
     dataset = await asyncio.to_thread(_freeze, services, task, name, parent)
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return datasets.to_wire(dataset)
@@ -100,13 +109,40 @@ async def freeze(
 # --- in threads -------------------------------------------------------------------------------------------------------
 
 
-def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
+def _give(
+    services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool
+) -> tuple[list[Added], list[wire.DatasetWarning]]:
     known, name = _live(services, task).labels, _printable(label)
     if name not in known and not new_label:
-        labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
-        detail = f"label: expected one of {labels}; or new_label=true, got {name!r}"
-        raise Unprocessable(detail, code="unknown_label")
-    return services.feedback.add(task, images, name)
+        raise _unknown_label(name, known)
+    added = services.feedback.add(task, images, name)
+    counts = {} if name in known else services.feedback.page(task, limit=1).counts
+    return added, _rare_labels(services, task, {label: count for label, count in counts.items() if label == name})
+
+
+def _unknown_label(name: str, known: Sequence[str]) -> Unprocessable:
+    """The error for a label that may be a typing error; its extra `nearest` is the known label that is most alike."""
+    labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
+    by_folded = {label.casefold(): label for label in known}
+    nearest = [by_folded[folded] for folded in get_close_matches(name.casefold(), by_folded, n=1)]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    detail = f"label: expected one of {labels}; or new_label=true, got {name!r}{hint}"
+    return Unprocessable(detail, code="unknown_label", nearest=nearest[0] if nearest else None)
+
+
+def _rare_labels(services: Services, task: str, counts: Mapping[str, int]) -> list[wire.DatasetWarning]:
+    """A warning for each label of the feedback that the live version does not have and that has too few pictures to
+    become a class."""
+    rare = {label: count for label, count in counts.items() if count < MIN_TRAIN}
+    if not rare:
+        return []
+    with suppress(stored.AliasNotFound, stored.VersionNotFound):  # without a live version, no label is known
+        rare = {label: count for label, count in rare.items() if label not in _live(services, task).labels}
+    text = "the new class {!r} has {} so far; it is left out of training until it has {}"
+    return [
+        wire.DatasetWarning(code="rare_label", text=text.format(label, pictures(count), MIN_TRAIN))
+        for label, count in rare.items()
+    ]
 
 
 def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dataset:

@@ -62,8 +62,9 @@ def _watch_bar(handle: JobHandle) -> None:
             text = plain(event_text(handle.job, event))
             progress = progress_of(event) if event.type in ("epoch", "progress") else None
             if progress is not None:
-                shown = {"completed": progress.share, "total": 1.0} if progress.share is not None else {}
-                bar.update(task, description=plain(handle.job.task), status=text, **shown)
+                bar.update(task, description=plain(handle.job.task), status=text)
+                if progress.share is not None:
+                    bar.update(task, completed=progress.share, total=1.0)
             elif event.type in LASTING:
                 bar.console.print(f"{plain(handle.job.task)}: {text}")
             else:

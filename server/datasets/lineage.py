@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from server.errors import Conflict
 
 from .dataset import MIN_TRAIN, Example, Skipped, bad_dataset
+from .report import WarningText
 
 
 def merge_examples(parent: Sequence[Example], added: Iterable[Example], max_images: int) -> list[Example]:
@@ -53,6 +54,12 @@ def nothing_new(parent: str, skipped: Sequence[Skipped]) -> Conflict:
         detail = f"nothing is new for dataset {parent[:12]}; left out: {len(skipped)}, the first: {skipped[0].name}: "
         detail += skipped[0].reason
     return Conflict(detail, code="nothing_new", parent=parent, skipped=[asdict(skip) for skip in skipped])
+
+
+def rare_labels(counts: Mapping[str, int]) -> list[WarningText]:
+    """A warning for each new label that has too few pictures so far."""
+    text = "the new class {!r} has {} so far; it is left out of training until it has {}"
+    return [WarningText("rare_label", text.format(label, pictures(n), MIN_TRAIN)) for label, n in counts.items()]
 
 
 def pictures(count: int) -> str:

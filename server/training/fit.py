@@ -124,6 +124,7 @@ class Fit:
     passes: int = 0
     work: Work = field(default_factory=Work)
     latest: Progress = field(default_factory=Progress)
+    _cached_at: float = field(default=0.0, init=False)  # `work.done` when the features that are computed are complete
 
     def begin(
         self, train: LabelledImages, labels: int, start: FitResult | None, resume: Checkpoint | None
@@ -168,11 +169,11 @@ class Fit:
         """The inputs of a set of pictures. What lies before the first trained layer is the same in every epoch, and so
         is what readers read: both are computed once. `again`: whether the pictures are read more than once; only then
         are keys and values recorded."""
-        done, self.latest = self.work.done, replace(self.latest, phase="features")
+        self._cached_at, self.latest = self.work.done + len(pictures), replace(self.latest, phase="features")
         inputs = yield from self._inputs(pictures, again)
         self.latest = replace(self.latest, phase="fit")
         if inputs.layer or inputs.recorded is not None:
-            self.work.done = done + len(pictures)  # where they were cached too
+            self.work.done = self._cached_at  # where they were cached before, too
         return inputs
 
     def _inputs(self, pictures: LabelledImages, again: bool) -> Fitting[Inputs]:
@@ -290,7 +291,7 @@ class Fit:
         self.on_progress(self.latest)
 
     def _feature_tick(self) -> None:
-        self.tick(EVAL_BATCH)
+        self.tick(min(EVAL_BATCH, self._cached_at - self.work.done))
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

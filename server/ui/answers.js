@@ -100,7 +100,7 @@ async function correctionForm(button, name, scores, blob, below) {
   if (!version) return;
   const list = newId('labels');
   const input = h('input', { list, required: true, autocomplete: 'off', placeholder: 'Class name' });
-  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), blob, below); } },
+  const form = h('form', { class: 'correct', onsubmit: event => { event.preventDefault(); saveCorrection(form.querySelector('button'), name, input.value.trim(), version.labels, blob, below); } },
     field('Correct class', input, 'One of the classes of the task, or a new one.'),
     h('datalist', { id: list }, version.labels.filter(label => label !== scores[0].label).map(label => h('option', { value: label }))),
     h('button', { class: 'primary' }, 'Save correction'));
@@ -113,9 +113,9 @@ async function liveVersion(name) {
   return get(`/tasks/${part(name)}/versions/${part(task.live)}`);
 }
 
-async function saveCorrection(button, name, label, blob, below) {
+async function saveCorrection(button, name, label, labels, blob, below) {
   await run(button, async () => {
-    const saved = await sendCorrection(name, label, blob);
+    const saved = await sendCorrection(name, label, labels, blob);
     if (!saved) return;
     const { images } = await get(`/tasks/${part(name)}/feedback?limit=1`);
     notify(`Correction saved: ${saved.items[0].label}.`);
@@ -126,18 +126,24 @@ async function saveCorrection(button, name, label, blob, below) {
 }
 
 // A label that the task does not know may be a typing error: the user decides. Null where the user cancels.
-async function sendCorrection(name, label, blob, isNew = false) {
-  const query = `label=${part(label)}${isNew ? '&new_label=true' : ''}`;
-  try {
-    return (await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data;
-  } catch (error) {
-    if (error.code !== 'unknown_label') throw error;
-    const { nearest } = error.body;
-    const choices = { ...(nearest && { nearest: `I meant “${nearest}”` }), new: `Add the new class “${label}”` };
-    const chosen = await confirmDialog(`${name} has no class “${label}”`, { action: 'Save correction', body: Object.entries(choices)
-      .map(([value, text], index) => h('p', {}, h('label', {}, h('input', { type: 'radio', name: 'choice', value, checked: index === 0 }), ' ', text))) });
-    return chosen && sendCorrection(name, chosen.choice === 'nearest' ? nearest : label, blob, chosen.choice === 'new');
+async function sendCorrection(name, label, labels, blob) {
+  let chosen = label;
+  if (!labels.includes(label)) {
+    const near = nearest(label, labels);
+    const choices = [...(near ? [[near, `I meant “${near}”`]] : []), [label, `Add the new class “${label}”`]];
+    chosen = (await confirmDialog(`${name} has no class “${label}”`, { action: 'Save correction', body: choices
+      .map(([value, text], index) => h('p', {}, h('label', {}, h('input', { type: 'radio', name: 'label', value, checked: index === 0 }), ' ', text))) }))?.label;
+    if (chosen === undefined) return null;
   }
+  const query = `label=${part(chosen)}${labels.includes(chosen) ? '' : '&new_label=true'}`;
+  return (await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data;
+}
+
+// The label that differs in the fewest letters, if these are at most a third; by the edit distance (Levenshtein).
+function nearest(label, labels) {
+  const distance = (a, b) => [...b].reduce((row, letter, y) => [...a].reduce((next, other, x) => [...next, Math.min(row[x + 1] + 1, next[x] + 1, row[x] + (letter !== other))], [y + 1]), Array.from({ length: [...a].length + 1 }, (_, x) => x)).at(-1);
+  const ranked = labels.map(known => [distance(label.toLowerCase(), known.toLowerCase()), known]).sort((a, b) => a[0] - b[0]);
+  return ranked.length && ranked[0][0] <= Math.max(1, label.length / 3) ? ranked[0][1] : null;
 }
 
 async function retrain(button, name) {

@@ -14,11 +14,10 @@ const PHASES = { reading: 'reading the pictures', features: 'caching features', 
 
 export async function show(page, id, signal) {
   const job = await get(`/train/${part(id)}`, signal);
-  const head = h('div', { class: 'head' }), state = h('div', { role: 'status' }), result = h('div', {});
+  const head = h('div', { class: 'head' }), state = h('div', { role: 'status' }), result = h('div', {}), early = h('div', {});
   const curve = learningCurves(), trials = trialList();
   fill(page, h('p', { class: 'crumb' }, h('a', { href: '#/train' }, 'Train')), head, state, early, trials.element, curve.element, result);
   const update = now => { fill(head, title(now)); fill(state, progress(now)); };
-  const early = h('div', {});
   const published = event => {
     if (!event.preliminary) return;
     notify('A preliminary version is live. The full training continues.');

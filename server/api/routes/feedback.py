@@ -19,7 +19,7 @@ from server.datasets.dataset import MIN_TRAIN, Dataset
 from server.datasets.feedback_store import Added
 from server.datasets.formats.feedback_log import FeedbackEntry
 from server.datasets.formats.layout import label_of
-from server.datasets.lineage import pictures
+from server.datasets.lineage import rare_labels
 from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 from . import datasets, predict
@@ -138,11 +138,7 @@ def _rare_labels(services: Services, task: str, counts: Mapping[str, int]) -> li
         return []
     with suppress(stored.AliasNotFound, stored.VersionNotFound):  # without a live version, no label is known
         rare = {label: count for label, count in rare.items() if label not in _live(services, task).labels}
-    text = "the new class {!r} has {} so far; it is left out of training until it has {}"
-    return [
-        wire.DatasetWarning(code="rare_label", text=text.format(label, pictures(count), MIN_TRAIN))
-        for label, count in rare.items()
-    ]
+    return [wire.DatasetWarning.model_validate(found, from_attributes=True) for found in rare_labels(rare)]
 
 
 def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dataset:

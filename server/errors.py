@@ -11,7 +11,7 @@
     ├── Silent 408            upload_silent, body_timeout
     ├── Conflict 409          alias_conflict, idempotency_conflict, wrong_backbone, job_finished, version_in_use,
     │                         no_history, upload_busy, upload_offset_conflict, upload_incomplete, upload_finished,
-    │                         no_feedback, feedback_full, no_parent_dataset, key_exists,
+    │                         no_feedback, nothing_new, feedback_full, no_parent_dataset, key_exists,
     │                         labels_differ, geometry_differs
     ├── PreconditionFailed 412  precondition_failed
     ├── TooLarge 413          body_too_large, image_too_large

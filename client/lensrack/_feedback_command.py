@@ -23,9 +23,10 @@ def send(
     Raises errors that concern all pictures, such as an unknown label.
     """
     left_out, failed = LeftOut(), 0
+    warnings: list[wire.DatasetWarning] = []
     for image in found(paths, left_out):
         try:
-            [item] = store(source_of(image)).items
+            stored = store(source_of(image))
         except LensrackError as error:
             if (len(paths) == 1 and not paths[0].is_dir()) or not _concerns_picture(error):
                 raise
@@ -33,9 +34,12 @@ def send(
             term.print_error(error, about=str(image))
             items.append({"image": str(image), "error": str(error)})
             continue
+        [item], warnings = stored.items, stored.warnings
         before = f", before {item.previous}" if item.previous not in (None, item.label) else ""
         term.say(f"{image}: {item.label}{before}")
         items.append({"image": str(image), **item.model_dump()})
+    for warning in warnings:  # of the last image: those before it may not be true any more
+        term.say(f"warning: {warning.text}")
     if str(left_out):
         term.say(f"left out: {left_out}")
     if as_json:

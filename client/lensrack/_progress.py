@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import ValidationError
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from . import _archive, wire
+from ._job_text import event_text, progress_of
 from ._terminal import console, plain, say
 from .client import JobHandle
+
+LINE_EVERY_S = 1.7
+"""Least seconds between two lines of progress where there is no terminal: with the next report, these are two."""
+
+LASTING = ("trial", "published", "kept", "live_unusable", "retried")
+"""Events whose lines stay above the bar."""
 
 
 @contextmanager
@@ -39,67 +54,26 @@ def watch(handle: JobHandle) -> wire.Job:
 
 
 def _watch_bar(handle: JobHandle) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+    """Show a bar of the share of the work that is done. Lines above it stay: finished trials and published versions."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn())
     with Progress(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task(f"{handle.job.task}: {handle.state}", total=None, status="")
-        for event in handle.events():
-            progress = _progress_of(event)
-            if (trial := _trial_of(event)) is not None:
-                bar.update(task, completed=trial[0], total=trial[1], status=plain(_trial_text(event)))
-            elif progress is None:
-                bar.update(task, description=f"{plain(handle.job.task)}: {plain(event.type)}")
+        task = bar.add_task(f"{plain(handle.job.task)}: {handle.state}", total=None, status="")
+        for event in handle.events(progress=True):
+            text = plain(event_text(handle.job, event))
+            progress = progress_of(event) if event.type in ("epoch", "progress") else None
+            if progress is not None:
+                bar.update(task, description=plain(handle.job.task), status=text)
+                if progress.share is not None:
+                    bar.update(task, completed=progress.share, total=1.0)
+            elif event.type in LASTING:
+                bar.console.print(f"{plain(handle.job.task)}: {text}")
             else:
-                bar.update(task, completed=progress.epoch, total=progress.epochs, status=_progress_text(progress))
+                bar.update(task, description=f"{plain(handle.job.task)}: {text}")
 
 
 def _watch_lines(handle: JobHandle) -> None:
-    for event in handle.events():
-        progress = _progress_of(event)
-        if _trial_of(event) is not None:
-            say(f"{handle.job.task}: {_trial_text(event)}")
-        else:
-            say(f"{handle.job.task}: {event.type if progress is None else _progress_text(progress)}")
-
-
-def _progress_of(event: wire.JobEvent) -> wire.JobProgress | None:
-    if event.type != "epoch":
-        return None
-    try:
-        return wire.JobProgress.model_validate(event.data)
-    except ValidationError:
-        return None  # from a newer server with other fields: shown by its type
-
-
-def _trial_of(event: wire.JobEvent) -> tuple[int, int] | None:
-    """Return the number of the trial that has ended, and of how many the search consists; None for other events."""
-    numbers = event.data.get("trial"), event.data.get("trials")
-    if event.type != "trial" or not all(isinstance(number, int) for number in numbers):
-        return None
-    return numbers  # type: ignore[return-value]
-
-
-def _trial_text(event: wire.JobEvent) -> str:
-    trial = event.data
-    text = f"trial {trial['trial']}/{trial['trials']}  {trial.get('method')}  lr {trial.get('lr')}"
-    if "kept" in trial:
-        text += f"  {trial['kept']} prompts"
-    accuracy = trial.get("val_accuracy")
-    outcome = f"validation accuracy {accuracy:.1%}" if isinstance(accuracy, float) else "diverged"
-    return f"{text}  {outcome}"
-
-
-def _progress_text(progress: wire.JobProgress) -> str:
-    parts = [f"epoch {progress.epoch}/{progress.epochs}"]
-    if progress.loss is not None:
-        parts.append(f"loss {progress.loss:.4f}")
-    if progress.val_accuracy is not None:
-        parts.append(f"validation accuracy {progress.val_accuracy:.1%}")
-    if progress.eta_s is not None:
-        parts.append(f"{_clock(progress.eta_s)} left")
-    return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    said_at = 0.0
+    for event in handle.events(progress=True):
+        if event.type != "progress" or time.monotonic() - said_at >= LINE_EVERY_S:
+            say(f"{handle.job.task}: {event_text(handle.job, event)}")
+            said_at = time.monotonic()

@@ -41,6 +41,7 @@ _NEXT = {
     "version_in_use": "point its aliases elsewhere first: `lensrack alias TASK ALIAS VERSION`",
     "wrong_backbone": "use a server that runs the bundle's backbone, or train the task on this one",
     "unknown_label": "check the label, or add --new-label",
+    "nothing_new": "correct more images; a new class needs at least two",
     "no_feedback": "`lensrack feedback TASK IMAGE --label LABEL` stores an image's correct label",
     "no_parent_dataset": "choose one of `lensrack datasets list` with --parent",
     "upload_not_found": "start again without --resume",
@@ -308,6 +309,8 @@ def show_feedback(page: wire.FeedbackPage) -> None:
         say(f"the newest {len(page.items)} of {page.images}:")
     for item in page.items:
         say(f"  {item.sha256}  {item.label}  {when(item.at)}")
+    for warning in page.warnings:
+        say(f"warning: {warning.text}")
 
 
 def show_jobs(jobs: Sequence[wire.Job]) -> None:

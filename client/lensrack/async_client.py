@@ -505,7 +505,11 @@ class AsyncTasks:
         return await self._send(_endpoints.delete_feedback(task, sha256))
 
     async def freeze_feedback(self, task: str, *, name: str | None = None, parent: str | None = None) -> wire.Dataset:
-        """Make a dataset of the live version's dataset, or of `parent`, corrected and extended by all feedback."""
+        """Make a dataset of the live version's dataset, or of `parent`, corrected and extended by all feedback.
+
+        `skipped` lists what was left out: a new class needs two pictures. Raises ConflictError (nothing_new) where the
+        feedback changes nothing.
+        """
         return await self._send(_endpoints.freeze_feedback(task, name=name, parent=parent))
 
     async def load(self, task: str) -> wire.Residency:
@@ -685,12 +689,14 @@ class AsyncJobHandle:
         *,
         after: int = 0,
         timeout: float | None = None,  # noqa: ASYNC109 - it raises our error, which says that the job goes on
+        progress: bool = False,
     ) -> AsyncIterator[wire.JobEvent]:
         """Yield every event once, as it happens, until the job ends; reconnects when the connection breaks.
 
-        Raises RequestTimeout when the job has not ended after `timeout` seconds.
+        With `progress`, also an event `progress` about once a second while the job's progress changes. Raises
+        RequestTimeout when the job has not ended after `timeout` seconds.
         """
-        cursor = EventCursor(self.id, after, timeout)
+        cursor = EventCursor(self.id, after, timeout, progress=progress)
         while not cursor.finished:
             call = cursor.call()
             try:

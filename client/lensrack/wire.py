@@ -378,7 +378,7 @@ class Duplicates(Message):
 
 class DatasetWarning(Message):
     """`code` is stable: leakage, contradictory_labels, duplicates, imbalance, few_images, absent_classes,
-    similar_labels, nested_folders, small_images or many_skipped. `text` is a sentence."""
+    similar_labels, nested_folders, small_images or many_skipped; of feedback: rare_label. `text` is a sentence."""
 
     code: str
     text: str
@@ -463,19 +463,22 @@ class FeedbackItem(Message):
 
 
 class Feedback(Message):
-    """The stored feedback, in the order of the request."""
+    """The stored feedback, in the order of the request. `warnings`: what training could not use as it is, such as a new
+    class with a single picture."""
 
     task: str
     items: list[FeedbackItem]
+    warnings: list[DatasetWarning] = []
 
 
 class FeedbackPage(Message):
-    """`labels` counts all `images` by label; `items` are some of them, newest first."""
+    """`labels` counts all `images` by label; `items` are some of them, newest first; `warnings` as of `Feedback`."""
 
     task: str
     images: int
     labels: dict[str, int]
     items: list[FeedbackItem]
+    warnings: list[DatasetWarning] = []
     next: str | None = None
 
 
@@ -583,9 +586,12 @@ class TrainRequest(Request):
 
 
 class JobProgress(Message):
-    """The progress of a running job. `eta_s`: seconds left, None until an epoch has been timed.
+    """The progress of a running job. `eta_s`: seconds left as an estimate, None until something has been timed.
 
-    While a search tries recipes, `trial` of `trials` is running; epochs and steps are the trial's.
+    `phase`: reading (the pictures), features (caching what the frozen layers give), search, head (a preliminary
+    version), fit, condense, compare or publish. `share`: the estimated share of the work that is done, 0 to 1. While a
+    search tries recipes, `trial` of `trials` is running; epochs and steps are the trial's. `val_accuracy` and `val_nll`
+    are the last evaluated epoch's.
     """
 
     epoch: int = 0
@@ -597,6 +603,9 @@ class JobProgress(Message):
     eta_s: float | None = None
     trial: int = 0
     trials: int = 0
+    phase: str = ""
+    share: float | None = None
+    val_nll: float | None = None
 
 
 class JobError(Message):
@@ -642,7 +651,8 @@ class JobList(Message):
 class JobEvent(Message):
     """`seq` counts from 1 without gaps.
 
-    Types: queued, started, epoch, live_unusable, published, kept, retried, cancel_requested, and the three end states.
+    Types: queued, started, epoch, trial, live_unusable, published, kept, retried, cancel_requested, and the three end
+    states. An event `progress` is not stored: its data are a `JobProgress`, and its `seq` is that of the event before.
     """
 
     seq: int
@@ -652,11 +662,13 @@ class JobEvent(Message):
 
 
 class JobEvents(Message):
-    """A page of events; `next` is the last `seq` seen, and `finished` says that no more will come."""
+    """A page of events; `next` is the last `seq` seen, and `finished` says that no more will come. `progress` is the
+    job's at that moment."""
 
     events: list[JobEvent]
     next: int
     finished: bool
+    progress: JobProgress | None = None
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

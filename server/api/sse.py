@@ -1,9 +1,10 @@
 """A job's events as a stream of server-sent events (WHATWG HTML, section 9.2).
 
 Each event carries its number as `id`, so that a client which lost its connection sends `Last-Event-ID` and misses
-nothing. A comment every `HEARTBEAT_S` keeps proxies from closing a quiet stream. The stream ends with the job, with the
-key that opened it (a client that reconnects then gets 401), and when the server shuts down. A client that reconnects
-after the job's last event gets 204, which tells an EventSource to stop.
+nothing. Between them, `progress` without an `id` has the job's progress where it has changed. A comment every
+`HEARTBEAT_S` keeps proxies from closing a quiet stream. The stream ends with the job, with the key that opened it (a
+client that reconnects then gets 401), and when the server shuts down. A client that reconnects after the job's last
+event gets 204, which tells an EventSource to stop.
 
 FastAPI's own (`fastapi.sse`) serves a route that always streams: it decides by the route's response class, not by the
 request's Accept, and the 200 is sent before the first event is known, so no 204; its interval is private.
@@ -24,7 +25,7 @@ from server.errors import BadRequest, Forbidden, Unauthenticated
 
 MEDIA_TYPE: Final = "text/event-stream"
 HEARTBEAT_S: Final = 15.0
-WAIT_S: Final = 5.0  # of one wait for events; shorter than HEARTBEAT_S, so that a heartbeat is never late by much
+WAIT_S: Final = 1.0  # of one wait for events, and so between two reports of progress
 
 # (after, wait_s); raises Unauthenticated or Forbidden once the key no longer allows it
 Page = Callable[[int, float], Awaitable[wire.JobEvents]]
@@ -55,11 +56,14 @@ async def respond(page: Page, after: int, leaving: Callable[[], bool]) -> Respon
 
 
 async def _frames(events: wire.JobEvents, page: Page, leaving: Callable[[], bool]) -> AsyncIterator[str]:
-    sent_at = time.monotonic()
+    sent_at, shown = time.monotonic(), events.progress
     while True:
         for event in events.events:
             yield frame(event)
             sent_at = time.monotonic()
+        if events.progress != shown and not events.finished:
+            yield f"event: progress\ndata: {events.progress.model_dump_json() if events.progress else '{}'}\n\n"
+            sent_at, shown = time.monotonic(), events.progress
         if events.finished or leaving():
             return
         if time.monotonic() - sent_at >= HEARTBEAT_S:

@@ -12,6 +12,7 @@ BENCHES = (
     "compare",
     "decode",
     "engine",
+    "epochs",
     "http",
     "jobs",
     "ladder",

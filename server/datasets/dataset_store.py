@@ -38,7 +38,7 @@ from .formats.contents import contents
 from .formats.image_kind import kind
 from .formats.manifests import Manifests, id_of, no_dataset
 from .formats.member_names import printable
-from .lineage import drop_rare_labels, merge_examples
+from .lineage import drop_rare_labels, merge_examples, nothing_new
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ class DatasetStore:
     def extend(self, parent: str, more: Iterable[tuple[Example, Path]], *, name: str = "") -> Dataset:
         """A new dataset of the parent's pictures and `more`: verified pictures in files on the same disk.
 
-        A new label with a single picture is left out and listed as skipped. Files that are gone by now are ignored.
-        Raises like `ingest`.
+        A new label with a single training picture is left out and listed as skipped. Files that are gone by now are
+        ignored. Raises like `ingest`, and Conflict nothing_new where the parent has all of it, with what was left out.
         """
         base = self.get(parent)
         with disk_errors(), self._staged() as staging:
@@ -130,6 +130,8 @@ class DatasetStore:
             examples, skipped = drop_rare_labels(merge_examples(base.examples, linked, self._max_images), base.labels)
             dataset_name, now = _name(name, base), time.time()
             dataset = Dataset.of(examples, skipped, name=dataset_name, created_at=now, parent=base.id)
+            if dataset.id == base.id:
+                raise nothing_new(base.id, skipped)
             return self._keep(dataset, staging)
 
     def get(self, dataset_id: str) -> Dataset:
@@ -204,8 +206,8 @@ class DatasetStore:
         write(manifest, dataset.to_json().encode())
         with self._locked():
             known = manifests.read(place)
-            if known is not None:
-                return known
+            if known is not None:  # what was left out is this upload's, not the earlier one's
+                return replace(known, skipped=dataset.skipped, report=dataset.report)
             self._manifests.require_room(dataset.bytes)
             moved: set[str] = set()
             try:

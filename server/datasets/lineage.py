@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+
+from server.errors import Conflict
 
 from .dataset import MIN_TRAIN, Example, Skipped, bad_dataset
+from .report import WarningText
 
 
 def merge_examples(parent: Sequence[Example], added: Iterable[Example], max_images: int) -> list[Example]:
@@ -34,7 +37,30 @@ def merge_examples(parent: Sequence[Example], added: Iterable[Example], max_imag
 def drop_rare_labels(examples: Sequence[Example], labels: Collection[str]) -> tuple[list[Example], list[Skipped]]:
     """Drop examples of labels that are not in `labels` and have too few training pictures; returns kept and skipped."""
     train = Counter(example.label for example in examples if example.split == "train")
-    rare = {label for label, count in train.items() if count < MIN_TRAIN and label not in labels}
-    reason = f"its label has no other training picture; expected at least {MIN_TRAIN}"
-    skipped = [Skipped(f"{e.label}/{e.name}", reason) for e in examples if e.label in rare]
+    rare = {e.label for e in examples if train[e.label] < MIN_TRAIN} - set(labels)
+    reason = "the new class {!r} has {} in train; expected at least {}"
+    skipped = [
+        Skipped(f"{e.label}/{e.name}", reason.format(e.label, pictures(train[e.label]), MIN_TRAIN))
+        for e in examples
+        if e.label in rare
+    ]
     return [e for e in examples if e.label not in rare], skipped
+
+
+def nothing_new(parent: str, skipped: Sequence[Skipped]) -> Conflict:
+    """The error where an extension has no picture and no label that the parent does not have."""
+    detail = f"nothing is new: dataset {parent[:12]} has all of these pictures under these labels"
+    if skipped:
+        detail = f"nothing is new for dataset {parent[:12]}; left out: {len(skipped)}, the first: {skipped[0].name}: "
+        detail += skipped[0].reason
+    return Conflict(detail, code="nothing_new", parent=parent, skipped=[asdict(skip) for skip in skipped])
+
+
+def rare_labels(counts: Mapping[str, int]) -> list[WarningText]:
+    """A warning for each new label that has too few pictures so far."""
+    text = "the new class {!r} has {} so far; it is left out of training until it has {}"
+    return [WarningText("rare_label", text.format(label, pictures(n), MIN_TRAIN)) for label, n in counts.items()]
+
+
+def pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"

@@ -96,6 +96,7 @@ def reporting(
         baseline=baseline,
     )
     run.latest = Progress(resume.epoch if resume else 0, recipe.epochs)
+    run.plan(splits, run.latest.epoch, each_epoch=each_epoch)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
     figures, _ = yield from run.evaluate(train, val, splits.test)
@@ -169,7 +170,7 @@ class BaselineFit(Fit):
                 rows = yield from self._network_inputs(inputs, torch.from_numpy(index), batch)
                 answer = yield ExclusiveStep(partial(self._evaluated, rows))
                 answers.append(answer.double().cpu().numpy())
-                self.tick()
+                self.tick(self.work.evaluated * len(index))
         return np.concatenate(answers)
 
     @torch.no_grad()

@@ -151,7 +151,7 @@ class _Comparison:
         """The progress of a fit as that of the comparison; `figures` are those of a fit that has just ended."""
         total = len(self.request.methods) * len(self.request.seeds)
         number = min(len(self.fits) + (figures is None), total)
-        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, trial_figures=figures)
+        return progress.as_trial("compare", number, total, figures)
 
     def costs(self) -> Fitting[dict[str, forward_cost.Cost]]:
         """The forward cost of every servable method, by name."""

@@ -223,7 +223,7 @@ class _Condensing:
 
     def _progress(self, progress: Progress, figures: Figures | None = None) -> Progress:
         number, total = len(self.figures.get("sweep", ())) + 1, len(self.counts)
-        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, trial_figures=figures)
+        return progress.as_trial("condense", number, total, figures)
 
 
 def refit_recipe(recipe: Recipe) -> Recipe:

@@ -41,10 +41,12 @@ class UnservableBundle(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """`accuracy`: top-1. `nll`: the mean negative log-likelihood of the right label, in nats."""
+    """`accuracy`: top-1. `nll`: the mean negative log-likelihood of the right label, in nats. `images`: how many
+    pictures these are means of."""
 
     accuracy: float
     nll: float
+    images: int = 0
 
     def better_than(self, other: Score) -> bool:
         return (self.accuracy, -self.nll) > (other.accuracy, -other.nll)
@@ -60,7 +62,8 @@ def evaluate(bundle: Bundle, backbone: Backbone, registry: Registry, batches: Ba
         scores = F.log_softmax(_logits(backbone, loaded, pictures), dim=1)  # [B, C]
         hits.append(scores.argmax(1) == targets)
         losses.append(_nll(scores, targets))
-    return Score(round(torch.cat(hits).double().mean().item(), 6), round(torch.cat(losses).mean().item(), 6))
+    right, nll = torch.cat(hits).double(), torch.cat(losses)
+    return Score(round(right.mean().item(), 6), round(nll.mean().item(), 6), len(right))
 
 
 def _load(bundle: Bundle, backbone: Backbone, registry: Registry) -> Loaded:

@@ -31,10 +31,10 @@ from . import augment, metrics, token_init
 from .checkpoint import Checkpoint, OnCheckpoint, ignore_checkpoint, optimizer_tensors, restore_optimizer
 from .co_batching import Fitting, ForwardRequest, run_alone
 from .data import LabelledImages, Pixels, Splits
-from .frozen import FrozenFeatures, parts
+from .frozen import EVAL_BATCH, FrozenFeatures, parts
 from .inputs import Inputs
 from .optimizer import lr_scale, make_optimizer, set_lr
-from .progress import EpochClock, OnProgress, Progress, ignore_progress
+from .progress import EpochClock, OnProgress, Progress, Work, ignore_progress
 from .recipe import Recipe
 
 
@@ -99,6 +99,7 @@ def fitting(
     run = Fit(backbone, method, recipe, lengths, frozen or FrozenFeatures(backbone), on_progress, on_checkpoint)
     run.latest = Progress(resume.epoch if resume else 0, recipe.epochs)
     yield from run.begin(splits.train, labels, start, resume)
+    run.plan(splits, resume.epoch if resume else 0, each_epoch=each_epoch)
     train, val = (yield from run.inputs(splits.train)), (yield from run.inputs(splits.val))
     yield from run.optimise(train, val if each_epoch else None, resume)
     return (yield from run.result(train, val, splits.test))
@@ -107,7 +108,7 @@ def fitting(
 @dataclass
 class Fit:
     """The state of one fit. `weights`: class weights [C], or None where all weigh the same. `passes`: pictures that
-    went through the backbone. `latest`: the last progress that was reported."""
+    went through the backbone. `work`: how much of the fit is done. `latest`: the last progress that was reported."""
 
     backbone: Backbone
     method: Method
@@ -121,7 +122,9 @@ class Fit:
     best: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "val_accuracy": [], "val_nll": []})
     passes: int = 0
+    work: Work = field(default_factory=Work)
     latest: Progress = field(default_factory=Progress)
+    _cached_at: float = field(default=0.0, init=False)  # `work.done` when the features that are computed are complete
 
     def begin(
         self, train: LabelledImages, labels: int, start: FitResult | None, resume: Checkpoint | None
@@ -151,10 +154,29 @@ class Fit:
         )
         return {"prompts": prompts}
 
+    def plan(self, splits: Splits, done: int, *, each_epoch: bool) -> None:
+        """Estimate the work of the fit, of which `done` epochs are done: only the progress depends on it."""
+        train, val, test = len(splits.train), len(splits.val), len(splits.test or ())
+        layer, _ = self._first_layer()
+        if layer == self.backbone.spec.depth and self.recipe.augment == "none":
+            self.work = Work(trained=0.01, evaluated=0.01)  # a head on features
+        epoch = self.work.trained * train + self.work.evaluated * val * each_epoch
+        features = train + val if layer and self.recipe.augment == "none" else 0
+        self.work.total = features + epoch * self.recipe.epochs + self.work.evaluated * val + test
+        self.work.done = epoch * done
+
     def inputs(self, pictures: LabelledImages, again: bool = True) -> Fitting[Inputs]:
         """The inputs of a set of pictures. What lies before the first trained layer is the same in every epoch, and so
         is what readers read: both are computed once. `again`: whether the pictures are read more than once; only then
         are keys and values recorded."""
+        self._cached_at, self.latest = self.work.done + len(pictures), replace(self.latest, phase="features")
+        inputs = yield from self._inputs(pictures, again)
+        self.latest = replace(self.latest, phase="fit")
+        if inputs.layer or inputs.recorded is not None:
+            self.work.done = self._cached_at  # where they were cached before, too
+        return inputs
+
+    def _inputs(self, pictures: LabelledImages, again: bool) -> Fitting[Inputs]:
         targets, (layer, pool) = torch.from_numpy(pictures.targets), self._first_layer()
         if self._is_reader():
             return (yield from self._reader_inputs(pictures, targets, layer, again))
@@ -162,13 +184,13 @@ class Fit:
             return Inputs(pictures, None, 0, targets)
         if layer == self.backbone.spec.depth:
             self.passes += len(pictures)  # also where they are cached: a repeated fit reports the same number
-        features = yield from self.frozen.features(pictures.images, layer, self.tick, pool)
+        features = yield from self.frozen.features(pictures.images, layer, self._feature_tick, pool)
         return Inputs(pictures, features, layer, targets)
 
     def _reader_inputs(self, pictures: LabelledImages, targets: Tensor, layer: int, again: bool) -> Fitting[Inputs]:
         if not again or self.recipe.augment != "none" or not self.frozen.recordable(len(pictures), layer):
             return Inputs(pictures, None, layer, targets)
-        recorded = yield from self.frozen.recorded(pictures.images, layer, self.tick)
+        recorded = yield from self.frozen.recorded(pictures.images, layer, self._feature_tick)
         self.passes += len(recorded)
         return Inputs(pictures, None, layer, targets, recorded)
 
@@ -211,6 +233,7 @@ class Fit:
                 set_lr(optimizer, recipe.lr * lr_scale(recipe, now))
                 loss = yield from self._step(optimizer, train, index, batch, generator)
                 total += loss * len(index)
+                self.work.done += self.work.trained * len(index)
                 progress = Progress(epoch, recipe.epochs, step, len(batches), loss, self._accuracy(), eta_s(now))
                 self._report(replace(progress, trained_images=len(index)))
         return total / len(train.targets), len(batches)
@@ -255,13 +278,20 @@ class Fit:
         return {**self.params, "prompts": prompts * kept.to(prompts.device) / (1 - rate)}
 
     def _report(self, progress: Progress) -> None:
+        nll = self.curves["val_nll"][-1] if self.curves["val_nll"] else None
+        progress = replace(progress, phase="fit", share=self.work.share, val_nll=nll)
         self.latest = replace(progress, epoch_ended=False, trained_images=0)
         self.on_progress(progress)
 
-    def tick(self) -> None:
-        """Report the latest progress again, so that `on_progress` can end the fit: evaluating many pictures takes
-        longer than a step."""
+    def tick(self, work: float = 0.0) -> None:
+        """Report the latest progress again after so much `work`, so that `on_progress` can end the fit: evaluating many
+        pictures takes longer than a step."""
+        self.work.done += work
+        self.latest = replace(self.latest, share=self.work.share)
         self.on_progress(self.latest)
+
+    def _feature_tick(self) -> None:
+        self.tick(min(EVAL_BATCH, self._cached_at - self.work.done))
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +310,7 @@ class Fit:
                     features = yield self.request(inputs, index, batch, condition(lens, len(index)))
                 with torch.inference_mode():
                     answers.append(vit.classify(features, lens).double().cpu().numpy())
-                self.tick()
+                self.tick(self.work.evaluated * len(rows))
         return np.concatenate(answers)
 
     def _record_validation(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:

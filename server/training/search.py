@@ -16,7 +16,7 @@ the same accuracy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -34,7 +34,7 @@ from .data import LabelledImages, Splits, sample
 from .fit import DivergedError, FitResult, fitting
 from .frozen import FrozenFeatures
 from .presets import find_preset, overlaid
-from .progress import OnProgress, Progress, ignore_progress
+from .progress import OnProgress, Progress, Work, ignore_progress
 from .recipe import Recipe, resolve
 from .token_init import has_prompts
 
@@ -53,6 +53,15 @@ class Candidate:
     recipe: Recipe
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A candidate that was tried. `nll`: its validation loss, infinite where it diverged; `trial`: its number."""
+
+    candidate: Candidate
+    nll: float
+    trial: int
+
+
 def searching(
     backbone: Backbone,
     methods: Sequence[Method],
@@ -65,18 +74,20 @@ def searching(
     on_checkpoint: OnCheckpoint = ignore_checkpoint,
     resume: Checkpoint | None = None,
     frozen: FrozenFeatures | None = None,
+    on_head: Callable[[FitResult], None] | None = None,
 ) -> Fitting[FitResult]:
     """Find a recipe among `methods` for `labels` classes and fit it. `fixed`: recipe fields that are not searched.
 
     `budget`: pictures that may go through the backbone before the full fit; without one it is a hundred times the
-    training pictures, and at most 30,000. The result's metrics hold all trials under `search`. Other arguments as for
-    `fit.fitting`.
+    training pictures, and at most 30,000. `on_head` receives the best head, fitted, before the first trial of prompts;
+    a search that resumes after that trial does not call it again. The result's metrics hold under `search` all trials,
+    and which of them was `chosen` to be fitted in full. Other arguments as for `fit.fitting`.
     """
     state = resume or Checkpoint()
     plan = _Plan.make(backbone, methods, splits, fixed, budget or min(BUDGET, BUDGET_EACH * len(splits.train)))
     frozen = frozen or FrozenFeatures(backbone)
     run = _Search(backbone, splits, labels, plan, on_progress, on_checkpoint, frozen, list(state.trials))
-    best = yield from run.try_candidates()
+    best = yield from run.try_candidates(on_head)
     return (yield from run.fit_best(best, state))
 
 
@@ -152,29 +163,47 @@ class _Search:
         self._short = sample(train, self.plan.short, seed)
         self._long = sample(train, KEEP_ONE_OF * self.plan.short, seed)
         self._done = 0
+        self._costs = self._trial_costs()
 
-    def try_candidates(self) -> Fitting[list[tuple[Candidate, float]]]:
-        """Run the remaining trials. Returns the best head and the best candidate of the second rung, each with its
-        validation loss; only one of them where the search has no other."""
+    def try_candidates(self, on_head: Callable[[FitResult], None] | None) -> Fitting[list[Tried]]:
+        """Run the remaining trials. Returns the best head and the best candidate of the second rung; only one of them
+        where the search has no other."""
+        resumed = len(self.trials)
         heads = yield from self._rung(self.plan.heads, 0, self._for_heads, None)
+        if on_head and heads and self.plan.prompted and resumed <= len(heads) and heads[0].nll < math.inf:
+            on_head((yield from self._preliminary(heads[0].candidate)))
         first = yield from self._rung(self.plan.prompted, 1, self._short, self.plan.short)
-        promoted = _promoted([candidate for candidate, _ in first], self.plan.promoted)
+        promoted = _promoted([tried.candidate for tried in first], self.plan.promoted)
         second = yield from self._rung(promoted, 2, self._long, KEEP_ONE_OF * self.plan.short)
         return heads[:1] + second[:1]
 
-    def fit_best(self, best: Sequence[tuple[Candidate, float]], state: Checkpoint) -> Fitting[FitResult]:
+    def fit_best(self, best: Sequence[Tried], state: Checkpoint) -> Fitting[FitResult]:
         """Fit the best prompts in full, even if the head is ahead: a short schedule may underrate prompts. Where the
         head is better than the full fit, fit the head."""
-        (head, head_loss), (prompted, prompted_loss) = best[0], best[-1]
+        head, chosen = best[0], best[-1]
         result = None
-        if prompted is not head and prompted_loss < math.inf:
+        if chosen is not head and chosen.nll < math.inf:
             with suppress(DivergedError):
-                result = yield from self._fit(prompted, self.on_checkpoint, state)
-        if result is None or (prompted is not head and _loss(result) > head_loss):
-            resumable = (self.on_checkpoint, state) if prompted is head else (ignore_checkpoint, Checkpoint())
-            result = yield from self._fit(head, *resumable)
+                result = yield from self._fit(chosen.candidate, self.on_checkpoint, state)
+        if result is None or (chosen is not head and _loss(result) > head.nll):
+            resumable = (self.on_checkpoint, state) if chosen is head else (ignore_checkpoint, Checkpoint())
+            chosen = head
+            result = yield from self._fit(head.candidate, *resumable)
         search = {"budget": self.plan.budget, "forward_passes": self._spent(), "trials": self.trials}
-        return replace(result, metrics={**result.metrics, "search": search})
+        return replace(result, metrics={**result.metrics, "search": {**search, "chosen": chosen.trial}})
+
+    def _preliminary(self, head: Candidate) -> Fitting[FitResult]:
+        """The fit of a head on the pictures of its trial, whose features are there already."""
+        return fitting(
+            self.backbone,
+            head.method,
+            Splits(self._for_heads, self._val, None),
+            self.labels,
+            head.recipe,
+            on_progress=lambda progress: self.on_progress(replace(self._progress(progress), phase="head", trial=0)),
+            frozen=self.frozen,
+            each_epoch=False,
+        )
 
     def _fit(self, candidate: Candidate, on_checkpoint: OnCheckpoint, state: Checkpoint) -> Fitting[FitResult]:
         return fitting(
@@ -183,7 +212,7 @@ class _Search:
             self.splits,
             self.labels,
             candidate.recipe,
-            on_progress=self.on_progress,
+            on_progress=lambda now: self.on_progress(replace(now, share=self._share(len(self._costs) - 1, now.share))),
             on_checkpoint=lambda now: on_checkpoint(replace(now, trials=self.trials)),
             resume=state,
             frozen=self.frozen,
@@ -191,19 +220,19 @@ class _Search:
 
     def _rung(
         self, candidates: Sequence[Candidate], rung: int, train: LabelledImages, pictures: int | None
-    ) -> Fitting[list[tuple[Candidate, float]]]:
+    ) -> Fitting[list[Tried]]:
         """Try every candidate on `train`, for `pictures` training pictures instead of its own epochs where that is
-        given. Returns the candidates with their validation losses, best first; the sort is stable."""
-        losses = []
+        given. Returns the candidates, the lowest validation loss first; the sort is stable."""
+        tried = []
         for candidate in candidates:
             if self._done == len(self.trials):
                 self.trials.append((yield from self._trial(candidate, rung, train, pictures)))
                 self.on_checkpoint(Checkpoint(trials=self.trials))
                 self.on_progress(self._progress(Progress(), self.trials[-1]))
             nll = self.trials[self._done]["val_nll"]
-            losses.append((candidate, math.inf if nll is None else nll))
             self._done += 1
-        return sorted(losses, key=lambda pair: pair[1])
+            tried.append(Tried(candidate, math.inf if nll is None else nll, self._done))
+        return sorted(tried, key=lambda one: one.nll)
 
     def _trial(
         self, candidate: Candidate, rung: int, train: LabelledImages, pictures: int | None
@@ -211,7 +240,8 @@ class _Search:
         recipe = candidate.recipe
         if pictures is not None:
             recipe = _shortened(recipe, max(1, round(pictures / len(train))))
-        about = {"method": candidate.method.name, "rung": rung, "images": len(train), **_searched(recipe)}
+        about = {"method": candidate.method.name, "rung": rung, "images": len(train), "val_images": len(self._val)}
+        about |= _searched(candidate.method, recipe)
         try:
             result = yield from fitting(
                 self.backbone,
@@ -224,18 +254,39 @@ class _Search:
                 each_epoch=False,
             )
         except DivergedError:
-            return {**about, "val_accuracy": None, "val_nll": None, "forward_passes": 0}
+            return {**about, "val_accuracy": None, "val_interval": None, "val_nll": None, "forward_passes": 0}
         metrics = result.metrics
         return {
             **about,
             "val_accuracy": metrics["val_accuracy"],
+            "val_interval": metrics["val"]["interval"],
             "val_nll": metrics["val"]["nll"],
             "forward_passes": 0 if pictures is None else metrics["forward_passes"],
         }
 
     def _progress(self, progress: Progress, figures: dict[str, Any] | None = None) -> Progress:
         number, total = len(self.trials) + (figures is None), self.plan.trials
-        return replace(progress, epoch_ended=False, eta_s=None, trial=number, trials=total, trial_figures=figures)
+        share = self._share(len(self.trials), progress.share)
+        return replace(progress.as_trial("search", number, total, figures), share=share)
+
+    def _share(self, step: int, share: float | None) -> float:
+        """The share of the whole work at a share of a step: trials are counted from 0, and the full fit is the last."""
+        done = sum(self._costs[:step]) + (share or 0.0) * self._costs[step]
+        return round(done / sum(self._costs), 4)
+
+    def _trial_costs(self) -> list[float]:
+        """The estimated work of every trial and of the full fit, as `Work` counts it."""
+        cost, val, plan = Work(), len(self._val), self.plan
+        features = float(len(self._for_heads) + val)
+        heads = [features, *[features / 50] * len(plan.heads)][: len(plan.heads)]
+        first, second = (
+            [cost.trained * pictures + cost.evaluated * val] * count
+            for pictures, count in ((plan.short, len(plan.prompted)), (KEEP_ONE_OF * plan.short, plan.promoted))
+        )
+        if not plan.prompted:
+            return [*heads, features / 50]
+        epoch = cost.trained * len(self.splits.train) + cost.evaluated * len(self.splits.val)
+        return [*heads, *first, *second, plan.prompted[0].recipe.epochs * epoch]
 
     def _spent(self) -> int:
         """Pictures through the backbone: those of the features that all heads share, and those of every other trial."""
@@ -263,9 +314,9 @@ def _shortened(recipe: Recipe, epochs: int) -> Recipe:
     return replace(recipe, epochs=epochs, warmup_epochs=recipe.warmup_epochs * epochs / recipe.epochs, patience=0)
 
 
-def _searched(recipe: Recipe) -> dict[str, Any]:
-    """The fields in which candidates differ."""
-    names = ("optimizer", "lr", "weight_decay", "prompts", "epochs")
+def _searched(method: Method, recipe: Recipe) -> dict[str, Any]:
+    """The fields in which candidates differ: the usual ones, and those of the method's own suggestions."""
+    names = {"optimizer", "lr", "weight_decay", "prompts", "epochs"}.union(*method.candidates)
     return {name: value for name, value in recipe.to_json().items() if name in names}
 
 

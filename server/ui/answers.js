@@ -1,6 +1,6 @@
 // Predictions of several tasks for one picture, side by side, with attention maps and a form for corrections.
 import { call, get, part, post } from './api.js';
-import { notify, run } from './dialogs.js';
+import { confirmDialog, notify, run } from './dialogs.js';
 import { field, fill, h, newId } from './dom.js';
 import { heatmap } from './heatmap.js';
 import { pictureFrame, pictureInput } from './pictures.js';
@@ -118,19 +118,41 @@ async function liveVersion(name) {
 
 async function saveCorrection(button, name, label, labels, blob, below) {
   await run(button, async () => {
-    const query = `label=${part(label)}${labels.includes(label) ? '' : '&new_label=true'}`;
-    await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type } });
+    const saved = await sendCorrection(name, label, labels, blob);
+    if (!saved) return;
     const { images } = await get(`/tasks/${part(name)}/feedback?limit=1`);
-    notify(`Correction saved: ${label}.`);
+    notify(`Correction saved: ${saved.items[0].label}.`);
     const retrainButton = h('button', { type: 'button', class: 'primary', onclick: event => retrain(event.currentTarget, name) }, 'Retrain with corrections');
-    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} for its next version.`), retrainButton);
+    fill(below, h('p', { class: 'small' }, `${name} has ${count(images, 'correction')} for its next version.`), saved.warnings.map(warning => h('p', { class: 'small problem' }, warning.text)), retrainButton);
     retrainButton.focus();
   });
+}
+
+// A label that the task does not know may be a typing error: the user decides. Null where the user cancels.
+async function sendCorrection(name, label, labels, blob) {
+  let chosen = label;
+  if (!labels.includes(label)) {
+    const near = nearest(label, labels);
+    const choices = [...(near ? [[near, `I meant “${near}”`]] : []), [label, `Add the new class “${label}”`]];
+    chosen = (await confirmDialog(`${name} has no class “${label}”`, { action: 'Save correction', body: choices
+      .map(([value, text], index) => h('p', {}, h('label', {}, h('input', { type: 'radio', name: 'label', value, checked: index === 0 }), ' ', text))) }))?.label;
+    if (chosen === undefined) return null;
+  }
+  const query = `label=${part(chosen)}${labels.includes(chosen) ? '' : '&new_label=true'}`;
+  return (await call('POST', `/tasks/${part(name)}/feedback?${query}`, { body: blob, headers: { 'Content-Type': blob.type || 'application/octet-stream' } })).data;
+}
+
+// The label that differs in the fewest letters, if these are at most a third; by the edit distance (Levenshtein).
+function nearest(label, labels) {
+  const distance = (a, b) => [...b].reduce((row, letter, y) => [...a].reduce((next, other, x) => [...next, Math.min(row[x + 1] + 1, next[x] + 1, row[x] + (letter !== other))], [y + 1]), Array.from({ length: [...a].length + 1 }, (_, x) => x)).at(-1);
+  const ranked = labels.map(known => [distance(label.toLowerCase(), known.toLowerCase()), known]).sort((a, b) => a[0] - b[0]);
+  return ranked.length && ranked[0][0] <= Math.max(1, label.length / 3) ? ranked[0][1] : null;
 }
 
 async function retrain(button, name) {
   await run(button, async () => {
     const dataset = await post(`/tasks/${part(name)}/feedback/dataset?name=${part(`${name}, corrected`)}`);
+    if (dataset.skipped.length) notify(`Left out: ${count(dataset.skipped.length, 'correction')}. ${dataset.skipped[0].reason}.`, 'bad');
     const version = await liveVersion(name);
     const job = await post('/train', { task: name, dataset: dataset.id, method: version.method, recipe: reusable(version.recipe) });
     location.hash = `#/jobs/${job.id}`;

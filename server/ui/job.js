@@ -3,23 +3,29 @@ import { at, call, get, part } from './api.js';
 import { predictionPanel } from './answers.js';
 import { lines } from './charts.js';
 import { notify, run } from './dialogs.js';
-import { fill, h, scrolling, section } from './dom.js';
-import { figures } from './version.js';
-import { ago, count, duration, percent, short } from './words.js';
+import { fill, h, section } from './dom.js';
+import { figures, trialTable } from './version.js';
+import { ago, count, duration, percent, short, withInterval } from './words.js';
 
 const FINISHED = ['succeeded', 'failed', 'cancelled'];
 const TYPES = ['queued', 'started', 'epoch', 'trial', 'published', 'kept', 'live_unusable', 'retried', 'cancel_requested', ...FINISHED];
 const POLL_S = 1;
+const PHASES = { reading: 'reading the pictures', features: 'caching features', head: 'fitting a preliminary head', publish: 'evaluating and publishing' };
 
 export async function show(page, id, signal) {
   const job = await get(`/train/${part(id)}`, signal);
-  const head = h('div', { class: 'head' }), state = h('div', { role: 'status' }), result = h('div', {});
+  const head = h('div', { class: 'head' }), state = h('div', { role: 'status' }), result = h('div', {}), early = h('div', {});
   const curve = learningCurves(), trials = trialList();
-  fill(page, h('p', { class: 'crumb' }, h('a', { href: '#/train' }, 'Train')), head, state, trials.element, curve.element, result);
+  fill(page, h('p', { class: 'crumb' }, h('a', { href: '#/train' }, 'Train')), head, state, early, trials.element, curve.element, result);
   const update = now => { fill(head, title(now)); fill(state, progress(now)); };
+  const published = event => {
+    if (!event.preliminary) return;
+    notify('A preliminary version is live. The full training continues.');
+    fill(early, h('p', { class: 'small' }, 'A preliminary version answers meanwhile: ', h('a', { href: `#/ask/${part(job.task)}` }, `try ${job.task}`), event.val_accuracy != null && ` (validation accuracy ${withInterval(event.val_accuracy, event.val_interval)})`));
+  };
   update(job);
   let wake = () => {};
-  const ended = listen(id, { epoch: curve.add, trial: trials.add, retried: curve.clear, published: event => event.preliminary && notify('A preliminary version is live. The full training continues.') }, () => wake(), signal);
+  const ended = listen(id, { epoch: curve.add, trial: trials.add, retried: curve.clear, published }, () => wake(), signal);
   follow();
 
   async function follow() {
@@ -33,6 +39,8 @@ export async function show(page, id, signal) {
     if (signal.aborted) return;
     await Promise.race([ended, new Promise(resolve => setTimeout(resolve, 3000 * POLL_S))]);
     update(now);
+    trials.choose(now.metrics.search?.chosen);
+    if (now.state === 'succeeded') fill(early);
     fill(result, outcome(now, signal));
   }
 }
@@ -64,13 +72,13 @@ function progress(job) {
   const now = job.progress;
   if (job.state === 'queued') return h('p', { class: 'muted' }, 'Waiting for a worker.');
   if (job.state === 'failed') return h('p', { class: 'problem' }, `${job.error?.detail ?? 'Training failed.'} (${job.error?.code ?? 'unknown'})`);
-  if (job.state === 'cancelled') return h('p', { class: 'muted' }, 'Cancelled. The live version has not changed.');
+  if (job.state === 'cancelled') return h('p', { class: 'muted' }, 'Cancelled. The full fit has published no version.');
   if (job.state === 'succeeded') return h('p', { class: 'muted' }, `Finished ${ago(job.finished_at)}; training took ${duration(job.finished_at - job.started_at)}.`);
-  const searching = now.trials > 0 && now.trial < now.trials + 1 && !now.eta_s && now.epochs && now.trial;
-  const share = now.epochs ? (now.epoch + (now.steps ? now.step / now.steps : 0)) / Math.max(1, now.epochs) : 0;
-  const parts = [searching && `trial ${now.trial} of ${now.trials}`, now.epochs > 0 && `epoch ${Math.min(now.epoch + 1, now.epochs)} of ${now.epochs}`,
-    now.loss !== null && `loss ${now.loss.toFixed(3)}`, now.val_accuracy !== null && `validation accuracy ${percent(now.val_accuracy)}`, now.eta_s !== null && `about ${duration(now.eta_s)} left`].filter(Boolean);
-  return [h('progress', { max: 1, value: now.epochs ? Math.min(1, share) : null, 'aria-label': 'Training' }), h('p', { class: 'small muted' }, parts.join(' · ') || 'Loading the pictures …')];
+  const epochs = now.epochs > 0 && !(now.phase in PHASES) && `epoch ${Math.max(1, now.epoch)} of ${now.epochs}`;
+  const parts = [now.trials > 0 && now.trial > 0 && `${now.phase === 'compare' ? 'fit' : 'trial'} ${now.trial} of ${now.trials}`, PHASES[now.phase], epochs,
+    now.loss !== null && `loss ${now.loss.toFixed(3)}`, now.val_nll !== null && `validation loss ${now.val_nll.toFixed(3)}`, now.val_accuracy !== null && `validation accuracy ${percent(now.val_accuracy)}`,
+    now.share !== null && `${percent(now.share, 0)} done`, now.eta_s !== null && `about ${duration(now.eta_s)} left`].filter(Boolean);
+  return [h('progress', { max: 1, value: now.share, 'aria-label': 'Training' }), h('p', { class: 'small muted' }, parts.join(' · ') || 'Loading the pictures …')];
 }
 
 function learningCurves() {
@@ -102,12 +110,14 @@ function trialList() {
     element,
     add(event) {
       if (!finished.some(trial => trial.trial === event.trial)) finished.push(event);
-      const best = finished.reduce((first, trial) => (trial.val_nll ?? Infinity) < (first.val_nll ?? Infinity) ? trial : first);
-      fill(element, section(`Search: ${finished.length} of ${event.trials} trials`, scrolling('Trials', h('ol', { class: 'trials' }, finished.map(trial => h('li', { class: trial === best ? 'best' : null },
-        h('span', {}, trial.method), h('span', { class: 'muted small' }, [trial.lr && `lr ${trial.lr}`, trial.prompts && `${trial.prompts} prompts`, trial.optimizer].filter(Boolean).join(' · ')),
-        h('span', { class: 'number' }, trial.val_accuracy === null ? 'diverged' : percent(trial.val_accuracy))))))));
+      draw(null);
     },
+    choose: draw,
   };
+
+  function draw(chosen) {
+    if (finished.length) fill(element, section(`Search: ${finished.length} of ${finished[0].trials} trials`, trialTable(finished, chosen)));
+  }
 }
 
 function outcome(job, signal) {
@@ -117,7 +127,8 @@ function outcome(job, signal) {
   const predictions = predictionPanel(() => [`${job.task}@${job.version}`], signal);
   return [
     section('Result', h('p', {}, job.metrics.published === false ? 'Stored, not live: ' : 'Live: ', h('a', { href: `#/tasks/${part(job.task)}` }, `${job.task} ${short(job.version)}`),
-      job.metrics.published === false && job.metrics.judged && ` is not better than the live version (validation accuracy ${percent(job.metrics.judged.new.accuracy)} against ${percent(job.metrics.judged.live?.accuracy)}).`),
+      job.metrics.published === false && job.metrics.judged && ` is not better than the live version (validation accuracy ${percent(job.metrics.judged.new.accuracy)} against ${percent(job.metrics.judged.live?.accuracy)}, on the same ${count(job.metrics.judged.new.images ?? 0, 'validation picture')}).`,
+      job.metrics.published && job.metrics.judged?.live && `, better than the version before (validation accuracy ${percent(job.metrics.judged.new.accuracy)} against ${percent(job.metrics.judged.live.accuracy)}, on the same ${count(job.metrics.judged.new.images ?? 0, 'validation picture')}).`),
     evaluation && figures(evaluation, count(evaluation.images, job.metrics.test ? 'test picture' : 'validation picture'))),
     section('Try it', predictions.element),
   ];

@@ -2,7 +2,7 @@
 import { bars, lines } from './charts.js';
 import { h, scrolling, section } from './dom.js';
 import { strip } from './thumbs.js';
-import { count, percent, short } from './words.js';
+import { count, percent, range, short, withInterval } from './words.js';
 
 const MOST_BARS = 30;
 
@@ -17,7 +17,7 @@ export function details(version) {
       strip(version.dataset, 12), evaluation && figures(evaluation, where)),
     evaluation?.per_class && perClass(labels, evaluation, where),
     evaluation?.confusion ? matrix(labels, evaluation.confusion) : evaluation?.confused && confusions(labels, evaluation.confused),
-    metrics.curves && curves(metrics.curves),
+    metrics.curve && curves(metrics.curve),
     metrics.search && searchTrials(metrics.search),
     section('Recipe', h('dl', { class: 'facts' }, Object.entries(version.recipe).filter(([, value]) => value !== null)
       .map(([name, value]) => h('div', {}, h('dt', {}, name.replaceAll('_', ' ')), h('dd', {}, String(value)))))),
@@ -32,7 +32,7 @@ const prompts = version => {
 export function figures(evaluation, where) {
   const rows = [['Accuracy', evaluation.accuracy], ['Macro accuracy', evaluation.macro_accuracy], ['Calibration error', evaluation.ece]];
   return h('div', {}, h('dl', { class: 'figures' }, rows.map(([name, value]) => h('div', {}, h('dt', {}, name), h('dd', {}, percent(value))))),
-    h('p', { class: 'muted small' }, `Measured on ${where}.`));
+    h('p', { class: 'muted small' }, `Measured on ${where}${evaluation.interval ? `; the accuracy's 95 % interval is ${range(evaluation.interval)}` : ''}.`));
 }
 
 function perClass(labels, evaluation, where) {
@@ -76,10 +76,28 @@ function curves(metrics) {
 }
 
 function searchTrials(search) {
-  const columns = ['method', 'optimizer', 'lr', 'weight_decay', 'prompts', 'epochs'].filter(name => search.trials.some(trial => trial[name] !== undefined && trial[name] !== null));
-  const best = search.trials.reduce((first, trial) => (trial.val_nll ?? Infinity) < (first.val_nll ?? Infinity) ? trial : first);
-  return section('Search trials', scrolling('Trials', h('table', {},
-    h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, '#'), columns.map(name => h('th', { scope: 'col' }, name.replaceAll('_', ' '))), h('th', { scope: 'col', class: 'number' }, 'validation accuracy'))),
-    h('tbody', {}, search.trials.map((trial, index) => h('tr', { class: trial === best ? 'best' : null }, h('th', { scope: 'row' }, index + 1),
-      columns.map(name => h('td', {}, String(trial[name] ?? '–'))), h('td', { class: 'number' }, trial.val_accuracy === null ? 'diverged' : percent(trial.val_accuracy))))))));
+  return section('Search trials', trialTable(search.trials, search.chosen));
 }
+
+// The trials of a search with the settings in which they differ. `chosen` is the number of the trial whose recipe was
+// fitted in full; without it, the best of the highest rung so far is marked.
+export function trialTable(trials, chosen) {
+  const settings = ['optimizer', 'lr', 'weight_decay', ...Object.keys(trials[0]).filter(name => !COMMON.includes(name))].filter((name, at, all) => all.indexOf(name) === at);
+  const shown = settings.filter(name => new Set(trials.map(trial => String(trial[name] ?? '–'))).size > 1);
+  const rung = Math.max(...trials.map(trial => trial.rung ?? 0));
+  const best = trials.filter(trial => (trial.rung ?? 0) === rung).reduce((first, trial) => (trial.val_nll ?? Infinity) < (first.val_nll ?? Infinity) ? trial : first);
+  const marked = (trial, index) => chosen ? index + 1 === chosen : trial === best;
+  const images = Math.max(0, ...trials.map(trial => trial.val_images ?? 0));
+  return [
+    h('p', { class: 'small muted' }, `The search goes by the validation loss, among trials of one rung.${images ? ` On ${count(images, 'validation picture')} an accuracy is uncertain by up to ± ${Math.round(98 / Math.sqrt(images + 3.84))} points.` : ''}`),
+    scrolling('Trials', h('table', {},
+      h('thead', {}, h('tr', {}, ['#', 'rung', 'method', ...shown.map(name => name.replaceAll('_', ' '))].map(title => h('th', { scope: 'col' }, title)), ['validation loss', 'validation accuracy'].map(title => h('th', { scope: 'col', class: 'number' }, title)))),
+      h('tbody', {}, trials.map((trial, index) => h('tr', { class: marked(trial, index) ? 'best' : null }, h('th', { scope: 'row' }, index + 1),
+        ['rung', 'method', ...shown].map(name => h('td', {}, String(trial[name] ?? '–'))),
+        h('td', { class: 'number' }, trial.val_nll?.toFixed(4) ?? '–'),
+        h('td', { class: 'number' }, trial.val_accuracy === null ? 'diverged' : withInterval(trial.val_accuracy, trial.val_interval))))))),
+  ];
+}
+
+// Fields of a trial that are no settings, or that are shown anyway. A trial of a job's event has its number, too.
+const COMMON = ['at', 'trial', 'trials', 'method', 'rung', 'images', 'epochs', 'val_images', 'val_accuracy', 'val_interval', 'val_nll', 'forward_passes', 'prompt_lengths', 'test_accuracy', 'parameters', 'bundle_bytes', 'fit_s', 'cpu_s'];

@@ -1,6 +1,8 @@
 // Numbers and names formatted for people.
 
 export const percent = (share, digits = 1) => share === null || share === undefined ? '–' : `${(100 * share).toFixed(digits)} %`;
+export const range = ([low, high]) => `${(100 * low).toFixed(0)}–${(100 * high).toFixed(0)} %`;
+export const withInterval = (share, interval) => interval ? `${percent(share)} (${range(interval)})` : percent(share);
 export const short = version => version.slice(0, 10);
 export const count = (n, singular, plural = `${singular}s`) => `${n.toLocaleString('en')} ${n === 1 ? singular : plural}`;
 

@@ -2,7 +2,8 @@
 
 inputs ─► search or fit ─────────► condense ─► bundle ─► store ─► `live` moves, as the job's policy says
     │  └─ or the parent version ─────▲
-    └─ quick: a head on frozen features is published first
+    ├─ quick: a head on frozen features is published first
+    └─ auto:  so is the search's best head, unless a better version is live
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from prompts_store import Bundle
+from server.jobs.job import Job
 from server.training.co_batching import Fitting
 from server.training.condense import condensing, resumed_parent
 from server.training.evaluate import Score, evaluate
@@ -40,9 +42,10 @@ class FitJob:
     def run(self) -> Fitting[tuple[str, dict[str, Any]]]:
         """The job's version and its metrics. Raises whatever ends the attempt: see `trainer`."""
         if self._inputs.request.search == "quick":
-            yield from self._publish_preliminary()
+            yield from self._publish_quick_head()
         fitted = yield from self._condensed()
         self._heartbeat.check()
+        self._heartbeat.enter_phase("publish")
         version, outcome = self._publish(fitted)
         return version, {**fitted.metrics, **outcome}
 
@@ -53,7 +56,7 @@ class FitJob:
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
-    def _publish_preliminary(self) -> Fitting[None]:
+    def _publish_quick_head(self) -> Fitting[None]:
         """Fit and publish a head on frozen features, in seconds, so that the task answers during the full fit."""
         method = self._registry.get(PRELIMINARY_METHOD)
         if method is self._inputs.method:
@@ -66,10 +69,22 @@ class FitJob:
             self._splits,
             self._inputs.classes,
             recipe,
-            on_progress=self._heartbeat.check_only,
+            on_progress=self._heartbeat.on_preliminary_progress,
             frozen=self._frozen,
         )
-        self._publish(replace(result, metrics={**result.metrics, "preliminary": True}))
+        self._publish_preliminary(result, self._inputs.job)
+
+    def _publish_search_head(self, head: FitResult) -> None:
+        """Publish the best head of a search. Nobody asked for it, so it does not replace a live version that is
+        better."""
+        job = self._inputs.job
+        self._publish_preliminary(head, replace(job, publish="if_better") if job.publish == "always" else job)
+
+    def _publish_preliminary(self, head: FitResult, job: Job) -> None:
+        inputs = self._inputs
+        marked = replace(head, metrics={**head.metrics, "preliminary": True})
+        bundle = build_bundle(inputs.job, inputs.dataset, marked, self._backbone.spec, inputs.preprocess)
+        self._publisher.publish(job, bundle, self.evaluate, self._heartbeat)
 
     def _condensed(self) -> Fitting[FitResult]:
         """The result of the fit, condensed where the recipe says so. A condensation begins with the parent version, or
@@ -95,6 +110,8 @@ class FitJob:
             return fitting(self._backbone, inputs.method, self._splits, inputs.classes, inputs.recipe, **options)
         methods = self._registry.searched if inputs.method is None else [inputs.method]
         options = {**options, "budget": request.budget}
+        if inputs.method is None and request.search == "auto":
+            options["on_head"] = self._publish_search_head
         return searching(self._backbone, methods, self._splits, inputs.classes, request.fields, **options)
 
     def _publish(self, fitted: FitResult) -> tuple[str, Outcome]:

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Mapping
 from contextvars import copy_context
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from server.jobs.job import Job
 from server.jobs.store import JobStore, LeaseLost
 from server.observability import metrics, tracing
-from server.training.progress import Progress
+from server.training.progress import Progress, ShareClock
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Heartbeat:
 
     def __init__(self, jobs: JobStore, job: Job, lease_s: float, stop: threading.Event) -> None:
         self._jobs, self._job, self._lease_s, self._stop = jobs, job, lease_s, stop
-        self._progress = Progress()
+        self._progress, self._reported, self._share_clock = Progress(), time.monotonic(), ShareClock()
         self._ended = threading.Event()
         self._cancelled = False
         self._lost: LeaseLost | None = None
@@ -70,7 +70,7 @@ class Heartbeat:
 
         Raises what `check` raises.
         """
-        self._progress = progress
+        self._note(progress)
         if progress.trained_images:
             metrics.STEPS.inc()
             metrics.IMAGES.inc(progress.trained_images)
@@ -80,9 +80,21 @@ class Heartbeat:
         if progress.trial_figures is not None:
             self.emit("trial", {"trial": progress.trial, "trials": progress.trials, **progress.trial_figures})
 
-    def check_only(self, progress: Progress) -> None:
-        """The callback of the preliminary fit, whose progress is not reported. Raises what `check` raises."""
+    def on_preliminary_progress(self, progress: Progress) -> None:
+        """The callback of the preliminary fit, whose epochs are no events. Raises what `check` raises."""
+        self._note(replace(progress, phase="head", epoch_ended=False, share=None))
         self.check()
+
+    def enter_phase(self, phase: str) -> None:
+        """Note a phase in which no fit reports progress, such as `publish`."""
+        self._note(replace(self._progress, phase=phase, eta_s=None))
+
+    def _note(self, progress: Progress) -> None:
+        if progress.phase != self._progress.phase:  # each has a rate of its own; cached features are there at once
+            self._share_clock = ShareClock()
+        if progress.eta_s is None and progress.share is not None and progress.phase != "publish":
+            progress = replace(progress, eta_s=self._share_clock.eta_s(progress.share))
+        self._progress, self._reported = progress, time.monotonic()
 
     def emit(self, type_: str, data: Mapping[str, Any]) -> None:
         """Add an event to the job. Raises LeaseLost."""
@@ -95,8 +107,11 @@ class Heartbeat:
         self.emit("epoch", _to_wire(progress))
 
     def beat(self) -> None:
-        """Renew the lease and store the progress. Raises LeaseLost."""
-        job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _to_wire(self._progress))
+        """Renew the lease and store the progress, which so costs no write of its own. Raises LeaseLost."""
+        progress, age_s = self._progress, time.monotonic() - self._reported
+        if progress.eta_s is not None:  # it goes on falling while a long step runs
+            progress = replace(progress, eta_s=round(max(0.0, progress.eta_s - age_s), 1))
+        job = self._jobs.heartbeat(self._job.id, self._job.attempt, self._lease_s, _to_wire(progress))
         self._cancelled = job.cancel_requested
 
     def _beat_until_end(self) -> None:

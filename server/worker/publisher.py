@@ -113,11 +113,37 @@ class Publisher:
 
 
 def _published(bundle: Bundle, heartbeat: Heartbeat, scores: Outcome | None = None) -> Outcome:
-    preliminary = {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
-    heartbeat.emit("published", {"version": bundle.version, "alias": LIVE, **preliminary, **(scores or {})})
+    metrics = bundle.manifest.metrics
+    figures = {
+        "val_accuracy": metrics.get("val_accuracy"),
+        "val_interval": metrics.get("val", {}).get("interval"),
+        "val_images": metrics.get("val_images"),
+    }
+    about = {"version": bundle.version, "alias": LIVE, **_preliminary(bundle), **figures}
+    heartbeat.emit("published", {**about, **(scores or {})})
+    log.info("task %s: version %s is live%s", bundle.manifest.task, bundle.version[:12], _figures(bundle, scores))
     return {"published": True, **({"judged": scores} if scores else {})}
 
 
 def _kept(bundle: Bundle, heartbeat: Heartbeat, reason: str, scores: Outcome | None = None) -> Outcome:
-    heartbeat.emit("kept", {"version": bundle.version, "reason": reason, **(scores or {})})
+    heartbeat.emit("kept", {"version": bundle.version, "reason": reason, **_preliminary(bundle), **(scores or {})})
+    how = "the job's policy is never" if reason == "never" else "it is not better than the live version"
+    about = bundle.manifest.task, bundle.version[:12], how, _figures(bundle, scores)
+    log.info("task %s: version %s is stored and not live, because %s%s", *about)
     return {"published": False, **({"judged": scores} if scores else {})}
+
+
+def _preliminary(bundle: Bundle) -> Outcome:
+    return {"preliminary": True} if bundle.manifest.metrics.get("preliminary") else {}
+
+
+def _figures(bundle: Bundle, scores: Outcome | None) -> str:
+    """For the log: the accuracy on the validation pictures, and the live version's on the same ones where both were
+    evaluated."""
+    metrics = bundle.manifest.metrics
+    text = "; a preliminary head" if _preliminary(bundle) else ""
+    if "val_accuracy" in metrics:
+        text += f": validation accuracy {metrics['val_accuracy']:.1%} of {metrics['val_images']} pictures"
+    if scores and "live" in scores:
+        text += f", before {scores['live']['accuracy']:.1%}"
+    return text

@@ -181,7 +181,7 @@ class Trainer:
     def _finish(self, job: Job, version: str | None, figures: Mapping[str, Any], started: float) -> None:
         seconds = round(time.perf_counter() - started, 1)
         self._jobs.finish(job.id, job.attempt, "succeeded", version=version, metrics={**figures, "seconds": seconds})
-        log.info("job %s: %s succeeded: %s", job.id, job.task, _summary(version, figures))
+        log.info("job %s: %s succeeded after %.0f s: %s", job.id, job.task, seconds, _summary(version, figures))
 
     def _end_early(self, job: Job, error: Exception) -> str:
         """Report the end of an attempt that raised `error`. Called while the error is being handled."""
@@ -226,13 +226,18 @@ class Trainer:
         """`retry`: for errors that may pass, as of a store or a disk. The job store counts the attempts."""
         with suppress(LeaseLost):
             after = self._jobs.fail_attempt(job.id, job.attempt, {"code": code, "detail": detail}, retry=retry)
-            log.info("job %s: attempt %d failed: %s: %s", job.id, job.attempt, code, detail)
+            took_s = time.time() - (after.started_at or time.time())
+            ended = "failed" if after.finished else f"attempt {job.attempt} failed, and another follows,"
+            log.info("job %s: %s %s after %.0f s: %s: %s", job.id, job.task, ended, took_s, code, detail)
             return after.state if after.finished else "retried"
         return SUPERSEDED
 
 
 def _summary(version: str | None, figures: Mapping[str, Any]) -> str:
-    return "figures only" if version is None else f"{version[:12]}, validation accuracy {figures['val_accuracy']:.3f}"
+    if version is None:
+        return "figures only"
+    accuracy = figures.get("val_accuracy")  # an imported version that could not be condensed has none
+    return f"version {version[:12]}" + ("" if accuracy is None else f", validation accuracy {accuracy:.1%}")
 
 
 def _is_takeover(job: Job) -> bool:

@@ -81,6 +81,9 @@ def test_withdrawing(api: Api) -> None:
 def test_refusals(api: Api) -> None:
     unknown = assert_problem(say(api, png(200), "owl"), 422, "unknown_label")
     assert "expected one of cat, dog" in unknown["detail"]
+    assert unknown["nearest"] is None
+    typo = assert_problem(say(api, png(200), "Catt"), 422, "unknown_label")
+    assert (typo["nearest"], typo["detail"].rpartition("; ")[2]) == ("cat", "did you mean 'cat'?")
     assert_problem(say(api, png(200), " \n"), 422, "invalid_request")
     assert_problem(say(api, png(200), "x" * 201, new_label="true"), 422, "invalid_request")
     assert_problem(say(api, b"no picture", "cat"), 415, "unsupported_image")
@@ -124,6 +127,7 @@ def test_frozen_it_corrects_and_extends_what_the_live_version_was_fitted_on(api:
     assert (told.parent, told.name, told.labels) == (dataset, "better", ["cat", "dog"])
     assert told.splits == {"train": {"cat": 3, "dog": 5}}
     assert [file.name.partition("/")[0] for file in told.skipped] == ["owl"]
+    assert told.skipped[0].reason == "the new class 'owl' has 1 picture in train; expected at least 2"
     say(api, png(203), "owl", new_label="true")
     second = wire.Dataset.model_validate(api.http.post("/tasks/pets/feedback/dataset").json())
     assert second.splits == {"train": {"cat": 3, "dog": 5, "owl": 2}}
@@ -132,11 +136,33 @@ def test_frozen_it_corrects_and_extends_what_the_live_version_was_fitted_on(api:
     assert (job.status_code, job.json()["dataset"]) == (202, second.id)
 
 
+def test_a_lone_picture_of_a_new_class_is_told_at_once_and_whenever_it_is_left_out(api: Api, dataset: str) -> None:
+    """It vanished: "1 correction", and then the old dataset as if it were a new one."""
+    so_far = "the new class 'owl' has 1 picture so far; it is left out of training until it has 2"
+    first = wire.Feedback.model_validate(say(api, png(202), "owl", new_label="true").json())
+    assert [(one.code, one.text) for one in first.warnings] == [("rare_label", so_far)]
+    assert listed(api).warnings == first.warnings
+    nothing = assert_problem(api.http.post("/tasks/pets/feedback/dataset"), 409, "nothing_new")
+    assert nothing["skipped"][0]["name"].startswith("owl/feedback/")
+    assert "the new class 'owl' has 1 picture in train; expected at least 2" in nothing["detail"]
+    say(api, png(203), "cat")
+    without_owl = api.http.post("/tasks/pets/feedback/dataset").json()
+    api.http.delete(f"/tasks/pets/feedback/{first.items[0].sha256}")
+    again = api.http.post("/tasks/pets/feedback/dataset").json()
+    assert (again["id"], again["skipped"]) == (without_owl["id"], []), "what is left out is this request's"
+    assert [file["name"][:4] for file in without_owl["skipped"]] == ["owl/"]
+    say(api, png(202), "owl", new_label="true")
+    assert wire.Feedback.model_validate(say(api, png(204), "owl", new_label="true").json()).warnings == []
+    assert listed(api).warnings == []
+    assert api.http.get(f"/datasets/{dataset}").json()["skipped"] == []
+
+
 def test_the_next_round_starts_from_the_frozen_one(api: Api, dataset: str) -> None:
     say(api, png(200), "cat")
     first = api.http.post("/tasks/pets/feedback/dataset").json()["id"]
     publish(api.floor.store, "pets", seed=1, labels=("cat", "dog"), dataset=first)
-    assert api.http.post("/tasks/pets/feedback/dataset").json()["id"] == first
+    nothing = assert_problem(api.http.post("/tasks/pets/feedback/dataset"), 409, "nothing_new")
+    assert (nothing["parent"], nothing["skipped"]) == (first, [])
     say(api, png(201), "cat")
     assert api.http.post("/tasks/pets/feedback/dataset").json()["parent"] == first
     assert api.http.post(f"/tasks/pets/feedback/dataset?parent={dataset}").json()["images"] == len(FILES) + 2

@@ -74,6 +74,24 @@ def test_a_stream_tells_everything_as_it_happens_and_ends_with_the_job(api: Api,
     assert found[2]["data"]["note"] == "ä\nb"
 
 
+def test_progress_is_told_between_the_events_without_a_number(
+    api: Api, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "WAIT_S", 0.1)
+    claimed = api.services.jobs.claim("worker", 30)
+    assert claimed is not None
+    with api.http.stream("GET", f"/train/{job}/events", headers=SSE, timeout=30) as answer:
+        told = frames(answer.iter_lines())
+        assert [next(told)["event"], next(told)["event"]] == ["queued", "started"]
+        for share in (0.25, 0.5):
+            api.services.jobs.heartbeat(job, claimed.attempt, 30, {"phase": "features", "share": share})
+            frame = next(told)
+            assert (frame["event"], "id" in frame) == ("progress", False)
+            assert (frame["data"]["phase"], frame["data"]["share"]) == ("features", share)
+        api.services.jobs.finish(job, claimed.attempt, "cancelled")
+        assert (next(told)["event"], list(told)) == ("cancelled", [])
+
+
 def test_whoever_comes_back_misses_nothing_and_hears_nothing_twice(api: Api, job: str):
     work(api, job)
     assert [frame["id"] for frame in read(api, job, **{"last-event-id": "4"})] == ["5", "6"]

@@ -7,11 +7,13 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from tests.client.command_line import SCRIPT, Run, in_terminal
-from tests.client.scripted_rack import VERSION, Rack
+from tests.client.scripted_rack import VERSION, Rack, problem
+from tests.client.scripted_rack import told as answer
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ class TestTraining:
         done = run("train", "trash", "--dataset", "d1", "--watch")
         assert done.stdout == "j1\n"
         assert "epoch 1/2  loss 1.0000  validation accuracy 80.0%  1:00 left" in done.stderr
-        assert f"job j1 succeeded: task trash has version {VERSION}" in done.stderr
+        last = f"trash: version {VERSION[:12]} is trained; ask it: `lensrack predict trash IMAGE`"
+        assert done.stderr.splitlines()[-1] == last
 
     def test_comparing_methods(self, run: Run, rack: Rack, tmp_path: Path) -> None:
         options = ("--dataset", "d1", "--method", "linear", "--method", "vpt_deep", "--seed", "4", "--epochs", "2")
@@ -139,3 +142,104 @@ class TestTraining:
     def test_a_wrong_recipe_is_a_wrong_command(self, run: Run, rack: Rack, option: tuple[str, str]) -> None:
         assert option[0].strip("-") in run("train", "trash", "--dataset", "d1", *option, code=2).stderr
         assert not rack.asked
+
+
+def event(kind: str, **data: object) -> dict[str, object]:
+    return {"seq": 1, "type": kind, "at": 1.0, "data": data}
+
+
+class TestASearchIsWatched:
+    TRIAL: ClassVar = {
+        "trials": 7, "method": "vpt_deep", "rung": 1, "lr": 0.003, "prompts": 10, "optimizer": "adamw", "epochs": 4,
+        "val_images": 54, "forward_passes": 90,
+    }  # fmt: skip
+    OUTCOMES: ClassVar = (
+        {"weight_decay": 0.01, "val_accuracy": 0.75, "val_nll": 0.61234, "val_interval": [0.62, 0.85]},
+        {"weight_decay": 0.0001, "val_accuracy": 0.7, "val_nll": 0.51234, "val_interval": [0.57, 0.8]},
+        {"weight_decay": 0.1, "val_accuracy": None, "val_nll": None, "val_interval": None},
+    )
+
+    def test_every_line_says_what_decides_and_the_last_what_to_do_next(self, run: Run, rack: Rack) -> None:
+        judged = {
+            "new": {"accuracy": 0.92, "nll": 0.3, "images": 54},
+            "live": {"version": "b" * 64, "accuracy": 0.931, "nll": 0.2, "images": 54},
+        }
+        told = [
+            event("started"),
+            event("trial", trial=1, **self.TRIAL, **self.OUTCOMES[0]),
+            event("trial", trial=2, **self.TRIAL, **self.OUTCOMES[1]),
+            event("published", version="a" * 64, preliminary=True, val_accuracy=0.7, val_interval=[0.57, 0.8]),
+            event("epoch", epoch=1, epochs=2, loss=1.0, val_accuracy=0.8, val_nll=0.5, share=0.625, eta_s=60.0),
+            event("kept", version="c" * 64, reason="not_better", **judged),
+            event("succeeded"),
+        ]
+        run("train", "trash", "--dataset", "d1", "--publish", "if_better")
+        rack.events["j1"] = [one | {"seq": seq} for seq, one in enumerate(told, 1)]
+        val = {"accuracy": 0.92, "interval": [0.82, 0.97], "images": 54}
+        rack.jobs["j1"]["metrics"] = {"published": False, "judged": judged, "val": val}
+        lines = run("jobs", "watch", "j1").stderr.splitlines()
+        settings = "vpt_deep  optimizer adamw  lr 0.003"
+        decided = "validation accuracy 92.0% against 93.1% of the version that was live, on the same 54 images"
+        assert lines == [
+            "trash: started",
+            f"trash: trial 1/7  {settings}  weight decay 0.01  prompts 10  validation loss 0.6123  "
+            "validation accuracy 75.0% (95% interval 62-85%, 54 images)",
+            f"trash: trial 2/7  {settings}  weight decay 0.0001  prompts 10  validation loss 0.5123  "
+            "validation accuracy 70.0% (95% interval 57-80%, 54 images)",
+            "trash: a preliminary version answers while training goes on: `lensrack predict trash IMAGE`  "
+            "validation accuracy 70.0%",
+            "trash: epoch 1/2  loss 1.0000  validation loss 0.5000  validation accuracy 80.0%  62% done  1:00 left",
+            f"trash: version {'c' * 12} is stored and not live  {decided}",
+            "trash: succeeded",
+            f"it is not live: the job's --publish was if_better, {decided}",
+            "trash: validation accuracy 92.0% (95% interval 82-97%, 54 images); "
+            f"ask it: `lensrack predict trash@{VERSION[:12]} IMAGE`",
+        ]
+
+    def test_the_progress_is_a_line_between_events(self, run: Run, rack: Rack, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lensrack._progress.LINE_EVERY_S", 0.0)
+        run("train", "trash", "--dataset", "d1")
+        page = {"events": [], "next": 0, "finished": False}
+        shown = [
+            {"phase": "reading"},
+            {"phase": "features", "share": 0.1, "trial": 1, "trials": 7, "eta_s": 75.0},
+            {"phase": "search", "share": 0.5, "trial": 2, "trials": 7, "epoch": 3, "epochs": 4, "loss": 0.5},
+            {"phase": "publish", "share": 1.0},
+        ]
+        rack.misbehave("/train/j1/events", *(answer({**page, "progress": one}) for one in shown))
+        lines = run("jobs", "watch", "j1").stderr.splitlines()
+        assert lines[:4] == [
+            "trash: reading the images",
+            "trash: trial 1/7  caching features  10% done  1:15 left",
+            "trash: trial 2/7  epoch 3/4  loss 0.5000  50% done",
+            "trash: evaluating and publishing  100% done",
+        ]
+        assert float(rack.to("/train/j1/events")[0].params["wait_s"]) <= 1
+
+    def test_a_job_shows_its_trials_with_what_differs_and_what_decided(self, run: Run, rack: Rack) -> None:
+        run("train", "trash", "--dataset", "d1")
+        trials = [{**self.TRIAL, **outcome} for outcome in self.OUTCOMES]
+        rack.jobs["j1"] |= {"state": "succeeded", "metrics": {"search": {"trials": trials, "chosen": 2}}}
+        done = run("jobs", "show", "j1")
+        assert [line.split() for line in done.stdout.splitlines()[-4:]] == [
+            ["trial", "rung", "method", "weight", "decay", "validation", "loss", "accuracy", "95%", "interval"],
+            ["1", "1", "vpt_deep", "0.01", "0.6123", "75.0%", "62-85%"],
+            ["2", "1", "vpt_deep", "0.0001", "0.5123", "70.0%", "57-80%", "fitted", "in", "full"],
+            ["3", "1", "vpt_deep", "0.1", "-", "diverged", "-"],
+        ]
+        assert "the search goes by the validation loss, among trials of one rung" in done.stderr
+        assert "on 54 validation images an accuracy is uncertain by up to ± 13 points" in done.stderr
+
+
+def test_feedback_that_training_leaves_out_is_said(run: Run, rack: Rack, tmp_path: Path) -> None:
+    (tmp_path / "owl.png").write_bytes(b"a picture")
+    item = {"sha256": "ab" * 32, "label": "owl", "bytes": 9, "width": 3, "height": 2, "at": 1.0}
+    warning = {"code": "rare_label", "text": "the new class 'owl' has 1 picture so far"}
+    stored = {"task": "trash", "items": [item], "warnings": [warning]}
+    rack.misbehave("/tasks/trash/feedback", answer(stored, 201), answer({**stored, "images": 1, "labels": {"owl": 1}}))
+    done = run("feedback", "trash", "owl.png", "--label", "owl", "--new-label")
+    assert done.stderr.splitlines() == ["owl.png: owl", "warning: the new class 'owl' has 1 picture so far"]
+    assert run("feedback", "trash").stderr.splitlines()[-1] == "warning: the new class 'owl' has 1 picture so far"
+    rack.misbehave("/tasks/trash/feedback/dataset", problem(409, "nothing_new", "nothing is new; left out: 1"))
+    done = run("datasets", "from-feedback", "trash", code=1)
+    assert (done.stdout, done.stderr.partition(" - ")[0]) == ("", "error: nothing_new: nothing is new; left out: 1")

@@ -9,7 +9,7 @@ import pytest
 
 from server.datasets.dataset import Dataset, Example
 from server.datasets.dataset_store import DatasetStore
-from server.datasets.lineage import merge_examples
+from server.datasets.lineage import drop_rare_labels, merge_examples
 from server.errors import BadRequest, NotFound
 from tests.datasets.test_dataset_store import EMPTY, LIMITS, blobs, pets, picture, tree, write_zip
 
@@ -82,6 +82,14 @@ def test_the_last_label_counts_and_the_first_split() -> None:
     ]
     with pytest.raises(BadRequest, match="has 3 pictures; at most 2"):
         merge_examples(parent, added, 2)
+
+
+def test_a_new_label_without_training_pictures_is_left_out_too() -> None:
+    """A correction of a test picture made the whole dataset unusable: a class in test and none in train."""
+    examples = [Example("test", "owl", "a", "a", 1, 1, 1), Example("train", "cat", "b", "b", 1, 1, 1)]
+    kept, skipped = drop_rare_labels(examples, ["cat"])
+    assert [example.label for example in kept] == ["cat"]
+    assert [file.reason for file in skipped] == ["the new class 'owl' has 0 pictures in train; expected at least 2"]
 
 
 def test_an_unknown_parent_and_one_that_goes_meanwhile(

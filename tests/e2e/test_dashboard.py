@@ -173,10 +173,21 @@ def test_a_correction_reaches_the_next_version(page: Browser, client: Client, pi
     page.hidden(PICTURE).send_keys(str(pictures / "fruit" / "test" / "plum" / "001.png"))
     card = '.answer[aria-label="Prediction for fruit"]'
     page.press(f"{card} button", "Correct it")
-    type_into(page, f"{card} .correct input", "lime")
+    type_into(page, f"{card} .correct input", "limo")
     page.press(f"{card} .correct button", "Save correction")
-    page.find(f"{card} p", "1 correction")
-    assert client.tasks.feedback("fruit").labels == {"lime": 1}
+    page.find("dialog h2", "fruit has no class “limo”")
+    assert page.barriers() == []
+    page.press("dialog label", "Add the new class “limo”")
+    page.press("dialog button", "Save correction")
+    page.find(f"{card} p", "has 1 picture so far; it is left out of training until it has 2")
+    assert client.tasks.feedback("fruit").labels == {"limo": 1}
+    page.press(f"{card} button", "Correct it")
+    type_into(page, f"{card} .correct input", "limo")
+    page.press(f"{card} .correct button", "Save correction")
+    page.press("dialog label", "I meant “lime”")
+    page.press("dialog button", "Save correction")
+    page.until(lambda: client.tasks.feedback("fruit").labels == {"lime": 1}, "the correction")
+    page.until(lambda: "1 correction" in page.text and "so far" not in page.text, "the new notice")
     page.press(f"{card} button", "Retrain with corrections")
     finished(page)
     after = client.tasks.get("fruit").live

@@ -25,6 +25,13 @@ def test_by_hand() -> None:
     assert found["ece"] == pytest.approx((0.3 + 0.6 + 0.5 + 0.2) / 4, abs=1e-6)
 
 
+def test_an_accuracy_has_wilson_s_interval() -> None:
+    """On 54 pictures ± 13 points. The values are those of scipy.stats.binomtest(…).proportion_ci(method="wilson")."""
+    assert metrics.interval(0.5, 54) == [0.3711, 0.6289]
+    assert metrics.interval(0.75, 4) == [0.3006, 0.9544] == metrics.split_figures(LOGITS, TARGETS)["interval"]
+    assert (metrics.interval(1.0, 54)[1], metrics.interval(0.0, 10)) == (1.0, [0.0, 0.2775])
+
+
 def test_rows_of_one_bin_make_up_for_each_other() -> None:
     logits = np.log(np.array([[0.75, 0.25]] * 4))
     assert metrics.calibration_error(logits, np.array([0, 0, 0, 1])) == pytest.approx(0)

@@ -57,9 +57,11 @@ def test_what_was_tried_is_told(found: FitResult) -> None:
     going_on = {trial["method"] for trial in told["trials"] if trial["rung"] == 2}
     assert going_on == {"vpt_deep", "vpt_shallow"}, "what starts slowly is not dropped for what starts fast"
     assert all(trial["val_nll"] > 0 for trial in told["trials"])
-    best = min((trial for trial in told["trials"] if trial["rung"] == 2), key=lambda trial: trial["val_nll"])
-    if found.method.name != "linear":
-        assert (found.method.name, found.recipe.lr) == (best["method"], best["lr"])
+    rung = 0 if found.method.name == "linear" else 2
+    best = min((trial for trial in told["trials"] if trial["rung"] == rung), key=lambda trial: trial["val_nll"])
+    assert (found.method.name, found.recipe.lr) == (best["method"], best["lr"])
+    assert told["trials"][told["chosen"] - 1] == best
+    assert best["weight_decay"] == found.recipe.weight_decay
 
 
 @pytest.mark.parametrize("budget", [400, 1000, 5000])

@@ -77,6 +77,8 @@ def add_to_dataset(
     """Store a dataset's images and those of a folder or archive as a new dataset; prints its id."""
     send = partial(client_of(context).datasets.add, parent=parent, name=name, label_column=label_column)
     stored = _upload(path, resume, send)
+    if stored.id.startswith(parent):
+        term.say("nothing is new: the dataset has all of these images under these labels")
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)
 
 
@@ -103,7 +105,10 @@ def freeze_feedback(
     parent: Annotated[str | None, typer.Option(metavar="DATASET", help="Default: the live version's dataset.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Store a task's dataset, corrected and extended by its feedback, as a new one; prints its id."""
+    """Store a task's dataset, corrected and extended by its feedback, as a new one; prints its id.
+
+    Lists the feedback that was left out, with the reason; exit code 1 if nothing is new.
+    """
     stored = client_of(context).tasks.freeze_feedback(task, name=name, parent=parent)
     term.say_uploaded(stored)
     term.print_json(stored) if wants_json(context, as_json) else print(stored.id)

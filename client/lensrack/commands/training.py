@@ -10,6 +10,7 @@ import typer
 
 from lensrack import JobHandle, wire
 from lensrack import _terminal as term
+from lensrack._job_text import accuracy_text, judged_text, outcome_text, progress_text, ranking_text, trial_table
 from lensrack._progress import watch
 from lensrack.picture import HEAD, cells, draw, ranked
 
@@ -130,14 +131,15 @@ def _follow(handle: JobHandle) -> None:
     if job.version is None:
         term.say(f"job {job.id} {job.state}: {job.method} makes no version; see `lensrack jobs show {job.id}`")
         return
-    term.say(f"job {job.id} {job.state}: task {job.task} has version {job.version}")
     condensed = job.metrics.get("condense") or {}
     if condensed.get("kept"):
         term.say(f"it keeps {condensed['kept']} of {condensed['prompts']} prompts")
     elif condensed:
         term.say("no smaller share of its prompts was good enough: all of them are kept")
     if job.metrics.get("published") is False and (condensed.get("kept") or not condensed.get("version")):
-        term.say(f"it is not live: the job's --publish was {job.publish}")
+        judged = judged_text(job.metrics.get("judged") or {})
+        term.say(f"it is not live: the job's --publish was {job.publish}{f', {judged}' if judged else ''}")
+    term.say(outcome_text(job))
 
 
 @commands.command()
@@ -223,9 +225,19 @@ def list_jobs(
 
 @jobs.command("show")
 def show_job(context: Context, job: JobId, as_json: Json = False) -> None:
-    """Show one job."""
+    """Show one job, with the trials of its search."""
     stored = client_of(context).jobs.get(job)
-    term.print_json(stored) if wants_json(context, as_json) else term.show_job(stored)
+    if wants_json(context, as_json):
+        term.print_json(stored)
+        return
+    term.show_job(stored)
+    if not stored.finished:
+        term.say(progress_text(stored.progress))
+    for text in filter(None, (accuracy_text(stored.metrics), accuracy_text(stored.metrics, "test"))):
+        term.say(text)
+    if trials := (stored.metrics.get("search") or {}).get("trials"):
+        term.print_table(*trial_table(trials, stored.metrics["search"].get("chosen")), "no trials")
+        term.say(ranking_text(trials))
 
 
 @jobs.command("watch")

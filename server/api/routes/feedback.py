@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Final
 
@@ -16,10 +18,11 @@ from lensrack import wire
 from server.api import params
 from server.api.middleware.root_path import located
 from server.api.services import Services, ServicesOf
-from server.datasets.dataset import Dataset
+from server.datasets.dataset import MIN_TRAIN, Dataset
 from server.datasets.feedback_store import Added
 from server.datasets.formats.feedback_log import FeedbackEntry
 from server.datasets.label import known_label, label_of
+from server.datasets.lineage import rare_labels
 from server.errors import BadRequest, Conflict, NotFound, Unprocessable
 
 from . import datasets, predict
@@ -48,10 +51,12 @@ async def give_feedback(
     if len(images) > services.settings.max_images:
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
     give = partial(_give, services, task, images, label, new_label)
-    added = await anyio.to_thread.run_sync(give, limiter=request.app.state.thumbnails)  # it decodes pictures as well
+    # it decodes pictures as well
+    added, warnings = await anyio.to_thread.run_sync(give, limiter=request.app.state.thumbnails)
     if all(item.previous == item.entry.label for item in added):
         response.status_code = 200
-    return wire.Feedback(task=task, items=[_item(item.entry, item.previous) for item in added])
+    items = [_item(item.entry, item.previous) for item in added]
+    return wire.Feedback(task=task, items=items, warnings=warnings)
 
 
 @router.get("/tasks/{task}/feedback")
@@ -73,6 +78,7 @@ async def list_feedback(
         labels=dict(page.counts),
         items=[_item(entry) for entry in page.entries],
         next=None if page.next is None else str(page.next),
+        warnings=await asyncio.to_thread(_rare_labels, services, task, page.counts),
     )
 
 
@@ -96,7 +102,11 @@ async def freeze_feedback(
     name: Annotated[str, Query(max_length=200, description="What people call it.")] = "",
     parent: Annotated[str | None, Query(description="A dataset; without it, the live version's.")] = None,
 ) -> wire.Dataset:
-    """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next."""
+    """A dataset of what the live version was fitted on and of all feedback, which corrects it: to train on next.
+
+    `skipped` lists feedback that was left out: that of a new class with a single picture. 409 nothing_new where the
+    feedback changes nothing, with the same list.
+    """
     dataset = await asyncio.to_thread(_freeze, services, task, name, parent)
     response.headers["Location"] = located(request, f"/datasets/{dataset.id}")
     return datasets.to_wire(dataset)
@@ -105,16 +115,39 @@ async def freeze_feedback(
 # --- in threads -------------------------------------------------------------------------------------------------------
 
 
-def _give(services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool) -> list[Added]:
+def _give(
+    services: Services, task: str, images: Sequence[bytes], label: str, new_label: bool
+) -> tuple[list[Added], list[wire.DatasetWarning]]:
     known = _live(services, task).labels
     name = label if label in known or new_label else known_label(label, known)
     if name is None or name not in known:
         _check_label(label)
     if name is None:
-        labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
-        detail = f"label: expected one of {labels}; or new_label=true, got {label!r}"
-        raise Unprocessable(detail, code="unknown_label")
-    return services.feedback.add(task, images, name)
+        raise _unknown_label(label, known)
+    added = services.feedback.add(task, images, name)
+    counts = {} if name in known else services.feedback.page(task, limit=1).counts
+    return added, _rare_labels(services, task, {label: count for label, count in counts.items() if label == name})
+
+
+def _unknown_label(name: str, known: Sequence[str]) -> Unprocessable:
+    """The error for a label that may be a typing error; its extra `nearest` is the known label that is most alike."""
+    labels = ", ".join(known[:LABELS_SHOWN]) + (", …" if len(known) > LABELS_SHOWN else "")
+    by_folded = {label.casefold(): label for label in known}
+    nearest = [by_folded[folded] for folded in get_close_matches(name.casefold(), by_folded, n=1)]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    detail = f"label: expected one of {labels}; or new_label=true, got {name!r}{hint}"
+    return Unprocessable(detail, code="unknown_label", nearest=nearest[0] if nearest else None)
+
+
+def _rare_labels(services: Services, task: str, counts: Mapping[str, int]) -> list[wire.DatasetWarning]:
+    """A warning for each label of the feedback that the live version does not have and that has too few pictures to
+    become a class."""
+    rare = {label: count for label, count in counts.items() if count < MIN_TRAIN}
+    if not rare:
+        return []
+    with suppress(stored.AliasNotFound, stored.VersionNotFound):  # without a live version, no label is known
+        rare = {label: count for label, count in rare.items() if label not in _live(services, task).labels}
+    return [wire.DatasetWarning.model_validate(found, from_attributes=True) for found in rare_labels(rare)]
 
 
 def _freeze(services: Services, task: str, name: str, parent: str | None) -> Dataset:

@@ -99,7 +99,8 @@ async def list_job_events(
 ) -> wire.JobEvents | Response:
     """What has happened to a job since. `next` is the next call's `after`; `finished`: nothing will follow.
 
-    With `Accept: text/event-stream` the same as a stream that ends with the job; `Last-Event-ID` resumes it.
+    With `Accept: text/event-stream` the same as a stream that ends with the job; `Last-Event-ID` resumes it. Between
+    the events, the stream has `progress` where it has changed, about once a second.
     """
     await request.body()
     if sse.accepted(request):
@@ -123,6 +124,7 @@ async def _events(request: Request, services: Services, job_id: str, after: int,
         events=[wire.JobEvent(seq=event.seq, type=event.type, at=event.at, data=event.data) for event in events_],
         next=events_[-1].seq if events_ else after,
         finished=job.finished and len(events_) < MOST_EVENTS,
+        progress=wire.JobProgress.model_validate(job.progress),
     )
 
 

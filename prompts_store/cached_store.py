@@ -2,9 +2,13 @@
 
     read   fresh? ── yes ─────────────────────────► from memory
               └─ no ── inner store ── answers ────► cached; fresh while the watch runs
-                             └─ unavailable, cached? ► the stale value; a store that hangs is waited for once
+                             └─ unavailable ── perhaps changed? ► the stale value; a store that hangs is waited for once
+                                              └─ surely changed ► KnownStale
     write  inner store, then the task's cached values are stale (but know the alias just set)
-    watch  a task changed ── its values are stale ── then this store's own watchers are notified
+    watch  a task changed ── its values are replaced, and read again ── then this store's own watchers are notified
+
+So an outage is survived with the values of before it, but never with one that the store has said is replaced: a
+rollback or a deletion stays one.
 
 Verified bundles are in a least-recently-used cache bounded by bytes. Names that do not exist are not cached.
 """
@@ -14,13 +18,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from prompts_store.alias import ANY, Alias, Expect, Targets
 from prompts_store.broadcast import Broadcast
 from prompts_store.bundle import Bundle
-from prompts_store.errors import StoreUnavailable, TaskNotFound
+from prompts_store.errors import KnownStale, StoreError, StoreUnavailable, TaskNotFound
 from prompts_store.read_cache import BundleCache, CircuitBreaker, ReadCache
 from prompts_store.store import Change, Store, VersionInfo
 
@@ -62,6 +66,8 @@ class CachedStore:
             return any(info.version == version for info in self.versions(task))
         except TaskNotFound:
             return False
+        except KnownStale:
+            raise
         except StoreUnavailable:
             return True
 
@@ -78,6 +84,11 @@ class CachedStore:
         """Return `aliases` from memory, or None where the inner store would be read. Safe to call on an event loop."""
         cached = self._aliases.peek(task)
         return dict(cached) if cached is not None else None
+
+    def known_versions(self, task: str) -> list[VersionInfo] | None:
+        """As `known_aliases`, for `versions`."""
+        cached = self._versions.peek(task)
+        return list(cached) if cached is not None else None
 
     def history(self, task: str, alias: str) -> list[Alias]:
         return self._inner.history(task, alias)
@@ -178,7 +189,7 @@ class CachedStore:
         while not self._stop.is_set():
             try:
                 for change in changes or self._watch_again():
-                    self._mark_stale(change.task)
+                    self._replace(change.task)
                     self._broadcast.publish(change.task)
             except StoreUnavailable as error:
                 log.warning("the store cannot be watched: %s", error.detail)
@@ -189,12 +200,24 @@ class CachedStore:
             self._mark_all_stale()
             self._stop.wait(REWATCH_S)
 
+    def _replace(self, task: str) -> None:
+        """Read what is cached of a changed task again, so that an outage after the change does not leave it unknown."""
+        self._tasks.mark_stale(_ALL)
+        self._aliases.mark_replaced(task)
+        self._versions.mark_replaced(task)
+        with suppress(StoreError):
+            for cache, load in ((self._aliases, self.aliases), (self._versions, self.versions)):
+                if task in cache:
+                    load(task)
+
     def _watch_again(self) -> Iterator[Change]:
-        """Watch after an outage: changes may have been missed, so every task counts as changed."""
+        """Watch after an outage: changes may have been missed, so every task may have changed."""
         changes = self._inner.watch(self._stop)
         self._watched.set()
-        yield from map(Change, sorted({*self._inner.tasks(), *self._aliases.keys(), *self._versions.keys()}))
-        yield from changes
+        for task in sorted({*self._inner.tasks(), *self._aliases.keys(), *self._versions.keys()}):
+            self._mark_stale(task)
+            self._broadcast.publish(task)
+        return changes
 
     def _mark_all_stale(self) -> None:
         for cache in (self._tasks, self._aliases, self._versions):

@@ -13,6 +13,7 @@
     ├── CorruptAliases        corrupt_aliases     the stored aliases of a task cannot be read
     ├── BadStoreUrl           bad_store_url
     └── StoreUnavailable      store_unavailable   the disk or the server did not answer; the outcome may be unknown
+        ├── KnownStale                            what is known was replaced, and what replaced it cannot be read
         └── StoreFull         disk_full
 
 `detail` names the expected and the actual value. It never holds a path, a host or a password.
@@ -107,6 +108,10 @@ class BadStoreUrl(StoreError):
 
 class StoreUnavailable(StoreError):
     code = "store_unavailable"
+
+
+class KnownStale(StoreUnavailable):
+    """The cached value has been replaced in the store, and the store cannot be read for the new one."""
 
 
 class StoreFull(StoreUnavailable):

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any, Final, Generic, TypeVar
 
 from prompts_store.bundle import Bundle
-from prompts_store.errors import CorruptAliases, StoreUnavailable, TaskNotFound
+from prompts_store.errors import CorruptAliases, KnownStale, StoreUnavailable, TaskNotFound
 
 T = TypeVar("T")
 READ_TIMEOUT_S: Final = 2.0  # of a read that has a stale result to fall back on
@@ -47,14 +48,20 @@ class CircuitBreaker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _State(Enum):
+    FRESH = auto()  # answers without asking the store
+    STALE = auto()  # may have changed: the store is asked, and while it is unavailable the value answers
+    REPLACED = auto()  # has changed: the store is asked, and while it is unavailable nothing answers
+
+
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
     value: T
-    fresh: bool
+    state: _State
 
 
 class ReadCache(Generic[T]):
-    """The last value read for each key: fresh from when it was loaded until its task may have changed.
+    """The last value read for each key: fresh from when it was loaded until its task changes or may have changed.
 
     `watched` is set while changes are being reported; after clearing it, call `mark_all_stale`.
     """
@@ -66,16 +73,21 @@ class ReadCache(Generic[T]):
         self._epoch = 0  # counts changes: a value that was being loaded during one is not fresh
 
     def peek(self, key: str) -> T | None:
-        """Return the cached value if it is fresh, or if the store hangs; None otherwise. Never reads the store."""
+        """Return the cached value if `read` would return it without asking the store; None otherwise."""
         with self._lock:
             entry = self._entries.get(key)
-        return entry.value if entry is not None and (entry.fresh or self._breaker.is_open) else None
+        if entry is None or entry.state is _State.REPLACED:
+            return None
+        return entry.value if entry.state is _State.FRESH or self._breaker.is_open else None
 
     def read(self, key: str, load: Callable[[], T]) -> T:
-        """Return the fresh value, or load it; where the store is unavailable or damaged, return the stale value."""
+        """Return the fresh value, or load it; where the store is unavailable or damaged, return the stale value.
+
+        Raises KnownStale, where the store is unavailable and the value is known to be replaced.
+        """
         with self._lock:
             entry, epoch = self._entries.get(key), self._epoch
-        if entry is not None and entry.fresh:
+        if entry is not None and entry.state is _State.FRESH:
             return entry.value
         watched = self._watched.is_set()  # read after the epoch: a watch that broke earlier has already moved it
         try:
@@ -88,6 +100,10 @@ class ReadCache(Generic[T]):
                 raise
             if isinstance(error, CorruptAliases):  # the watching thread logs an outage
                 log.error("answering with the last known value: %s", error.detail)
+            elif entry.state is _State.REPLACED:
+                raise KnownStale(
+                    f"{key!r} has changed in the store, which cannot be read now: {error.detail}"
+                ) from error
             return entry.value
         self._put_loaded(key, value, epoch, watched)
         return value
@@ -96,37 +112,54 @@ class ReadCache(Generic[T]):
         with self._lock:
             current = epoch == self._epoch
             if current or key not in self._entries:
-                self._entries[key] = _Entry(value, fresh=current and watched)
+                self._entries[key] = _Entry(value, _State.FRESH if current and watched else _State.STALE)
 
     def mark_stale(self, key: str) -> None:
+        """Mark a value that may have changed."""
         self.amend(key, lambda value: value)
 
-    def amend(self, key: str, change: Callable[[T], T]) -> None:
-        """Apply `change` to a cached value and mark it stale."""
+    def mark_replaced(self, key: str) -> None:
+        """Mark a value that has changed in the store."""
         with self._lock:
             self._epoch += 1
             if key in self._entries:
-                self._entries[key] = _Entry(change(self._entries[key].value), fresh=False)
+                self._entries[key] = replace(self._entries[key], state=_State.REPLACED)
+
+    def amend(self, key: str, change: Callable[[T], T]) -> None:
+        """Apply `change` to a cached value and mark it stale; one that was replaced stays so."""
+        with self._lock:
+            self._epoch += 1
+            if key in self._entries:
+                entry = self._entries[key]
+                self._entries[key] = _Entry(change(entry.value), _stale(entry.state))
 
     def put_stale(self, key: str, value: T) -> None:
         """Cache `value` as stale: the next read loads it again, and falls back on it."""
         with self._lock:
             self._epoch += 1
-            self._entries[key] = _Entry(value, fresh=False)
+            self._entries[key] = _Entry(value, _State.STALE)
 
     def mark_all_stale(self) -> None:
         with self._lock:
             self._epoch += 1
-            self._entries = {key: replace(entry, fresh=False) for key, entry in self._entries.items()}
+            self._entries = {key: _Entry(entry.value, _stale(entry.state)) for key, entry in self._entries.items()}
 
     def drop(self, key: str) -> None:
         with self._lock:
             self._epoch += 1
             self._entries.pop(key, None)
 
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._entries
+
     def keys(self) -> set[str]:
         with self._lock:
             return set(self._entries)
+
+
+def _stale(state: _State) -> _State:
+    return state if state is _State.REPLACED else _State.STALE
 
 
 class BundleCache:

@@ -49,15 +49,16 @@ T = TypeVar("T")
 MAX_ATTEMPTS: Final = 1000  # commits lost to other writers of the task before giving up; one writer always wins
 
 # KEYS: stamps, tasks, aliases, versions, bundle…   ARGV: task, stamp read, new stamp, aliases, channel, version…
+# Deletions come first: out of memory, Redis refuses a script whose first write needs some, and no later one.
 _COMMIT: Final = """
 local stamp = redis.call('HGET', KEYS[1], ARGV[1]) or ''
 if stamp == ARGV[3] then return 1 end
 if stamp ~= ARGV[2] then return 0 end
-if ARGV[4] ~= '' then redis.call('SET', KEYS[3], ARGV[4]) end
 for i = 6, #ARGV do
   redis.call('HDEL', KEYS[4], ARGV[i])
   redis.call('DEL', KEYS[i - 1])
 end
+if ARGV[4] ~= '' then redis.call('SET', KEYS[3], ARGV[4]) end
 if redis.call('EXISTS', KEYS[4]) == 0 then redis.call('SREM', KEYS[2], ARGV[1]) end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 redis.call('PUBLISH', ARGV[5], ARGV[1])
@@ -222,29 +223,39 @@ class RedisStore:
     def _all_stamps(self) -> dict[str, str]:
         return {_text(task): _text(stamp) for task, stamp in self._redis.hgetall(self._stamps).items()}
 
-    def _stamp(self, task: str) -> dict[str, str]:
-        return {task: _text(self._redis.hget(self._stamps, task) or b"")}
+    def _stamp(self, task: str) -> str:
+        return _text(self._redis.hget(self._stamps, task) or b"")
 
     def _changes(self, stop: threading.Event, channel: redis.client.PubSub, seen: dict[str, str]) -> Iterator[Change]:
         """Messages say which task to check; comparing stamps tells what changed, dropped messages included."""
         due = time.monotonic() + self._reconcile_s
         with closing(channel):
             while not stop.is_set():
-                gone: list[str] = []
+                if time.monotonic() >= due:  # asked first: a steady stream of messages must not postpone it
+                    with _server():
+                        now = self._all_stamps()
+                    due = time.monotonic() + self._reconcile_s
+                    gone = sorted(seen.keys() - now.keys())  # the server was flushed, or lost what it held
+                    changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task))
+                    seen = now
+                    yield from map(Change, [*gone, *changed])
+                    continue
                 with _server():
                     message = channel.get_message(timeout=STOP_CHECK_S)
-                    if message is not None:
-                        now = self._stamp(_text(message["data"]))
-                    elif time.monotonic() >= due:
-                        now = self._all_stamps()
-                        gone = sorted(seen.keys() - now.keys())  # the server was flushed, or lost what it held
-                        due = time.monotonic() + self._reconcile_s
-                    else:
-                        continue
-                changed = sorted(task for task, stamp in now.items() if stamp != seen.get(task))
-                seen = {task: stamp for task, stamp in (seen | now).items() if task not in gone}
-                yield from map(Change, gone)
-                yield from map(Change, changed)
+                if message is not None:
+                    yield from self._announced(_text(message["data"]), seen)
+
+    def _announced(self, task: str, seen: dict[str, str]) -> Iterator[Change]:
+        """Report a task that a message names, unless its stamp was `seen`; also where the stamp cannot be read."""
+        try:
+            with _server():
+                stamp = self._stamp(task)
+        except StoreUnavailable:
+            yield Change(task)
+            raise
+        if stamp != seen.get(task):
+            seen[task] = stamp
+            yield Change(task)
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

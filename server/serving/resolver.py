@@ -5,8 +5,9 @@
                      └ cannot be loaded ─▶ quarantined; an alias falls back to the version it pointed at before
 
 A reference to a version gets that version or the reason why not. A reference to an alias falls back: while its version
-is damaged, fitted on another backbone or cannot be fetched from the store, the version before it answers. The answer
-names the version that gave it, as all answers do.
+is damaged or fitted on another backbone, the alias' other targets and the versions before it answer; while its version
+cannot be fetched from the store, only the alias' other targets, as what was replaced must not come back in an outage.
+A version from which the alias was rolled back never answers for it. The answer names the version that gave it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from prompts_store import (
     Alias,
     AliasNotFound,
+    KnownStale,
     StoreError,
     StoreUnavailable,
     TaskNotFound,
@@ -33,6 +35,7 @@ from server.errors import BadRequest
 from .quarantine import Quarantine
 from .residency import Residency
 
+T = TypeVar("T")
 ENSEMBLE_SIGN = "+"  # between the versions of an ensemble
 MAX_FALLBACKS: Final = 4  # earlier versions that are tried before the request fails
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -107,7 +110,6 @@ class Resolver:
 
     def __init__(self, store: Catalogue, residency: Residency, quarantine: Quarantine) -> None:
         self._store, self._residency, self._quarantine = store, residency, quarantine
-        self._last_answered: dict[Ref, str] = {}  # the version that answered for an alias last
 
     def scoped(self, store: Catalogue, residency: Residency) -> Resolver:
         """A copy restricted to one tenant's store and rack."""
@@ -120,21 +122,21 @@ class Resolver:
 
         Raises what `resolve`, the store and the loader raise.
         """
-        version, by_alias = await self._resolve(ref, key)
+        version, alias = await self._resolve(ref, key)
         try:
-            return await self._acquire_version(ref, version, by_alias)
+            return await self._acquire_version(ref, version)
         except VersionNotFound:
             if ref.is_version:
                 raise
         except TaskNotFound:
             raise
         except Exception as error:
-            if not by_alias:
+            if alias is None:
                 raise
-            return await self._fall_back(ref, key, version, error)
+            return await self._fall_back(ref, key, alias, version, error)
         # the alias moved on and the version was deleted between the two steps: resolve once more
-        version, by_alias = await self._resolve(ref, key)
-        return await self._acquire_version(ref, version, by_alias)
+        version, _ = await self._resolve(ref, key)
+        return await self._acquire_version(ref, version)
 
     def release(self, seat: Any) -> None:
         self._residency.release(seat)
@@ -168,24 +170,37 @@ class Resolver:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    async def _resolve(self, ref: Ref, key: str) -> tuple[str, bool]:
-        """The version, and whether an alias named it."""
+    async def _resolve(self, ref: Ref, key: str) -> tuple[str, Alias | None]:
+        """The version, and the alias that named it."""
         if ref.is_version:
-            return ref.name, False
-        alias = (await self._aliases(ref.task)).get(ref.name)
+            await self._require_listed(ref)
+            return ref.name, None
+        alias = (await self._read(self._store.aliases, "known_aliases", ref.task)).get(ref.name)
         if alias is not None:
-            return alias.choose(key), True
+            return alias.choose(key), alias
         if _PREFIX.fullmatch(ref.name):
-            return await self.version_like(ref.task, ref.name), False
+            return await self.version_like(ref.task, ref.name), None
         raise AliasNotFound(ref.task, ref.name)
 
-    async def _aliases(self, task: str) -> Mapping[str, Alias]:
-        """From the store's cache; else in a thread, as reading may wait for a disk or the network."""
-        known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store, "known_aliases", None)
-        aliases = known(task) if known is not None else None
-        return aliases if aliases is not None else await asyncio.to_thread(self._store.aliases, task)
+    async def _require_listed(self, ref: Ref) -> None:
+        """A version may have been deleted by another server and still be on the rack of this one."""
+        try:
+            infos = await self._read(self._store.versions, "known_versions", ref.task)
+        except KnownStale:
+            raise
+        except StoreUnavailable:
+            return  # nothing says that it is gone
+        if not any(info.version == ref.name for info in infos):
+            raise VersionNotFound(ref.task, ref.name)
 
-    async def _acquire_version(self, ref: Ref, version: str, by_alias: bool) -> tuple[str, Any]:
+    async def _read(self, read: Callable[[str], T], known: str, task: str) -> T:
+        """From the store's cache, by its method `known`; else in a thread, as reading may wait for a disk or the
+        network."""
+        from_memory: Callable[[str], T | None] | None = getattr(self._store, known, None)
+        value = from_memory(task) if from_memory is not None else None
+        return value if value is not None else await asyncio.to_thread(read, task)
+
+    async def _acquire_version(self, ref: Ref, version: str) -> tuple[str, Any]:
         self._quarantine.check(ref.task, version)
         try:
             seat = await self._residency.acquire(ref.task, version)
@@ -197,28 +212,31 @@ class Resolver:
                 self._quarantine.put(ref.task, version, error)
             raise
         self._quarantine.release(ref.task, version)
-        if by_alias:
-            self._last_answered[ref] = version
         return version, seat
 
-    async def _fall_back(self, ref: Ref, key: str, failed: str, error: Exception) -> tuple[str, Any]:
+    async def _fall_back(self, ref: Ref, key: str, alias: Alias, failed: str, error: Exception) -> tuple[str, Any]:
         """A version that can answer in place of `failed`. Raises `error` where there is none."""
-        for version in await self._fallbacks(ref, key, failed):
+        earlier = [] if _unrelated_to_version(error) else await self._earlier(ref, failed)
+        states = [alias, *earlier]
+        versions = dict.fromkeys(version for state in states for version in _by_preference(state, key))
+        for version in [version for version in versions if version != failed][:MAX_FALLBACKS]:
             try:
-                return await self._acquire_version(ref, version, by_alias=True)
+                return await self._acquire_version(ref, version)
             except Exception:  # logged by the quarantine; the caller gets the error of its own version
                 continue
         raise error
 
-    async def _fallbacks(self, ref: Ref, key: str, failed: str) -> list[str]:
-        """Other targets of the alias, then its earlier targets; while the store is away, what answered last."""
+    async def _earlier(self, ref: Ref, failed: str) -> list[Alias]:
+        """The alias' states before `failed` was its target for the first time, the latest first.
+
+        The states between that and now were replaced by going back to it.
+        """
         try:
             states = await asyncio.to_thread(self._store.history, ref.task, ref.name)
         except StoreError:
-            last = self._last_answered.get(ref)
-            return [last] if last is not None and last != failed else []
-        versions = dict.fromkeys(version for state in reversed(states) for version in _by_preference(state, key))
-        return [version for version in versions if version != failed][:MAX_FALLBACKS]
+            return []
+        first = next((i for i, state in enumerate(states) if failed in _by_preference(state, "")), 0)
+        return list(reversed(states[:first]))
 
 
 def _unrelated_to_version(error: Exception) -> bool:

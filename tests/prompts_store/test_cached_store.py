@@ -20,6 +20,7 @@ from prompts_store import (
     Alias,
     CachedStore,
     Change,
+    KnownStale,
     StoreUnavailable,
     Target,
     TaskNotFound,
@@ -90,7 +91,9 @@ def test_the_cache_answers_in_an_outage(flaky: Flaky, cached: CachedStore) -> No
     cached.set_alias("fish", "live", one)
     assert (cached.get("fish", one), len(cached.versions("fish")), cached.tasks()) == (bundle(1), 2, ["fish"])
     assert list(cached.aliases("fish")) == ["live"]
-    moved = cached.set_alias("fish", "live", two)
+    with watching(cached) as heard:
+        moved = cached.set_alias("fish", "live", two)
+        assert heard.get(timeout=SOON_S) == "fish"
     flaky.away = True
     assert cached.tasks() == ["fish"]
     assert cached.aliases("fish") == {"live": moved}, "a write that was acknowledged is not forgotten in an outage"
@@ -106,6 +109,67 @@ def test_the_cache_answers_in_an_outage(flaky: Flaky, cached: CachedStore) -> No
             call()
     flaky.away = False
     assert cached.set_alias("fish", "live", one, expect=2).revision == 3
+
+
+def test_what_the_store_said_is_replaced_never_answers_again(flaky: Flaky, cached: CachedStore) -> None:
+    """Of a change that is heard of in an outage only its task is known: 503, until the store can be read."""
+    one, two = two_versions(cached)
+    cached.set_alias("fish", "live", one)
+    with watching(cached) as heard:
+        MemoryStore.put(flaky, bundle(9, "cat"))
+        while heard.get(timeout=SOON_S) != "cat":
+            pass  # every change until here has been taken note of
+        assert (list(cached.aliases("fish")), len(cached.versions("fish"))) == (["live"], 2)
+        assert cached.get("fish", one) == bundle(1)
+        flaky.away = True
+        moved = MemoryStore.set_alias(flaky, "fish", "live", two)
+        assert heard.get(timeout=SOON_S) == "fish"
+        for call in (cached.aliases, cached.versions, lambda task: cached.get(task, one)):
+            with pytest.raises(KnownStale, match="'fish' has changed in the store, which cannot be read now"):
+                call("fish")
+        assert (cached.known_aliases("fish"), cached.known_versions("fish")) == (None, None)
+        cached._mark_all_stale()  # as the end of a watch does
+        with pytest.raises(KnownStale):
+            cached.aliases("fish")
+        flaky.away = False
+        assert cached.aliases("fish") == {"live": moved}
+        flaky.away = True
+        cached._mark_all_stale()
+        assert cached.aliases("fish") == {"live": moved}, "an outage of which nothing is heard is survived"
+
+
+def test_a_change_is_read_when_it_is_heard_of(flaky: Flaky, cached: CachedStore) -> None:
+    """A rollback and a deletion by another server stay what they are in an outage right after them."""
+    one, two = two_versions(cached)
+    cached.set_alias("fish", "live", one)
+    cached.set_alias("fish", "live", two)
+    MemoryStore.put(flaky, bundle(3, "cat"))
+    assert (cached.aliases("fish")["live"].heaviest, len(cached.versions("cat"))) == (two, 1)
+    with watching(cached) as heard:
+        MemoryStore.rollback(flaky, "fish", "live")
+        MemoryStore.delete_task(flaky, "cat")
+        while heard.get(timeout=SOON_S) != "cat":
+            pass
+    flaky.away = True
+    assert cached.aliases("fish")["live"].heaviest == one
+    with pytest.raises(StoreUnavailable):
+        cached.versions("cat")
+
+
+def test_a_change_is_told_though_the_server_is_gone_before_it_can_be_read(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"redis://127.0.0.1:{port}/0"
+    with redis_on(port, tmp_path):
+        store = RedisStore(url)
+        one, _ = two_versions(store)
+        changes = store.watch(threading.Event())
+        store.set_alias("fish", "live", one)
+    assert next(changes) == Change("fish"), "the message lies in the socket; its server is dead"
+    with pytest.raises(StoreUnavailable):
+        next(changes)
+    store.close()
 
 
 def test_the_cache_recovers_from_a_server_that_was_away(tmp_path: Path) -> None:

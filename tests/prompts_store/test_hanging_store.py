@@ -9,6 +9,7 @@ import pytest
 
 from prompts_store import Alias, CachedStore, TaskNotFound, read_cache
 from prompts_store.memory_store import MemoryStore
+from tests.prompts_store.stores import SOON_S, watching
 from tests.serving.floor import bundle, publish
 
 
@@ -35,7 +36,9 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
 
 def test_what_is_known_answers_and_the_store_is_asked_once(hanging: Hanging) -> None:
     cached = CachedStore(hanging)
-    first = publish(cached)
+    with watching(cached) as heard:
+        first = publish(cached)
+        assert [heard.get(timeout=SOON_S) for _ in range(2)] == ["fish"] * 2
     assert cached.aliases("fish")["live"].choose("") == first
     cached._mark_stale("fish")
     hanging.answers.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -162,7 +163,8 @@ async def test_a_version_for_another_backbone_leaves_the_old_one_serving(damaged
 
 
 async def test_a_store_that_goes_away_right_after_a_publication(damaged: Damaged, monkeypatch) -> None:
-    """The alias is known to have moved, the bundle was not fetched any more: what answered last goes on."""
+    """The alias is known to have moved, the bundle was not fetched any more: the version that was replaced, or rolled
+    back, does not answer for it."""
     async with floor(damaged) as built:
         good = publish(damaged.store, seed=1)
         assert (await ask(built)).version == good
@@ -176,9 +178,35 @@ async def test_a_store_that_goes_away_right_after_a_publication(damaged: Damaged
         with monkeypatch.context() as patch:
             for name in ("get", "history", "aliases", "versions", "tasks"):
                 patch.setattr(inner, name, away)
-            assert (await ask(built)).version == good
+            with pytest.raises(StoreUnavailable):
+                await ask(built)
             assert built.predictor.quarantine.count() == 0, "nothing is known against the version itself"
         assert (await ask(built)).version == new
+
+
+async def test_a_version_that_was_rolled_back_does_not_stand_in_for_a_damaged_one(damaged: Damaged) -> None:
+    async with floor(damaged) as built:
+        oldest, good, bad = (publish(damaged.store, seed=seed) for seed in (1, 2, 3))
+        assert damaged.store.rollback("fish", "live").heaviest == good
+        damaged.spoil(good)
+        assert (await ask(built)).version == oldest
+        with pytest.raises(CorruptBundle):
+            await ask(built, f"fish@{good}")
+        assert (await ask(built, f"fish@{bad}")).version == bad
+
+
+async def test_a_version_that_another_server_deleted_does_not_answer_from_the_rack(damaged: Damaged) -> None:
+    async with floor(damaged) as built:
+        old, _ = publish(damaged.store, seed=1), publish(damaged.store, seed=2)
+        assert (await ask(built, f"fish@{old}")).version == old
+        damaged.store._inner.delete_version("fish", old)
+
+        async def asked_until_refused() -> None:  # within the moment that the news takes
+            while True:
+                await ask(built, f"fish@{old}")
+
+        with pytest.raises(VersionNotFound):
+            await asyncio.wait_for(asked_until_refused(), 10)
 
 
 async def test_damaged_aliases_leave_the_known_ones(damaged: Damaged) -> None:

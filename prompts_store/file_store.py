@@ -3,6 +3,7 @@
     tasks/<task>/versions/<version>.safetensors     bundles, which never change
     tasks/<task>/aliases.json                       aliases with their history
     tasks/<task>/.new-<random>                      a file being written; left by a crash, the next writer deletes it
+    tasks/<task>/.gone-<random>/                    versions being deleted; left by a crash, the next writer ends it
     locks/<task>.lock                               locked during a change of the task
 
 Files appear whole: write → fsync → rename → fsync of the folder. Readers take no lock. Writers of a task, in threads
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +35,8 @@ from prompts_store.store import Change, VersionInfo, newest_first
 log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
+GONE: Final = ".gone-"  # how the names of folders of deleted versions begin
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 RECONCILE_S: Final = 2.0  # events of the kernel may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]
@@ -109,14 +113,17 @@ class FileStore:
                 raise VersionNotFound(task, version)
             if users := book.users_of(version):
                 raise VersionInUse(task, version, users)
-            self._remove(task, [version])
+            path = self._path(task, version)
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
 
     def delete_task(self, task: str) -> None:
-        """Delete the aliases first: if a crash leaves some versions, no alias points at a deleted one."""
-        with self._changing_existing(task) as (versions, book):
-            book.clear()
-            self._save(task, book)
-            self._remove(task, sorted(versions))
+        """Delete a task by one rename, which needs no space on a full disk; what follows frees some first."""
+        with self._changing_existing(task):
+            folder = self._tasks / task
+            os.replace(folder / "versions", folder / f"{GONE}{secrets.token_hex(8)}")
+            sync_folder(folder)
+            self._finish_deletion(task)
 
     def close(self) -> None:
         """There is nothing to close: locks are held only during a call."""
@@ -207,19 +214,32 @@ class FileStore:
         if text := book.to_json():
             _write(folder / "aliases.json", text.encode(), folder)
 
-    def _remove(self, task: str, versions: list[str]) -> None:
-        for version in versions:
-            self._path(task, version).unlink(missing_ok=True)
-        sync_folder(self._tasks / task / "versions")
+    def _finish_deletion(self, task: str) -> None:
+        """Delete what `delete_task` has set aside, then clear the aliases, whose revisions must not be used again."""
+        for gone in (self._tasks / task).glob(f"{GONE}*"):
+            for path in gone.iterdir():
+                path.unlink(missing_ok=True)
+            try:
+                book = self._book(task)
+                book.clear()
+                self._save(task, book)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                (self._tasks / task / "aliases.json").unlink(missing_ok=True)  # others took the space that was freed
+            gone.rmdir()
+            sync_folder(self._tasks / task)
 
     def _sweep(self, task: str) -> None:
         """Delete unfinished files. The caller holds the task's lock, so they belong to writers that have crashed."""
         for leftover in (self._tasks / task).glob(f"{NEW}*"):
             leftover.unlink(missing_ok=True)
+        if any((self._tasks / task).glob(f"{GONE}*")):
+            self._finish_deletion(task)
 
     def _sweep_all(self) -> None:
         with _disk():
-            crashed = {path.parent.name for path in self._tasks.glob(f"*/{NEW}*")}
+            crashed = {path.parent.name for begin in (NEW, GONE) for path in self._tasks.glob(f"*/{begin}*")}
         for task in filter(is_task, crashed):
             with self._changing(task):
                 log.info("task %s: deleted the unfinished files of a crash", task)
@@ -234,7 +254,7 @@ def _disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
+        kind = StoreFull if error.errno in FULL else StoreUnavailable
         raise kind(f"the file store failed: {error.strerror or type(error).__name__}") from error
 
 

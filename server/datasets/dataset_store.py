@@ -46,6 +46,7 @@ MAX_NAME: Final = 200
 MAX_FILE_BYTES: Final = 64 * 2**20
 OTHER_FILES: Final = 1000  # members allowed beyond twice the most pictures: tables, notes, folders
 
+GONE: Final = ".gone"  # of the manifest of a dataset that is being deleted
 _NO_LINKS: Final = (
     errno.EPERM,
     errno.EXDEV,
@@ -82,11 +83,11 @@ class DatasetStore:
                 folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
 
-    def scoped(self, owner: str, quota: int | None = None) -> DatasetStore:
+    def scoped(self, owner: str, quota: int | None = None, besides: Callable[[], int] = lambda: 0) -> DatasetStore:
         """A view of the datasets whose owner begins with `owner`. `quota` is the most bytes that these may have in
-        all."""
+        all, together with what `besides` counts."""
         view = copy.copy(self)
-        view._manifests = self._manifests.scoped(owner, quota)
+        view._manifests = self._manifests.scoped(owner, quota, besides)
         return view
 
     def ingest(
@@ -161,15 +162,18 @@ class DatasetStore:
 
     def delete(self, dataset_id: str) -> None:
         """Delete the dataset, and its pictures that no other dataset (of any owner) uses."""
-        with disk_errors(), self._staged() as staging, self._locked():
+        with disk_errors(), self._locked():
             paths = self._manifests.find(dataset_id)
             dataset = manifests.read(paths[0])
             if dataset is None:
                 raise no_dataset(dataset_id)
-            for path in paths:
-                os.replace(path, staging / path.name)
+            gone = [path.with_suffix(GONE) for path in paths]
+            for path, to in zip(paths, gone, strict=True):
+                os.replace(path, to)  # needs no space on a full disk; a crash after it leaves a sign for `_sweep`
             sync(self._manifests.folder)
             self._remove({example.sha256 for example in dataset.examples} - self._used())
+            for path in gone:
+                path.unlink()
 
     def require_room(self, count: int) -> None:
         """Raise `QueueFull` quota_exceeded when `count` more bytes exceed the quota."""
@@ -265,7 +269,8 @@ class DatasetStore:
         """Remove what dead processes left: their staging folders, and blobs that no dataset uses."""
         with self._locked():
             abandoned = [path for path in self._staging.iterdir() if is_abandoned(path)]
-            if not abandoned:
+            gone = list(self._manifests.folder.glob(f"*{GONE}"))
+            if not abandoned and not gone:
                 return
             try:
                 self._remove({path.name for path in self._blobs.glob("*/*")} - self._used())
@@ -273,7 +278,9 @@ class DatasetStore:
                 log.error("pictures that no dataset uses are kept: %s", error.detail)
             for path in abandoned:
                 shutil.rmtree(path)
-        log.info("removed what %d interrupted ingests or deletions of datasets had left", len(abandoned))
+            for path in gone:
+                path.unlink()
+        log.info("removed what %d interrupted ingests or deletions of datasets had left", len(abandoned) + len(gone))
 
 
 def _name(name: str, parent: Dataset | None) -> str:

@@ -15,7 +15,7 @@ from server.errors import DiskFull, Unavailable
 
 FLUSHES: Final = 8  # threads that flush at once
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFull("the disk with the datasets is full") from error
         detail = f"the datasets' disk failed: {error.strerror or type(error).__name__}"
         raise Unavailable(detail, code="store_unavailable") from error

@@ -139,7 +139,7 @@ KILLS = {  # where: module, name, and whether the step is taken before the end
     "a version without its alias": ("prompts_store.file_store", "FileStore.put", True),
     "an alias that is about to move": ("prompts_store.file_store", "FileStore._save", False),
     "an alias that has moved": ("prompts_store.file_store", "FileStore._save", True),
-    "a task that is being deleted": ("prompts_store.file_store", "FileStore._remove", False),
+    "a task that is being deleted": ("prompts_store.file_store", "FileStore._finish_deletion", False),
     "a job without its answer": ("server.jobs.sqlite_store", "SqliteJobStore.submit", True),
     "a picture without its word": ("server.datasets.feedback_store", "FeedbackStore._keep_picture", True),
     "a lens half written": ("server.engine.rack", "Rack.allocate", True),

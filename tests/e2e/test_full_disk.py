@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from server.cli.keys import cli
-from server.keys import key as keys
 from server.keys.sqlite_store import SqliteKeyStore
 from tests.datasets.test_dataset_store import noise, write_zip
 from tests.e2e.test_kills import WAIT_S, Site, site
@@ -93,6 +92,14 @@ def test_every_writer_of_a_server(small_disk: Path, tmp_path: Path) -> None:
             if "upload" not in what:
                 assert write().status_code in (200, 201, 202), what
         assert client.ask("large").status_code == 200
+
+        leftover = http.post("/uploads", headers={"Upload-Length": "1"}).json()["id"]
+        given = http.get("/tasks/kept/feedback").json()["items"][0]["sha256"]
+        paths = (f"/tasks/kept/feedback/{given}", f"/uploads/{leftover}", f"/datasets/{dataset}", "/tasks/kept")
+        for number, path in enumerate(paths):  # each on a disk that is full again
+            fill(small_disk / f"filler-{number}")
+            assert http.delete(path).status_code == 204, path
+        assert client.ask("kept").status_code == 404
     assert "Traceback" not in (home / "server.log").read_text()
 
 
@@ -117,7 +124,6 @@ def test_a_server_starts_on_a_store_that_is_read_only(small_disk: Path, tmp_path
 
 def test_keys(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LENSRACK_KEYS", f"sqlite://{small_disk / 'keys.sqlite'}")
-    monkeypatch.setattr(keys, "LOG_N", 4)
 
     def run(*arguments: str) -> tuple[int, str]:
         done = CliRunner().invoke(cli, list(arguments))

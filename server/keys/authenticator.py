@@ -1,7 +1,11 @@
 """From a token to its key, by a snapshot of all keys that is refreshed while the server runs.
 
-    token ─► verified before? ─ yes ─► its key, if that still has the hash which the token matched
-                └─ no ─► its id ─► the key's hash ─► scrypt, one at a time ─► cached under a keyed digest
+    token ─► its id ─► the key's hash ─ sha256 ─► compared at once
+                          └─ scrypt, of an older version ─► verified before? ─ yes ─► its key
+                                   └─ no ─► one check at a time, keys in turn ─► cached under a keyed digest
+
+Whoever guesses at a key's token keeps only that key's other callers waiting, and of these only those at the same
+address: each key has a waiting room of its own, in which an address has few places.
 
 Store and file are read again when the snapshot is older than FRESH_S, so that a revocation or a rotation takes effect
 everywhere within that time and without a restart. While the store is away the last snapshot stays valid; one request
@@ -15,16 +19,18 @@ import hashlib
 import logging
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from server.clock import WallClock
 from server.errors import QueueFull, ServiceError
 
-from .key import Key, id_of, matches
+from .key import Key, id_of, is_slow, matches
 from .keys_file import BadKeysFile, KeysFile
+from .session import SESSION_S, Session, digest_of, new_secret
 from .store import KeyStore
 
 log = logging.getLogger(__name__)
@@ -33,9 +39,18 @@ FRESH_S: Final = 1.0
 PATIENCE_S: Final = 2.0  # the look-up of a host name alone may take many seconds when the host has gone
 MISS_S: Final = 0.1  # the age allowed for an unknown id, whose key may have just been created
 CACHED: Final = 10_000  # tokens that matched, and as many that did not
-WAITING: Final = 32  # tokens that may wait for scrypt; more get 429
+WAITING: Final = 16  # tokens of one key that may wait for scrypt; more get 429
+WAITING_OF_ADDRESS: Final = 2  # of these, the tokens that came from one address
 
 _Seen = OrderedDict[tuple[bytes, str], None]
+
+
+@dataclass
+class _Room:
+    """Where a key's tokens wait: one of them at a time stands in the queue that all keys share."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    addresses: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class _Snapshot:
 
     keys: Mapping[str, Key] = field(default_factory=dict)
     tokens: Mapping[bytes, str] = field(default_factory=dict)
+    sessions: Mapping[str, Session] = field(default_factory=dict)  # by the digest of their secret
+    file_proofs: Mapping[str, str] = field(default_factory=dict)  # by the id of a key whose token the file holds
     weights: Mapping[str, float] = field(default_factory=dict)  # by tenant, where a key sets one
 
 
@@ -64,7 +81,9 @@ class Authenticator:
         self._read_started = float("-inf")
         self._matched: _Seen = OrderedDict()
         self._refused: _Seen = OrderedDict()
-        self._scrypt_lock, self._waiting = asyncio.Lock(), 0
+        self._scrypt_lock = asyncio.Lock()
+        self._rooms: dict[str, _Room] = {}
+        self._checks: dict[tuple[bytes, str], asyncio.Task[bool]] = {}
         self._warned: set[str] = set()
         self.locked = False  # there are or have been keys: from then on every request needs one
 
@@ -72,13 +91,48 @@ class Authenticator:
         """Read store and file now. Raises BadKeysFile and ServiceError: a server must not start without its keys."""
         if self._file is not None:
             self._stamp, self._listed = self._file.stamp(), tuple(self._file.read())
-        self._take(self._store.list())
+        self._take(self._store.list(), self._store.sessions())
 
     def close(self) -> None:
         self._store.close()
 
-    async def owner(self, token: str) -> Key | None:
-        """Return the token's key, or None. Raises QueueFull (rate_limited) when too many unknown tokens arrive."""
+    async def owner(self, token: str, address: str = "") -> Key | None:
+        """Return the token's key, or None. Raises QueueFull (rate_limited) when too many unknown tokens arrive for a
+        key that an older version made, or too many of them from this client's `address`."""
+        proved = await self._proved(token, address)
+        return proved[0] if proved else None
+
+    async def sign_in(self, token: str, address: str = "") -> tuple[Key, str] | None:
+        """Start a session; return the token's key and the session's secret. Raises like `owner` and the key store."""
+        proved = await self._proved(token, address)
+        if proved is None:
+            return None
+        secret, (key, proof), now = new_secret(), proved, self._now()
+        session = Session(digest_of(secret), key.id, proof, now + SESSION_S)
+        await asyncio.to_thread(self._store.start_session, session, now)
+        return key, secret
+
+    async def sign_out(self, secret: str) -> None:
+        """End a session, everywhere within FRESH_S. Raises the key store's errors."""
+        await asyncio.to_thread(self._store.end_session, digest_of(secret))
+        await self.refresh(-1.0)
+
+    async def session_owner(self, secret: str) -> Key | None:
+        """Return the key of a session that has not ended, or None."""
+        await self.refresh()
+        digest = digest_of(secret)
+        if digest not in self._snapshot.sessions:
+            await self.refresh(MISS_S)
+        session, now = self._snapshot.sessions.get(digest), self._now()
+        if session is None or session.ends_at <= now:
+            return None
+        key = self._snapshot.keys.get(session.key)
+        if key is None or key.ended(now):
+            return None
+        return key if session.proof in (self._snapshot.file_proofs.get(key.id), *key.hashes(now)) else None
+
+    async def _proved(self, token: str, address: str) -> tuple[Key, str] | None:
+        """The token's key, and what proved it: see `Session`."""
         await self.refresh()
         if not token.isascii():
             return None  # tokens are ASCII, and not every other text can be encoded
@@ -90,9 +144,10 @@ class Authenticator:
         key = self._snapshot.keys.get(key_id or "")
         if key is None or key.ended(self._now()):
             return None
-        if self._snapshot.tokens.get(digest) == key.id or await self._matches(token, digest, key):
-            return key
-        return None
+        if self._snapshot.tokens.get(digest) == key.id:
+            return key, digest_of(token)
+        proof = await self._matched_hash(token, digest, key, address)
+        return (key, proof) if proof else None
 
     def weight(self, tenant: str) -> float:
         """Return the tenant's weight in a busy engine: the largest that one of its keys sets, else 1."""
@@ -100,31 +155,53 @@ class Authenticator:
 
     # --- one token --------------------------------------------------------------------------------------------------
 
-    async def _matches(self, token: str, digest: bytes, key: Key) -> bool:
+    async def _matched_hash(self, token: str, digest: bytes, key: Key, address: str) -> str | None:
         for stored_hash in key.hashes(self._now()):
-            if stored_hash and await self._has_hash(token, digest, stored_hash):
-                return True
-        return False
+            if not is_slow(stored_hash):
+                matched = matches(token, stored_hash)
+            elif (known := self._cached_result(digest, stored_hash)) is not None:
+                matched = known
+            else:
+                matched = await self._check_once(token, digest, stored_hash, key.id, address)
+            if matched:
+                return stored_hash
+        return None
 
-    async def _has_hash(self, token: str, digest: bytes, stored_hash: str) -> bool:
-        if (known := self._cached_result(digest, stored_hash)) is not None:
-            return known
-        if self._waiting >= WAITING:
-            detail = "too many API keys are being checked for the first time; try again"
-            raise QueueFull(detail, code="rate_limited")
-        self._waiting += 1
-        try:
+    async def _check_once(self, token: str, digest: bytes, stored_hash: str, key_id: str, address: str) -> bool:
+        """Requests that come with the same token at once wait for one check."""
+        if (digest, stored_hash) not in self._checks:
+            check = asyncio.create_task(self._matches_slowly(token, digest, stored_hash, key_id, address))
+            self._checks[digest, stored_hash] = check
+            check.add_done_callback(lambda _: self._checks.pop((digest, stored_hash), None))
+        return await asyncio.shield(self._checks[digest, stored_hash])
+
+    async def _matches_slowly(self, token: str, digest: bytes, stored_hash: str, key_id: str, address: str) -> bool:
+        async with self._waiting(key_id, address) as room, room.turn:
+            if (known := self._cached_result(digest, stored_hash)) is not None:
+                return known
             async with self._scrypt_lock:  # guesses take one core, however many arrive
-                if (known := self._cached_result(digest, stored_hash)) is not None:
-                    return known
                 matched = await asyncio.to_thread(matches, token, stored_hash)
+            self._remember(digest, stored_hash, matched=matched)
+            return matched
+
+    @asynccontextmanager
+    async def _waiting(self, key_id: str, address: str) -> AsyncIterator[_Room]:
+        room = self._rooms.setdefault(key_id, _Room())
+        if room.addresses[address] >= WAITING_OF_ADDRESS or room.addresses.total() >= WAITING:
+            raise QueueFull(f"too many tokens of key {key_id} are being checked; try again", code="rate_limited")
+        room.addresses[address] += 1
+        try:
+            yield room
         finally:
-            self._waiting -= 1
+            room.addresses -= Counter({address: 1})
+            if not room.addresses:
+                self._rooms.pop(key_id, None)
+
+    def _remember(self, digest: bytes, stored_hash: str, *, matched: bool) -> None:
         seen = self._matched if matched else self._refused
         seen[digest, stored_hash] = None
         if len(seen) > CACHED:
             seen.popitem(last=False)
-        return matched
 
     def _cached_result(self, digest: bytes, stored_hash: str) -> bool | None:
         """Whether the token has this hash, where that was computed before; by a digest that is useless elsewhere."""
@@ -152,7 +229,7 @@ class Authenticator:
         asked_at = time.monotonic()
         await asyncio.to_thread(self._read_file)
         try:
-            self._take(await asyncio.to_thread(self._store.list))
+            self._take(*await asyncio.to_thread(lambda: (self._store.list(), self._store.sessions())))
         except ServiceError as error:
             if not self._failing:
                 log.error("%s; the keys of the last read stay valid", error.detail)
@@ -172,11 +249,17 @@ class Authenticator:
             log.error("%s; the keys that the file held before stay valid", error)
         self._stamp = stamp
 
-    def _take(self, stored: list[Key]) -> None:
+    def _take(self, stored: list[Key], sessions: list[Session]) -> None:
         """Take a snapshot. Where store and file have a key of the same id, the file's counts."""
         keys = {key.id: key for key in stored} | {key.id: key for key, _ in self._listed}
         tokens = {self._digest(token): key.id for key, token in self._listed if token is not None}
-        self._snapshot = _Snapshot(keys, tokens, _weights(keys.values(), self._now()))
+        self._snapshot = _Snapshot(
+            keys,
+            tokens,
+            sessions={session.digest: session for session in sessions},
+            file_proofs={key.id: digest_of(token) for key, token in self._listed if token is not None},
+            weights=_weights(keys.values(), self._now()),
+        )
         self._warn(keys.values())
         self.locked = self.locked or bool(keys) or self._file is not None
 

@@ -29,11 +29,10 @@ _ID: Final = re.compile(ID_PATTERN)
 _TOKEN: Final = re.compile(r"lr_([a-z0-9][a-z0-9-]{0,31})_([A-Za-z0-9_-]{20,200})")
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 
-# scrypt (RFC 7914): 16 MiB and some 50 ms for each guess
-LOG_N: Final = 14
-_R: Final = 8
-_P: Final = 1
-_HASH: Final = re.compile(r"scrypt:([0-9]{1,2}):([0-9]{1,2}):([0-9]{1,2}):([A-Za-z0-9_=-]+):([A-Za-z0-9_=-]+)")
+# A secret of 256 random bits cannot be guessed from a fast hash, and a slow one would let anybody keep the server busy.
+_FAST: Final = re.compile(r"sha256:([A-Za-z0-9_=-]+):([A-Za-z0-9_=-]+)")
+# scrypt (RFC 7914), of keys that older versions made: some 50 ms for each check
+_SLOW: Final = re.compile(r"scrypt:([0-9]{1,2}):([0-9]{1,2}):([0-9]{1,2}):([A-Za-z0-9_=-]+):([A-Za-z0-9_=-]+)")
 _MAX_MEMORY: Final = 64 * 2**20
 
 KeyId = Annotated[str, Field(pattern=ID_PATTERN)]
@@ -105,27 +104,37 @@ def id_of(token: str) -> str | None:
 
 
 def hashed(token: str) -> str:
-    """Return `scrypt:log2 n:r:p:salt:hash`, with a fresh salt. Slow on purpose: call it in a thread."""
+    """Return `sha256:salt:hash` of a token that `new_token` made, with a fresh salt."""
     salt = secrets.token_bytes(16)
-    digest = _scrypt(token, salt, LOG_N, _R, _P)
-    return f"scrypt:{LOG_N}:{_R}:{_P}:{_text(salt)}:{_text(digest)}"
+    return f"sha256:{_text(salt)}:{_text(_sha256(token, salt))}"
 
 
 def matches(token: str, stored_hash: str) -> bool:
-    """Whether a token has this hash, compared in constant time. Slow on purpose: call it in a thread."""
-    parts = _HASH.fullmatch(stored_hash)
-    if parts is None:
-        return False
+    """Whether a token has this hash, compared in constant time. Where the hash `is_slow`, call it in a thread."""
     try:
-        salt, expected = (base64.urlsafe_b64decode(parts[place]) for place in (4, 5))
-        got = _scrypt(token, salt, *(int(parts[place]) for place in (1, 2, 3)))
+        if parts := _FAST.fullmatch(stored_hash):
+            salt, expected = map(base64.urlsafe_b64decode, parts.groups())
+            got = _sha256(token, salt)
+        elif parts := _SLOW.fullmatch(stored_hash):
+            salt, expected = map(base64.urlsafe_b64decode, parts.groups()[3:])
+            got = _scrypt(token, salt, *map(int, parts.groups()[:3]))
+        else:
+            return False
     except (binascii.Error, ValueError, TypeError, OverflowError):  # parameters beyond what is allowed
         return False
     return hmac.compare_digest(got, expected)
 
 
 def is_hash(text: str) -> bool:
-    return _HASH.fullmatch(text) is not None
+    return (_FAST.fullmatch(text) or _SLOW.fullmatch(text)) is not None
+
+
+def is_slow(stored_hash: str) -> bool:
+    return stored_hash.startswith("scrypt:")
+
+
+def _sha256(token: str, salt: bytes) -> bytes:
+    return hashlib.sha256(salt + token.encode()).digest()
 
 
 def _scrypt(token: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:

@@ -1,7 +1,7 @@
 """Keys from a file that an operator's secret manager mounts: a JSON object a line, read again when the file changes.
 
     {"id": "ci", "scopes": ["predict"], "tasks": "acme-", "token": "…"}           a token, as it is
-    {"id": "ops", "scopes": ["admin"], "hash": "scrypt:14:8:1:…"}                 or the hash of one that was made here
+    {"id": "ops", "scopes": ["admin"], "hash": "sha256:…"}                        or the hash of one that was made here
 
 Also `name`, `images_per_s`, `jobs_per_day`, `bytes_stored`, `weight`, and `expires_at`, such as "2027-01-31T00:00:00Z".
 Empty lines and lines that begin with # are ignored.
@@ -84,7 +84,9 @@ def _key(text: str, number: int) -> tuple[Key, str | None]:
     if (line.token is None) == (line.hash is None):
         raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: expected either a token or a hash")
     if line.hash is not None and not is_hash(line.hash):
-        raise BadKeysFile(f"LENSRACK_KEYS_FILE, line {number}: hash: expected scrypt:…, as `keys create` prints it")
+        raise BadKeysFile(
+            f"LENSRACK_KEYS_FILE, line {number}: hash: expected sha256:…, as `keys create --for-file` prints it"
+        )
     limits = {name: getattr(line, name) for name in Allowance.model_fields}
     key = Key(
         id=line.id,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from limits import RateLimitItem, RateLimitItemPerDay, RateLimitItemPerMinute
@@ -49,15 +51,24 @@ class Meter:
             wait_s = await self._wait_s(RateLimitItemPerMinute(most), "images", key.id)
             raise QueueFull(detail, code="rate_limited", retry_after_s=wait_s)
 
-    async def job(self, key: Key) -> None:
-        """Raises QueueFull quota_exceeded."""
+    @asynccontextmanager
+    async def job(self, key: Key) -> AsyncIterator[None]:
+        """Count the job that the block submits; a block that raises has submitted none. Raises QueueFull
+        quota_exceeded."""
         most = key.allowance.jobs_per_day
         if most is None:
+            yield
             return
-        if most == 0 or not await self._taken(RateLimitItemPerDay(most), "jobs", key.id, 1):
-            wait_s = await self._wait_s(RateLimitItemPerDay(max(1, most)), "jobs", key.id)
+        limit = RateLimitItemPerDay(max(1, most))
+        if most == 0 or not await self._taken(limit, "jobs", key.id, 1):
+            wait_s = await self._wait_s(limit, "jobs", key.id)
             detail = f"this key may start {most} jobs in 24 hours, and has started them"
             raise QueueFull(detail, code="quota_exceeded", retry_after_s=wait_s)
+        try:
+            yield
+        except BaseException:
+            await self._taken(limit, "jobs", key.id, -1)  # counted before, as many may be submitted at once
+            raise
 
     async def _taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
         if not self._shared:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import partial
 from typing import Final, cast
 
@@ -13,7 +15,8 @@ from server.storage.redis import answering, connect
 
 from . import store
 from .key import Key
-from .store import Keys
+from .session import Session, to_end
+from .store import Keys, Sessions
 
 MAX_TRIES: Final = 100
 _answering = partial(answering, "key store")
@@ -30,9 +33,10 @@ class RedisKeyStore:
     """The key store on a Redis server. Raises `ValueError` for a URL of another form."""
 
     KEYS = "{0}:keys"  # hash: id → record as JSON
+    SESSIONS = "{0}:sessions"  # hash: digest → the session's other fields as JSON
 
     def __init__(self, url: str, *, prefix: str = "lensrack") -> None:
-        self._hash = self.KEYS.format(prefix)
+        self._hash, self._sessions = self.KEYS.format(prefix), self.SESSIONS.format(prefix)
         self._redis = connect(url)
         self._change_script = self._redis.register_script(_CHANGE)
 
@@ -61,6 +65,24 @@ class RedisKeyStore:
         with _answering():
             texts = cast("list[str]", self._redis.hvals(self._hash))
         return store.in_order([_key(text) for text in texts])
+
+    def sessions(self) -> Sessions:
+        with _answering():
+            stored = cast("dict[str, str]", self._redis.hgetall(self._sessions))
+        return [Session(digest, *json.loads(fields)) for digest, fields in stored.items()]
+
+    def start_session(self, session: Session, now: float) -> None:
+        over = to_end(self.sessions(), session, now)
+        digest, *fields = astuple(session)
+        with _answering(), self._redis.pipeline(transaction=True) as pipe:
+            for ended in over:
+                pipe.hdel(self._sessions, ended.digest)
+            pipe.hset(self._sessions, digest, json.dumps(fields))
+            pipe.execute()
+
+    def end_session(self, digest: str) -> None:
+        with _answering():
+            self._redis.hdel(self._sessions, digest)
 
     def close(self) -> None:
         self._redis.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -17,11 +18,15 @@ from server.storage.sqlite import answering, connect, transaction
 
 from . import store
 from .key import Key
-from .store import Keys
+from .session import Session, to_end
+from .store import Keys, Sessions
 
 MODE: Final = 0o600
 _answering = partial(answering, "key store")
-SCHEMA: Final = "CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
+SCHEMA: Final = (
+    "CREATE TABLE IF NOT EXISTS keys (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS sessions (digest TEXT PRIMARY KEY, key TEXT, proof TEXT, ends_at REAL) WITHOUT ROWID",
+)
 
 
 class SqliteKeyStore:
@@ -46,15 +51,31 @@ class SqliteKeyStore:
         return changed
 
     def list(self) -> Keys:
+        return store.in_order([_key(row[0]) for row in self._rows("SELECT record FROM keys")])
+
+    def sessions(self) -> Sessions:
+        return [Session(*row) for row in self._rows("SELECT digest, key, proof, ends_at FROM sessions")]
+
+    def start_session(self, session: Session, now: float) -> None:
+        with self._writing() as db:
+            sessions = [Session(*row) for row in db.execute("SELECT digest, key, proof, ends_at FROM sessions")]
+            over = to_end(sessions, session, now)
+            db.executemany("DELETE FROM sessions WHERE digest = ?", [(ended.digest,) for ended in over])
+            db.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", astuple(session))
+
+    def end_session(self, digest: str) -> None:
+        with self._writing() as db:
+            db.execute("DELETE FROM sessions WHERE digest = ?", (digest,))
+
+    def close(self) -> None:
+        """Nothing to close: no connection is open between two calls."""
+
+    def _rows(self, query: str) -> Sequence[tuple[Any, ...]]:
         with _answering():
             if not self._path.exists():
                 return []
             with closing(self._connected()) as db:
-                rows = db.execute("SELECT record FROM keys").fetchall()
-        return store.in_order([_key(row[0]) for row in rows])
-
-    def close(self) -> None:
-        """Nothing to close: no connection is open between two calls."""
+                return db.execute(query).fetchall()
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -67,8 +88,9 @@ class SqliteKeyStore:
     def _connected(self) -> sqlite3.Connection:
         db = connect(self._path)
         try:
-            with suppress(sqlite3.OperationalError):  # a read-only file has the table already, or is empty
-                db.execute(SCHEMA)
+            with suppress(sqlite3.OperationalError):  # a read-only file has the tables already, or is empty
+                for statement in SCHEMA:
+                    db.execute(statement)
         except BaseException:
             db.close()
             raise

@@ -8,8 +8,10 @@ from typing import Protocol
 from server.errors import Conflict, NotFound
 
 from .key import Key
+from .session import Session
 
 Keys = list[Key]  # inside the store `list` is a verb
+Sessions = list[Session]
 
 
 class KeyStore(Protocol):
@@ -25,6 +27,15 @@ class KeyStore(Protocol):
 
     def list(self) -> Keys:
         """Return all keys, oldest first."""
+
+    def sessions(self) -> Sessions:
+        """Return all sessions, in any order."""
+
+    def start_session(self, session: Session, now: float) -> None:
+        """Add a session, and remove those of `session.to_end`."""
+
+    def end_session(self, digest: str) -> None:
+        """Remove a session, if it is there."""
 
     def close(self) -> None: ...
 

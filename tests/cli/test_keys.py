@@ -18,7 +18,6 @@ from server.keys.sqlite_store import SqliteKeyStore
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LENSRACK_HOME", str(tmp_path))
-    monkeypatch.setattr(keys, "LOG_N", 4)
     return tmp_path
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from server.clock import WallClock
-from server.errors import QueueFull
+from server.errors import NotFound, QueueFull
 from server.keys import authenticator as authenticator_module
 from server.keys import key as keys
 from server.keys import meter as meter_module
@@ -32,31 +34,40 @@ from tests.conftest import free_port
 
 pytestmark = pytest.mark.anyio
 
-REAL_LOG_N = keys.LOG_N
 TOKEN = "a-token-of-a-secret-manager"
 
 
-@pytest.fixture(autouse=True)
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hash says itself what it costs; here it need not cost much."""
-    monkeypatch.setattr(keys, "LOG_N", 4)
+def slow_hash(token: str) -> str:
+    """As older versions made it. A hash says itself what it costs; here it need not cost much."""
+    salt = b"0123456789abcdef"
+    return f"scrypt:4:8:1:{keys._text(salt)}:{keys._text(keys._scrypt(token, salt, 4, 8, 1))}"
 
 
 # --- tokens and hashes ------------------------------------------------------------------------------------------------
 
 
-def test_a_hash_is_of_one_token_and_holds_nothing_of_it() -> None:
+@pytest.mark.parametrize("hashed", [keys.hashed, slow_hash], ids=["sha256", "scrypt"])
+def test_a_hash_is_of_one_token_and_holds_nothing_of_it(hashed: Callable[[str], str]) -> None:
     token = keys.new_token("abc")
-    kept = keys.hashed(token)
+    kept = hashed(token)
     assert keys.matches(token, kept)
     assert not keys.matches(token + "x", kept)
-    assert keys.hashed(token) != kept, "salted"
-    assert kept.startswith("scrypt:4:8:1:")
+    assert keys.is_hash(kept)
     assert token.split("_", 2)[2] not in kept
 
 
+def test_a_fast_hash_is_salted_and_only_of_a_token_that_nobody_can_guess() -> None:
+    token = keys.new_token("abc")
+    assert keys.hashed(token) != keys.hashed(token)
+    assert len(base64.urlsafe_b64decode(token.split("_", 2)[2] + "=")) == 32, "256 random bits"
+
+
 @pytest.mark.parametrize(
-    "kept", ["", "x", "scrypt:14:8:1:AAAA", "scrypt:99:8:1:AAAA:AAAA", "scrypt:14:0:1:AAAA:AAAA", "scrypt:14:8:1:A:A"]
+    "kept",
+    [
+        *("", "x", "scrypt:14:8:1:AAAA", "scrypt:99:8:1:AAAA:AAAA", "scrypt:14:0:1:AAAA:AAAA", "scrypt:14:8:1:A:A"),
+        *("sha256:AAAA", "sha256:A:A", "sha256:AAAA:AAAA", "sha512:AAAA:AAAA"),
+    ],
 )
 def test_a_damaged_hash_matches_nothing(kept: str) -> None:
     assert not keys.matches(keys.new_token("abc"), kept)
@@ -77,16 +88,15 @@ def test_hashes_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
         return compared[-1][2]
 
     token = keys.new_token("abc")
-    kept, scrypt = keys.hashed(token), keys._scrypt
+    scrypt, sha256 = keys._scrypt, keys._sha256
+    both = slow_hash(token), keys.hashed(token)
     monkeypatch.setattr(keys, "_scrypt", lambda *arguments: Digest(scrypt(*arguments)))
+    monkeypatch.setattr(keys, "_sha256", lambda *arguments: Digest(sha256(*arguments)))
     monkeypatch.setattr(keys.hmac, "compare_digest", watched)
-    assert keys.matches(token, kept)
-    assert not keys.matches(token[:-1] + "~", kept)
-    assert compared == [(32, 32, True), (32, 32, False)]
-
-
-def test_a_guess_costs_sixteen_mebibytes() -> None:
-    assert REAL_LOG_N == 14
+    for kept in both:
+        assert keys.matches(token, kept)
+        assert not keys.matches(token[:-1] + "~", kept)
+    assert compared == [(32, 32, True), (32, 32, False)] * 2
 
 
 def test_the_id_of_a_token_is_read_from_it_and_from_nothing_else() -> None:
@@ -132,7 +142,7 @@ def test_a_file_of_tokens_and_hashes(tmp_path: Path) -> None:
         (line(token="short"), "token"),
         (line(token=None), "either a token or a hash"),
         (line(hash="scrypt:…"), "either a token or a hash"),
-        (line(token=None, hash=TOKEN), "hash: expected scrypt"),
+        (line(token=None, hash=TOKEN), "hash: expected sha256"),
         (line(tasks="Acme"), "tasks"),
         (line(quota=3), "quota"),
         (f"{line()}\n{line()}", "each id once"),
@@ -201,8 +211,11 @@ async def owner(authenticator: Authenticator, token: str) -> str | None:
     return found.id if found else None
 
 
-async def test_a_token_is_its_keys_and_hashed_once(store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = made(store)
+async def test_a_token_is_its_keys_and_hashed_slowly_once(
+    store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = keys.new_token("abc")
+    store.add(Key(id="abc", scopes=frozenset({"predict"}), hash=slow_hash(token)))
     authenticator, counted = opened(store), Counted(monkeypatch)
     assert await asyncio.gather(*(owner(authenticator, token) for _ in range(5))) == ["abc"] * 5
     assert counted.count == 1
@@ -225,13 +238,41 @@ async def test_a_tenants_weight_is_the_largest_of_its_keys_that_hold(store: Sqli
     assert authenticator.weight("plain-") == 0.5
 
 
-async def test_too_many_strange_tokens_are_sent_away(store: SqliteKeyStore) -> None:
-    made(store)
-    authenticator = opened(store)
-    wrong = [authenticator.owner(keys.new_token("abc")) for _ in range(authenticator_module.WAITING + 3)]
-    found = await asyncio.gather(*wrong, return_exceptions=True)
-    assert [one for one in found if one is not None], "all were checked"
-    assert all(one is None or (isinstance(one, QueueFull) and one.code == "rate_limited") for one in found)
+async def test_whoever_guesses_at_a_key_locks_nobody_out(
+    store: SqliteKeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has just started meets a flood of wrong secrets for one id: other keys are checked in their turn,
+    and the key's own caller from another address; a key with a fast hash does not wait at all."""
+    tokens = {id_: keys.new_token(id_) for id_ in ("guessed", "other")}
+    for id_, token in tokens.items():
+        store.add(Key(id=id_, scopes=frozenset({"predict"}), hash=slow_hash(token)))
+    tokens["new"] = made(store, "new")
+    authenticator, checked = opened(store), threading.Semaphore(0)
+    real = keys.matches
+
+    def waits(token: str, kept: str) -> bool:
+        assert not keys.is_slow(kept) or checked.acquire(timeout=20)
+        return real(token, kept)
+
+    monkeypatch.setattr(authenticator_module, "matches", waits)
+    guesses = [
+        asyncio.create_task(authenticator.owner(keys.new_token("guessed"), f"10.0.0.{number % 3}"))
+        for number in range(30)
+    ]
+    await asyncio.sleep(0)
+    assert await authenticator.owner(tokens["new"], "10.0.0.1")
+    good = [asyncio.create_task(authenticator.owner(tokens[id_], "10.0.0.9")) for id_ in ("other", "guessed")]
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert sum(guess.done() for guess in guesses) == 30 - 3 * authenticator_module.WAITING_OF_ADDRESS
+    checked.release(2)
+    assert (await asyncio.wait_for(good[0], 20)).id == "other", "after one guess at most"
+    checked.release(10)
+    assert (await asyncio.wait_for(good[1], 20)).id == "guessed"
+    outcomes = await asyncio.gather(*guesses, return_exceptions=True)
+    assert [getattr(outcome, "code", outcome) for outcome in outcomes].count("rate_limited") == 24
+    assert outcomes.count(None) == 6
+    assert authenticator._rooms == {}
 
 
 async def test_revocation_holds_at_once_and_never_opens_the_server(store: SqliteKeyStore) -> None:
@@ -423,13 +464,21 @@ async def test_more_than_a_minutes_worth_never_passes_and_takes_nothing(meters: 
 
 async def test_jobs_are_counted_over_a_day(meters: tuple[Meter, Meter]) -> None:
     key = allowed(jobs_per_day=2)
-    await meters[0].job(key)
-    await meters[1].job(key)
+    async with meters[0].job(key):
+        pass
+    for meter in meters * 3:
+        with pytest.raises(NotFound):
+            async with meter.job(key):
+                raise NotFound("what is refused is not counted")
+    async with meters[1].job(key):
+        pass
     with pytest.raises(QueueFull) as caught:
-        await meters[0].job(key)
+        async with meters[0].job(key):
+            pass
     assert caught.value.code == "quota_exceeded"
     with pytest.raises(QueueFull):
-        await meters[0].job(allowed("none", jobs_per_day=0))
+        async with meters[0].job(allowed("none", jobs_per_day=0)):
+            pass
 
 
 async def test_nobody_is_refused_while_the_counts_are_away() -> None:

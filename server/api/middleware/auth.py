@@ -11,8 +11,6 @@ could otherwise send requests (CSRF) or pretend to be this server (DNS rebinding
 
 from __future__ import annotations
 
-import base64
-import binascii
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from http.cookies import CookieError, SimpleCookie
@@ -72,33 +70,34 @@ class AuthMiddleware:
     async def _authorize(self, scope: Scope) -> None:
         headers, method = Headers(scope=scope), scope["method"]
         self._require_host(headers)
-        bearer, cookie = _bearer(headers), None
+        bearer, session = _bearer(headers), None
         if bearer is None:
-            cookie = _cookie(headers)
+            session = session_secret(headers)
             if method not in SAFE:
-                require_origin(headers, self._allowed_hosts, required=cookie is not None)
+                require_origin(headers, scope["scheme"], self._allowed_hosts, required=session is not None)
         scope["state"]["open_metrics"] = self._open_metrics
-        token = bearer or cookie
-        scope["state"]["key"] = await self._key_of(token)
-        scope["state"]["reauthorize"] = partial(self._reauthorize, token)  # without the scope: no cycle
-        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(token))
+        scope["state"]["key"] = await self._key_of(bearer, session, scope)
+        scope["state"]["reauthorize"] = partial(self._reauthorize, bearer, session)  # without the scope: no cycle
+        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(bearer or session))
         if connections.crowded(scope["state"], scope["state"][TEMPLATE]):
             raise Unavailable(
                 "too many connections are open", code="too_many_connections", retry_after_s=connections.RETRY_S
             )
 
-    async def _reauthorize(self, token: str | None, scope: Scope) -> None:
+    async def _reauthorize(self, bearer: str | None, session: str | None, scope: Scope) -> None:
         """Check that the token still allows the request, to the same tasks. Raises Unauthenticated, Forbidden."""
-        before, now = scope["state"]["key"], await self._key_of(token)
+        before, now = scope["state"]["key"], await self._key_of(bearer, session, scope)
         same = before is not None and now is not None and before.tasks == now.tasks
         scope["state"]["key"] = now if same else None
-        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(token))
+        scopes.check(scope, scope["state"][TEMPLATE], token_sent=bool(bearer or session))
 
-    async def _key_of(self, token: str | None) -> Key | None:
+    async def _key_of(self, bearer: str | None, session: str | None, scope: Scope) -> Key | None:
         await self._authenticator.refresh()
         if not self._authenticator.locked:
             return NOBODY
-        return await self._authenticator.owner(token) if token else None
+        if bearer is None:
+            return await self._authenticator.session_owner(session) if session else None
+        return await self._authenticator.owner(bearer, scope["client"][0] if scope.get("client") else "")
 
     def _require_host(self, headers: Headers) -> None:
         if "host" not in headers or "*" in self._allowed_hosts or not (self._allowed_hosts or self._local):
@@ -116,18 +115,20 @@ class AuthMiddleware:
 # --- Host and Origin --------------------------------------------------------------------------------------------------
 
 
-def require_origin(headers: Headers, allowed: frozenset[str], *, required: bool) -> None:
+def require_origin(headers: Headers, scheme: str, allowed: frozenset[str], *, required: bool) -> None:
     """A request that changes something must not come from another site's page. Browsers send Origin, programs do not.
 
     Raises Forbidden foreign_origin.
     """
-    origin = headers.get("origin")
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is None:
-        if not required or headers.get("sec-fetch-site") == "same-origin":
+        if site == "same-origin" or (site in (None, "none") and not required):
             return
-        raise Forbidden("Origin: expected this server's, as the session is a cookie, got none", code="foreign_origin")
-    host = origin.partition("://")[2].lower()
-    if host and host in {headers.get("host", "").lower(), *allowed}:
+        got = "none" if site is None else f"a request from a page of a {site[:20]} origin"
+        raise Forbidden(f"Origin: expected this server's, got {got}", code="foreign_origin")
+    kind, _, host = origin.lower().partition("://")
+    encrypted_enough = kind == "https" or scheme != "https"  # without TLS anybody on the way can write a page
+    if encrypted_enough and host and host in {headers.get("host", "").lower(), *allowed}:
         return
     raise Forbidden(f"Origin: expected this server's own pages, got {origin[:100]!r}", code="foreign_origin")
 
@@ -148,8 +149,9 @@ def _bearer(headers: Headers) -> str | None:
     return (token.strip() or None) if scheme.lower() == "bearer" else None
 
 
-def _cookie(headers: Headers) -> str | None:
-    """The token of a session. It is ignored on a request from another site's page, even if the browser sent it."""
+def session_secret(headers: Headers) -> str | None:
+    """Return the secret of the session's cookie. It is ignored on a request from another site's page, even if the
+    browser sent it."""
     sent = headers.get("cookie")
     if sent is None or headers.get("sec-fetch-site") == "cross-site":
         return None
@@ -157,16 +159,4 @@ def _cookie(headers: Headers) -> str | None:
         morsel = SimpleCookie(sent).get(COOKIE)
     except CookieError:
         return None
-    return decode_token(morsel.value) if morsel else None
-
-
-def encode_token(token: str) -> str:
-    """Return a token as a cookie's value, in which not every character is allowed."""
-    return base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
-
-
-def decode_token(value: str) -> str | None:
-    try:
-        return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode() or None
-    except (binascii.Error, ValueError):
-        return None
+    return (morsel.value or None) if morsel else None

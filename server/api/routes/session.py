@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -13,10 +13,9 @@ from server.api.middleware.root_path import located
 from server.errors import Unauthenticated
 from server.keys.authenticator import Authenticator
 from server.keys.key import NOBODY, SCOPES, Key
+from server.keys.session import SESSION_S
 
 router = APIRouter(tags=["session"])
-
-SESSION_S: Final = 12 * 3600
 
 
 @router.get("/session")
@@ -32,23 +31,27 @@ async def sign_in(request: Request, response: Response, credentials: wire.SignIn
     authenticator: Authenticator = request.app.state.authenticator
     if not authenticator.locked:
         return _session(NOBODY, False)
-    key = await authenticator.owner(credentials.key.strip())
-    if key is None:
+    signed_in = await authenticator.sign_in(credentials.key.strip(), request.client.host if request.client else "")
+    if signed_in is None:
         raise Unauthenticated("expected an API key, got one that is wrong, revoked or unknown")
-    _set(request, response, auth.encode_token(credentials.key.strip()), SESSION_S)
+    key, secret = signed_in
+    _set(request, response, secret, round(SESSION_S))
     return _session(key, True)
 
 
 @router.delete("/session", status_code=204)
 async def sign_out(request: Request) -> Response:
-    """Forget the session cookie."""
+    """End the session, and forget its cookie."""
+    authenticator: Authenticator = request.app.state.authenticator
+    if secret := auth.session_secret(request.headers):
+        await authenticator.sign_out(secret)
     response = Response(status_code=204)
     _set(request, response, "", 0)
     return response
 
 
 def _set(request: Request, response: Response, value: str, max_age_s: int) -> None:
-    encrypted = "https" in (request.url.scheme, request.headers.get("x-forwarded-proto", ""))
+    encrypted = request.url.scheme == "https"
     options: dict[str, Any] = {"secure": encrypted, "httponly": True, "samesite": "strict"}
     response.set_cookie(auth.COOKIE, value, max_age=max_age_s, path=located(request, "") or "/", **options)
     response.headers["Cache-Control"] = "no-store"

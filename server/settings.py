@@ -110,6 +110,13 @@ class Settings(BaseSettings):
         Path | None, Field(description="File of API keys from a secret manager; read again when it changes.")
     ] = None
     open_metrics: Annotated[bool, Field(description="Serve /metrics without a key.")] = False
+    trusted_proxies: Annotated[
+        str,
+        Field(
+            description="Addresses and networks of proxies, separated by commas, whose X-Forwarded-For and "
+            "X-Forwarded-Proto are believed; *: any."
+        ),
+    ] = "127.0.0.1,::1"
     allowed_hosts: Annotated[
         str,
         Field(
@@ -117,6 +124,10 @@ class Settings(BaseSettings):
             "addresses. Empty: local names on a loopback address, any name elsewhere."
         ),
     ] = ""
+    stuck_s: Annotated[
+        float,
+        Field(gt=1, description="Seconds without a sign of life after which an engine or a front end is replaced."),
+    ] = 20.0
     max_connections: Annotated[
         int, Field(gt=0, description="Most open connections; beyond it requests other than probes get 503.")
     ] = 2000
@@ -266,6 +277,10 @@ class Settings(BaseSettings):
         str, Field(description="Endpoint for traces, OTLP over HTTP, such as http://collector:4318. Empty: none.")
     ] = ""
     trace_ratio: Annotated[float, Field(ge=0, le=1, description="Share of the traces begun here that is kept.")] = 1.0
+
+    def metrics_port_of(self, worker: int) -> int:
+        """The port of the metrics of a worker of a number, from 0; 0 for none."""
+        return self.worker_metrics_port + worker if self.worker_metrics_port else 0
 
     @property
     def store_url(self) -> str:

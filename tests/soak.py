@@ -131,7 +131,7 @@ class Soak:
     def read(self) -> dict[str, Reading]:
         time.sleep(SETTLE_S)
         house = psutil.Process(self._pid)
-        worker = next(child for child in house.children(recursive=True) if "work" in child.cmdline())
+        worker = next(child for child in house.children(recursive=True) if child.name().startswith("worker"))
         engine, front = sorted(
             (child for child in house.children() if child.pid != worker.pid), key=psutil.Process.create_time
         )  # front ends are forked when the engine is ready

@@ -1,14 +1,24 @@
-"""What a worker's process is built of: the trainer with its backbone, its stores and its caches."""
+"""A worker's process, and what it is built of: the trainer with its backbone, its stores and its caches."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
-from prompts_store import open_store
-from server.engine.backbone import Backbone
+from prometheus_client import start_http_server
+
+from prompts_store import StoreError, open_store
+from server.engine.backbone import Backbone, BackboneError
+from server.errors import ServiceError
 from server.methods.registry import Registry
+from server.observability import metrics
 from server.settings import Settings
 from server.training.low_priority import cap_memory
 from server.training.stored_images import Decoder
@@ -25,8 +35,42 @@ from .stores import open_datasets, open_jobs
 log = logging.getLogger(__name__)
 
 
-def build_worker(settings: Settings, name: str) -> Trainer:
-    """Load the backbone, open the stores and return the trainer. `name`: the worker's name in the job store.
+def run_worker(settings: Settings, stop: threading.Event | None = None, *, give_up_s: float | None = None) -> int:
+    """Fit jobs until SIGTERM, SIGINT or `stop`; return the exit status. A worker that cannot start says why.
+
+    `give_up_s`: how long after a signal the job may take to go back to the queue, before the process is killed.
+    """
+    stop = stop or threading.Event()
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+        if give_up_s is not None:
+            threading.Thread(target=_kill_after, args=(give_up_s,), daemon=True).start()
+
+    os.nice(settings.worker_nice)
+    try:
+        trainer = build_worker(settings, f"{socket.gethostname()}-{os.getpid()}", stop)
+        if settings.worker_metrics_port:
+            start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
+    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
+        print(f"the worker cannot start: {error}", file=sys.stderr, flush=True)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    log.info("worker ready, pid %d", os.getpid())
+    trainer.run()
+    return 0
+
+
+def _kill_after(seconds: float) -> None:
+    time.sleep(seconds)
+    log.warning("the worker has not left within %.0f s and is killed", seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_worker(settings: Settings, name: str, stop: threading.Event | None = None) -> Trainer:
+    """Load the backbone, open the stores and return the trainer, which runs until `stop` is set. `name`: the worker's
+    name in the job store.
 
     Raises BackboneError, StoreError, ServiceError, ValueError, OSError.
     """
@@ -45,6 +89,7 @@ def build_worker(settings: Settings, name: str) -> Trainer:
         lease_s=settings.lease_s,
         keep_s=settings.jobs_keep_s,
         at_once=settings.worker_jobs,
+        stop=stop,
     )
 
 

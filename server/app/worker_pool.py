@@ -1,8 +1,8 @@
-"""Worker processes: how one is started, and, for a server in a single process, a pool that keeps them running.
+"""The workers of a server in a single process: a pool that keeps them running.
 
 A worker is this program again, as `python -m server work`. Its standard input is a pipe from the process that started
 it. When the pipe closes, however that process ended, the worker gives its job back to the queue and leaves; so no
-worker outlives its server. Where front ends are processes of their own, `server.processes.manager` keeps the workers.
+worker outlives its server. Where front ends are processes of their own, `server.processes.manager` forks the workers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,26 +25,18 @@ log = logging.getLogger(__name__)
 COMMAND: Final = (sys.executable, "-m", "server", "work", "--until-stdin-closes")
 FIRST_PAUSE_S: Final = 0.5
 
-WorkerProgram = subprocess.Popen[bytes]
-
 
 def worker_environment(settings: Settings, number: int) -> dict[str, str]:
     """Return the environment of a worker of a `number`, from 0: it finds the same packages and the same home, wherever
     it starts, and has a port of its own for its metrics."""
-    root, port = Path(__file__).resolve().parents[2], settings.worker_metrics_port
+    root = Path(__file__).resolve().parents[2]
     path = (str(root), str(root / "client"), os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "LENSRACK_HOME": str(settings.home.resolve()),
-        "LENSRACK_WORKER_METRICS_PORT": str(port + number if port else 0),
+        "LENSRACK_WORKER_METRICS_PORT": str(settings.metrics_port_of(number)),
     }
-
-
-def start_worker(settings: Settings, number: int, *, preexec: Callable[[], None]) -> WorkerProgram:
-    """Start a worker; `preexec` runs in its process, before the program. No other thread may run. Raises OSError."""
-    environment = worker_environment(settings, number)
-    return subprocess.Popen(COMMAND, stdin=subprocess.PIPE, env=environment, preexec_fn=preexec)  # noqa: PLW1509
 
 
 class WorkerPool:

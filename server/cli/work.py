@@ -5,65 +5,53 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
-from prometheus_client import start_http_server
 
-from prompts_store import StoreError
 from server.app import allocator
 from server.engine.import_timm import import_timm
-from server.observability import metrics
+from server.observability import tracing
 
 from .root import load_settings, start_observability
 
 log = logging.getLogger("server")
+
+ORPHAN_S: Final = 10.0  # for which a worker may go on without its server: its job goes back to the queue
 
 
 def work(
     until_stdin_closes: Annotated[bool, typer.Option(help="Stop when the process that started this one ends.")] = False,
 ) -> None:
     """Fit queued training jobs, until it is stopped."""
+    stop, ready = threading.Event(), threading.Event()
+    if until_stdin_closes:  # before anything that takes time
+        threading.Thread(target=leave_with_parent, args=(stop, ready, ORPHAN_S), daemon=True).start()
     allocator.keep_one_heap()
     settings = load_settings(warn=not until_stdin_closes)  # else the server has warned already
     start_observability(settings, "lensrack-worker")
     import_timm(hub=settings.downloads_weights)
-    from server.app.worker import build_worker
-    from server.engine.backbone import BackboneError
-    from server.errors import ServiceError
+    from server.app.worker import run_worker
 
-    os.nice(settings.worker_nice)
-    try:
-        trainer = build_worker(settings, name=f"{socket.gethostname()}-{os.getpid()}")
-        if settings.worker_metrics_port:
-            start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
-    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
-        typer.echo(f"the worker cannot start: {error}", err=True)
-        raise typer.Exit(1) from None
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        trainer.stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    if until_stdin_closes:
-        leaving = (trainer.stop, settings.drain_timeout_s)
-        threading.Thread(target=leave_with_parent, args=leaving, daemon=True).start()
-    log.info("worker ready, pid %d", os.getpid())
-    trainer.run()
+    ready.set()
+    status = run_worker(settings, stop)
+    tracing.stop()
+    logging.shutdown()
+    os._exit(status)  # all is written, and the libraries take seconds to take themselves down
 
 
-def leave_with_parent(stop: threading.Event, grace_s: float) -> None:
-    """Set `stop` when standard input closes, and kill this process `grace_s` later if it still runs.
+def leave_with_parent(stop: threading.Event, ready: threading.Event, grace_s: float) -> None:
+    """Set `stop` when standard input closes, and kill this process `grace_s` later if it still runs; a worker that is
+    not `ready` has no job, and ends at once.
 
     Standard input is a pipe from the server: it closes when the server ends, in whatever way.
     """
     while os.read(0, 1024):
         pass
+    if not ready.is_set():
+        os._exit(0)
     stop.set()
     time.sleep(grace_s)
     log.warning("the worker has not left within %.0f s and is killed", grace_s)

@@ -49,7 +49,7 @@ class _Connection:
     """`used` is held during a call, by the thread whose connection it is."""
 
     db: sqlite3.Connection
-    used: threading.RLock = field(default_factory=threading.RLock)  # type: ignore[valid-type]  # a function, by its type
+    used: threading.RLock = field(default_factory=threading.RLock)
 
 
 class SqliteJobStore(StepwiseJobStore):
@@ -64,6 +64,7 @@ class SqliteJobStore(StepwiseJobStore):
             path.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(path.parent), self._connected() as db:
                 migrate(db)
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a killed process leaves megabytes
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -75,6 +76,10 @@ class SqliteJobStore(StepwiseJobStore):
             newest = db.execute("SELECT MAX(id) FROM jobs").fetchone()[0]
             job = replace(request, id=new_id(now, after=newest), created_at=now)
             return _save(db, lifecycle.submitted(job), now)
+
+    def submitted_with(self, idempotency_key: str, *, tenant: str = "") -> Job | None:
+        with self._connected() as db:
+            return _by_key(db, tenant, idempotency_key)
 
     def get(self, job_id: str) -> Job:
         with self._connected() as db:

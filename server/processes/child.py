@@ -1,4 +1,4 @@
-"""Processes that the process manager keeps running: forks of it, and workers, which are programs of their own."""
+"""Forks that the process manager keeps running."""
 
 from __future__ import annotations
 
@@ -11,27 +11,39 @@ from functools import partial
 from typing import Final
 
 from server.app.backoff import Backoff
-from server.app.worker_pool import FIRST_PAUSE_S as FIRST_WORKER_PAUSE_S
-from server.app.worker_pool import WorkerProgram, start_worker
-from server.settings import Settings
 
 PR_SET_PDEATHSIG: Final = 1
+PR_SET_NAME: Final = 15
 FIRST_PAUSE_S: Final = 0.1
 NOT_STARTED: Final = 1  # the exit status of a process that could not start
 
 SendReady = Callable[[str], None]
 
 
-class ChildProcess:
-    """A process to keep running. `pid` is 0 while it does not run; `restart_at` is a time of `time.monotonic`."""
+class ForkedProcess:
+    """A fork of the manager. It runs `main`, which gets this object and a function to call once with a message when the
+    process is ready, and exits with the status that `main` returns.
 
-    def __init__(self, name: str, first_pause_s: float) -> None:
-        self.name = name
+    `pid` is 0 while it does not run; `restart_at` is a time of `time.monotonic`; `pipe` is where the message comes
+    from, -1 once it has been read.
+    """
+
+    def __init__(
+        self, name: str, main: Callable[[ForkedProcess, SendReady], int], first_pause_s: float = FIRST_PAUSE_S
+    ) -> None:
+        self.name, self._main = name, main
         self.pid = 0
         self.started_at = 0.0
         self.restart_at = 0.0
         self.ends = 0  # how many times it has ended
+        self.pipe = -1
+        self.message = bytearray()
+        self.ready = False
         self._backoff = Backoff(first_pause_s)
+
+    @property
+    def metrics_name(self) -> str:
+        return f"{self.name}-{self.pid}"
 
     def start(self) -> None:
         """Start the process. Raises OSError."""
@@ -47,31 +59,9 @@ class ChildProcess:
         """Note that the process has ended, set `restart_at`, and return how many seconds it lived."""
         now = time.monotonic()
         lived_s = now - self.started_at
-        self.pid, self.ends = 0, self.ends + 1
+        self.pid, self.ends, self.ready = 0, self.ends + 1, False
         self.restart_at = now + self._backoff.pause_s(lived_s)
         return lived_s
-
-    def close_pipe(self) -> None:
-        """Close the manager's end of the pipe to this process, if there is one."""
-
-    def _launch(self) -> int:
-        raise NotImplementedError
-
-
-class ForkedProcess(ChildProcess):
-    """A fork of the manager. It runs `main`, which gets this object and a function to call once with a message when the
-    process is ready, and exits with the status that `main` returns."""
-
-    def __init__(self, name: str, main: Callable[[ForkedProcess, SendReady], int]) -> None:
-        super().__init__(name, FIRST_PAUSE_S)
-        self._main = main
-        self.pipe = -1  # where the message comes from, -1 once it has been read
-        self.message = bytearray()
-        self.ready = False
-
-    @property
-    def metrics_name(self) -> str:
-        return f"{self.name}-{self.pid}"
 
     def read_message(self) -> None:
         """Read what has come through the pipe. At its end the process is ready, if it has sent a message."""
@@ -81,11 +71,8 @@ class ForkedProcess(ChildProcess):
             self.close_pipe()
             self.ready = bool(self.message)
 
-    def schedule_restart(self) -> float:
-        self.ready = False
-        return super().schedule_restart()
-
     def close_pipe(self) -> None:
+        """Close the manager's end of the pipe, if it is open."""
         if self.pipe >= 0:
             os.close(self.pipe)
             self.pipe = -1
@@ -111,31 +98,9 @@ class ForkedProcess(ChildProcess):
             os._exit(status)
 
 
-class WorkerProcess(ChildProcess):
-    """The program `python -m server work` of a `number`, from 0.
-
-    It gives its job back to the queue and leaves when the manager ends: the kernel sends it SIGTERM, and its standard
-    input, a pipe from the manager, closes.
-    """
-
-    def __init__(self, settings: Settings, number: int) -> None:
-        super().__init__(f"worker-{number}", FIRST_WORKER_PAUSE_S)
-        self._settings, self._number = settings, number
-        self._program: WorkerProgram
-
-    def poll(self) -> int | None:
-        status = self._program.poll()
-        if status is not None:
-            self.close_pipe()
-        return status
-
-    def close_pipe(self) -> None:
-        if self.pid and self._program.stdin is not None:
-            self._program.stdin.close()
-
-    def _launch(self) -> int:
-        self._program = start_worker(self._settings, self._number, preexec=partial(_prepare_worker, os.getpid()))
-        return self._program.pid
+def show_name(name: str) -> None:
+    """Have `ps` and `top` show this process by its name, of which they show 15 characters. Linux only."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -143,12 +108,6 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it has ended already
         os._exit(NOT_STARTED)
-
-
-def _prepare_worker(parent: int) -> None:
-    """In the worker, between fork and exec."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the manager ends the worker
-    end_with_parent(parent, signal.SIGTERM)
 
 
 def _send(pipe: int, message: str) -> None:

@@ -74,7 +74,8 @@ class HttpServer(uvicorn.Server):
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s) + 1,  # refusals of a drain still go out
-            http=limited(with_files_for(settings.max_connections), settings.body_timeout_s),
+            http=limited(with_files_for(settings.max_connections), settings.body_timeout_s, settings.trusted_proxies),
+            forwarded_allow_ips=settings.trusted_proxies,
         )
         super().__init__(config)
 

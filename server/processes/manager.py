@@ -2,11 +2,12 @@
 
     ProcessManager ─┬─ engine     a fork for each device. When it ends (killed, or lost: status 70) it is restarted;
                     │             until then front ends use the other engines, or answer 503 where there is none
-                    ├─ worker-0 … programs of their own, which fit jobs and need no engine
+                    ├─ worker-0 … forks that fit jobs and need no engine
                     └─ front-0 …  forks that accept from one listening socket, so waiting connections outlive each fork
 
 The manager loads all code once and computes nothing, so a fork is quick and shares its memory; it runs no thread.
-However the manager ends, its forks are killed by the kernel (PR_SET_PDEATHSIG), and the workers leave. SIGTERM and
+A fork that gives no sign of life for LENSRACK_STUCK_S (`heartbeats`) is killed, and restarted like one that ended.
+However the manager ends, the kernel (PR_SET_PDEATHSIG) kills engines and front ends and has workers leave. SIGTERM and
 SIGINT drain: front ends first, as they need the engines to answer waiting requests, then workers, whose jobs go back
 to the queue, then engines. A second signal ends them at once.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import select
 import signal
@@ -31,17 +33,20 @@ from server import __version__
 from server.api.binding import require_safe_bind
 from server.app.backbone import BackboneInfo
 from server.app.stores import open_authenticator
+from server.app.worker_pool import FIRST_PAUSE_S as WORKER_PAUSE_S
 from server.observability import logs, tracing
 from server.observability.multiprocess import ProcessMetrics
 from server.settings import Settings
 
 from . import engine_process, front_process, http_server, runtime_dir
-from .child import NOT_STARTED, ChildProcess, ForkedProcess, SendReady, WorkerProcess, end_with_parent
+from .child import FIRST_PAUSE_S, NOT_STARTED, ForkedProcess, SendReady, end_with_parent, show_name
+from .heartbeats import Heartbeats
 from .worker_metrics import MANAGER, WorkerMetrics
 
 log = logging.getLogger("server")
 
 MARGIN_S: Final = 8.0  # for what a process does besides draining
+LOOK_S: Final = 1.0  # between looks at the forks' signs of life
 
 Work = Callable[[SendReady, ProcessMetrics], int]  # what a fork does until it exits with a status
 
@@ -58,17 +63,24 @@ class ProcessManager:
         self._folder: Path
         self._wake: socket.socket
         self._worker_metrics: WorkerMetrics
+        self._heartbeat_number: int  # in a fork, its own
         self._engines = [
             self._forked("engine" if len(settings.engine_devices) == 1 else f"engine-{n}", self._run_engine, number=n)
             for n in range(len(settings.engine_devices))
         ]
-        self._workers = [WorkerProcess(settings, n) for n in range(settings.workers)]
+        self._workers = [
+            self._forked(f"worker-{n}", self._run_worker, WORKER_PAUSE_S, number=n) for n in range(settings.workers)
+        ]
         self._fronts = [self._forked(f"front-{n}", self._run_front, first=n == 0) for n in range(settings.fronts)]
+        self._heartbeats = Heartbeats(len(self._forks))
+        self._looked_at = self._trusted_from = 0.0
         self._backbone_json = ""
         self._stop_signals = 0
 
-    def _forked(self, name: str, work: Callable[..., int], **options: int) -> ForkedProcess:
-        return ForkedProcess(name, partial(self._run_child, partial(work, **options)))
+    def _forked(
+        self, name: str, work: Callable[..., int], first_pause_s: float = FIRST_PAUSE_S, **options: int
+    ) -> ForkedProcess:
+        return ForkedProcess(name, partial(self._run_child, partial(work, **options)), first_pause_s)
 
     def run(self) -> int:
         """Return the exit status. Raises UnsafeBind, OSError, before anything is forked."""
@@ -100,15 +112,17 @@ class ProcessManager:
             return self._end(NOT_STARTED)
         log.info("serving on http://%s:%d", *self._listener.getsockname()[:2])
         while not self._stop_signals:
-            self._wait(self._restart_ended())
+            self._wait(min(LOOK_S, self._restart_ended()))
+            self._kill_stuck()
         return self._end(0)
 
     @property
     def _forks(self) -> list[ForkedProcess]:
+        """Those that requests need."""
         return [*self._engines, *self._fronts]
 
     @property
-    def _children(self) -> list[ChildProcess]:
+    def _children(self) -> list[ForkedProcess]:
         return [*self._engines, *self._workers, *self._fronts]
 
     def _start_all(self, forks: Sequence[ForkedProcess]) -> bool:
@@ -126,17 +140,32 @@ class ProcessManager:
             self._start(worker)
         self._worker_metrics.write()  # before a front end reports them
 
-    def _restart_ended(self) -> float | None:
-        """Start what does not run and has paused; return the seconds until the next restart, None where all run."""
+    def _kill_stuck(self) -> None:
+        """Kill forks that give no sign of life. After a time in which the manager stood still as well (a suspended
+        terminal, a paused machine) they first get time to give one."""
+        now, limit_s = time.monotonic(), self._settings.stuck_s
+        if now - self._looked_at > 5 * LOOK_S:
+            self._trusted_from = now + limit_s
+        self._looked_at = now
+        if now < self._trusted_from:
+            return
+        for number, fork in enumerate(self._forks):
+            if fork.pid and fork.ready and (age_s := self._heartbeats.age_s(number)) > limit_s:
+                log.error("%s (pid %d) has given no sign of life for %.0f s and is killed", fork.name, fork.pid, age_s)
+                fork.ready = False  # once is enough
+                os.kill(fork.pid, signal.SIGKILL)
+
+    def _restart_ended(self) -> float:
+        """Start what does not run and has paused; return the seconds until the next restart, inf where all run."""
         now = time.monotonic()
         for child in self._children:
             if not child.pid and child.restart_at <= now:
                 self._start(child)
         self._worker_metrics.write()
         pauses = [child.restart_at - now for child in self._children if not child.pid]
-        return max(0.0, min(pauses)) if pauses else None
+        return max(0.0, min(pauses, default=math.inf))
 
-    def _start(self, child: ChildProcess) -> None:
+    def _start(self, child: ForkedProcess) -> None:
         try:
             child.start()
             log.info("%s: pid %d", child.name, child.pid)
@@ -146,7 +175,7 @@ class ProcessManager:
 
     def _wait(self, timeout_s: float | None) -> None:
         """Wait for a signal or for a message of a fork, and handle it."""
-        forks = {child.pipe: child for child in self._forks if child.pipe >= 0}
+        forks = {child.pipe: child for child in self._children if child.pipe >= 0}
         readable, _, _ = select.select([self._wake.fileno(), *forks], [], [], timeout_s)
         for descriptor in readable:
             if descriptor in forks:
@@ -165,9 +194,9 @@ class ProcessManager:
             if child.pid and (status := child.poll()) is not None:
                 self._handle_end(child, status)
 
-    def _handle_end(self, child: ChildProcess, status: int) -> None:
+    def _handle_end(self, child: ForkedProcess, status: int) -> None:
         pid = child.pid
-        if isinstance(child, ForkedProcess):
+        if child not in self._workers:
             self._retire_metrics(child)
         lived_s = child.schedule_restart()
         if not self._stop_signals:
@@ -189,7 +218,7 @@ class ProcessManager:
         self._end_all(self._engines, 2 * drain_s + MARGIN_S)
         return status
 
-    def _end_all(self, children: Sequence[ChildProcess], timeout_s: float) -> None:
+    def _end_all(self, children: Sequence[ForkedProcess], timeout_s: float) -> None:
         """Send SIGTERM, and SIGKILL after `timeout_s` or at the next signal."""
         end_at, signals = time.monotonic() + timeout_s, max(1, self._stop_signals)
         _send_signal(children, signal.SIGTERM)
@@ -223,6 +252,9 @@ class ProcessManager:
     def _run_child(self, work: Work, child: ForkedProcess, send_ready: SendReady) -> int:
         """Do the work and return the exit status, also where an exception ends it."""
         try:
+            if child in self._forks:
+                self._heartbeat_number = self._forks.index(child)
+                self._heartbeats.beat(self._heartbeat_number)
             self._prepare_fork(child)
             return work(send_ready, ProcessMetrics(self._folder, child.metrics_name))
         except Exception as error:
@@ -239,13 +271,14 @@ class ProcessManager:
 
     def _prepare_fork(self, child: ForkedProcess) -> None:
         """Let go of what is the manager's."""
-        end_with_parent(self._pid, signal.SIGKILL)
+        show_name(child.name)
+        end_with_parent(self._pid, signal.SIGTERM if child in self._workers else signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the manager decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if child in self._engines:
-            self._listener.close()  # an engine never accepts
+        if child not in self._fronts:
+            self._listener.close()  # only these accept
         for other in self._children:
             other.close_pipe()
 
@@ -254,9 +287,18 @@ class ProcessManager:
 
         async def work() -> int:
             process = engine_process.EngineProcess(self._settings, self._folder, process_metrics, number)
-            return await process.run(send_ready)
+            async with self._heartbeats.beating(self._heartbeat_number):
+                return await process.run(send_ready)
 
         return _finish(http_server.run(work))
+
+    def _run_worker(self, send_ready: SendReady, _: ProcessMetrics, *, number: int) -> int:
+        self._start_telemetry("lensrack-worker")
+        send_ready("started")  # nobody waits for a worker
+        from server.app.worker import run_worker
+
+        settings = self._settings.model_copy(update={"worker_metrics_port": self._settings.metrics_port_of(number)})
+        return run_worker(settings, give_up_s=settings.drain_timeout_s)
 
     def _run_front(self, send_ready: SendReady, process_metrics: ProcessMetrics, *, first: bool) -> int:
         self._start_telemetry("lensrack-server")
@@ -264,7 +306,8 @@ class ProcessManager:
         async def work() -> int:
             backbone = BackboneInfo.from_json(self._backbone_json).on(self._settings.engine_devices)
             front = front_process.build_front(self._settings, backbone, self._folder, process_metrics, first=first)
-            await http_server.serve_http(front, self._listener, lambda _: send_ready("ready"))
+            async with self._heartbeats.beating(self._heartbeat_number):
+                await http_server.serve_http(front, self._listener, lambda _: send_ready("ready"))
             return 0
 
         return _finish(http_server.run(work))
@@ -276,7 +319,7 @@ class ProcessManager:
             tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
 
 
-def _send_signal(children: Sequence[ChildProcess], number: signal.Signals) -> None:
+def _send_signal(children: Sequence[ForkedProcess], number: signal.Signals) -> None:
     for child in children:
         if child.pid:
             os.kill(child.pid, number)

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from server.observability import metrics
 from server.observability.multiprocess import ProcessMetrics
 
-from .child import WorkerProcess
+from .child import ForkedProcess
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ MANAGER: Final = "manager"  # the manager's name among the processes that write 
 class WorkerMetrics:
     """The metrics of `workers`, as a registry's collector."""
 
-    def __init__(self, workers: Sequence[WorkerProcess], folder: Path) -> None:
+    def __init__(self, workers: Sequence[ForkedProcess], folder: Path) -> None:
         self._workers = workers
         self._written: tuple[int, int] | None = None
         registry = CollectorRegistry()

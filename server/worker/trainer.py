@@ -68,6 +68,7 @@ class Trainer:
         lease_s: float,
         keep_s: float,
         at_once: int = 1,
+        stop: threading.Event | None = None,
     ) -> None:
         self._resources, self._jobs = resources, jobs
         self._worker, self._lease_s, self._at_once = worker, lease_s, at_once
@@ -76,7 +77,7 @@ class Trainer:
         self._retention = Retention(jobs, resources.checkpoints, keep_s)
         self._running = 0
         self._looked_for_jobs = -math.inf
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

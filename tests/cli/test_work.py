@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LEAVING = """
 import threading, time
 from server.cli.work import leave_with_parent
-stop = threading.Event()
-threading.Thread(target=leave_with_parent, args=(stop, {grace_s}), daemon=True).start()
+stop, ready = threading.Event(), threading.Event()
+{ready}
+threading.Thread(target=leave_with_parent, args=(stop, ready, {grace_s}), daemon=True).start()
 print(stop.wait(60), flush=True)
 time.sleep({works_on_s})
 """
 
 
-def left(*, grace_s: float, works_on_s: float) -> tuple[str, int]:
-    code = LEAVING.format(grace_s=grace_s, works_on_s=works_on_s)
+def left(*, grace_s: float, works_on_s: float, ready: str = "ready.set()") -> tuple[str, int]:
+    code = LEAVING.format(grace_s=grace_s, works_on_s=works_on_s, ready=ready)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
         check=False,
@@ -29,6 +30,10 @@ def left(*, grace_s: float, works_on_s: float) -> tuple[str, int]:
 
 def test_a_worker_whose_input_closes_is_told_to_stop() -> None:
     assert left(grace_s=60, works_on_s=0) == ("True", 0)
+
+
+def test_a_worker_that_still_starts_leaves_at_once() -> None:
+    assert left(grace_s=60, works_on_s=60, ready="") == ("", 0)
 
 
 def test_a_worker_that_does_not_stop_is_killed() -> None:

@@ -37,7 +37,8 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60) -> No
 
 
 def worker_pids(server_pid: int) -> list[int]:
-    return [child.pid for child in psutil.Process(server_pid).children(recursive=True) if "work" in child.cmdline()]
+    children = psutil.Process(server_pid).children(recursive=True)
+    return [child.pid for child in children if child.name().startswith("worker") or "work" in child.cmdline()]
 
 
 def test_a_fresh_machine_serves_with_the_untrained_stand_in_and_says_so(tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ def pid_of(server: ServerProcess, name: str) -> int:
     return int(re.findall(rf"{name}: pid (\d+)", server.log)[-1])
 
 
-def kill(server: ServerProcess, name: str) -> None:
-    """Kill a process and wait until it has been restarted."""
+def kill(server: ServerProcess, name: str, number: signal.Signals = signal.SIGKILL) -> int:
+    """Kill a process and wait until it has been restarted; return which it was."""
     before = pid_of(server, name)
-    os.kill(before, signal.SIGKILL)
+    os.kill(before, number)
     until(lambda: pid_of(server, name) != before, f"{name} is restarted")
+    return before
 
 
 def metric(server: ServerProcess, name: str) -> float | None:
@@ -158,3 +159,19 @@ def test_no_worker_outlives_the_manager(tmp_path: Path, pictures: Path, number: 
         until(lambda: all(ended(pid) for pid in workers), "the workers have left", 20)
     with served(tmp_path, workers="0") as server, Client(server.url) as client:
         assert client.jobs.get(job.id).state == "queued"
+
+
+def test_a_process_that_stands_still_is_replaced(tmp_path: Path) -> None:
+    """Its watchdog stands still as well: the manager looks from outside."""
+    with served(tmp_path, workers="0", stuck_s="2") as server:
+        for name in ("engine", "front-0"):
+            stopped = kill(server, name, signal.SIGSTOP)
+            until(lambda: answers_ready(server), f"the server answers with a new {name}")
+            assert f"{name} (pid {stopped}) has given no sign of life" in server.log
+
+
+def answers_ready(server: ServerProcess) -> bool:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -9,17 +9,16 @@ from prometheus_client import CollectorRegistry
 
 from server.observability import metrics
 from server.observability.multiprocess import ProcessMetrics, merged_registry
-from server.processes.child import WorkerProcess
+from server.processes.child import ForkedProcess
 from server.processes.worker_metrics import MANAGER, WorkerMetrics, running_workers
-from server.settings import Settings
 
 
 @pytest.fixture
-def workers(tmp_path: Path) -> list[WorkerProcess]:
-    return [WorkerProcess(Settings(home=tmp_path), number) for number in range(3)]
+def workers(tmp_path: Path) -> list[ForkedProcess]:
+    return [ForkedProcess(f"worker-{number}", lambda child, send_ready: 0) for number in range(3)]
 
 
-def test_a_front_end_reports_what_the_manager_wrote(tmp_path: Path, workers: list[WorkerProcess]) -> None:
+def test_a_front_end_reports_what_the_manager_wrote(tmp_path: Path, workers: list[ForkedProcess]) -> None:
     front = ProcessMetrics(tmp_path, "front-0-1", CollectorRegistry())
     assert running_workers(front) == 0, "nothing has been written"
     written = WorkerMetrics(workers, tmp_path)
@@ -31,14 +30,14 @@ def test_a_front_end_reports_what_the_manager_wrote(tmp_path: Path, workers: lis
     assert seen("lensrack_worker_restarts_total") == 4
 
 
-def test_the_metrics_are_those_of_a_server_in_one_process(tmp_path: Path, workers: list[WorkerProcess]) -> None:
+def test_the_metrics_are_those_of_a_server_in_one_process(tmp_path: Path, workers: list[ForkedProcess]) -> None:
     here = {family.name: (family.type, family.documentation) for family in WorkerMetrics(workers, tmp_path).collect()}
     there = {one.name: (one.type, one.documentation) for one in metrics.REGISTRY.collect()}
     assert here.items() <= there.items()
     assert len(here) == 2
 
 
-def test_what_cannot_be_written_is_written_later(tmp_path: Path, workers: list[WorkerProcess]) -> None:
+def test_what_cannot_be_written_is_written_later(tmp_path: Path, workers: list[ForkedProcess]) -> None:
     folder = tmp_path / "not yet"
     written = WorkerMetrics(workers, folder)
     written.write()
@@ -47,7 +46,7 @@ def test_what_cannot_be_written_is_written_later(tmp_path: Path, workers: list[W
     assert (folder / f"{MANAGER}.metrics").exists()
 
 
-def test_only_changes_are_written(tmp_path: Path, workers: list[WorkerProcess]) -> None:
+def test_only_changes_are_written(tmp_path: Path, workers: list[ForkedProcess]) -> None:
     written, file = WorkerMetrics(workers, tmp_path), tmp_path / f"{MANAGER}.metrics"
     written.write()
     file.unlink()

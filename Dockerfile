@@ -81,7 +81,7 @@ LABEL org.opencontainers.image.title="lensrack" \
 RUN groupadd --gid 10001 lensrack \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin lensrack \
  && install -d -o 10001 -g 10001 -m 750 /data \
- && install -d -o 10001 -g 10001 -m 755 /run/lensrack \
+ && install -d -o 10001 -g 10001 -m 755 /run/lensrack /run/lensrack-grafana \
  && install -d -o 10001 -g 10001 -m 750 /run/lensrack-keys
 
 COPY --from=packages /opt/venv /opt/venv

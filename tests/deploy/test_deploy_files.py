@@ -11,17 +11,22 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from lensrack import wire
 from server.keys.keys_file import KeysFile
 from server.settings import Settings
+from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -38,7 +43,7 @@ OURS = [name for name, service in SERVICES.items() if "IMAGE_NAME" in service["i
 
 def without_values(text: str) -> str:
     """As Compose reads it where neither `.env` nor the environment says anything: defaults only."""
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda found: found[2] or "", text)
+    return re.sub(r"\$\{(\w+)(?::([-+])([^}]*))?\}", lambda found: found[3] if found[2] == "-" else "", text)
 
 
 # --- the compose file -------------------------------------------------------------------------------------------------
@@ -110,9 +115,9 @@ def test_a_service_is_hardened(name: str) -> None:
 @pytest.mark.parametrize("name", SERVICES)
 def test_everything_mounted_exists(name: str) -> None:
     """Files and folders of the checkout are there, and read-only; named volumes are declared."""
-    for volume in SERVICES[name].get("volumes", []):
+    for volume in map(without_values, SERVICES[name].get("volumes", [])):
         source, _, *mode = volume.split(":")
-        if source.startswith("."):
+        if source.startswith((".", "/dev/null")):  # the latter in place of a file that `.env` may name
             assert (DEPLOY / source).exists(), f"{name} mounts {source}"
             assert mode == ["ro"], volume
         else:
@@ -230,13 +235,33 @@ def test_a_server_takes_its_keys_from_a_file_that_only_servers_mount(name: str) 
         each for each, service in SERVICES.items() if any("keys:/" in one for one in service.get("volumes", []))
     }
     assert mounting == {"secrets", "server", "server-gpu"}
-    assert "/run/lensrack-keys" in DOCKERFILE, "a new volume takes its owner from the image's folder"
+    for folder in ("/run/lensrack-keys", "/run/lensrack-grafana"):
+        assert folder in DOCKERFILE, "a new volume takes its owner from the image's folder"
+
+
+def test_each_password_is_mounted_where_it_is_needed_alone() -> None:
+    def mounting(volume: str) -> set[str]:
+        return {
+            name
+            for name, service in SERVICES.items()
+            if any(f"{volume}:/" in one for one in service.get("volumes", []))
+        } - {"secrets"}
+
+    assert mounting("grafana-secret") == {"grafana"}
+    assert mounting("secrets") == {"redis", *(name for name in OURS if name != "secrets")}
+
+
+def test_what_has_no_password_is_published_for_this_machine_alone_unless_said_so() -> None:
+    """The server's own address does not publish Prometheus."""
+    for name in ("prometheus", "grafana"):
+        (port,) = SERVICES[name]["ports"]
+        assert port.startswith(f"${{{name.upper()}_ADDRESS:-127.0.0.1}}:")
 
 
 def test_what_draws_the_secrets_draws_them_once_and_the_server_can_read_them(tmp_path: Path) -> None:
     """The service's own script, here with folders of ours."""
     (script,) = SERVICES["secrets"]["command"]
-    for folder in ("lensrack-keys", "lensrack"):
+    for folder in ("lensrack-keys", "lensrack-grafana", "lensrack"):
         (tmp_path / folder).mkdir()
         script = re.sub(rf"/run/{folder}(?![\w-])", str(tmp_path / folder), script)
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -298,6 +323,55 @@ def test_what_the_proxy_answers_by_itself_is_a_problem_document(path: Path) -> N
     problem = wire.Problem.model_validate_json(body)
     assert problem.status == int(path.stem)
     assert f"/usr/local/etc/haproxy/errors/{path.name}" in (DEPLOY / "proxy" / "haproxy.cfg").read_text()
+
+
+@pytest.mark.parametrize("tls", ["", "on"], ids=["plain", "TLS"])
+def test_the_proxy_tells_the_server_who_asks_and_how(tls: str, tmp_path: Path) -> None:
+    """A real one, with its own file; what a client says of itself does not pass."""
+    if (haproxy := shutil.which("haproxy")) is None:
+        pytest.skip("haproxy is not installed")
+    certificate, port = tmp_path / "certificate.pem", free_port()
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=lens.example -keyout key.pem -out chain.pem"
+    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+    certificate.write_text((tmp_path / "chain.pem").read_text() + (tmp_path / "key.pem").read_text())
+    seen: list[dict[str, list[str]]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/readyz":
+                seen.append({name.lower(): self.headers.get_all(name) or [] for name in self.headers})
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = (DEPLOY / "proxy" / "haproxy.cfg").read_text()
+        config = config.replace("/usr/local/etc/haproxy", str(DEPLOY / "proxy")).replace("bind :8000", f"bind :{port}")
+        config = config.replace("/run/tls/certificate.pem", str(certificate))
+        config = re.sub(r"server-template cpu .*", f"server cpu 127.0.0.1:{server.server_port} backup", config)
+        (tmp_path / "haproxy.cfg").write_text(re.sub(r"\n.*server-template gpu .*", "", config))
+        command = [haproxy, "-db", "-f", str(tmp_path / "haproxy.cfg")]
+        with subprocess.Popen(command, env={**os.environ, "TLS": tls}, stdout=subprocess.DEVNULL) as proxy:
+            claims = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Proto": "gopher"}
+            url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/tasks"
+            with httpx.Client(verify=False, headers=claims) as client:  # the certificate is its own
+                deadline = time.monotonic() + 20
+                while not answered(client, url):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            proxy.terminate()
+        server.shutdown()
+    assert (seen[-1]["x-forwarded-proto"], seen[-1]["x-forwarded-for"]) == (["https" if tls else "http"], ["127.0.0.1"])
+
+
+def answered(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_the_proxy_knows_its_way() -> None:

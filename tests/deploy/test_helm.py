@@ -24,8 +24,9 @@ CHART = DEPLOY / "helm" / "lensrack"
 OLDEST, NEWEST = "1.27", "1.35"  # Chart.yaml takes no older one
 OPERATOR = "monitoring.coreos.com/v1"  # custom resources, whose schemas no registry here has: looked at by hand below
 
-PLAIN: dict[str, Any] = {"redis": {"url": "redis://redis:6379/0"}}
+PLAIN: dict[str, Any] = {"redis": {"url": "redis://redis:6379/0"}, "keys": {"open": True}}
 FULL: dict[str, Any] = {
+    "keys": {"open": True},
     "image": {"repository": "registry.example.com/lensrack"},
     "imagePullSecrets": [{"name": "pull"}],
     "redis": {"url": "rediss://redis:6380/1", "passwordSecret": {"name": "redis", "key": "redis-password"}},
@@ -262,6 +263,8 @@ def test_api_keys_are_a_file_from_a_secret_that_servers_alone_mount(chart: Any):
     plain = pod(rendered(chart, PLAIN), "server")
     assert environment(plain)["LENSRACK_ALLOW_OPEN"] == "true"
     assert "LENSRACK_KEYS_FILE" not in environment(plain)
+    with pytest.raises(helm.HelmError, match=re.escape("set keys.open=true if that is meant")):
+        rendered(chart, {**PLAIN, "keys": {}})
 
 
 # --- that the documents fit together ----------------------------------------------------------------------------------

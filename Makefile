@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: docs reference sync-client release serve test test-long fuzz guards soak swaps redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
+.PHONY: docs reference sync-client release serve test test-long fuzz guards soak chaos swaps redis chromium prometheus screenshots check format clean help verify-deploy proto gpu-check
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,11 @@ guards: $(EXTRAS) redis  ## apply each mutation of tests/guards to the code, and
 SOAK ?=
 soak: $(EXTRAS)  ## check memory growth over many predictions, loads and jobs; SOAK="--predictions 5000 …" for fewer
 	$(BIN)/python -m tests.soak $(SOAK)
+
+CHAOS ?= --minutes 5
+chaos: $(EXTRAS) redis  ## kill, stop and cut off a server under checking clients, with files and with Redis; CHAOS="--seed 2 …"
+	$(BIN)/python -m tests.chaos $(CHAOS)
+	$(BIN)/python -m tests.chaos $(CHAOS) --redis
 
 swaps: $(EXTRAS)  ## check memory growth over 100,000 evictions, with 10,000 tasks and 1,000 slots
 	LENSRACK_BACKBONE=untrained $(BIN)/python -m server bench rack --swaps 100000

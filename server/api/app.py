@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import anyio
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
@@ -49,6 +48,7 @@ from .routes import (
     uploads,
 )
 from .services import Services
+from .shared_limiter import SharedLimiter
 from .tenancy import services_by_key
 
 __all__ = ["Services", "create_app"]
@@ -97,10 +97,10 @@ def create_app(services: Services, authenticator: Authenticator) -> FastAPI:
     app.state.services, app.state.authenticator = services_by_key(services), authenticator
     app.state.root_path = root_path
     app.state.leaving = False  # set when the process begins to shut down
-    app.state.ingests = anyio.CapacityLimiter(datasets.INGESTS)
-    app.state.parsing = anyio.CapacityLimiter(oip.PARSING)
-    app.state.exports = anyio.CapacityLimiter(exports.AT_ONCE)
-    app.state.thumbnails = anyio.CapacityLimiter(thumbnails.AT_ONCE)
+    app.state.ingests = SharedLimiter(datasets.INGESTS)
+    app.state.parsing = SharedLimiter(oip.PARSING)
+    app.state.exports = SharedLimiter(exports.AT_ONCE)
+    app.state.thumbnails = SharedLimiter(thumbnails.AT_ONCE)
     problems.install(app)
     for module in _ROUTE_MODULES:
         app.include_router(module.router)

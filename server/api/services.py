@@ -28,6 +28,8 @@ from server.serving.predictor import Predictor
 from server.serving.residency import Residency
 from server.settings import Settings
 
+from .follow_ups import FollowUps
+
 Look = Callable[[Any, Any], Any]  # pixels uint8 [S, S, 3] and a seat to a `server.engine.attention_maps.AttentionMaps`
 
 
@@ -47,6 +49,7 @@ class JobRequests(Protocol):
         publish: Publish = "always",
         max_attempts: int,
     ) -> Job: ...
+    def submitted_with(self, idempotency_key: str, *, tenant: str = "") -> Job | None: ...
     def get(self, job_id: str) -> Job: ...
     def list(
         self,
@@ -64,6 +67,7 @@ class JobRequests(Protocol):
 class FeedbackRequests(Protocol):
     """Feedback as requests use it; see `server.datasets.feedback_store`."""
 
+    def stored_bytes(self, tenant: str) -> int: ...
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]: ...
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page: ...
     def examples(self, task: str) -> list[tuple[Example, Path]]: ...
@@ -104,6 +108,7 @@ class Services:
     tenant: str = ""
     key: Key = NOBODY
     meter: Meter = field(default_factory=Meter)
+    follow_ups: FollowUps = field(default_factory=FollowUps)
 
 
 async def services_of(request: Request) -> Services:  # a plain function would cost each request a thread

@@ -49,8 +49,14 @@ def services_by_key(services: Services) -> Callable[[Key | None], Services]:
 
 
 def scoped(services: Services, tenant: str, quota: int | None) -> Services:
-    """Return the services restricted to one tenant. `quota`: the most bytes that its data sets may have."""
-    datasets = services.datasets.scoped(tenant, quota)
+    """Return the services restricted to one tenant. `quota`: the most bytes that its data sets, unfinished uploads and
+    feedback may have."""
+    uploads = services.uploads.scoped(tenant)
+
+    def besides() -> int:
+        return uploads.reserved() + services.feedback.stored_bytes(tenant)
+
+    datasets = services.datasets.scoped(tenant, quota, besides)
     if not tenant:
         return replace(services, datasets=datasets)
     store = ScopedStore(services.store, tenant)
@@ -63,8 +69,8 @@ def scoped(services: Services, tenant: str, quota: int | None) -> Services:
         predictor=services.predictor.scoped(store, residency),
         jobs=ScopedJobs(services.jobs, tenant),
         datasets=datasets,
-        uploads=services.uploads.scoped(tenant),
-        feedback=ScopedFeedback(services.feedback, tenant),
+        uploads=uploads,
+        feedback=ScopedFeedback(services.feedback, tenant, datasets.require_room),
         rack=partial(scoped_rack, services.rack, tenant),
     )
 
@@ -107,6 +113,12 @@ class ScopedStore:
 
     def known_aliases(self, task: str) -> Mapping[str, Alias] | None:
         known: Callable[[str], Mapping[str, Alias] | None] | None = getattr(self._store_of(task), "known_aliases", None)
+        return known(task) if known is not None else None
+
+    def known_versions(self, task: str) -> Sequence[VersionInfo] | None:
+        known: Callable[[str], Sequence[VersionInfo] | None] | None = getattr(
+            self._store_of(task), "known_versions", None
+        )
         return known(task) if known is not None else None
 
     def refresh(self, task: str) -> None:
@@ -209,6 +221,9 @@ class ScopedJobs:
             publish=publish, max_attempts=max_attempts,
         )  # fmt: skip
 
+    def submitted_with(self, idempotency_key: str, *, tenant: str = "") -> Job | None:
+        return self._inner.submitted_with(idempotency_key, tenant=self._tenant)
+
     def get(self, job_id: str) -> Job:
         job = self._inner.get(job_id)
         if not job.task.startswith(self._tenant):
@@ -241,11 +256,15 @@ class ScopedJobs:
 class ScopedFeedback:
     """Feedback on the tenant's tasks; other tasks look as if they had none."""
 
-    def __init__(self, inner: FeedbackRequests, tenant: str) -> None:
-        self._inner, self._tenant = inner, tenant
+    def __init__(self, inner: FeedbackRequests, tenant: str, require_room: Callable[[int], None]) -> None:
+        self._inner, self._tenant, self._require_room = inner, tenant, require_room
+
+    def stored_bytes(self, tenant: str) -> int:
+        return self._inner.stored_bytes(tenant if tenant.startswith(self._tenant) else self._tenant)
 
     def add(self, task: str, pictures: Sequence[bytes], label: str) -> list[Added]:
         require_scoped_name(self._tenant, task)
+        self._require_room(sum(map(len, pictures)))
         return self._inner.add(task, pictures, label)
 
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page:

@@ -26,7 +26,7 @@ from server.engine.images import decode
 from server.errors import Conflict, NotFound, ServiceError, Unavailable
 
 from .dataset import Example
-from .disk import disk_errors, file_lock, sync, write
+from .disk import FULL, disk_errors, file_lock, sync, write
 from .formats.feedback_log import FeedbackEntry, FeedbackLog, FeedbackLogFile
 from .formats.member_names import printable
 
@@ -78,6 +78,12 @@ class FeedbackStore:
         with disk_errors(), file_lock(self._lock):
             return [self._add(task, data, label, size) for data, size in zip(pictures, sizes, strict=True)]
 
+    def stored_bytes(self, tenant: str) -> int:
+        """The bytes of all pictures of the tasks whose names begin with `tenant`."""
+        with disk_errors():
+            tasks = [path.name for path in self._root.iterdir() if path.is_dir() and path.name.startswith(tenant)]
+        return sum(entry.bytes for task in tasks for entry in self._read(task).last.values())
+
     def page(self, task: str, *, label: str | None = None, before: int | None = None, limit: int = 50) -> Page:
         """`label` filters the entries, not the counts; `before` is an earlier page's `next`."""
         entries = self._read(task).newest_first()
@@ -99,7 +105,14 @@ class FeedbackStore:
             feedback = self._file(task).read()
             if sha256 not in feedback.last:
                 raise no_feedback(task, sha256)
-            self._file(task).append(FeedbackEntry(feedback.next_seq, sha256, ""))
+            removal = FeedbackEntry(feedback.next_seq, sha256, "")
+            try:
+                self._file(task).append(removal)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                self._picture(task, sha256).unlink(missing_ok=True)  # first, for the space that the entry needs
+                self._file(task).append(removal)
             self._picture(task, sha256).unlink(missing_ok=True)
 
     def delete_task(self, task: str) -> None:

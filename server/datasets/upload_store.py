@@ -34,7 +34,8 @@ from .formats.member_names import printable
 log = logging.getLogger(__name__)
 
 FLUSH_BYTES: Final = 16 * 2**20  # flushed along the way, so that the last flush of a large body is short
-MAX_UPLOADS: Final = 1000  # begun and not expired: even an empty one costs a folder
+MAX_UPLOADS: Final = 1000  # unfinished and not expired: even an empty one costs a folder
+MAX_OF_OWNER: Final = 100  # of these, one owner's
 
 _ID: Final = re.compile("[0-9a-f]{32}")
 
@@ -114,6 +115,7 @@ class UploadStore:
         self._root, self._max_bytes, self._expiry_s = root, max_bytes, expiry_s
         self._now = (clock or WallClock()).earliest  # a clock set forward must not expire uploads in progress
         self._owner = ""
+        self._storing: set[str] = set()  # uploads that are becoming datasets, in this process
         with disk_errors():
             root.mkdir(parents=True, exist_ok=True)
         self.sweep()
@@ -139,6 +141,11 @@ class UploadStore:
             sync(folder)
             sync(self._root)
             return self._read(folder)
+
+    def reserved(self) -> int:
+        """The bytes of the unfinished uploads whose owner begins with the view's, as declared when they began."""
+        unfinished = (upload for upload in self._unfinished() if upload["owner"].startswith(self._owner))
+        return sum(upload["length"] for upload in unfinished)
 
     def get(self, upload_id: str) -> Upload:
         """The upload's present state. Raises NotFound upload_not_found."""
@@ -173,11 +180,14 @@ class UploadStore:
             if upload.offset != upload.length:
                 detail = f"the upload has {upload.offset} of its {upload.length} bytes; send the rest first"
                 raise Conflict(detail, code="upload_incomplete", expected=upload.length, actual=upload.offset)
+            self._storing.add(upload_id)  # the dataset takes its place in `reserved`
             try:
                 dataset = ingest(folder / "data")
             except BadRequest:
                 _remove(folder)
                 raise
+            finally:
+                self._storing.discard(upload_id)
             self._become(folder, dataset)
             return dataset
 
@@ -270,9 +280,19 @@ class UploadStore:
     def _require_space(self, length: int) -> None:
         if length > shutil.disk_usage(self._root).free:
             raise DiskFull(f"an upload of {length} bytes does not fit on the datasets' disk")
-        if sum(1 for _ in self._root.iterdir()) >= MAX_UPLOADS:
-            detail = f"{MAX_UPLOADS} uploads are in progress; finish or delete some of them"
-            raise QueueFull(detail, code="too_many_uploads", retry_after_s=60.0)
+        owners = [upload["owner"] for upload in self._unfinished()]
+        for count, most in ((owners.count(self._owner), MAX_OF_OWNER), (len(owners), MAX_UPLOADS)):
+            if count >= most:
+                detail = f"{most} uploads are in progress; finish or delete some of them"
+                raise QueueFull(detail, code="too_many_uploads", retry_after_s=60.0)
+
+    def _unfinished(self) -> Iterator[dict[str, Any]]:
+        """The records of all owners' uploads that are not datasets yet."""
+        with disk_errors():
+            for folder in self._root.iterdir():
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    if not _is_stored(folder) and folder.name not in self._storing:
+                        yield {"owner": "", **json.loads((folder / "about").read_text())}
 
 
 def _is_stored(folder: Path) -> bool:

@@ -82,6 +82,9 @@ class RedisJobStore(StepwiseJobStore):
                 return job
         raise _outrun()
 
+    def submitted_with(self, idempotency_key: str, *, tenant: str = "") -> Job | None:
+        return self._before_submit(tenant, idempotency_key)[1]
+
     def get(self, job_id: str) -> Job:
         return self._read(job_id).job
 

@@ -50,6 +50,9 @@ class JobStore(Protocol):
         idempotency_conflict, whose extra `job` is the job's id.
         """
 
+    def submitted_with(self, idempotency_key: str, *, tenant: str = "") -> Job | None:
+        """The job that the tenant's idempotency key belongs to; None while it is unused."""
+
     def get(self, job_id: str) -> Job: ...
 
     def list(

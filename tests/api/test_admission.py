@@ -15,9 +15,11 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.api.middleware import connections
 from server.api.middleware.admission import AdmissionMiddleware
-from server.api.middleware.connections import RESERVED
+from server.api.middleware.connections import RESERVED, limited
 from server.batching.batcher import Batcher
+from tests.api import api_server
 from tests.api.api_server import Api, assert_problem, read_response, serving
 from tests.serving.floor import PlainEngine, png, publish
 
@@ -182,12 +184,17 @@ async def through(admission: AdmissionMiddleware, *, whole: bool) -> int:
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Iterator[tuple[Api, list[socket.socket]]]:
-    """As many connections are open as may be, each of which has been answered."""
-    with serving(tmp_path, max_connections=5) as api, ExitStack() as stack:
+    """As many connections are open as may be, and each waits for an answer."""
+    with serving(tmp_path, max_connections=5, max_batch=1) as api, ExitStack() as stack:
+        publish(api.floor.store)
+        api.floor.engine.gate.clear()
         held = [stack.enter_context(connected(api)) for _ in range(5)]
         for sock in held:
-            assert b" 200 " in asked(sock, "/healthz")
+            head = f"POST /predict/fish HTTP/1.1\r\nHost: [::1]\r\nContent-Length: {len(png(1))}\r\n"
+            sock.sendall(f"{head}Content-Type: image/png\r\n\r\n".encode() + png(1))
+        until(lambda: len(api.floor.batcher) == 4)
         yield api, held
+        api.floor.engine.gate.set()
 
 
 def connected(api: Api) -> socket.socket:
@@ -224,8 +231,37 @@ def test_far_beyond_it_nothing_is_read(crowded: tuple[Api, list[socket.socket]])
         assert (b" 503 " in got, code(got)) == (True, "too_many_connections")
 
 
+def test_who_has_been_idle_longest_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent connections, however many, take no place from a client that asks, nor from a balancer's probe."""
+    monkeypatch.setattr(connections, "IDLE_S", 0.0)
+    with serving(tmp_path, max_connections=5) as api, ExitStack() as stack:
+        held = [stack.enter_context(connected(api)) for _ in range(5)]
+        for sock in held[:4]:
+            assert b" 200 " in asked(sock, "/healthz")
+        held[4].sendall(b"GET /healthz HTTP/1.1\r\nHost:")  # begins a request and does not end it
+        for _ in range(2 * RESERVED):
+            stack.enter_context(connected(api))
+        with connected(api) as sock:
+            assert b" 200 " in asked(sock, "/tasks")
+            assert b" 200 " in asked(sock, "/readyz")
+        assert [sock.recv(1) for sock in held] == [b""] * 5
+
+
+def test_one_address_holds_half_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A proxy's may hold all."""
+    monkeypatch.setattr(api_server, "limited", lambda most, silence_s: limited(most, silence_s, proxies="10.0.0.1"))
+    with serving(tmp_path, max_connections=8) as api, ExitStack() as stack:
+        held = [stack.enter_context(connected(api)) for _ in range(4)]
+        for sock in held:
+            assert b" 200 " in asked(sock, "/healthz")
+        got = read_response(stack.enter_context(connected(api)))
+        assert (b" 503 " in got, code(got)) == (True, "too_many_connections")
+        assert b" 200 " in asked(held[0], "/healthz")
+
+
 def test_who_leaves_makes_room(crowded: tuple[Api, list[socket.socket]]) -> None:
     api, held = crowded
+    api.floor.engine.gate.set()
     held[0].close()
 
     def there_is_room() -> bool:

@@ -11,10 +11,14 @@ import pytest
 
 from lensrack import wire
 from prompts_store import Backbone, Bundle
+from server.api import follow_ups
+from server.errors import DiskFull, Unavailable
 from tests.api.api_server import Api, assert_problem, serving
+from tests.api.test_admission import until
 from tests.serving.floor import bundle, png, publish
 
 BUNDLE = {"content-type": "application/octet-stream"}
+PNG = {"content-type": "image/png"}
 
 
 @pytest.fixture
@@ -121,6 +125,26 @@ def test_tasks(api: Api):
     assert not api.floor.shelf.resident("bird", bird)
     assert_problem(api.http.get("/tasks/bird"), 404, "task_not_found")
     assert_problem(api.http.delete("/tasks/bird"), 404, "task_not_found")
+
+
+def test_a_deletion_is_told_as_done_though_what_follows_it_fails(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has deleted the task, so a refusal would not be true; its feedback follows behind the answer."""
+    monkeypatch.setattr(follow_ups, "RETRY_S", (0.01,))
+    publish(api.floor.store, "fish")
+    path = "/tasks/fish/feedback"
+    assert api.http.post(f"{path}?label=a", content=png(1), headers=PNG).status_code == 201
+    delete, failures = api.services.feedback.delete_task, iter([DiskFull("no room"), Unavailable("no answer")])
+
+    def fails_at_first(task: str) -> None:
+        for failure in failures:
+            raise failure
+        delete(task)
+
+    monkeypatch.setattr(api.services.feedback, "delete_task", fails_at_first)
+    assert api.http.delete("/tasks/fish").status_code == 204
+    assert_problem(api.http.get("/tasks/fish"), 404, "task_not_found")
+    publish(api.floor.store, "fish")
+    until(lambda: api.http.get(path).json()["images"] == 0)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ from fastapi import APIRouter
 from server.api import app, scopes
 from server.api.binding import UnsafeBind, require_safe_bind
 from server.api.middleware import auth
+from server.datasets import upload_store
 from server.keys.key import SCOPES
 from server.settings import Settings
 from tests.api.api_server import Api, assert_problem, assert_refused, serving
+from tests.datasets.test_dataset_store import noise, write_zip
 from tests.serving.floor import png, publish
 
 PNG = {"content-type": "image/png"}
-TOKENS = {name: f"token-of-{name}-{'x' * 20}" for name in ("predict", "train", "admin", "acme", "other", "slow")}
+ZIP = {"content-type": "application/zip"}
+NAMES = ("predict", "train", "admin", "acme", "other", "slow", "small")
+TOKENS = {name: f"token-of-{name}-{'x' * 20}" for name in NAMES}
 
 
 def keys_file(home: Path) -> Path:
@@ -33,6 +37,7 @@ def keys_file(home: Path) -> Path:
         *({"id": scope, "scopes": [scope]} for scope in SCOPES),
         {"id": "acme", "scopes": ["admin"], "tasks": "acme-"},
         {"id": "other", "scopes": ["admin"], "tasks": "other-"},
+        {"id": "small", "scopes": ["predict", "train"], "tasks": "small-", "bytes_stored": 2 * len(png())},
         {"id": "slow", "scopes": ["predict", "train"], "images_per_s": 0.05, "jobs_per_day": 1, "bytes_stored": 10},
     ]
     path = home / "keys"
@@ -48,7 +53,7 @@ def bearer(name: str) -> dict[str, str]:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     home = tmp_path_factory.mktemp("home")
     with serving(home, keys_file=keys_file(home)) as api:
-        for task in ("fish", "acme-fish", "other-fish"):
+        for task in ("fish", "acme-fish", "other-fish", "small-fish"):
             publish(api.floor.store, task)
         yield api
 
@@ -313,20 +318,26 @@ def test_a_session_is_a_cookie_that_scripts_and_other_sites_cannot_use(api: Api)
         assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(given.split("; "))
         assert "Secure" not in given
         assert TOKENS["acme"] not in given
-        behind_tls = client.post("/session", json={"key": TOKENS["acme"]}, headers={"X-Forwarded-Proto": "https"})
+        tls = {"X-Forwarded-Proto": "https"}
+        assert_problem(client.post("/session", json={"key": TOKENS["acme"]}, headers=tls), 403, "foreign_origin")
+        tls["Origin"] = api.url.replace("http:", "https:")
+        behind_tls = client.post("/session", json={"key": TOKENS["acme"]}, headers=tls)
         assert "Secure" in behind_tls.headers["set-cookie"].split("; ")
 
 
 def test_a_session_sees_what_its_key_sees_until_it_ends(signed_in: httpx.Client) -> None:
     assert [task["task"] for task in signed_in.get("/tasks").json()["tasks"]] == ["acme-fish"]
     assert signed_in.get("/session").json()["key"] == "acme"
+    stolen = {"Cookie": f"{auth.COOKIE}={signed_in.cookies[auth.COOKIE]}"}
+    assert signed_in.get("/session").request.headers["Cookie"] == stolen["Cookie"]
     assert signed_in.delete("/session").status_code == 204
     assert signed_in.get("/tasks").status_code == 401
+    assert signed_in.get("/tasks", headers=stolen).status_code == 401, "the session has ended, not its cookie alone"
     assert signed_in.get("/session").json() == {"keys": True, "key": None, "name": "", "scopes": [], "tasks": ""}
 
 
 def test_a_session_cannot_be_used_from_other_sites(signed_in: httpx.Client) -> None:
-    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}):
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://"}):
         refused = signed_in.post("/tasks/acme-fish/load", headers=headers)
         assert_problem(refused, 403, "foreign_origin")
     del signed_in.headers["Origin"]
@@ -336,7 +347,7 @@ def test_a_session_cannot_be_used_from_other_sites(signed_in: httpx.Client) -> N
     assert signed_in.get("/tasks", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
-@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, auth.encode_token("ü"), auth.encode_token("\0")])
+@pytest.mark.parametrize("value", ["", "x", "====", "!!!", "a" * 4000, "lrs_x", TOKENS["acme"]])
 def test_a_cookie_that_is_none_of_ours_is_nobody(api: Api, value: str) -> None:
     answer = api.http.get("/tasks", headers={"Cookie": f"{auth.COOKIE}={value}"})
     assert_problem(answer, 401, "unauthenticated")
@@ -365,10 +376,53 @@ def test_a_key_sends_so_many_images_and_others_are_not_held_up(api: Api) -> None
     assert api.http.post("/predict/fish", content=png(), headers={**PNG, **bearer("predict")}).status_code == 200
 
 
-def test_a_key_starts_so_many_jobs_and_stores_so_many_bytes(api: Api) -> None:
-    ask = {"task": "fish", "dataset": "0" * 64, "method": "linear"}
-    assert_problem(api.http.post("/train", json=ask, headers=bearer("slow")), 404, "dataset_not_found")
+def test_a_key_starts_so_many_jobs(api: Api, tmp_path: Path) -> None:
+    """What is refused is not counted, and what is sent again is counted once."""
+    archive = write_zip(tmp_path / "a.zip", noise(4)).read_bytes()
+    dataset = api.http.post("/datasets", content=archive, headers={**ZIP, **bearer("admin")}).json()["id"]
+    ask = {"task": "fish", "dataset": dataset, "method": "linear"}
+    once = {**bearer("slow"), "Idempotency-Key": "once"}
+    for _ in range(2):
+        unknown = {**ask, "dataset": "0" * 64}
+        assert_problem(api.http.post("/train", json=unknown, headers=once), 404, "dataset_not_found")
+    jobs = [api.http.post("/train", json=ask, headers=once).json()["id"] for _ in range(3)]
+    assert jobs == [jobs[0]] * 3
     assert_problem(api.http.post("/train", json=ask, headers=bearer("slow")), 429, "quota_exceeded")
-    begun = api.http.post("/uploads", headers={**bearer("slow"), "Upload-Length": "11"})
-    assert_problem(begun, 429, "quota_exceeded")
-    assert api.http.post("/uploads", headers={**bearer("slow"), "Upload-Length": "10"}).status_code == 201
+    assert_problem(
+        api.http.post("/compare", json={"task": "fish", "dataset": dataset}, headers=bearer("slow")),
+        429,
+        "quota_exceeded",
+    )
+
+
+def test_a_key_stores_so_many_bytes_from_the_first_that_it_announces(api: Api) -> None:
+    def begun(length: int) -> httpx.Response:
+        return api.http.post("/uploads", headers={**bearer("small"), "Upload-Length": str(length)})
+
+    def labelled(grey: int) -> httpx.Response:
+        path = "/tasks/small-fish/feedback?label=a"
+        return api.http.post(path, content=png(grey), headers={**PNG, **bearer("small")})
+
+    half = len(png())
+    assert_problem(begun(2 * half + 1), 429, "quota_exceeded")
+    upload = begun(half)
+    assert upload.status_code == 201
+    assert labelled(1).status_code == 201
+    for refused in (labelled(2), begun(1)):
+        assert_problem(refused, 429, "quota_exceeded")
+    assert api.http.delete(upload.headers["Location"], headers=bearer("small")).status_code == 204
+    assert labelled(2).status_code == 201, "what is deleted is given back"
+
+
+def test_one_tenants_unfinished_uploads_leave_room_for_others(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_store, "MAX_OF_OWNER", 2)
+
+    def begun(name: str) -> httpx.Response:
+        return api.http.post("/uploads", headers={**bearer(name), "Upload-Length": "1"})
+
+    acme = [begun("acme") for _ in range(3)]
+    assert [answer.status_code for answer in acme] == [201, 201, 429]
+    assert_problem(acme[2], 429, "too_many_uploads")
+    assert begun("other").status_code == 201
+    api.http.delete(acme[0].headers["Location"], headers=bearer("acme"))
+    assert begun("acme").status_code == 201

@@ -11,7 +11,6 @@ import json
 from functools import partial
 from typing import Annotated, Any, Final
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
@@ -146,7 +145,8 @@ async def _read(request: Request, services: Services) -> body.ParsedRequest:
     parse = partial(body.parse, whole, length, settings.max_images)
     if length <= INLINE_BYTES:
         return parse()
-    return await anyio.to_thread.run_sync(parse, limiter=request.app.state.parsing)
+    parsed: body.ParsedRequest = await request.app.state.parsing.run(services.tenant, parse)
+    return parsed
 
 
 # --- the repository ---------------------------------------------------------------------------------------------------

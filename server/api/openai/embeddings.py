@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
-import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
@@ -51,7 +51,7 @@ class EmbeddingsRequest(BaseModel):
 async def create_embeddings(request: Request, services: ServicesOf) -> dict[str, Any]:
     """`input`: a picture or several, as base64 or as data URIs."""
     body = await request.body()
-    embedding, images = await anyio.to_thread.run_sync(_read, body, limiter=request.app.state.parsing)
+    embedding, images = await request.app.state.parsing.run(services.tenant, partial(_read, body))
     await require_backbone(services, embedding.model)
     await services.meter.images(services.key, len(images))
     timeout_s = services.settings.request_timeout_s

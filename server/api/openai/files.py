@@ -6,7 +6,6 @@ import asyncio
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 
 from server.api import receiving
@@ -53,7 +52,7 @@ async def upload_file(request: Request, services: ServicesOf) -> dict[str, Any]:
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive", param="file")
         ingest = partial(services.datasets.ingest, archive, name=form.name)
-        return to_wire(await anyio.to_thread.run_sync(ingest, limiter=request.app.state.ingests))
+        return to_wire(await request.app.state.ingests.run(services.tenant, ingest))
 
 
 @router.get("/files", response_model=bodies.FileList)

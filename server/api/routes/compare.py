@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Request
@@ -37,8 +38,8 @@ async def compare(
     known = {*services.methods, *services.baselines}
     for name in comparison.methods or ():
         train.require_method(name, known)
-    await services.meter.job(services.key)
-    job = await asyncio.to_thread(_submit, services, comparison, idempotency_key)
+    submit = partial(_submit, services, comparison, idempotency_key)
+    job = await train.submit_counted(services, idempotency_key, submit)
     response.headers["Location"] = located(request, f"/train/{job.id}")
     return train.to_wire(job)
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
@@ -87,7 +86,7 @@ async def upload_dataset(
 
 async def _from_body(request: Request, services: Services, ingest: Ingest) -> Dataset:
     kind = params.require_type(request.headers, (*params.ARCHIVE_TYPES, forms.FORM), params.may_be_archive)
-    await asyncio.to_thread(services.datasets.require_room, 0)
+    await asyncio.to_thread(services.datasets.require_room, int(request.headers.get("content-length", 0)))
     settings = services.settings
     async with receiving.spooled(settings.datasets_dir) as (archive, append):
         if kind == forms.FORM:
@@ -99,7 +98,8 @@ async def _from_body(request: Request, services: Services, ingest: Ingest) -> Da
             await receiving.fill(request, append, silence_s=settings.upload_silence_s)
         if not archive.stat().st_size:
             raise BadRequest("expected an archive, got 0 bytes", code="bad_archive")
-        return await anyio.to_thread.run_sync(ingest, archive, limiter=request.app.state.ingests)
+        dataset: Dataset = await request.app.state.ingests.run(services.tenant, partial(ingest, archive))
+        return dataset
 
 
 def _require_no_fields(form: forms.FileForm) -> None:
@@ -115,7 +115,7 @@ async def _from_upload(request: Request, services: Services, upload_id: str, ing
     finish = partial(services.uploads.finish, upload_id, lambda archive: ingest(archive).id)
     while True:
         try:
-            dataset_id = await anyio.to_thread.run_sync(finish, limiter=request.app.state.ingests)
+            dataset_id = await request.app.state.ingests.run(services.tenant, finish)
         except UploadBusy:
             upload = await asyncio.to_thread(services.uploads.get, upload_id)
             if upload.offset < upload.length or await request.is_disconnected():

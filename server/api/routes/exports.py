@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Annotated, Any, Final
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -64,8 +64,7 @@ async def export_version(
     bundle = await asyncio.to_thread(services.store.get, task, full)
     async with AsyncExitStack() as stack:
         path, _ = await stack.enter_async_context(receiving.spooled(services.settings.datasets_dir))
-        limiter = request.app.state.exports
-        await anyio.to_thread.run_sync(services.export, bundle, form, takes, path, limiter=limiter)
+        await request.app.state.exports.run(services.tenant, partial(services.export, bundle, form, takes, path))
         name = f"{task}-{full[:12]}{_ENDINGS[form]}"
         headers = {"Lensrack-Version": full}
         return TemporaryFile(stack.pop_all(), path, filename=name, media_type=MEDIA_TYPE, headers=headers)

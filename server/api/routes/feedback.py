@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Final
 
-import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
@@ -52,7 +51,7 @@ async def give_feedback(
         raise Unprocessable(f"images: expected 1 to {services.settings.max_images}, got {len(images)}")
     give = partial(_give, services, task, images, label, new_label)
     # it decodes pictures as well
-    added, warnings = await anyio.to_thread.run_sync(give, limiter=request.app.state.thumbnails)
+    added, warnings = await request.app.state.thumbnails.run(services.tenant, give)
     if all(item.previous == item.entry.label for item in added):
         response.status_code = 200
     items = [_item(item.entry, item.previous) for item in added]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
@@ -60,9 +61,9 @@ async def delete_task(services: ServicesOf, task: params.TaskOf) -> None:
     """Forget a task with all its versions, aliases and feedback, on the device too."""
     versions = await asyncio.to_thread(services.store.versions, task)
     await asyncio.to_thread(services.store.delete_task, task)
-    await asyncio.to_thread(services.feedback.delete_task, task)
-    for info in versions:
-        await services.residency.unload(task, info.version)
+    delete = partial(asyncio.to_thread, services.feedback.delete_task, task)
+    unload = [_unload(services, task, info.version) for info in versions]
+    await asyncio.gather(services.follow_ups.do(f"deleting the feedback of {task}", delete), *unload)
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -134,7 +135,12 @@ async def delete_version(services: ServicesOf, task: params.TaskOf, version: str
     """Forget a version that no alias points at, on the device too."""
     full = await services.predictor.version_like(task, version)
     await asyncio.to_thread(services.store.delete_version, task, full)
-    await services.residency.unload(task, full)
+    await _unload(services, task, full)
+
+
+async def _unload(services: Services, task: str, version: str) -> None:
+    unload = partial(services.residency.unload, task, version)
+    await services.follow_ups.do(f"unloading {task}@{version[:12]}", unload)
 
 
 # --- the store, in threads --------------------------------------------------------------------------------------------

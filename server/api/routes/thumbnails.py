@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Annotated, Any, Final
 
-import anyio.to_thread
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
@@ -62,7 +61,7 @@ async def get_thumbnail(
     if request.headers.get("If-None-Match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
     small = partial(_small, services.datasets, sha256, side, services.settings.max_image_pixels)
-    body = await anyio.to_thread.run_sync(small, limiter=request.app.state.thumbnails)
+    body = await request.app.state.thumbnails.run(services.tenant, small)
     return Response(body, media_type=MEDIA_TYPE, headers={**headers, "X-Content-Type-Options": "nosniff"})
 
 

@@ -58,8 +58,17 @@ async def enqueue(services: Services, request: wire.TrainRequest, idempotency_ke
         _check_baseline(services, request)
     elif request.method != AUTO:
         require_method(request.method, {AUTO, *services.methods})
-    await services.meter.job(services.key)
-    return await asyncio.to_thread(_submit, services, request, idempotency_key)
+    return await submit_counted(services, idempotency_key, partial(_submit, services, request, idempotency_key))
+
+
+async def submit_counted(services: Services, idempotency_key: str | None, submit: Callable[[], Job]) -> Job:
+    """Submit a job in a thread, and count it for the key; a job that the idempotency key has submitted before is
+    returned uncounted."""
+    known = partial(services.jobs.submitted_with, idempotency_key or "", tenant=services.tenant)
+    if idempotency_key is not None and await asyncio.to_thread(known) is not None:
+        return await asyncio.to_thread(submit)
+    async with services.meter.job(services.key):
+        return await asyncio.to_thread(submit)
 
 
 @router.get("/train")

@@ -9,6 +9,7 @@ The view of an owner contains the manifests of all owners that begin with it, an
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -25,14 +26,17 @@ Paths = list[Path]
 
 
 class Manifests:
-    """The manifests in `folder` that `owner` may see. `quota`: the most bytes that their datasets may have in all."""
+    """The manifests in `folder` that `owner` may see. `quota`: the most bytes that their datasets may have in all,
+    together with the bytes that `besides` returns."""
 
-    def __init__(self, folder: Path, owner: str = "", quota: int | None = None) -> None:
-        self.folder, self._owner, self._quota = folder, owner, quota
+    def __init__(
+        self, folder: Path, owner: str = "", quota: int | None = None, besides: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.folder, self._owner, self._quota, self._besides = folder, owner, quota, besides
         self._bytes: dict[str, int] = {}  # by file name; manifests never change
 
-    def scoped(self, owner: str, quota: int | None) -> Manifests:
-        return Manifests(self.folder, owner, quota)
+    def scoped(self, owner: str, quota: int | None, besides: Callable[[], int]) -> Manifests:
+        return Manifests(self.folder, owner, quota, besides)
 
     def place(self, dataset_id: str) -> Path:
         """The path of this owner's manifest of a dataset."""
@@ -55,9 +59,13 @@ class Manifests:
 
     def require_room(self, count: int) -> None:
         """Raise `QueueFull` quota_exceeded when `count` more bytes exceed the quota."""
-        if self._quota is None or (used := sum(map(self._size, self.all()))) + count <= self._quota:
+        if self._quota is None:
             return
-        detail = f"this key may store {self._quota} bytes of datasets; it has {used}, and this needs {count} more"
+        used = sum(map(self._size, self.all())) + self._besides()
+        if used + count <= self._quota:
+            return
+        stored = f"{self._quota} bytes of data sets, unfinished uploads and feedback"
+        detail = f"this key may store {stored}; it has {used}, and this needs {count} more"
         raise QueueFull(detail, code="quota_exceeded", retry_after_s=QUOTA_S)
 
     def _visible(self, pattern: str) -> Paths:

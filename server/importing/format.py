@@ -71,15 +71,16 @@ def head(checkpoint: Checkpoint, shape: BackboneShape, *others: str) -> Params:
     Raises Unprocessable no_head or bad_checkpoint.
     """
     names = (*others, *HEADS)
-    name, *more = [n for n in names if f"{n}.weight" in checkpoint.arrays] or [None]
-    if more:
-        raise refusal(f"expected one classifier, got {name}.weight and {more[0]}.weight")
-    if name is None:
+    present = [name for name in names if f"{name}.weight" in checkpoint.arrays]
+    if not present:
         raise refusal(
             f"expected a classifier [C, {shape.dim}] as {' or '.join(f'{n}.weight' for n in names)}, "
             f"which may come in a file of its own; got {checkpoint.summary}",
             code="no_head",
         )
+    if len(present) > 1:
+        raise refusal(f"expected one classifier, got {present[0]}.weight and {present[1]}.weight")
+    name = present[0]
     weight = checkpoint.floats(f"{name}.weight")
     if weight.ndim != 2 or weight.shape[1] != shape.dim or not len(weight):
         raise refusal(f"{name}.weight: expected [C, {shape.dim}], got {list(weight.shape)}")

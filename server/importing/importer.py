@@ -27,7 +27,8 @@ from .format import BackboneShape, Format, ReadParameters
 from .refusal import quoted, refusal
 
 AUTO: Final = "auto"
-FORMATS: Final = {module.FORMAT.name: module.FORMAT for module in (vpt, spt, cvpt, peft, timm_head, transformers_head)}
+_FORMATS: Final = (vpt.FORMAT, spt.FORMAT, cvpt.FORMAT, peft.FORMAT, timm_head.FORMAT, transformers_head.FORMAT)
+FORMATS: Final = {format_.name: format_ for format_ in _FORMATS}
 PREPROCESS_FIELDS: Final = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 File = tuple[str, BinaryIO]

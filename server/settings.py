@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
@@ -220,7 +220,14 @@ class Settings(BaseSettings):
     max_feedback_images: Annotated[int, Field(gt=0, description="Most images of feedback for one task.")] = 100_000
 
     # --- logs -------------------------------------------------------------------------------------------------------
-    log_level: Annotated[str, Field(description="`debug`, `info`, `warning` or `error`.")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda level: level.lower() if isinstance(level, str) else level),
+        Field(description="`debug`, `info`, `warning` or `error`."),
+    ] = "info"
+    log_requests: Annotated[
+        bool, Field(description="Log a line for every request. Otherwise only those that fail with 5xx, as warnings.")
+    ] = False
     log_format: Annotated[Literal["text", "json"], Field(description="`text`, or `json`: an object a line.")] = "text"
 
     # --- metrics and traces -----------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@
 #     docker build -t lensrack:cuda --build-arg VARIANT=cuda .
 #     docker run --rm --read-only --tmpfs /tmp -v lensrack:/data -p 127.0.0.1:8000:8000 -e LENSRACK_ALLOW_OPEN=true lensrack:cpu
 #
-# The container writes only to /data (one volume) and /tmp. Packages come from TORCH_INDEX and PIP_INDEX_URL, or from a
-# folder of wheels (PIP_FIND_LINKS with PIP_NO_INDEX=1); only the build stages know these settings. The image contains a
+# The container writes only to /data (one volume) and /tmp. Packages come from where pip takes them, unless PIP_INDEX_URL
+# and TORCH_INDEX name other indexes, or PIP_FIND_LINKS with PIP_NO_INDEX=1 a folder of wheels; torch without CUDA comes
+# from PyTorch's index. Only the build stages know these settings. The image contains a
 # list of its packages: docker run --rm --entrypoint cat lensrack:cpu /usr/local/share/sbom/lensrack.cdx.json
 
 FROM python:3.11-slim-bookworm AS packages
@@ -19,14 +20,14 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv --without-pip /opt/venv && python -m venv /opt/pip
 WORKDIR /build
 
-# torch first: it is by far the largest package, and changes neither with our code nor with the other packages. PyPI's
-# build includes CUDA; the build without CUDA has a separate index.
+# torch first: it is by far the largest package, and changes neither with our code nor with the other packages. The
+# ordinary build includes CUDA; the build without CUDA has a separate index.
 RUN case "$VARIANT" in \
       cpu) index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" ;; \
-      cuda) index="${TORCH_INDEX:-${PIP_INDEX_URL:-https://pypi.org/simple}}" ;; \
+      cuda) index="${TORCH_INDEX:-}" ;; \
       *) echo "VARIANT: expected cpu or cuda, got $VARIANT" >&2; exit 2 ;; \
     esac \
- && /opt/pip/bin/pip --python /opt/venv/bin/python install --index-url "$index" 'torch>=2.11' 'torchvision>=0.26'
+ && /opt/pip/bin/pip --python /opt/venv/bin/python install ${index:+--index-url "$index"} 'torch>=2.11' 'torchvision>=0.26'
 
 # Includes the extras for traces and gRPC, since nothing can be installed into the running image.
 COPY pyproject.toml ./

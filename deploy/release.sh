@@ -10,7 +10,7 @@ dist=${DIST:-dist}
 
 version=$("$python" -m hatchling version)
 fail() { echo "release: $1" >&2; exit 1; }
-grep -q -m1 "^## $version" <(grep -m1 '^## ' CHANGELOG.md) || fail "expected CHANGELOG.md to begin with ## $version"
+grep -q -m1 "^## $version" <(grep -m1 '^## [0-9]' CHANGELOG.md) || fail "expected CHANGELOG.md to begin with ## $version"
 grep -q "^ARG VERSION=$version\$" Dockerfile || fail "expected ARG VERSION=$version in Dockerfile"
 for name in version appVersion; do
   grep -q "^$name: \"\?$version\"\?\$" deploy/helm/lensrack/Chart.yaml || fail "expected $name: $version in the chart"

@@ -186,13 +186,16 @@ class CachedStore:
         return changes
 
     def _follow(self, changes: Iterator[Change] | None) -> None:
+        failing = ""
         while not self._stop.is_set():
             try:
                 for change in changes or self._watch_again():
                     self._replace(change.task)
                     self._broadcast.publish(change.task)
             except StoreUnavailable as error:
-                log.warning("the store cannot be watched: %s", error.detail)
+                if error.detail != failing or self._watched.is_set():  # once, however long it lasts
+                    log.warning("the store cannot be watched: %s", error.detail)
+                failing = error.detail
             except Exception:  # this thread must survive any error: without it no value would be fresh again
                 log.exception("watching the store failed")
             changes = None

@@ -29,6 +29,7 @@ def new_file(path: Path, staging: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed and removed in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

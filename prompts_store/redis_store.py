@@ -40,7 +40,7 @@ from prompts_store.errors import (
 )
 from prompts_store.manifest import Manifest
 from prompts_store.names import is_task, is_version
-from prompts_store.redis_connection import connect
+from prompts_store.redis_connection import connect, failure
 from prompts_store.store import Change, VersionInfo, newest_first
 
 log = logging.getLogger(__name__)
@@ -267,9 +267,9 @@ def _server() -> Iterator[None]:
     try:
         yield
     except redis.exceptions.OutOfMemoryError:
-        raise StoreFull("the Redis store is out of memory") from None
+        raise StoreFull("the Redis store is out of memory, and its policy frees none") from None
     except (redis.exceptions.RedisError, OSError) as error:
-        raise StoreUnavailable(f"the Redis store did not answer ({type(error).__name__})") from None
+        raise StoreUnavailable(failure("store", error)) from None
 
 
 def _text(value: bytes | str) -> str:

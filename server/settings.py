@@ -5,20 +5,16 @@ Each is set as `LENSRACK_<NAME>`. Sizes end in `_bytes`, times in `_s`; counts h
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
 PREFIX = "LENSRACK_"
-_CLIENT = frozenset({"URL", "API_KEY", "TIMEOUT", "RETRIES"})  # read by the SDK
 
 
 class Settings(BaseSettings):
@@ -251,7 +247,14 @@ class Settings(BaseSettings):
     max_feedback_images: Annotated[int, Field(gt=0, description="Most images of feedback for one task.")] = 100_000
 
     # --- logs -------------------------------------------------------------------------------------------------------
-    log_level: Annotated[str, Field(description="`debug`, `info`, `warning` or `error`.")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda level: level.lower() if isinstance(level, str) else level),
+        Field(description="`debug`, `info`, `warning` or `error`."),
+    ] = "info"
+    log_requests: Annotated[
+        bool, Field(description="Log a line for every request. Otherwise only those that fail with 5xx, as warnings.")
+    ] = False
     log_format: Annotated[Literal["text", "json"], Field(description="`text`, or `json`: an object a line.")] = "text"
 
     # --- metrics and traces -----------------------------------------------------------------------------------------
@@ -346,15 +349,3 @@ class Settings(BaseSettings):
     @property
     def feature_cache_dir(self) -> Path:
         return self.home.resolve() / "cache" / "features"
-
-
-def unknown_variables() -> Iterator[str]:
-    """Yield a sentence for each variable of the environment that looks like a setting and is none."""
-    known = {name.upper() for name in Settings.model_fields} | _CLIENT
-    for name in sorted(os.environ):
-        word = name.upper().removeprefix(PREFIX)
-        if word == name.upper() or word in known:
-            continue
-        near = get_close_matches(word, known, 1)
-        hint = f": did you mean {PREFIX}{near[0]}?" if near else ""
-        yield f"{name} is no setting and has no effect{hint}"

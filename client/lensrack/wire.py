@@ -225,7 +225,7 @@ class RollbackRequest(Request):
     alias: AliasName = "live"
 
 
-ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm"]
+ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm", "transformers"]
 ExportFormat = Literal["onnx", "timm", "bundle"]
 ExportInput = Literal["uint8", "float"]
 """Kinds of checkpoints of other tools; `auto` recognises them by the names of the arrays."""
@@ -551,7 +551,7 @@ class Recipe(Request):
     @model_validator(mode="after")
     def _one_learning_rate(self) -> Recipe:
         if self.lr is not None and self.base_lr is not None:
-            raise ValueError("expected lr or base_lr, not both: lr = base_lr * batch_size / 256")
+            raise ValueError("expected lr or base_lr, not both: lr = base_lr · batch_size / 256")
         return self
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prompts_store import Preprocess
 from server.engine import backbone as backbones
 from server.engine.spec import Spec
-from server.importing.format import Width
+from server.importing.format import BackboneShape
 from server.importing.importer import Importer, RunningBackbone
 from server.methods.registry import Registry
 from server.settings import Settings
@@ -75,6 +75,6 @@ def importer_for(facts: BackboneInfo, registry: Registry) -> Importer:
     def fingerprint_of(arrays: Mapping[str, NDArray[np.float32]]) -> str:
         return backbones.fingerprint(spec.arch, {name: torch.tensor(array) for name, array in arrays.items()})
 
-    width = Width(spec.dim, spec.depth, facts.names)
-    own = RunningBackbone(spec.arch, spec.fingerprint, width, spec.preprocess, fingerprint_of)
+    shape = BackboneShape(spec.dim, spec.depth, facts.names)
+    own = RunningBackbone(spec.arch, spec.fingerprint, shape, spec.preprocess, fingerprint_of)
     return Importer(own, lambda bundle: registry.check(bundle, spec))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from pathlib import Path
 from typing import Final, Protocol
 
+from prompts_store import BadStoreUrl, redis_connection
 from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
@@ -19,6 +21,37 @@ from server.keys.url import open_keys
 from server.settings import Settings
 
 CLOSE_S: Final = 2.0
+
+
+def require_storage(settings: Settings) -> None:
+    """Raises ValueError, with the setting to change, for a home that cannot be written, a URL of another form, and a
+    Redis server that refuses what is needed. One that is away may come back."""
+    _require_home(settings.home)
+    done = set()
+    for name, url, prefix in (
+        ("LENSRACK_STORE", settings.store_url, "lensrack:store"),
+        ("LENSRACK_JOBS", settings.jobs_url, "lensrack:jobs"),
+        ("LENSRACK_KEYS", settings.keys_url, "lensrack:keys"),
+    ):
+        if url.startswith(("redis://", "rediss://")) and url not in done:
+            done.add(url)
+            try:
+                why = redis_connection.check(url, prefix)
+            except BadStoreUrl as error:
+                raise ValueError(f"{name}: {error.detail}") from None
+            if why is not None:
+                password = " (LENSRACK_REDIS_PASSWORD_FILE)" if "password" in why else ""
+                raise ValueError(f"{name}{password}: the Redis server refuses: {why}")
+
+
+def _require_home(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"LENSRACK_HOME: expected a folder that can be written, got {home}: {reason}") from None
 
 
 def open_jobs(settings: Settings) -> JobStore:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,8 @@ from types import FrameType
 
 from prometheus_client import start_http_server
 
-from prompts_store import StoreError, open_store
-from server.engine.backbone import Backbone, BackboneError
-from server.errors import ServiceError
+from prompts_store import open_store
+from server.engine.backbone import Backbone
 from server.methods.registry import Registry
 from server.observability import metrics
 from server.settings import Settings
@@ -30,36 +28,54 @@ from server.worker.trainer import Trainer
 from . import instrumentation
 from .backbone import UNTRAINED_NOTE, load_backbone
 from .instrumentation import CountedFeatures, CountedPixels
-from .stores import open_datasets, open_jobs
+from .stores import open_datasets, open_jobs, require_storage
 
 log = logging.getLogger(__name__)
 
 
-def run_worker(settings: Settings, stop: threading.Event | None = None, *, give_up_s: float | None = None) -> int:
-    """Fit jobs until SIGTERM, SIGINT or `stop`; return the exit status. A worker that cannot start says why.
+def run_worker(
+    settings: Settings,
+    stop: threading.Event | None = None,
+    *,
+    of_terminal: bool = False,
+    give_up_s: float | None = None,
+) -> int:
+    """Fit jobs until SIGTERM or `stop`, then return the job to the queue; return the exit status.
 
-    `give_up_s`: how long after a signal the job may take to go back to the queue, before the process is killed.
+    `of_terminal`: SIGINT counts as well, and a second one ends the worker at once; else whoever started the worker gets
+    it, too, and decides. `give_up_s`: how long after SIGTERM the job may take, before the process is killed. Raises
+    BackboneError, StoreError, ServiceError, ValueError, OSError.
     """
     stop = stop or threading.Event()
 
-    def leave(_signal: int, _frame: FrameType | None) -> None:
+    def leave(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            log.warning("stopped at once, by a second signal; the lease of a running job ends by itself")
+            os._exit(128 + number)  # as a program that the signal has killed
         stop.set()
         if give_up_s is not None:
             threading.Thread(target=_kill_after, args=(give_up_s,), daemon=True).start()
 
     os.nice(settings.worker_nice)
-    try:
-        trainer = build_worker(settings, f"{socket.gethostname()}-{os.getpid()}", stop)
-        if settings.worker_metrics_port:
-            start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
-    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
-        print(f"the worker cannot start: {error}", file=sys.stderr, flush=True)
-        return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+    require_storage(settings)
+    trainer = build_worker(settings, f"{socket.gethostname()}-{os.getpid()}", stop)
+    if settings.worker_metrics_port:
+        _serve_metrics(settings)
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave if of_terminal else signal.SIG_IGN)
     log.info("worker ready, pid %d", os.getpid())
     trainer.run()
+    log.info("worker stopped, pid %d", os.getpid())
     return 0
+
+
+def _serve_metrics(settings: Settings) -> None:
+    try:
+        start_http_server(settings.worker_metrics_port, settings.worker_metrics_host, metrics.REGISTRY)
+    except OSError as error:
+        place = f"{settings.worker_metrics_port} at {settings.worker_metrics_host}"
+        expected = "LENSRACK_WORKER_METRICS_PORT: expected a free port"
+        raise OSError(f"{expected}, got {place}: {error.strerror}") from error
 
 
 def _kill_after(seconds: float) -> None:

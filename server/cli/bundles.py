@@ -32,7 +32,7 @@ def import_(
     *,
     task: Annotated[str, typer.Argument(help="The task to store the version under.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, dir_okay=False)],
-    form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft, timm, or auto.")] = "auto",
+    form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft, timm, transformers, or auto.")] = "auto",
     labels: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text file with one class name a line.")
     ] = None,

@@ -8,12 +8,19 @@ from typing import Annotated
 
 import typer
 
-from prompts_store import StoreError
 from server.app import allocator
 from server.engine.import_timm import import_timm
 from server.settings import Settings
 
-from .root import load_settings, require_tracing, start_logging, start_observability
+from .root import (
+    load_settings,
+    log_end,
+    report_unknown_variables,
+    require_tracing,
+    start_logging,
+    start_observability,
+    starting,
+)
 
 log = logging.getLogger("server")
 
@@ -24,31 +31,37 @@ def serve(
 ) -> None:
     """Serve predictions and accept training jobs."""
     allocator.keep_one_heap()
+    report_unknown_variables()
     settings = load_settings(host=host, port=port)
     if settings.fronts:
         start_logging(settings)
         require_tracing(settings)  # each process starts its own traces
     else:
         start_observability(settings, "lensrack-server")
-    import_timm(hub=settings.downloads_weights)
-    from server.engine.backbone import BackboneError
-    from server.errors import ServiceError
-
-    try:
-        if settings.fronts:
-            from server.processes.manager import ProcessManager
-
-            status = ProcessManager(settings).run()
-        else:
-            from server.processes import http_server
-
-            status = http_server.run(partial(_serve, settings))
-            http_server.wait_for_threads(status)
-    except (BackboneError, StoreError, ServiceError, ValueError, OSError) as error:
-        typer.echo(f"the server cannot start: {error}", err=True)
-        raise typer.Exit(1) from None
+    with starting("server"):
+        status = _run(settings)
     if status:
         raise typer.Exit(status)
+
+
+def _run(settings: Settings) -> int:
+    """Serve until a signal comes, and return the exit status."""
+    import_timm(hub=settings.downloads_weights)
+    from server.app.stores import require_storage
+
+    require_storage(settings)
+    if settings.fronts:
+        from server.processes.manager import ProcessManager
+
+        status = ProcessManager(settings).run()
+        log_end(status)
+        return status
+    from server.processes import http_server
+
+    status = http_server.run(partial(_serve, settings))
+    log_end(status)
+    http_server.wait_for_threads(status)
+    return status
 
 
 async def _serve(settings: Settings) -> int:
@@ -61,7 +74,7 @@ async def _serve(settings: Settings) -> int:
     server = build_server(settings)
 
     def ready(http: http_server.HttpServer) -> None:
-        log.info("serving on http://%s:%d", *listener.getsockname()[:2])
+        log.info("serving on %s", http_server.url_of(listener))
         server.engine.watchdog.on_lost = lambda: setattr(http, "should_exit", True)
 
     await http_server.serve_http(server, listener, ready)

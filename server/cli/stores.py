@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from prompts_store import Store, StoreError, open_store
 
 from .root import load_settings, start_logging
+
+NOT_EXPORTED: Final = "data sets, feedback, jobs, keys and the backbone"
 
 cli = typer.Typer(no_args_is_help=True, help="Back a store up, restore it, or move it to another kind of store.")
 StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL (default: LENSRACK_STORE, else HOME/store).")]
@@ -21,13 +23,15 @@ StoreUrl = Annotated[str | None, typer.Option("--store", help="Store URL (defaul
 def store_export(
     path: Annotated[Path, typer.Argument(help="A folder, or a file if the name ends in .tar.")], store: StoreUrl = None
 ) -> None:
-    """Write a whole store into an archive: bundles, aliases and their history."""
+    """Write a whole store into an archive: bundles, aliases and their history. It does not hold data sets, feedback,
+    jobs, keys and the backbone."""
     from prompts_store.transfer import export_store
 
     with _transfer("exported", store) as opened:
         done = export_store(opened, path)
         what = f"exported {done.versions} versions of {done.tasks} tasks"
         typer.echo(f"{what}, {done.written} of them new in the archive")
+        typer.echo(f"the archive does not hold {NOT_EXPORTED}: docs/howto-backup.md saves these as well", err=True)
 
 
 @cli.command("import")

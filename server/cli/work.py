@@ -15,7 +15,7 @@ from server.app import allocator
 from server.engine.import_timm import import_timm
 from server.observability import tracing
 
-from .root import load_settings, start_observability
+from .root import load_settings, report_unknown_variables, start_observability, starting
 
 log = logging.getLogger("server")
 
@@ -30,13 +30,16 @@ def work(
     if until_stdin_closes:  # before anything that takes time
         threading.Thread(target=leave_with_parent, args=(stop, ready, ORPHAN_S), daemon=True).start()
     allocator.keep_one_heap()
-    settings = load_settings(warn=not until_stdin_closes)  # else the server has warned already
+    if not until_stdin_closes:  # else the server has reported them
+        report_unknown_variables()
+    settings = load_settings()
     start_observability(settings, "lensrack-worker")
-    import_timm(hub=settings.downloads_weights)
-    from server.app.worker import run_worker
+    with starting("worker"):
+        import_timm(hub=settings.downloads_weights)
+        from server.app.worker import run_worker
 
-    ready.set()
-    status = run_worker(settings, stop)
+        ready.set()
+        status = run_worker(settings, stop, of_terminal=not until_stdin_closes)
     tracing.stop()
     logging.shutdown()
     os._exit(status)  # all is written, and the libraries take seconds to take themselves down

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from prompts_store.durable_files import sync_folder
 from server.errors import DiskFull, Unavailable
 
+sync: Final = sync_folder
 FLUSHES: Final = 8  # threads that flush at once
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,15 +55,6 @@ def _flush(paths: Sequence[Path]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def sync(folder: Path) -> None:
-    """Make what was created, renamed and removed in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flock(path: Path, flags: int, operation: int = fcntl.LOCK_EX) -> int:

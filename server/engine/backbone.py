@@ -6,6 +6,7 @@ accepts: layer scale, qk-norm, pre-norm, register tokens, gated MLPs, with or wi
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ def load(
     weights (downloaded once), without one together with `weights`, a safetensors file of timm keys; or `untrained`, a
     small seeded stand-in without training. Raises BackboneError.
     """
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    target = _device(device)
     options: dict[str, Any] = {
         "device": target,
         "dtype": _dtype(dtype, target),
@@ -142,7 +143,8 @@ def load(
     if name == BUNDLED:
         return Backbone.of(*_bundled(weights), **options)
     if not timm.is_model(name.split(".", maxsplit=1)[0]):
-        raise BackboneError(f"unknown backbone {name!r}: expected {BUNDLED!r}, {UNTRAINED!r} or a timm architecture")
+        expected = f"expected {BUNDLED!r}, {UNTRAINED!r} or a timm architecture"
+        raise BackboneError(f"LENSRACK_BACKBONE: unknown backbone {name!r}: {expected}{_nearest(name)}")
     model = _create(name, weights)
     return Backbone.of(name.split(".", maxsplit=1)[0], model, **options)
 
@@ -162,10 +164,32 @@ def _create(name: str, weights: Path | None) -> VisionTransformer:
     try:
         model = timm.create_model(name, pretrained=weights is None, num_classes=0)
     except Exception as error:  # the hub raises many kinds of errors; the operator needs only the message
-        raise BackboneError(f"backbone {name!r} could not be loaded: {error}") from error
+        raise BackboneError(f"LENSRACK_BACKBONE: {_load_failure(name, error)}") from error
     if weights is not None:
-        load_weights(model, weights)
+        try:
+            load_weights(model, weights)
+        except BackboneError as error:
+            raise BackboneError(f"LENSRACK_BACKBONE_WEIGHTS: {error}") from error
     return model
+
+
+def _nearest(name: str, tags: bool = False) -> str:
+    """The timm architectures, or with `tags` the pretrained weights, of the names nearest to a wrong one."""
+    known = timm.list_pretrained(f"{name.split('.', maxsplit=1)[0]}.*") if tags else timm.list_models()
+    wanted = name if tags else name.split(".", maxsplit=1)[0]
+    nearest = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    return f"; the nearest: {', '.join(nearest)}" if nearest else ""
+
+
+def _load_failure(name: str, error: Exception) -> str:
+    """Why timm did not make the model of a known architecture, in a sentence."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "pretrained tag" in reason:
+        return f"backbone {name!r} has no weights of this tag{_nearest(name, tags=True)}"
+    if isinstance(error, OSError | TimeoutError) or "connect" in reason.lower() or "offline" in reason.lower():
+        instead = "expected a network connection, or a file of the weights in LENSRACK_BACKBONE_WEIGHTS"
+        return f"the weights of backbone {name!r} could not be downloaded: {instead} ({type(error).__name__}: {reason})"
+    return f"backbone {name!r} could not be loaded: {reason}"
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -259,14 +283,29 @@ def _stand_in() -> VisionTransformer:
     return model
 
 
+def _device(name: str) -> torch.device:
+    """Raises BackboneError for a device that torch does not know, or that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError and others, by device and build
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"LENSRACK_DEVICE: expected auto, cpu, cuda or cuda:N, got {name!r}: {reason}") from error
+    return device
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name == FLOAT8:
         if (reason := unsupported_device(device)) is not None:
-            raise BackboneError(f"dtype float8: {reason}")
+            raise BackboneError(f"LENSRACK_DTYPE: float8: {reason}")
         return torch.bfloat16
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name not in known:
-        raise BackboneError(f"unknown dtype {name!r}: expected auto or one of {sorted([*known, FLOAT8])}")
+        raise BackboneError(
+            f"LENSRACK_DTYPE: unknown dtype {name!r}: expected auto or one of {sorted([*known, FLOAT8])}"
+        )
     return known[name]

@@ -174,7 +174,32 @@ def _ordered_dict(pairs: object = ()) -> dict[str, Any]:
     return values
 
 
+def _unused(*_: object) -> None: ...
+
+
+def _no_entries(*_: object) -> dict[str, Any]:
+    return {}
+
+
+# Values beside the parameters, such as a LightningModule's hyper-parameters: read as data, and not used.
+_BESIDE: Final[Mapping[Name, Call]] = {
+    **{Name("pathlib", f"{kind}Path"): _unused for kind in ("Posix", "Windows", "PurePosix", "PureWindows")},
+    Name("torch", "device"): _unused,
+    Name("collections", "Counter"): _no_entries,
+    Name("collections", "defaultdict"): _no_entries,
+    Name("lightning_fabric.utilities.data", "AttributeDict"): _no_entries,
+    Name("lightning.fabric.utilities.data", "AttributeDict"): _no_entries,
+    Name("pytorch_lightning.utilities.parsing", "AttributeDict"): _no_entries,
+    Name("lightning.pytorch.utilities.parsing", "AttributeDict"): _no_entries,
+    **{Name(f"omegaconf.{kind}config", f"{kind.title()}Config"): _no_entries for kind in ("dict", "list")},
+    **{Name("omegaconf.base", name): _no_entries for name in ("ContainerMetadata", "Metadata")},
+    **{
+        Name("omegaconf.nodes", f"{kind}Node"): _no_entries
+        for kind in ("Any", "String", "Integer", "Float", "Boolean", "Path")
+    },
+}
 CALLS: Final[Mapping[Name, Call]] = {
+    **_BESIDE,
     Name("collections", "OrderedDict"): _ordered_dict,
     Name("argparse", "Namespace"): dict,  # a training script's options: a dict once its state is set
     Name("_codecs", "encode"): _encode,
@@ -187,4 +212,7 @@ CALLS: Final[Mapping[Name, Call]] = {
     Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Name("torch._utils", "_rebuild_parameter"): _parameter,
 }
-INERT: Final = frozenset({Name("numpy", "ndarray"), *STORAGES})
+_TYPES: Final = {
+    Name(module, name) for module in ("builtins", "__builtin__") for name in ("dict", "list", "int", "long")
+}
+INERT: Final = frozenset({Name("numpy", "ndarray"), Name("typing", "Any"), *STORAGES, *_TYPES})

@@ -1,7 +1,8 @@
 """A checkpoint of one or several files, as arrays by name.
 
 A file's first bytes tell whether it is of `torch.save`, safetensors, or JSON. Names are those of the training script,
-without the prefixes of wrappers such as DataParallel.
+without the prefixes of what it wrapped the model in: DataParallel, torch.compile, PEFT, a LightningModule's attribute,
+a model of transformers. A file in which two arrays have the same name without them is refused.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ MAX_ARRAYS: Final = 20_000
 MAX_DEPTH: Final = 8
 MAX_VALUES: Final = 100_000  # visited: dicts may share dicts that share dicts, …
 MAX_CONFIG_BYTES: Final = 2**20
-_STATES: Final = ("model", "state_dict")  # keys under which scripts store the parameters
-_WRAPPERS: Final = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.)+")
+_STATES: Final = ("model", "state_dict", "model_state_dict")  # keys under which scripts store the parameters
+_WRAPPERS: Final = re.compile(
+    r"^((module|_orig_mod|base_model\.model|model|net|network|backbone|timm_model|vit|deit)\.)+(?=.)"
+)
 _SAFETENSORS: Final = {
     **{"F16": "float16", "F32": "float32", "F64": "float64", "BF16": BFLOAT16, "BOOL": "bool"},
     **{"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "U8": "uint8"},
@@ -38,11 +41,14 @@ _SAFETENSORS: Final = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Arrays by name, the contents of JSON files by file name, and a sha256 over all files."""
+    """Arrays by name, the contents of JSON files by file name, and a sha256 over all files.
+
+    `sources`: the arrays' names in the files, with the wrappers' prefixes."""
 
     arrays: Mapping[str, Array]
     configs: Mapping[str, Mapping[str, Any]]
     sha256: str
+    sources: Mapping[str, str]
 
     @classmethod
     def read(cls, files: Sequence[tuple[str, BinaryIO]]) -> Checkpoint:
@@ -50,6 +56,7 @@ class Checkpoint:
         if not 1 <= len(files) <= MAX_FILES:
             raise refusal(f"expected 1 to {MAX_FILES} files, got {len(files)}")
         arrays: dict[str, Array] = {}
+        sources: dict[str, str] = {}
         configs: dict[str, Mapping[str, Any]] = {}
         for name, file in files:
             file.seek(0)
@@ -57,11 +64,16 @@ class Checkpoint:
             if head.lstrip()[:1] == b"{":
                 configs[name] = _json(name, file)
                 continue
-            for key, array in (_torch(file) if _is_torch(head) else _safetensors(file)).items():
+            own: dict[str, str] = {}
+            for source, array in (_torch(file) if _is_torch(head) else _safetensors(file)).items():
+                key = _WRAPPERS.sub("", source)
+                if key in own:
+                    raise refusal(f"expected one model, got two arrays {quoted(key)}: {own[key]!r} and {source!r}")
                 if key in arrays:
                     raise refusal(f"expected each array once, got {quoted(key)} in several files")
-                arrays[key] = array
-        return cls(arrays, configs, _digest(files))
+                own[key], arrays[key] = source, array
+            sources |= own
+        return cls(arrays, configs, _digest(files), sources)
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """The array of this name, as float32. Raises Unprocessable bad_checkpoint."""
@@ -94,7 +106,7 @@ def _torch(file: BinaryIO) -> dict[str, Array]:
     for key, array in _flat(inner, "", 0, iter(range(MAX_VALUES))):
         if len(arrays) >= MAX_ARRAYS:
             raise refusal(f"expected at most {MAX_ARRAYS} arrays, got more")
-        arrays[_WRAPPERS.sub("", key)] = array
+        arrays[key] = array
     return arrays
 
 
@@ -118,7 +130,7 @@ def _safetensors(file: BinaryIO) -> dict[str, Array]:
         entries = deserialize(file.read())  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise refusal(f"expected a file of torch.save or safetensors, got neither ({error})") from error
-    return {_WRAPPERS.sub("", name): _entry(name, entry) for name, entry in entries}
+    return {name: _entry(name, entry) for name, entry in entries}
 
 
 def _entry(name: str, entry: Mapping[str, Any]) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .format import IMAGENET, Format, ReadParameters, Width, frozen, head, prompts
+from .format import IMAGENET, BackboneShape, Format, ReadParameters, frozen, head, prompts
 from .refusal import refusal
 
 PREPROCESS = {**IMAGENET, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
@@ -19,15 +19,15 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return "Prompt_Tokens" in checkpoint.arrays
 
 
-def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
-    _, _, rows = prompts("Prompt_Tokens", checkpoint.floats("Prompt_Tokens"), width)
-    lengths = (len(rows) // width.depth,) * width.depth
-    if checkpoint.arrays["Prompt_Tokens"].shape[0] != width.depth:
-        raise refusal(f"Prompt_Tokens: expected prompts of all {width.depth} layers, got one layer's")
-    for layer in range(width.depth):
+def read(checkpoint: Checkpoint, shape: BackboneShape) -> ReadParameters:
+    _, _, rows = prompts("Prompt_Tokens", checkpoint.floats("Prompt_Tokens"), shape)
+    lengths = (len(rows) // shape.depth,) * shape.depth
+    if checkpoint.arrays["Prompt_Tokens"].shape[0] != shape.depth:
+        raise refusal(f"Prompt_Tokens: expected prompts of all {shape.depth} layers, got one layer's")
+    for layer in range(shape.depth):
         _check_copies(checkpoint, layer)
     return ReadParameters(
-        "cvpt", lengths, {"prompts": rows, **head(checkpoint, width, "head")}, PREPROCESS, frozen(checkpoint, width)
+        "cvpt", lengths, {"prompts": rows, **head(checkpoint, shape)}, PREPROCESS, frozen(checkpoint, shape)
     )
 
 

@@ -21,13 +21,14 @@ from prompts_store import Backbone, Bundle, BundleError, Manifest, Preprocess, S
 from server import __version__
 from server.errors import Conflict
 
-from . import cvpt, peft, spt, timm_head, vpt
+from . import cvpt, peft, spt, timm_head, transformers_head, vpt
 from .checkpoint import Checkpoint
-from .format import Format, ReadParameters, Width
+from .format import BackboneShape, Format, ReadParameters
 from .refusal import quoted, refusal
 
 AUTO: Final = "auto"
-FORMATS: Final = {f.name: f for f in (vpt.FORMAT, spt.FORMAT, cvpt.FORMAT, peft.FORMAT, timm_head.FORMAT)}
+_FORMATS: Final = (vpt.FORMAT, spt.FORMAT, cvpt.FORMAT, peft.FORMAT, timm_head.FORMAT, transformers_head.FORMAT)
+FORMATS: Final = {format_.name: format_ for format_ in _FORMATS}
 PREPROCESS_FIELDS: Final = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 File = tuple[str, BinaryIO]
@@ -41,7 +42,7 @@ class RunningBackbone:
 
     arch: str
     fingerprint: str
-    width: Width
+    shape: BackboneShape
     preprocess: Preprocess
     fingerprint_of: Fingerprint
 
@@ -70,7 +71,7 @@ class Importer:
         """
         checkpoint = Checkpoint.read(files)
         format_ = _format(checkpoint, options.format)
-        task_params = format_.read(checkpoint, self._backbone.width)
+        task_params = format_.read(checkpoint, self._backbone.shape)
         manifest = self._manifest(
             task_params,
             options,
@@ -92,7 +93,7 @@ class Importer:
 
         Raises Conflict wrong_backbone for another backbone.
         """
-        if set(task_params.backbone) != set(self._backbone.width.names):
+        if set(task_params.backbone) != set(self._backbone.shape.names):
             return "assumed"
         theirs = self._backbone.fingerprint_of({name: read() for name, read in task_params.backbone.items()})
         if theirs != self._backbone.fingerprint:

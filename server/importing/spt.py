@@ -8,7 +8,7 @@ names but pools over its prompts' outputs; nothing in the file distinguishes it,
 from __future__ import annotations
 
 from .checkpoint import Checkpoint
-from .format import IMAGENET, Format, ReadParameters, Width, frozen, head, prompts
+from .format import IMAGENET, BackboneShape, Format, ReadParameters, frozen, head, prompts
 
 PREPROCESS = {**IMAGENET, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
 
@@ -17,10 +17,10 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return "prompt_token" in checkpoint.arrays
 
 
-def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
-    method, lengths, rows = prompts("prompt_token", checkpoint.floats("prompt_token"), width)
-    params = {"prompts": rows, **head(checkpoint, width, "head")}
-    return ReadParameters(method, lengths, params, PREPROCESS, frozen(checkpoint, width))
+def read(checkpoint: Checkpoint, shape: BackboneShape) -> ReadParameters:
+    method, lengths, rows = prompts("prompt_token", checkpoint.floats("prompt_token"), shape)
+    params = {"prompts": rows, **head(checkpoint, shape)}
+    return ReadParameters(method, lengths, params, PREPROCESS, frozen(checkpoint, shape))
 
 
 FORMAT = Format("spt", "official SPT: ckpt.pth", recognises, read)

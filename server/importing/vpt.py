@@ -11,16 +11,13 @@ pretrained with; on VTAB they squash instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
-from .format import IMAGENET, Format, ReadParameters, Width, head, prompts
+from .format import IMAGENET, BackboneShape, Format, ReadParameters, frozen, head, prompts
 from .refusal import refusal
 
-Read = Callable[[], NDArray[np.float32]]
 PREPROCESS = {**IMAGENET, "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
 WHOLE = "enc.transformer."
 
@@ -29,7 +26,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     return "shallow_prompt" in checkpoint.arrays or any(name.startswith("enc.") for name in checkpoint.arrays)
 
 
-def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
+def read(checkpoint: Checkpoint, shape: BackboneShape) -> ReadParameters:
     _refuse_others(checkpoint)
     whole = "shallow_prompt" not in checkpoint.arrays
     first, rest = (
@@ -39,9 +36,11 @@ def read(checkpoint: Checkpoint, width: Width) -> ReadParameters:
     for name, array in zip((first, rest), stack, strict=False):
         if array.ndim != 3 or array.shape[1:] != stack[0].shape[1:]:
             raise refusal(f"{name}: expected [layers, p, width] with one p and width, got {list(array.shape)}")
-    method, lengths, rows = prompts(first, _project(checkpoint, np.concatenate(stack), width), width)
-    classifier = head(checkpoint, width, "head.last_layer", "head")
-    return ReadParameters(method, lengths, {"prompts": rows, **classifier}, PREPROCESS, _frozen(checkpoint, width))
+    method, lengths, rows = prompts(first, _project(checkpoint, np.concatenate(stack), shape), shape)
+    classifier = head(checkpoint, shape, "head.last_layer")
+    return ReadParameters(
+        method, lengths, {"prompts": rows, **classifier}, PREPROCESS, frozen(checkpoint, shape, _official_names)
+    )
 
 
 def _refuse_others(checkpoint: Checkpoint) -> None:
@@ -57,38 +56,27 @@ def _refuse_others(checkpoint: Checkpoint) -> None:
         raise refusal(f"{hidden[0]}: a head with hidden layers behind prompts: expected a linear one")
 
 
-def _project(checkpoint: Checkpoint, stack: NDArray[np.float32], width: Width) -> NDArray[np.float32]:
+def _project(checkpoint: Checkpoint, stack: NDArray[np.float32], shape: BackboneShape) -> NDArray[np.float32]:
     """Prompts [l, p, P] projected to [l, p, D]; unchanged where there is no projection."""
     name = next((n for n in (f"{WHOLE}prompt_proj", "prompt_proj") if f"{n}.weight" in checkpoint.arrays), None)
     if name is None:
-        if stack.shape[2] != width.dim:
+        if stack.shape[2] != shape.dim:
             raise refusal(
-                f"prompts are {stack.shape[2]} wide, the running backbone {width.dim}: expected prompt_proj.weight "
-                f"[{width.dim}, {stack.shape[2]}] with them, in this file or another"
+                f"prompts are {stack.shape[2]} wide, the running backbone {shape.dim}: expected prompt_proj.weight "
+                f"[{shape.dim}, {stack.shape[2]}] with them, in this file or another"
             )
         return stack
     weight, bias = checkpoint.floats(f"{name}.weight"), checkpoint.floats(f"{name}.bias")
-    if weight.shape != (width.dim, stack.shape[2]) or bias.shape != (width.dim,):
+    if weight.shape != (shape.dim, stack.shape[2]) or bias.shape != (shape.dim,):
         got = f"{list(weight.shape)} and {list(bias.shape)}"
-        raise refusal(f"{name}: expected [{width.dim}, {stack.shape[2]}] and [{width.dim}], got {got}")
+        raise refusal(f"{name}: expected [{shape.dim}, {stack.shape[2]}] and [{shape.dim}], got {got}")
     wide = stack.astype(np.float64) @ weight.T.astype(np.float64) + bias
     return wide.astype(np.float32)
 
 
-def _frozen(checkpoint: Checkpoint, width: Width) -> dict[str, Read]:
-    """Readers of the backbone's arrays by timm's names, which join queries, keys and values."""
-    return {name: reader for name in width.names if (reader := _reader(checkpoint, name)) is not None}
-
-
-def _reader(checkpoint: Checkpoint, name: str) -> Read | None:
-    sources = [f"{WHOLE}{n}" for n in _official_names(name)]
-    if not sources or any(n not in checkpoint.arrays for n in sources):
-        return None
-    return lambda: np.concatenate([checkpoint.floats(n) for n in sources])
-
-
 def _official_names(name: str) -> list[str]:
-    """The official names of the arrays that make up timm's `name`; empty where there are none."""
+    """The official names of the arrays that make up timm's `name`; empty where there are none. Queries, keys and values
+    are separate."""
     tops = {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
@@ -96,10 +84,10 @@ def _official_names(name: str) -> list[str]:
         "norm": "encoder.encoder_norm",
     }
     if name in tops:
-        return [tops[name]]
+        return [f"{WHOLE}{tops[name]}"]
     module, _, leaf = name.rpartition(".")
     if module in tops:
-        return [f"{tops[module]}.{leaf}"]
+        return [f"{WHOLE}{tops[module]}.{leaf}"]
     block, _, site = module.removeprefix("blocks.").partition(".")
     sites = {
         "norm1": ["attention_norm"],
@@ -109,7 +97,7 @@ def _official_names(name: str) -> list[str]:
         "attn.proj": ["attn.out"],
         "attn.qkv": ["attn.query", "attn.key", "attn.value"],
     }
-    return [f"encoder.layer.{block}.{n}.{leaf}" for n in sites.get(site, [])]
+    return [f"{WHOLE}encoder.layer.{block}.{n}.{leaf}" for n in sites.get(site, [])]
 
 
 FORMAT = Format("vpt", "official VPT: prompt_ep*.pth with a head, or a whole model", recognises, read)

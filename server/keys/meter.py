@@ -19,6 +19,7 @@ from limits.errors import StorageError
 from limits.storage import MemoryStorage, RedisStorage, Storage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from prompts_store import redis_connection
 from server.errors import QueueFull
 
 from .key import Key
@@ -37,6 +38,7 @@ class Meter:
         self._shared = redis_url is not None
         self._limiter = SlidingWindowCounterRateLimiter(_storage(redis_url))
         self._late: asyncio.Task[bool] | None = None
+        self._failing = False
 
     async def images(self, key: Key, count: int) -> None:
         """Raises QueueFull rate_limited."""
@@ -83,10 +85,14 @@ class Meter:
 
     async def _shared_taken(self, item: RateLimitItem, what: str, key_id: str, cost: int) -> bool:
         try:
-            return await asyncio.to_thread(self._limiter.hit, item, what, key_id, cost=cost)
+            taken = await asyncio.to_thread(self._limiter.hit, item, what, key_id, cost=cost)
         except StorageError as error:
-            log.warning("limits are not counted: %s", type(error.storage_error).__name__)
+            if not self._failing:  # once, not for every request
+                log.warning("limits are not counted: %s", redis_connection.failure("count", error.storage_error))
+            self._failing = True
             return True
+        self._failing = False
+        return taken
 
     async def _wait_s(self, item: RateLimitItem, what: str, key_id: str) -> float:
         try:

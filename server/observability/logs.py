@@ -25,17 +25,19 @@ Format = Literal["text", "json"]
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("request_id", default="")
 JOB_ID: Final[ContextVar[str]] = ContextVar("job_id", default="")
 
+REQUESTS: Final = "server.access"  # the logger of requests
 MAX_CHARACTERS: Final = 16_384
 _PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
 _CHATTY: Final = ("watchfiles", "uvicorn.error", "uvicorn.access", "httpx", "opentelemetry")
 
 
-def start(level: str, format_: Format, stream: TextIO | None = None) -> None:
-    """Log to `stream`, by default stderr."""
+def start(level: str, format_: Format, stream: TextIO | None = None, *, requests: bool = False) -> None:
+    """Log to `stream`, by default stderr. `requests`: the lines of requests, which are at DEBUG, whatever the level."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if format_ == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no format
+    logging.getLogger(REQUESTS).setLevel(logging.DEBUG if requests else logging.NOTSET)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import math
@@ -11,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from types import FrameType
@@ -24,6 +25,8 @@ from fastapi import FastAPI
 from server.api.middleware.connections import limited, with_files_for
 from server.observability import tracing
 from server.settings import Settings
+
+from . import INTERRUPTED
 
 log = logging.getLogger("server")
 
@@ -43,11 +46,29 @@ class ServedApp(Protocol):
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Return the listening socket. Raises OSError, for example where the port is taken."""
-    listener = socket.create_server((settings.host, settings.port), backlog=1024)
+    """Return the listening socket. Raises OSError, with the setting to change, for example where the port is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(_listen_failure(settings, error)) from error
     # asyncio sets it only where a socket names its protocol; without it an answer waits 40 ms for the client's ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _listen_failure(settings: Settings, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"LENSRACK_PORT: expected a free port, got {settings.port}, which is in use at {settings.host}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"LENSRACK_PORT: expected a port that this user may open, got {settings.port} (try one above 1023)"
+    expected = "expected an address of this machine"
+    return f"LENSRACK_HOST: {expected}, got {settings.host!r} ({error.strerror or type(error).__name__})"
 
 
 def run(work: Callable[[], Awaitable[int]]) -> int:
@@ -64,8 +85,9 @@ def run(work: Callable[[], Awaitable[int]]) -> int:
 class HttpServer(uvicorn.Server):
     """uvicorn that does not raise a signal again after the shutdown, as it would end us before the workers stop."""
 
-    def __init__(self, server: ServedApp) -> None:
+    def __init__(self, server: ServedApp, signals: Sequence[signal.Signals]) -> None:
         settings, self._server = server.settings, server
+        self._numbers, self._signals = signals, 0
         config = uvicorn.Config(
             server.app,
             log_config=None,
@@ -82,19 +104,32 @@ class HttpServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._numbers:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
 
     def handle_exit(self, number: int, frame: FrameType | None) -> None:
+        """Drain and end; at a second signal end at once."""
+        self._signals += 1
+        if self._signals > 1:
+            log.warning("stopped at once, by a second signal")
+            logging.shutdown()
+            os._exit(INTERRUPTED)
+        if signal.SIGINT in self._numbers:  # else the process manager has said so
+            log.info("stopping; again (Ctrl-C) to stop at once")
         super().handle_exit(number, frame)
         self._server.leave()
 
 
-async def serve_http(server: ServedApp, listener: socket.socket, ready: Callable[[HttpServer], None]) -> None:
-    """Serve until a signal comes. `ready` is called when requests can be answered."""
+async def serve_http(
+    server: ServedApp,
+    listener: socket.socket,
+    ready: Callable[[HttpServer], None],
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+) -> None:
+    """Serve until one of the signals comes. `ready` is called when requests can be answered."""
     async with server.running():
-        http = HttpServer(server)
+        http = HttpServer(server, signals)
         gc.collect()
         gc.freeze()  # what exists now stays: no collection among thousands of requests need visit it
         ready(http)

@@ -38,7 +38,7 @@ from server.observability import logs, tracing
 from server.observability.multiprocess import ProcessMetrics
 from server.settings import Settings
 
-from . import engine_process, front_process, http_server, runtime_dir
+from . import INTERRUPTED, engine_process, front_process, http_server, runtime_dir
 from .child import FIRST_PAUSE_S, NOT_STARTED, ForkedProcess, SendReady, end_with_parent, show_name
 from .heartbeats import Heartbeats
 from .worker_metrics import MANAGER, WorkerMetrics
@@ -106,15 +106,16 @@ class ProcessManager:
     def _supervise(self) -> int:
         self._worker_metrics = WorkerMetrics(self._workers, self._folder)
         if not self._start_all(self._engines):
-            return self._end(NOT_STARTED)
+            return self._end()
         self._start_workers()
         if not self._start_all(self._fronts):
-            return self._end(NOT_STARTED)
-        log.info("serving on http://%s:%d", *self._listener.getsockname()[:2])
+            return self._end()
+        log.info("serving on %s", http_server.url_of(self._listener))
         while not self._stop_signals:
             self._wait(min(LOOK_S, self._restart_ended()))
             self._kill_stuck()
-        return self._end(0)
+        log.info("stopping; again (Ctrl-C) to stop at once")
+        return self._end()
 
     @property
     def _forks(self) -> list[ForkedProcess]:
@@ -208,24 +209,34 @@ class ProcessManager:
         except OSError as error:  # the disk is full
             log.warning("the counts of %s are lost: %s", child.name, error)
 
-    def _end(self, status: int) -> int:
-        """End all processes and return `status`. The listener is closed first: as long as one process has the socket,
-        the kernel accepts connections, and the front ends that drain accept no more of them."""
+    def _end(self) -> int:
+        """End all processes and return the exit status: of a server that could not start, that a second signal ended at
+        once, or 0.
+
+        The listener is closed first: as long as one process has the socket, the kernel accepts connections, and the
+        front ends that drain accept no more of them.
+        """
         self._listener.close()
         drain_s = self._settings.drain_timeout_s
+        status = 0 if self._stop_signals else NOT_STARTED
         self._end_all(self._fronts, 2 * drain_s + MARGIN_S)
         self._end_all(self._workers, drain_s)
         self._end_all(self._engines, 2 * drain_s + MARGIN_S)
-        return status
+        return INTERRUPTED if self._in_haste else status
+
+    @property
+    def _in_haste(self) -> bool:
+        """Whether another signal has come while the processes end."""
+        return self._stop_signals > 1
 
     def _end_all(self, children: Sequence[ForkedProcess], timeout_s: float) -> None:
-        """Send SIGTERM, and SIGKILL after `timeout_s` or at the next signal."""
-        end_at, signals = time.monotonic() + timeout_s, max(1, self._stop_signals)
+        """Send SIGTERM, and SIGKILL after `timeout_s` or at the second signal, whichever group was ending then."""
+        end_at = time.monotonic() + timeout_s
         _send_signal(children, signal.SIGTERM)
-        while any(child.pid for child in children) and time.monotonic() < end_at and self._stop_signals <= signals:
+        while any(child.pid for child in children) and time.monotonic() < end_at and not self._in_haste:
             self._wait(max(0.0, end_at - time.monotonic()))
         for child in children:
-            if child.pid:
+            if child.pid and not self._in_haste:
                 log.warning("%s (pid %d) has not ended and is killed", child.name, child.pid)
         _send_signal(children, signal.SIGKILL)
         while any(child.pid for child in children):
@@ -259,7 +270,8 @@ class ProcessManager:
             return work(send_ready, ProcessMetrics(self._folder, child.metrics_name))
         except Exception as error:
             if _is_expected(error):
-                print(f"the server cannot start: {error}", file=sys.stderr, flush=True)
+                program = "worker" if child in self._workers else "server"
+                print(f"the {program} cannot start: {error}", file=sys.stderr, flush=True)
             else:
                 log.exception("%s failed", child.name)
             return NOT_STARTED
@@ -306,15 +318,16 @@ class ProcessManager:
         async def work() -> int:
             backbone = BackboneInfo.from_json(self._backbone_json).on(self._settings.engine_devices)
             front = front_process.build_front(self._settings, backbone, self._folder, process_metrics, first=first)
+            sent_by_manager = (signal.SIGTERM,)  # a terminal sends SIGINT to all processes
             async with self._heartbeats.beating(self._heartbeat_number):
-                await http_server.serve_http(front, self._listener, lambda _: send_ready("ready"))
+                await http_server.serve_http(front, self._listener, lambda _: send_ready("ready"), sent_by_manager)
             return 0
 
         return _finish(http_server.run(work))
 
     def _start_telemetry(self, service: str) -> None:
         settings = self._settings
-        logs.start(settings.log_level, settings.log_format)
+        logs.start(settings.log_level, settings.log_format, requests=settings.log_requests)
         if settings.otlp_endpoint:
             tracing.start(settings.otlp_endpoint, service=service, version=__version__, ratio=settings.trace_ratio)
 

@@ -28,8 +28,6 @@ def answering(store: str) -> Iterator[None]:
     try:
         yield
     except redis.exceptions.OutOfMemoryError:
-        raise DiskFull(f"the Redis {store} is out of memory") from None
+        raise DiskFull(f"the Redis {store} is out of memory, and its policy frees none") from None
     except (redis.exceptions.RedisError, OSError) as error:
-        raise Unavailable(
-            f"the Redis {store} did not answer ({type(error).__name__})", code="store_unavailable"
-        ) from None
+        raise Unavailable(redis_connection.failure(store, error), code="store_unavailable") from None

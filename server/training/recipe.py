@@ -132,7 +132,7 @@ def resolve(defaults: Mapping[str, object], fields: Mapping[str, Any]) -> Recipe
         values = overlaid(values, find_preset(preset).fields)
     base_lr = values.pop("base_lr", None)
     if base_lr is not None and "lr" in values:
-        raise Unprocessable("give lr or base_lr, not both: lr = base_lr · batch_size / 256")
+        raise Unprocessable("expected lr or base_lr, not both: lr = base_lr · batch_size / 256")
     if unknown := sorted(values.keys() - _FIELDS):
         raise Unprocessable(
             f"unknown recipe fields {unknown}: expected some of {sorted(_FIELDS | {'base_lr', 'preset'})}"

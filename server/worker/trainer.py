@@ -87,13 +87,17 @@ class Trainer:
         While the job store is unavailable, it is tried again. A job that was running then is taken over by any worker
         when its lease ends.
         """
+        failing = ""
         while not self.stop.is_set():
             try:
                 self._retention.when_due()
                 if not self.work_once():
                     self.stop.wait(idle_s)
+                failing = ""
             except (Unavailable, DiskFull) as error:
-                log.warning("%s; this worker tries again", error.detail)
+                if error.detail != failing:  # once, however long it lasts
+                    log.warning("%s; this worker tries again every %g s", error.detail, STORE_RETRY_S)
+                failing = error.detail
                 self.stop.wait(STORE_RETRY_S)
 
     def work_once(self) -> bool:

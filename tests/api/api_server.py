@@ -24,7 +24,7 @@ from server.datasets.dataset_store import DatasetStore
 from server.datasets.feedback_store import FeedbackStore
 from server.datasets.upload_store import UploadStore
 from server.errors import Conflict, Unprocessable
-from server.importing.format import Width
+from server.importing.format import BackboneShape
 from server.importing.importer import Importer, RunningBackbone
 from server.jobs.sqlite_store import SqliteJobStore
 from server.keys.authenticator import Authenticator
@@ -34,7 +34,7 @@ from server.settings import Settings
 from tests.serving.floor import FINGERPRINT, MANIFEST, Floor
 
 BACKBONE = RunningBackbone(
-    "stand-in", FINGERPRINT, Width(dim=4, depth=1, names={}), MANIFEST.preprocess, lambda arrays: FINGERPRINT
+    "stand-in", FINGERPRINT, BackboneShape(dim=4, depth=1, names={}), MANIFEST.preprocess, lambda arrays: FINGERPRINT
 )
 METHODS = {"linear": "a head alone", "vpt_deep": "prompts in every layer"}
 

@@ -44,7 +44,7 @@ def test_every_response_has_an_id_and_a_sane_one_of_the_client_is_kept(api: Api)
 
 
 def test_the_access_log_has_one_line_a_request_with_its_id(api: Api, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, "server.access"):
+    with caplog.at_level(logging.DEBUG, "server.access"):
         api.http.get("/tasks/fish%0aINJECTED", headers={"X-Request-Id": "log-me"})
         time.sleep(0.05)
     (line,) = [record.getMessage() for record in caplog.records if "log-me" in record.getMessage()]

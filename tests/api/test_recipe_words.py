@@ -8,8 +8,10 @@ from typing import get_args
 
 import pytest
 import typer.main
+from pydantic import ValidationError
 
 from lensrack import cli, wire
+from server.errors import ServiceError
 from server.training.presets import PRESETS
 from server.training.recipe import SEARCHES, Recipe, resolve
 
@@ -29,6 +31,15 @@ def test_both_sides_know_the_same_fields() -> None:
 def test_both_sides_know_the_same_words() -> None:
     assert words("search") == set(SEARCHES)
     assert words("preset") == set(PRESETS)
+
+
+def test_both_sides_refuse_two_learning_rates_in_the_same_words() -> None:
+    both = {"lr": 1.0, "base_lr": 1.0}
+    with pytest.raises(ServiceError) as server:
+        resolve({}, both)
+    with pytest.raises(ValidationError) as client:
+        wire.Recipe.model_validate(both)
+    assert client.value.errors()[0]["msg"] == f"Value error, {server.value.detail}"
 
 
 @pytest.mark.parametrize("field", ["optimizer", "augment", "class_weights", "pool", "init"])

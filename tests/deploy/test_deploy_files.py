@@ -202,6 +202,15 @@ def test_every_stage_that_installs_knows_where_packages_come_from() -> None:
             assert named == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"}
 
 
+def test_no_index_is_named_where_pips_own_is_meant() -> None:
+    """Naming it would overrule a machine's pip.conf. Only torch without CUDA has an index of its own."""
+    installing = [line for line in DOCKERFILE.splitlines() if not line.startswith("#")]
+    assert re.findall(r"https?://(?!127)[^\s\"}]+", "\n".join(installing)) == ["https://download.pytorch.org/whl/cpu"]
+    assert 'install ${index:+--index-url "$index"}' in DOCKERFILE, "an empty one is none"
+    for path in ("Makefile", "compose.yaml", "deploy/compose.yaml", "deploy/release.sh", "docs/howto-backbone.md"):
+        assert "pypi.org" not in (ROOT / path).read_text(), path
+
+
 def test_the_image_takes_torch_as_the_project_does() -> None:
     """It is installed before pyproject.toml is there, so that its layer outlives a change of that file."""
     server = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["server"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.e2e.server_process import ROOT, ServerProcess, environment
@@ -16,16 +17,23 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def run(page: Path, server: ServerProcess, folder: Path) -> str:
-    """What the blocks wrote to standard output. The shell stops at the first command that fails."""
+def run(page: Path, server: ServerProcess, folder: Path, places: Mapping[str, str] | None = None) -> str:
+    """What the blocks wrote to standard output. The shell stops at the first command that fails. `places`: texts of the
+    page, and what stands for them here."""
     script = ["set -euo pipefail"]
     for number, (language, block) in enumerate(blocks(page)):
         script.append(f"echo '=== block {number}' >&2")
         script.append(f"python - <<'PYTHON'\n{block}PYTHON" if language == "python" else block)
-    text = "\n".join(script).replace("127.0.0.1:8000", server.url.removeprefix("http://"))
-    text = text.replace("@server/", f"@{ROOT}/server/").replace("server sample pictures", SAMPLE)
+    whole = "\n".join(script)
+    own = {
+        "127.0.0.1:8000": server.url.removeprefix("http://"),
+        "@server/": f"@{ROOT}/server/",
+        "server sample pictures": SAMPLE,
+    }
+    for shown, place in {**own, **(places or {})}.items():
+        whole = whole.replace(shown, place)
     done = subprocess.run(
-        ["bash", "-c", text],
+        ["bash", "-c", whole],
         env={**environment(server.home, {}), "LENSRACK_URL": server.url},
         cwd=folder,
         capture_output=True,

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from lensrack import Client
 from server.cli.sample_pictures import draw
 from tests.e2e.forked_server import forked, refused
 from tests.e2e.server_process import ROOT, serving
+from tests.e2e.test_engine_faults import ask
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -112,6 +114,28 @@ def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path
         client.jobs.cancel(job.id)
 
 
+@pytest.mark.parametrize("fronts", ["0", "1"])
+def test_ctrl_c_stops_and_a_second_one_at_once(tmp_path: Path, fronts: str) -> None:
+    with forked(tmp_path / "idle", fronts=fronts) as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(40) == 0
+        assert server.log.rstrip().endswith("stopped")
+    with (
+        forked(tmp_path / "busy", fronts=fronts, fault="hang", drain_timeout_s="60") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(ask, server, "white")
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: "again (Ctrl-C) to stop at once" in server.log, "it drains")
+        time.sleep(0.5)
+        assert server.process.poll() is None, "it waits for the answer"
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(8) == 130
+        assert isinstance(asked.exception(10), httpx.TransportError)
+        assert "Traceback" not in server.log
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -119,7 +143,17 @@ def test_stopping_gives_the_job_back_to_the_queue(tmp_path: Path, pictures: Path
         ({"backbone": "deit_tiny_patch16_224", "backbone_weights": "/nowhere.safetensors"}, "cannot be read"),
         ({"host": "0.0.0.0"}, "LENSRACK_ALLOW_OPEN"),
         ({"port": "99999"}, "LENSRACK_PORT"),
+        ({"backbone": "vit_tiny_patch16_225"}, "the nearest: vit_tiny_patch16_"),
+        ({"device": "tpu"}, "LENSRACK_DEVICE: expected auto"),
+        ({"log_level": "loud"}, "LENSRACK_LOG_LEVEL: expected 'debug'"),
         ({"store": "ftp://x"}, "file://DIR"),
+        ({"jobs": "redis://127.0.0.1:1/jobs"}, "LENSRACK_JOBS: expected redis://"),
+        ({"home": "/proc/nowhere"}, "LENSRACK_HOME: expected a folder that can be written"),
+        ({"host": "192.0.2.1", "allow_open": "1"}, "LENSRACK_HOST: expected an address of this machine"),
+        (
+            {"backbon": "bundled", "port": "99999"},
+            "LENSRACK_BACKBON: no setting has this name, and it has no effect",
+        ),
     ],
 )
 def test_a_wrong_setting_is_a_sentence_not_a_traceback(tmp_path: Path, settings: dict[str, str], says: str) -> None:
@@ -133,4 +167,5 @@ def test_a_taken_port_is_said(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, said = refused(tmp_path, {}, taken.getsockname()[1])
     assert code == 1
-    assert re.search(r"cannot start: .*in use", said)
+    assert re.search(r"cannot start: LENSRACK_PORT: .*in use", said)
+    assert "Traceback" not in said

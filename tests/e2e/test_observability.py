@@ -50,7 +50,13 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder, port = tmp_path_factory.mktemp("watched"), free_port()
     draw(folder / "pictures", per_class=8)
-    settings = {"worker_metrics_port": str(port), "log_format": "json", "watch_s": "0.2", "rack_slots": "1"}
+    settings = {
+        "worker_metrics_port": str(port),
+        "log_format": "json",
+        "log_requests": "1",
+        "watch_s": "0.2",
+        "rack_slots": "1",
+    }
     with serving(folder / "home", **settings) as server, Client(server.url) as client:
         dataset = client.datasets.upload(folder / "pictures" / "fruit" / "train")
         recipe = {"epochs": 2, "prompts": 2, "batch_size": 8}

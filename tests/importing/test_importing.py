@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -122,6 +122,44 @@ def timm_head(case: Case) -> list[tuple[str, Any]]:
     return [("head.pth", {name: torch.from_numpy(array) for name, array in drawn(case).items()})]
 
 
+def lightning(case: Case) -> list[tuple[str, Any]]:
+    """A LightningModule's checkpoint: the model is its attribute `model`, beside a loss with weights for classes."""
+    raw = {name: torch.from_numpy(array) for name, array in drawn(case).items()}
+    model = {**golden_backbone(ARCH, 101, torch.float32).model.state_dict(), **raw}
+    saved = {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {
+            **{f"model.{name}": tensor for name, tensor in model.items()},
+            "criterion.weight": torch.ones(6),
+        },
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]}],
+        "hyper_parameters": {"lr": 0.1, "folder": Path("/a/b"), "classes": defaultdict(int, {"a": 1})},
+    }
+    return [("epoch=3.ckpt", saved)]
+
+
+def transformers_model(case: Case) -> list[tuple[str, Any]]:
+    """A whole ViTForImageClassification under the names of transformers 4, trained inside a LightningModule."""
+    raw = {name: torch.from_numpy(array) for name, array in drawn(case).items()}
+    state = {"classifier.weight": raw["head.weight"], "classifier.bias": raw["head.bias"]}
+    for official, tensor in official_backbone().items():
+        name = official.removeprefix("enc.transformer.")
+        for old, new in (
+            ("patch_embeddings.", "patch_embeddings.projection."),
+            ("encoder.encoder_norm", "layernorm"),
+            ("attention_norm", "layernorm_before"),
+            ("ffn_norm", "layernorm_after"),
+            ("attn.out", "attention.output.dense"),
+            ("attn.", "attention.attention."),
+            ("ffn.fc1", "intermediate.dense"),
+            ("ffn.fc2", "output.dense"),
+        ):
+            name = name.replace(old, new)
+        state[f"vit.{name}"] = tensor
+    return [("x.ckpt", {"state_dict": {f"net.{name}": tensor for name, tensor in state.items()}})]
+
+
 WRITERS = {
     "vpt, prompts of an epoch": (prompt_ep, "nano-vpt_deep_p6", "assumed"),
     "vpt, shallow": (prompt_ep, "nano-vpt_shallow_p5", "assumed"),
@@ -132,6 +170,8 @@ WRITERS = {
     "spt, shallow": (spt, "nano-spt_shallow_p6", "verified"),
     "cvpt": (cvpt, "nano-cvpt_p5", "verified"),
     "timm, a head": (timm_head, "nano-linear", "assumed"),
+    "timm, a whole model of Lightning": (lightning, "nano-linear", "verified"),
+    "transformers, a whole model of Lightning": (transformers_model, "nano-linear", "verified"),
 }
 
 
@@ -229,12 +269,16 @@ def changed(write: Any, golden: str, **arrays: Any) -> list[tuple[str, Any]]:
     return [(name, saved)]
 
 
-def test_another_backbone_is_refused_by_its_weights() -> None:
-    other = changed(spt, "nano-spt_deep_p4", module__norm__bias=torch.ones(D))
-    error = refusal(files(other))
-    assert isinstance(error, Conflict)
-    assert error.code == "wrong_backbone"
-    assert golden_backbone(ARCH, 101, torch.float32).spec.fingerprint in error.detail
+def test_another_backbone_is_refused_by_its_weights_or_shape() -> None:
+    golden = golden_backbone(ARCH, 101, torch.float32).spec.fingerprint
+    for arrays, said in (
+        ({"module__norm__bias": torch.ones(D)}, golden),
+        ({"module__pos_embed": torch.ones(1, 37, D)}, "pos_embed: expected [1, 17, 64] as in the running backbone"),
+    ):
+        error = refusal(files(changed(spt, "nano-spt_deep_p4", **arrays)))
+        assert isinstance(error, Conflict)
+        assert error.code == "wrong_backbone"
+        assert said in error.detail
 
 
 REFUSED: dict[str, tuple[list[tuple[str, Any]], str, str]] = {
@@ -273,6 +317,30 @@ REFUSED: dict[str, tuple[list[tuple[str, Any]], str, str]] = {
         changed(cvpt, "nano-cvpt_p5", blocks__1__CrossAttn__q__weight=torch.ones(D, D)),
         "bad_checkpoint",
         "got other, trained ones",
+    ),
+    "prompts of another tool": (
+        [("x.pth", {"model.head.weight": torch.ones(2, D), "model.prompts.0": torch.ones(2, D)})],
+        "bad_checkpoint",
+        "'prompts.0' does not map",
+    ),
+    "two models in one": (
+        [("x.ckpt", {"state_dict": {"net.head.weight": torch.ones(2, D), "model.head.weight": torch.zeros(2, D)}})],
+        "bad_checkpoint",
+        "got two arrays 'head.weight': 'net.head.weight' and 'model.head.weight'",
+    ),
+    "two classifiers": (
+        [
+            (
+                "x.pth",
+                {
+                    "prompt_token": torch.ones(1, 2, D),
+                    "head.weight": torch.ones(2, D),
+                    "classifier.weight": torch.ones(2, D),
+                },
+            )
+        ],
+        "bad_checkpoint",
+        "expected one classifier, got head.weight and classifier.weight",
     ),
     "nothing known": ([("x.pth", {"weight": torch.ones(2)})], "bad_checkpoint", "expected one of these formats: vpt"),
     "no dict": ([("x.pth", torch.ones(2))], "bad_checkpoint", "expected a dict of arrays"),
@@ -366,16 +434,20 @@ def adapter(folder: Path, model: Any, **config: Any) -> tuple[Any, list[tuple[st
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_of_a_transformers_vit(tmp_path: Path, rslora: bool) -> None:
+    """With ranks and alphas of modules' own: by a module's name, an expression, one anchored at the start."""
     model = hugging_face_vit()
-    targets = ["q_proj", "v_proj"] if any("q_proj" in name for name in model.state_dict()) else ["query", "value"]
+    query, value = ("q_proj", "v_proj") if any("q_proj" in name for name in model.state_dict()) else ("query", "value")
+    start = next(name for name in model.state_dict() if f"1.attention.{query}" in name).removesuffix(".weight")
     tuned, parts = adapter(
-        tmp_path, model, r=3, target_modules=targets, modules_to_save=["classifier"], use_rslora=rslora
-    )
+        tmp_path, model, r=3, target_modules=[query, value], modules_to_save=["classifier"], use_rslora=rslora,
+        rank_pattern={r"layers?\.(0|2)\.\S+": 2, f"^{start}": 5},
+        alpha_pattern={f"^{start}": 11, f"[02]\\..*{value}": 0.5, value: 9},
+    )  # fmt: skip
     images = pixels(CASES["nano-linear"], ARCH, torch.float32)
     with torch.inference_mode():
         truth = tuned(pixel_values=images).logits
     bundle = imported(parts)
-    assert (bundle.manifest.method, bundle.manifest.prompt_lengths) == ("lora", (6,) * DEPTH)
+    assert (bundle.manifest.method, bundle.manifest.prompt_lengths) == ("lora", (4, 8, 4, 6))
     torch.testing.assert_close(served(bundle, images), truth, atol=2e-4, rtol=0)
 
 
@@ -416,6 +488,10 @@ def test_peft_with_the_names_of_transformers_4(tmp_path: Path) -> None:
     up = bundle.tensors["lora.up"]
     assert (up[:, :D] == 2).all(), "alpha / r"
     assert not up[:, D:].any()
+    patterns = {"r": 8, "rank_pattern": {"other": 4, "1.attention.attention.query": 2}, "use_rslora": True}
+    patterns["alpha_pattern"] = {"key": 5, r"layer\.[0-9]\..*": 6, "query": 7}
+    up = imported(lora_files(tmp_path, patterns)).tensors["lora.up"]
+    np.testing.assert_allclose(up[:, :D], 6 / 2**0.5, rtol=1e-6, err_msg="alpha / √r, of the first patterns that match")
 
 
 @pytest.mark.parametrize(
@@ -424,7 +500,14 @@ def test_peft_with_the_names_of_transformers_4(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, {}, "peft_type LORA"),
         ({"use_dora": True}, {}, "use_dora does not map"),
         ({"bias": "all"}, {}, "bias: expected none, got 'all'"),
-        ({"alpha_pattern": {"layer.1": 8}}, {}, "alpha_pattern does not map"),
+        ({"alpha_pattern": {"query": "8"}}, {}, "expected a number as alpha_pattern 'query', got '8'"),
+        ({"alpha_pattern": {"(query": 8}}, {}, "alpha_pattern '(query': expected a module's name or a regular"),
+        ({"rank_pattern": {"query": 4}}, {}, "query': expected rank 4 as adapter_config.json has it, got 2"),
+        ({"r": 3}, {}, "expected rank 3"),
+        ({"lora_bias": True}, {}, "lora_bias does not map"),
+        ({"use_something_new": True}, {}, "use_something_new does not map"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, "init_lora_weights 'pissa_niter_4' does not map"),
+        ({}, {"vit__layernorm__modules_to_save__weight": torch.ones(D)}, "layernorm.modules_to_save.weight' does not"),
         ({"lora_alpha": "8"}, {}, "a number as lora_alpha"),
         ({}, {"vit__encoder__layer__0__output__dense__lora_A__weight": torch.ones(2, 256),
               "vit__encoder__layer__0__output__dense__lora_B__weight": torch.ones(D, 2)}, "output.dense' does not map"),

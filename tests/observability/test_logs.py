@@ -106,17 +106,22 @@ def test_no_line_holds_a_password_or_grows_without_bound(out: io.StringIO, forma
 def test_every_line_of_a_request_has_its_id_also_from_the_engines_thread(tmp_path: Path, out: io.StringIO):
     with serving(tmp_path) as api:
         publish(api.floor.store)
-        logs.start("info", "json", out)
+        logs.start("info", "json", out, requests=True)
         api.floor.engine.culprit = lambda image: int(image.mean()) == 66
         first = api.http.post("/predict/fish", content=png(7), headers={**JPEG, "X-Request-Id": "good-1"})
         second = api.http.post("/predict/fish", content=png(66), headers={**JPEG, "X-Request-Id": "bad-1"})
         assert (first.status_code, second.status_code) == (200, 500)
         api.http.get("/healthz?key=s3cr3t")
-    (failure,) = lines(out, "server.batching.engine_thread")
+        logs.start("info", "json", out)
+        for image in (7, 66):
+            api.http.post("/predict/fish", content=png(image), headers={**JPEG, "X-Request-Id": f"unasked-{image}"})
+    failure, *_ = lines(out, "server.batching.engine_thread")
     assert failure["request_id"] == "bad-1", "not the request that happened to start the batcher"
     assert "RuntimeError" in str(failure["exception"])
     access = {line["request_id"]: line for line in lines(out, "server.access")}
     assert access["good-1"]["status"] == 200
+    assert "unasked-7" not in access, "at DEBUG unless LENSRACK_LOG_REQUESTS asks for it"
+    assert (access["unasked-66"]["level"], access["unasked-66"]["status"]) == ("warning", 500)
     assert access["good-1"]["route"] == "/predict/{task}"
     assert access["bad-1"]["path"] == "/predict/fish"
     assert "s3cr3t" not in out.getvalue(), "a query may hold anything"

@@ -145,7 +145,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: zipped(b"\x80\x02ctorch.storage\n_load_from_bytes\n" + text("x") + b"\x85R."),
         "'torch.storage._load_from_bytes'",
     ),
-    "a defaultdict, which calls": (lambda: asking(collections.defaultdict, (print,)), "'collections.defaultdict'"),
+    "a defaultdict, which calls": (lambda: asking(collections.defaultdict, (print,)), "'__builtin__.print'"),
     "a name called that is not for calling": (
         lambda: zipped(b"\x80\x02cnumpy\nndarray\n" + tuple_of((3,)) + b"R."),
         "got a call of 'numpy.ndarray'",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from prompts_store import StoreUnavailable, open_store
 from server.app.stores import open_jobs
 from server.errors import Unavailable
 from server.settings import Settings
-from tests.conftest import free_port
 from tests.e2e.server_process import ROOT, environment
+from tests.storage.redis_servers import redis_with
 
 PASSWORD = "hunter2/@:%?# ü"
 
@@ -32,27 +29,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[str]:
     """A redis-server that wants the password; its URL, which does not hold it."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.fail("redis-server is not installed: apt-get install redis-server")
-    port = free_port()
-    told = f'port {port}\nbind 127.0.0.1\nsave ""\nrequirepass "{PASSWORD}"\n'
-    process = subprocess.Popen([binary, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    assert process.stdin is not None
-    process.stdin.write(told.encode())
-    process.stdin.close()
-    deadline = time.monotonic() + 20
-    with redis.Redis(port=port, password=PASSWORD) as client:
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.exceptions.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-    yield f"redis://127.0.0.1:{port}/3"
-    process.terminate()
-    process.wait(10)
+    with redis_with(tmp_path, f'requirepass "{PASSWORD}"', password=PASSWORD) as url:
+        yield f"{url}/3"
 
 
 def test_stores_open_with_it_and_not_without(guarded: str, file: Path) -> None:

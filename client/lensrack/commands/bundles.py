@@ -104,7 +104,7 @@ def import_checkpoint(
     *,
     task: TaskName,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", exists=True, dir_okay=False, show_default=False)],
-    form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft or timm.")] = "auto",
+    form: Annotated[str, typer.Option("--format", help="vpt, spt, cvpt, peft, timm or transformers.")] = "auto",
     labels: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with a class name on each line.")
     ] = None,

@@ -19,12 +19,17 @@ from server.api import problems
 from server.errors import Unavailable
 from server.observability import logs, metrics, tracing
 
-log = logging.getLogger("server.access")
+log = logging.getLogger(logs.REQUESTS)
 
 HEADER: Final = "X-Request-Id"
 CLIENT_GONE: Final = 499  # nginx's status for a client that left before the response
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 SANE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def level_of(status: int) -> int:
+    """Return the level of a request's line: failures of the server are seen without LENSRACK_LOG_REQUESTS."""
+    return logging.WARNING if status >= 500 else logging.DEBUG
 
 
 class RequestLog:
@@ -113,9 +118,12 @@ class _LoggedRequest:
         self._log(took_s, route)
 
     def _log(self, took_s: float, route: str) -> None:
+        level = level_of(self.status or 500)
+        if not log.isEnabledFor(level):
+            return
         path = self.scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
         fields = logs.fields(
             method=self.scope["method"], path=path, route=route, status=self.status, took_ms=round(1000 * took_s, 3)
         )
         line = "%s %s %d %.1f ms %s"
-        log.info(line, self.scope["method"], path, self.status, 1000 * took_s, self.id, extra=fields)
+        log.log(level, line, self.scope["method"], path, self.status, 1000 * took_s, self.id, extra=fields)

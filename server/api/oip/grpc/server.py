@@ -32,7 +32,7 @@ from server.settings import Settings
 from .calls import CALLS, Answer, Call
 from .messages import SERVICE, methods
 
-log = logging.getLogger("server.access")
+log = logging.getLogger(logs.REQUESTS)
 
 Code = grpc.StatusCode
 METHOD: Final = "GRPC"  # in metrics, where HTTP has GET and POST
@@ -77,7 +77,9 @@ class _LoggedCall:
         metrics.REQUESTS.labels(self.route, METHOD, str(self.status)).inc()
         metrics.REQUEST_S.labels(self.route).observe(took_s)
         fields = logs.fields(method=METHOD, route=self.route, status=self.status, took_ms=round(1000 * took_s, 3))
-        log.info("%s %s %d %.1f ms %s", METHOD, self.route, self.status, 1000 * took_s, self.id, extra=fields)
+        line = "%s %s %d %.1f ms %s"
+        level = request_log.level_of(self.status)
+        log.log(level, line, METHOD, self.route, self.status, 1000 * took_s, self.id, extra=fields)
 
 
 class _AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc carries no types

@@ -338,4 +338,4 @@ def test_both_clients_have_the_same_methods_and_signatures(one: type, other: typ
 
 
 def test_wire_is_what_travels() -> None:
-    assert wire.JobEvents.model_fields.keys() == {"events", "next", "finished"}
+    assert wire.JobEvents.model_fields.keys() == {"events", "next", "finished", "progress"}

@@ -104,7 +104,7 @@ MUTATIONS = (
     Mutation(
         "The version before a damaged one goes on answering",
         "server/serving/resolver.py",
-        "            return await self._fall_back(ref, key, version, error)\n",
+        "            return await self._fall_back(ref, key, alias, version, error)\n",
         "            raise\n",
         "tests/serving/test_quarantine.py::test_the_version_before_a_damaged_one_answers_and_says_so",
     ),

@@ -66,5 +66,5 @@ async def export_version(
         path, _ = await stack.enter_async_context(receiving.spooled(services.settings.datasets_dir))
         await request.app.state.exports.run(services.tenant, partial(services.export, bundle, form, takes, path))
         name = f"{task}-{full[:12]}{_ENDINGS[form]}"
-        headers = {"Lensrack-Version": full}
+        headers = {"Lensrack-Version": full, "ETag": f'"{full}-{form}-{takes}"'}
         return TemporaryFile(stack.pop_all(), path, filename=name, media_type=MEDIA_TYPE, headers=headers)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results" / "reliability.md"
+FIELD = PAGE.with_name("field-cases.md")
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?(?:\[([^`]+)\])?`")
 
 
@@ -26,10 +29,11 @@ def test_every_promise_names_tests() -> None:
         assert not rest.strip(", "), f"not the name of a test: {rest}"
 
 
-def test_every_test_that_is_named_exists() -> None:
-    for file, name, case in NAMED.findall(PAGE.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("page", [PAGE, FIELD], ids=lambda page: page.stem)
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    for file, name, case in NAMED.findall(page.read_text(encoding="utf-8")):
         source = (ROOT / file).read_text(encoding="utf-8")
-        assert not name or re.search(rf"^(async )?def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+        assert not name or re.search(rf"^ *(async )?def {name}\(", source, re.MULTILINE), f"{file}::{name}"
         assert not case or f'"{case}"' in source, f"{file}: {case}"
 
 

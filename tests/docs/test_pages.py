@@ -54,5 +54,6 @@ def test_the_notebook_runs(server: ServerProcess, tmp_path: Path, monkeypatch: p
     here = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=here).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert re.search(r"^shapes: .*epoch \d+/30", printed, re.MULTILINE), "progress in a notebook"
     [right] = re.findall(r"(\d+) of 20 right", printed)
     assert int(right) > 16

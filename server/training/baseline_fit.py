@@ -133,6 +133,9 @@ class BaselineFit(Fit):
     def _is_reader(self) -> bool:
         return False
 
+    def _keeps_best(self) -> bool:
+        return bool(self.recipe.patience)  # the parameters may be those of a whole backbone
+
     def _step(
         self,
         optimizer: torch.optim.Optimizer,

@@ -25,7 +25,7 @@ from torch import Tensor
 class Checkpoint:
     """The state after `epoch` epochs. optimizer: the optimiser's state by "parameter number/name".
 
-    curves: name → one value an epoch. best: the parameters of the best epoch so far, where the recipe has patience.
+    curves: name → one value an epoch. best: the parameters of the best epoch so far.
     passes: pictures that went through the backbone.
     trials: the finished trials of the search, or the finished fits of the comparison, that this fit belongs to; with
     `epoch` 0 the fit itself has not begun. spent_s, cpu_s: seconds that it has taken, over all attempts.

@@ -315,10 +315,14 @@ class Fit:
 
     def _record_validation(self, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> None:
         losses, nll = self.curves["val_nll"], metrics.nll(logits, targets)
-        if self.recipe.patience and nll <= min(losses, default=math.inf):
+        if self._keeps_best() and nll <= min(losses, default=math.inf):
             self.best = {name: value.detach().clone() for name, value in self.params.items()}
         self.curves["val_accuracy"].append(metrics.accuracy(logits, targets))
         losses.append(nll)
+
+    def _keeps_best(self) -> bool:
+        """Whether the parameters of the epoch with the lowest validation loss are the result, not the last ones."""
+        return True
 
     def _accuracy(self) -> float | None:
         """The validation accuracy of the last evaluated epoch."""
@@ -359,7 +363,7 @@ class Fit:
             **_named("val", metrics.split_figures(logits / temperature, val.pictures.targets)),
             "curve": {name: [round(x, 5) for x in values] for name, values in self.curves.items()},
         }
-        if self.recipe.patience:
+        if self.best:
             figures["best_epoch"] = self._best_epoch()
         if test is not None:
             test_inputs = yield from self.inputs(test, again=False)

@@ -66,9 +66,9 @@ class Recipe:
     `prompt_layers`: the first and the last layer with prompts, counted from 0; None: all layers of the method. The
     layers before the first run once for all epochs. `init`: initial prompts, drawn by the method or tokens of the
     task's own pictures (`token_init`). `class_weights`: `balanced` weighs a class by the inverse of its share.
-    `patience`: stop when the validation loss has not improved for so many epochs, and keep the best epoch's parameters;
-    0: run all epochs and keep the last parameters. `pool`: what the head reads, see `engine/pooling.py`; None: the
-    backbone's own pooling. `condense`: the condensation after the fit, if any.
+    `patience`: stop when the validation loss has not improved for so many epochs; 0: run all epochs. The parameters of
+    the epoch with the lowest validation loss are kept (docs/results/accuracy.md says why). `pool`: what the head reads,
+    see `engine/pooling.py`; None: the backbone's own pooling. `condense`: the condensation after the fit, if any.
     """
 
     epochs: int = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,27 @@ def test_patience_ends_a_fit_and_keeps_its_best_epoch(backbone: Backbone) -> Non
     assert found.metrics["best_epoch"] == 1 + int(np.argmin(losses)) == len(losses) - 3
     best = found.metrics["curve"]["val_accuracy"][found.metrics["best_epoch"] - 1]
     assert found.metrics["val_accuracy"] == pytest.approx(best, abs=1e-5)
+
+
+def test_a_fit_that_ends_worse_keeps_its_best_epoch_and_resumes_to_the_same_bits(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    """Without patience, too: a fit may not end ten points below its own best epoch."""
+    method = Registry().get("linear")
+    recipe = resolve(method.defaults, {"epochs": 20, "lr": 0.1, "batch_size": 20})
+    noisy = replace(SPLITS.train, targets=np.where(np.arange(60) % 5 < 2, 0, SPLITS.train.targets))
+    splits = replace(SPLITS, train=noisy)  # learned by heart in the end
+
+    def keep(state: checkpoint.Checkpoint) -> None:
+        checkpoint.write(tmp_path / f"{state.epoch}", state)
+
+    found = fit(backbone, method, splits, 3, recipe, on_checkpoint=keep)
+    losses, best = found.metrics["curve"]["val_nll"], found.metrics["best_epoch"]
+    assert best == 1 + int(np.argmin(losses)) < len(losses) == 20, "this test is about a fit that ends worse"
+    assert found.metrics["val_accuracy"] == pytest.approx(found.metrics["curve"]["val_accuracy"][best - 1], abs=1e-5)
+    again = fit(backbone, method, splits, 3, recipe, resume=checkpoint.read(tmp_path / f"{best + 1}"))
+    assert again.metrics == found.metrics
+    assert all((again.params[name] == value).all() for name, value in found.params.items())
 
 
 def test_balanced_weights_make_a_rare_class_count(backbone: Backbone) -> None:

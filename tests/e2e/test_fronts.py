@@ -64,7 +64,7 @@ def known(url: str, task: str) -> bool:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     home = tmp_path_factory.mktemp("house")
     with (
-        forked(home, fronts="2", fault="slow", max_batch="1", request_timeout_s="60") as server,
+        forked(home, fronts="2", fault="slow", max_batch="1", request_timeout_s="60", max_wait_s="0") as server,
         httpx.Client(base_url=server.url, timeout=LONG_S) as http,
     ):
         client = Client(http, http.get("/readyz").json()["backbone"]["fingerprint"])

@@ -92,12 +92,16 @@ print(json.dumps(there()))
 
 def test_a_worker_loads_it_with_its_first_optimizer(told: Told, tmp_path: Path) -> None:
     working = f"""
-import os
-home = {str(tmp_path)!r}
-os.environ |= {{"LENSRACK_HOME": home, "LENSRACK_BACKBONE": "untrained", "LENSRACK_DRAIN_TIMEOUT_S": "600"}}
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-from server.cli.work import work
-work(until_stdin_closes=True)
+import threading
+from pathlib import Path
+from server.settings import Settings
+from server.engine.import_timm import import_timm
+settings = Settings(home=Path({str(tmp_path)!r}), backbone="untrained")
+import_timm(hub=settings.downloads_weights)
+from server.app.worker import run_worker
+stop = threading.Event()
+stop.set()
+assert run_worker(settings, stop) == 0
 idle = there()
 import torch
 weight = torch.nn.Parameter(torch.ones(2))

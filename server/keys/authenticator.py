@@ -83,6 +83,7 @@ class Authenticator:
         self._refused: _Seen = OrderedDict()
         self._scrypt_lock = asyncio.Lock()
         self._rooms: dict[str, _Room] = {}
+        self._signed_out: OrderedDict[str, None] = OrderedDict()
         self._checks: dict[tuple[bytes, str], asyncio.Task[bool]] = {}
         self._warned: set[str] = set()
         self.locked = False  # there are or have been keys: from then on every request needs one
@@ -113,18 +114,22 @@ class Authenticator:
         return key, secret
 
     async def sign_out(self, secret: str) -> None:
-        """End a session, everywhere within FRESH_S. Raises the key store's errors."""
-        await asyncio.to_thread(self._store.end_session, digest_of(secret))
-        await self.refresh(-1.0)
+        """End a session: here at once, everywhere within FRESH_S. Raises the key store's errors."""
+        digest = digest_of(secret)
+        await asyncio.to_thread(self._store.end_session, digest)
+        self._signed_out[digest] = None  # a snapshot that is being read may still have it
+        if len(self._signed_out) > CACHED:
+            self._signed_out.popitem(last=False)
 
     async def session_owner(self, secret: str) -> Key | None:
         """Return the key of a session that has not ended, or None."""
         await self.refresh()
-        digest = digest_of(secret)
-        if digest not in self._snapshot.sessions:
-            await self.refresh(MISS_S)
+        digest, asked_at = digest_of(secret), time.monotonic()
+        for _ in range(2):  # it may have begun a moment ago, elsewhere; a read that is under way may be older
+            if digest not in self._snapshot.sessions and self._read_at < asked_at:
+                await self.refresh(0.0)
         session, now = self._snapshot.sessions.get(digest), self._now()
-        if session is None or session.ends_at <= now:
+        if session is None or session.ends_at <= now or digest in self._signed_out:
             return None
         key = self._snapshot.keys.get(session.key)
         if key is None or key.ended(now):

@@ -38,7 +38,7 @@ def run(page: Path, server: ServerProcess, folder: Path, places: Mapping[str, st
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1100,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_tour_runs_from_top_to_bottom(server: ServerProcess, tmp_path: Path) -> None:
     told = pages.run(ROOT / "README.md", server, tmp_path)
     assert len(pages.blocks(ROOT / "README.md")) >= 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from email.utils import formatdate
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -66,5 +67,6 @@ async def export_version(
         path, _ = await stack.enter_async_context(receiving.spooled(services.settings.datasets_dir))
         await request.app.state.exports.run(services.tenant, partial(services.export, bundle, form, takes, path))
         name = f"{task}-{full[:12]}{_ENDINGS[form]}"
-        headers = {"Lensrack-Version": full, "ETag": f'"{full}-{form}-{takes}"'}
+        made = formatdate(bundle.manifest.created_at, usegmt=True)
+        headers = {"Lensrack-Version": full, "ETag": f'"{full}-{form}-{takes}"', "Last-Modified": made}
         return TemporaryFile(stack.pop_all(), path, filename=name, media_type=MEDIA_TYPE, headers=headers)

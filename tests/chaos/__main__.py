@@ -216,8 +216,13 @@ def _told(options: argparse.Namespace, ledger: Ledger, done: Counter[str], jobs:
     mode = "Redis" if options.redis else "files and SQLite"
     requests = sum(count for what, count in ledger.counts.items() if what.isdigit())
     rows = [f"| {what} | {count:,} |" for what, count in sorted({**ledger.counts, **done}.items())]
-    verdict = ["Nothing was wrong, late, lost or left over."] if not ledger.faults else [f"- {text}" for text in ledger.faults[:50]]
-    head = f"{requests:,} answered requests, {sum(done.values())} injected faults and {jobs} jobs in {seconds / 60:.1f} minutes"
+    verdict = (
+        ["Nothing was wrong, late, lost or left over."]
+        if not ledger.faults
+        else [f"- {text}" for text in ledger.faults[:50]]
+    )
+    head = f"{requests:,} answered requests, {sum(done.values())} injected faults and {jobs} jobs"
+    head += f" in {seconds / 60:.1f} minutes"
     command = " ".join(["python -m tests.chaos", *sys.argv[1:]])
     return "\n".join([f"## {mode}, seed {options.seed}, {date.today()}", "", f"`{command}`: {head}.", "",
                       "| answers and injected faults | times |", "|---|---:|", *rows, "", *verdict, ""])  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 
 from prompts_store import Backbone, Bundle, Manifest, Preprocess
 
-STALE_S: Final = 10.0  # after which nobody may answer any more with what was replaced
+STALE_S: Final = 4.0  # after which nobody may answer any more with what was replaced
 LOGIT: Final = 3.0
 SCORE: Final = math.exp(LOGIT) / (math.exp(LOGIT) + 1)
 

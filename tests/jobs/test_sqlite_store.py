@@ -36,7 +36,7 @@ def test_the_file_is_made_with_its_folder_and_kept(path: Path) -> None:
     again.close()
     with sqlite3.connect(path) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert file.execute("PRAGMA user_version").fetchone() == (3,)
+        assert file.execute("PRAGMA user_version").fetchone() == (2,)
     file.close()
 
 

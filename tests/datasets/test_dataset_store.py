@@ -466,3 +466,10 @@ def test_a_decoder_may_be_given(root: Path, archive: Path) -> None:
 
     DatasetStore(root, **LIMITS, decode=counted).ingest(archive)
     assert seen == [10**6] * 6
+
+
+def test_four_digits_of_an_id_will_do_and_fewer_will_not(store: DatasetStore, archive: Path) -> None:
+    dataset = store.ingest(archive)
+    assert store.get(dataset.id[:4]).id == dataset.id
+    with pytest.raises(NotFound):
+        store.get(dataset.id[:3])

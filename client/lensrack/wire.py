@@ -226,9 +226,9 @@ class RollbackRequest(Request):
 
 
 ImportFormat = Literal["auto", "vpt", "spt", "cvpt", "peft", "timm", "transformers"]
+"""Kinds of checkpoints of other tools; `auto` recognises them by the names of the arrays."""
 ExportFormat = Literal["onnx", "timm", "bundle"]
 ExportInput = Literal["uint8", "float"]
-"""Kinds of checkpoints of other tools; `auto` recognises them by the names of the arrays."""
 
 
 class VersionInfo(Message):

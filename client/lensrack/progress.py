@@ -1,10 +1,12 @@
 """Progress for people in programs of their own: bars at a terminal, lines in a notebook and in a log.
 
-from lensrack.progress import upload_bar, watch
+    from lensrack.progress import upload_bar, watch
 
-with upload_bar("pictures") as progress:
-    dataset = client.datasets.upload("pictures", progress=progress)
-job = watch(client.train("fruit", dataset.id))
+    with upload_bar("pictures") as progress:
+        dataset = client.datasets.upload("pictures", progress=progress)
+    job = watch(client.train("fruit", dataset.id))
+
+`client` is a `lensrack.Client`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import chain, repeat
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class FollowUps:
             log.warning("%s: goes on behind the answer", what)
 
     async def _until_done(self, what: str, action: Callable[[], Awaitable[object]], tried: asyncio.Event) -> None:
-        for attempt in range(10**9):
+        for pause in chain(RETRY_S, repeat(RETRY_S[-1])):
             try:
                 await action()
             except Exception as error:  # whatever it is, the change that it follows has been made
@@ -46,4 +47,4 @@ class FollowUps:
                 return
             finally:
                 tried.set()
-            await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+            await asyncio.sleep(pause)

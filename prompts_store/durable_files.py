@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Final
 
 NEW: Final = ".new-"  # how the names of unfinished files begin
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)  # of a write to a full disk, or beyond a quota
 
 
 @contextmanager

@@ -12,7 +12,6 @@ and processes, take turns by flock, which the kernel releases when its holder di
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -27,7 +26,7 @@ from typing import Final
 from prompts_store import folder_events
 from prompts_store.alias import ANY, Alias, AliasBook, Expect, Targets
 from prompts_store.bundle import Bundle, header_bytes, read_manifest
-from prompts_store.durable_files import NEW, new_file, sync_folder
+from prompts_store.durable_files import FULL, NEW, new_file, sync_folder
 from prompts_store.errors import BundleError, StoreFull, StoreUnavailable, TaskNotFound, VersionInUse, VersionNotFound
 from prompts_store.names import is_task, is_version
 from prompts_store.store import Change, VersionInfo, newest_first
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 GONE: Final = ".gone-"  # how the names of folders of deleted versions begin
-FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 RECONCILE_S: Final = 2.0  # events of the kernel may overflow, and a remote disk sends none
 
 _Stamp = tuple[object, ...]

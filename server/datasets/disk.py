@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from prompts_store.durable_files import sync_folder
+from prompts_store import durable_files
 from server.errors import DiskFull, Unavailable
 
-sync: Final = sync_folder
+sync: Final = durable_files.sync_folder
 FLUSHES: Final = 8  # threads that flush at once
 
-FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL: Final = (*durable_files.FULL, errno.EFBIG)  # EFBIG: the process's limit of a file's size
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import sqlite3
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from prompts_store.durable_files import FULL
 from server.errors import DiskFull, Unavailable
 
 BUSY_S: Final = 20.0
@@ -72,6 +72,6 @@ def answering(store: str) -> Iterator[None]:
             raise DiskFull(f"the disk with the {store} is full") from error
         raise Unavailable(f"the {store} failed: {name}", code="store_unavailable") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(f"the disk with the {store} is full") from error
         raise Unavailable(f"the {store} failed: {error.strerror}", code="store_unavailable") from error

@@ -16,23 +16,10 @@ UPRIGHT: Final = 1
 
 _TAG: Final = 0x0112
 # how one value of each TIFF type is written. BYTE (1) is `c` with text and untyped bytes: Pillow reads no number of it
-_TYPES: Final = {
-    1: "c",
-    2: "c",
-    3: "H",
-    4: "I",
-    5: "II",
-    6: "b",
-    7: "c",
-    8: "h",
-    9: "i",
-    10: "ii",
-    11: "f",
-    12: "d",
-} | {
-    13: "I",
-    16: "Q",
-}
+_TYPES: Final = dict(
+    zip(range(1, 14), ("c", "c", "H", "I", "II", "b", "c", "h", "i", "ii", "f", "d", "I"), strict=True)
+)
+_TYPES[16] = "Q"
 _ORDERS: Final = {b"II*\0": "<", b"MM\0*": ">", b"II\0*": "<", b"MM*\0": ">"}  # the last two are wrong, and common
 _XMP: Final = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 

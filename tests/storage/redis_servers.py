@@ -14,6 +14,8 @@ import redis
 
 from tests.conftest import free_port
 
+CLUSTER_PORTS_UP_TO = 55_535  # a server in a cluster also listens on a port 10,000 above its own
+
 
 @contextmanager
 def redis_with(folder: Path, *lines: str, password: str | None = None) -> Iterator[str]:
@@ -21,7 +23,7 @@ def redis_with(folder: Path, *lines: str, password: str | None = None) -> Iterat
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.fail("redis-server is not installed: apt-get install redis-server")
-    port = free_port()
+    port = next(port for port in iter(free_port, None) if port <= CLUSTER_PORTS_UP_TO)
     folder.mkdir(exist_ok=True)
     text = "\n".join((f"port {port}", "bind 127.0.0.1", 'save ""', *lines, ""))
     process = subprocess.Popen([binary, "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder)
